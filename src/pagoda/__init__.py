@@ -1,0 +1,3 @@
+"""Pagoda: LLM inference and serving."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,114 @@
+"""What a model is made of, as data: read by the planner, the memory arithmetic and every executor.
+
+A new model of known blocks is one file `arch/<model_type>.py` with two functions:
+`from_config(config: Mapping) -> ModelSpec` (config.json) and `from_gguf(metadata: Mapping) -> ModelSpec`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864), already scaled: what an executor needs, no recipe.
+
+    `inv_freq` [dim // 2] are the final angular frequencies (after linear, Llama-3 or YaRN scaling), in float64;
+    the angle of position p is `p * inv_freq`. `attention_factor` multiplies cos and sin (YaRN, else 1).
+    `interleaved` False rotates pairs (i, i + dim / 2) (Hugging Face, NEOX); True pairs (2i, 2i + 1) (GGUF llama).
+    `dim` may be smaller than the head size: the rest of the head is not rotated.
+    """
+
+    dim: int
+    inv_freq: tuple[float, ...]
+    attention_factor: float = 1.0
+    interleaved: bool = False
+
+    def tables(self, length: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """cos and sin, float32 [length, dim // 2], for positions 0 .. length - 1."""
+        angle = np.outer(np.arange(length, dtype=np.float64), np.asarray(self.inv_freq, dtype=np.float64))
+        cos = (np.cos(angle) * self.attention_factor).astype(np.float32)
+        sin = (np.sin(angle) * self.attention_factor).astype(np.float32)
+        return cos, sin
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Grouped-query attention: heads, KV heads, head size, scale of the scores; what is biased or normed."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False  # RMS norm over each head of q and k, before RoPE
+    window: int | None = None  # sliding window in tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """Gated MLP: down(act(gate(x)) * up(x))."""
+
+    size: int
+    activation: str = "silu"
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Pre-norm decoder layer: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    attention: Attention
+    mlp: Mlp
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A decoder-only transformer. `tied` heads reuse the embedding matrix."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    norm_eps: float
+    tied: bool
+    max_position: int
+    rope: Rope
+    layers: tuple[Layer, ...]
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    def slots(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor the model needs, by slot name, with its shape (numpy order, matrices [out, in]).
+
+        Slots: `embed`, `norm`, `head` (absent if tied) and per layer `layers.{i}.` + `attn_norm`, `q`, `k`, `v`, `o`,
+        `q_bias`, `k_bias`, `v_bias`, `o_bias`, `q_norm`, `k_norm`, `mlp_norm`, `gate`, `up`, `down`, `gate_bias`,
+        `up_bias`, `down_bias`.
+        """
+        h = self.hidden_size
+        out: dict[str, tuple[int, ...]] = {"embed": (self.vocab_size, h), "norm": (h,)}
+        if not self.tied:
+            out["head"] = (self.vocab_size, h)
+        for i, layer in enumerate(self.layers):
+            out.update({f"layers.{i}.{name}": shape for name, shape in _layer_slots(layer, h).items()})
+        return out
+
+
+def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
+    a, m = layer.attention, layer.mlp
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    out: dict[str, tuple[int, ...]] = {"attn_norm": (hidden,), "mlp_norm": (hidden,)}
+    out |= {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
+    if a.qkv_bias:
+        out |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
+    if a.out_bias:
+        out["o_bias"] = (hidden,)
+    if a.qk_norm:
+        out |= {"q_norm": (a.head_dim,), "k_norm": (a.head_dim,)}
+    out |= {"gate": (m.size, hidden), "up": (m.size, hidden), "down": (hidden, m.size)}
+    if m.bias:
+        out |= {"gate_bias": (m.size,), "up_bias": (m.size,), "down_bias": (hidden,)}
+    return out

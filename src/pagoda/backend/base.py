@@ -1,0 +1,71 @@
+"""The contract between the engine and whatever computes: load a model, run one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from pagoda.types import StepPlan, StepResult
+
+Progress = Callable[[str, float], None]
+"""Called while loading with a phase ("weights", ...) and the share of it that is done, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the engine asks of an executor. None means: choose what fits.
+
+    `memory_share` is the share of the machine's (CPU: free; GPU: total) memory that weights, cache and activations
+    may use together; None lets the executor take what it sensibly can. `dtype` is the type of float computation
+    where a backend has a choice ("auto", "float32", "float16", "bfloat16").
+    """
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    memory_share: float | None = None
+    kv_cache_bytes: int | None = None
+    num_blocks: int | None = None
+    threads: int | None = None
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What was measured while loading: not configuration."""
+
+    num_blocks: int
+    weight_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    device: str  # such as "cpu (avx2, 2 threads)"
+
+
+class Pending(Protocol):
+    def wait(self) -> StepResult:
+        """Block until the step is done. Raises EngineError when the step as a whole failed."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs steps of one loaded model. Not thread-safe: one caller, at most one step in flight."""
+
+    @property
+    def capacity(self) -> Capacity: ...
+
+    def launch(self, plan: StepPlan) -> Pending:
+        """Start a step. The plan's arrays must stay unchanged until `wait` returns."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Done:
+    """A Pending whose result is already there (for executors that compute in `launch`)."""
+
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def wait(self) -> StepResult:
+        return self._result

@@ -1,0 +1,219 @@
+"""The vocabulary that crosses floors and processes: requests, deltas, step plans and their results."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from pagoda.errors import BadRequest
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+BLOCK_SIZE = 16
+"""Tokens per block of the paged KV cache; every backend and the scheduler use this one."""
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_LOGIT_BIAS = 1024
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose tokens; names and meaning as in vLLM.
+
+    `top_k` 0 or -1 means all tokens. `max_tokens` None means the rest of the context. `logprobs` k asks for the
+    chosen token's log-probability and those of the k likeliest tokens (0: only the chosen token's), taken from the
+    model's raw logits, before temperature and penalties. `seed` None lets the server choose one.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def check(self, vocab_size: int) -> None:
+        """Raise BadRequest, naming the field, for any value that is not finite or out of its range."""
+        for name, low, high in _FLOAT_RANGES:
+            value = getattr(self, name)
+            if not math.isfinite(value) or not low <= value <= high:
+                raise BadRequest(f"{name} must be between {low:g} and {high:g}", param=name)
+        for name, low_i, high_i in _INT_RANGES:
+            number = getattr(self, name)
+            if number is not None and not low_i <= number <= high_i:
+                raise BadRequest(f"{name} must be between {low_i} and {high_i}", param=name)
+        if self.repetition_penalty <= 0:
+            raise BadRequest("repetition_penalty must be above 0", param="repetition_penalty")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise BadRequest("min_tokens must not be above max_tokens", param="min_tokens")
+        if len(self.stop) > MAX_STOP_STRINGS or any(not s or len(s) > MAX_STOP_CHARS for s in self.stop):
+            raise BadRequest(
+                f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters", param="stop"
+            )
+        self._check_ids(vocab_size)
+
+    def _check_ids(self, vocab_size: int) -> None:
+        bias = self.logit_bias or {}
+        if len(bias) > MAX_LOGIT_BIAS:
+            raise BadRequest(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens", param="logit_bias")
+        if any(not math.isfinite(v) or abs(v) > 100 for v in bias.values()):
+            raise BadRequest("logit_bias values must be between -100 and 100", param="logit_bias")
+        lists = {"logit_bias": bias, "stop_token_ids": self.stop_token_ids, "allowed_token_ids": self.allowed_token_ids}
+        for name, ids in lists.items():
+            if any(not 0 <= i < vocab_size for i in ids or ()):
+                raise BadRequest(f"{name} holds a token id outside 0..{vocab_size - 1}", param=name)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise BadRequest("allowed_token_ids must not be empty", param="allowed_token_ids")
+        if len(self.stop_token_ids) > MAX_LOGIT_BIAS:
+            raise BadRequest(f"stop_token_ids takes at most {MAX_LOGIT_BIAS} ids", param="stop_token_ids")
+
+
+_FLOAT_RANGES = (
+    ("temperature", 0.0, 100.0),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("repetition_penalty", 0.0, 100.0),
+)
+_INT_RANGES = (
+    ("n", 1, MAX_N),
+    ("top_k", -1, 2**31 - 1),
+    ("seed", -(2**63), 2**64 - 1),
+    ("max_tokens", 0, 2**31 - 1),
+    ("min_tokens", 0, 2**31 - 1),
+    ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
+)
+
+
+class Request(msgspec.Struct, kw_only=True):
+    """One sequence to generate, as the engine sees it: token ids and resolved parameters, no text.
+
+    The server has already checked it (length, ranges), expanded `n` into single requests, chosen a seed
+    (`params.seed` is never None here, 0 <= seed < 2**64) and a `max_tokens` that fits the context.
+    `output_token_ids` holds tokens that were generated before (the engine died, or the request moved): the engine
+    goes on behind them and never sends them again. `eos_token_ids` end the request unless `params.ignore_eos`.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    output_token_ids: list[int] = []
+    cache_salt: str = ""
+    priority: int = 0
+
+
+class TokenLogprob(msgspec.Struct, array_like=True):
+    """Log-probability of a chosen (or given) token, and the likeliest tokens at its place, best first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What a request gained in one step. The last delta of a request, and only it, has a finish_reason.
+
+    `token_ids` includes the stop token (eos or stop_token_ids) that ended the request; `stop_reason` is its id where
+    it came from `stop_token_ids`, the string where a stop string matched, None for eos. `text` is filled by the
+    server (floor `text`); the engine leaves it empty. `prompt_logprobs` comes once, in the first delta that has
+    tokens: one entry per prompt token, the first None. `error` goes with finish_reason "error".
+    """
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    cached_tokens: int = 0
+    error: str | None = None
+    text: str = ""
+
+
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step for an executor: R requests, T tokens, L rows of logits. All arrays are C-contiguous.
+
+    Request r feeds tokens `tokens[starts[r]:starts[r + 1]]`, whose absolute positions are `positions[r]`,
+    `positions[r] + 1`, ...; positions before that are already in the cache. Position p of request r lives in block
+    `block_tables[slots[r], p // BLOCK_SIZE]`, at offset `p % BLOCK_SIZE`. Several requests may read one block, and a
+    request may read positions that another request writes in this same step: within each layer all keys and values
+    are written before any is read.
+
+    Row l takes the final hidden state of token row `rows[l]`, which belongs to request `row_request[l]`. Where
+    `row_target[l]` is -1 a token is sampled, else that given token is scored (prompt log-probabilities).
+    `row_top[l]` is how many likeliest tokens to report: -1 reports no log-probability at all, 0 only the token's.
+
+    Sampling of a row uses its request's parameters (arrays of length R) and draws from Philox4x32-10 keyed by
+    `seed[r]` with counter = absolute position of the sampled token, so a token depends on (seed, position) only.
+    `history_*` and `bias_*` are ragged: request r owns `start[r]:start[r + 1]`. `mask_index[r]` is a row of
+    `masks` (bit i of word i // 32 set: token i allowed) or -1.
+    """
+
+    step: int
+    # tokens
+    slots: Int32  # [R]
+    starts: Int32  # [R + 1]
+    positions: Int32  # [R]
+    tokens: Int32  # [T]
+    block_tables: Int32  # [max_num_seqs, max_blocks_per_request]
+    # rows of logits
+    rows: Int32  # [L]
+    row_request: Int32  # [L]
+    row_target: Int32  # [L]
+    row_top: Int32  # [L]
+    # sampling parameters
+    temperature: Float32  # [R], 0 is greedy
+    top_k: Int32  # [R], 0 is all
+    top_p: Float32  # [R]
+    min_p: Float32  # [R]
+    presence: Float32  # [R]
+    frequency: Float32  # [R]
+    repetition: Float32  # [R]
+    seed: npt.NDArray[np.uint64]  # [R]
+    history_start: Int32  # [R + 1]; tokens for the penalties, each id once per request; empty without penalties
+    history_ids: Int32
+    history_counts: Int32  # how often the token is in the output (0: only in the prompt)
+    bias_start: Int32  # [R + 1]; added to the logits; -inf forbids
+    bias_ids: Int32
+    bias_values: Float32
+    mask_index: Int32  # [R]
+    masks: npt.NDArray[np.uint32]  # [M, ceil(vocab / 32)]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave, one entry per row of logits (L). K is the largest `row_top` of the plan (at least 0)."""
+
+    tokens: Int32  # [L] the sampled token, or the given target
+    logprobs: Float32  # [L] log-probability of that token under the raw logits; 0 where not asked for
+    top_ids: Int32  # [L, K] likeliest first, ties by lower id; entries past row_top[l] are -1
+    top_logprobs: Float32  # [L, K]
+    ok: npt.NDArray[np.uint8]  # [L] 0 where the logits held a NaN or no token was possible: that request fails alone
