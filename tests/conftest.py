@@ -1,0 +1,21 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from pagoda.deploy.default_model import default_model_path
+from pagoda.errors import ModelError
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> str:
+    """The default model's GGUF file. Skips where it cannot be fetched; in CI that is a failure."""
+    try:
+        return default_model_path()
+    except ModelError as error:
+        if os.environ.get("CI"):
+            pytest.fail(str(error))
+        pytest.skip(str(error))
