@@ -1,6 +1,9 @@
-"""Configuration with the origin of each value."""
+"""Every option of the server, declared once, and the part of them that the engine process gets."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import msgspec
 
@@ -23,3 +26,175 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int | None = None
     threads: int | None = None
     prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How one option is written and read. `kind` is the annotation of its field without `| None`, or "size".
+
+    `note` is the line that is printed at start when the option was given: what it means on this machine.
+    `works` False marks an option of vLLM that Pagoda knows and does not have: any value but the default is refused,
+    with `help` as the reason.
+    """
+
+    name: str
+    kind: str
+    default: Any
+    help: str
+    group: str
+    aliases: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+    secret: bool = False
+    works: bool = True
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The environment variables that set it, the strongest first."""
+        return (f"PAGODA_{self.name.upper()}", *self.env)
+
+
+def _option(default: Any, help: str, group: str, **more: Any) -> Any:
+    meta = {"help": help, "group": group, **more}
+    return field(default=default, metadata=meta) if default != {} else field(default_factory=dict, metadata=meta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user may choose. Names are vLLM's; None means: Pagoda chooses what fits."""
+
+    model: str | None = _option(
+        None,
+        "Folder, .gguf file or hub name of the model; also as the first argument. None: SmolLM2-135M-Instruct",
+        "Model",
+        env=("VLLM_MODEL_PATH", "MODEL_NAME"),
+    )
+    served_model_name: tuple[str, ...] = _option(
+        (), "Names under which clients ask for the model; the default is the model as it was typed", "Model"
+    )
+    dtype: str = _option(
+        "auto",
+        "Type of float computation where there is a choice; quantized weights run in their own bits",
+        "Model",
+        choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
+    )
+    quantization: str | None = _option(
+        None, "How the weights are quantized; read from the model, so it need not be given", "Model", aliases=("-q",)
+    )
+    load_format: str = _option("auto", "File format of the weights", "Model", choices=("auto", "safetensors", "gguf"))
+    max_model_len: int | None = _option(
+        None,
+        "Longest context in tokens, prompt and answer together (8192, 8k, 8K; auto or -1: what the model and the "
+        "memory allow)",
+        "Model",
+        kind="size",
+        env=("MAX_MODEL_LEN",),
+        low=1,
+    )
+    chat_template: str | None = _option(
+        None, "A Jinja file (or the template itself) to use in place of the model's own chat template", "Model"
+    )
+    default_chat_template_kwargs: dict[str, Any] = _option(
+        {}, 'Template variables for all chats, such as {"enable_thinking": false}', "Model"
+    )
+    generation_config: str = _option(
+        "auto",
+        "Where default sampling parameters come from: auto (the model's generation_config.json) or vllm (neutral)",
+        "Model",
+        choices=("auto", "vllm"),
+    )
+    override_generation_config: dict[str, Any] = _option(
+        {}, 'Default sampling parameters on top, such as {"temperature": 0.6}', "Model"
+    )
+
+    device: str = _option(
+        "auto",
+        "Where to compute: cpu (native kernels) or reference (plain numpy, slow, to compare with)",
+        "Machine",
+        choices=("auto", "cpu", "reference"),
+    )
+    threads: int | None = _option(
+        None, "CPU threads of the engine; the default is one per physical core", "Machine", low=1
+    )
+    gpu_memory_utilization: float | None = _option(
+        None,
+        "Share of the memory that weights, cache and activations may use, 0 to 1; on a CPU, of the free memory",
+        "Machine",
+        aliases=("--device-memory-utilization",),
+        env=("GPU_MEMORY_UTILIZATION",),
+        low=0.01,
+        high=1,
+        note="there is no GPU in use: it is the share of the memory that is free now",
+    )
+    kv_cache_memory_bytes: int | None = _option(
+        None, "Exact size of the KV cache in bytes (512M, 2G)", "Machine", kind="size", low=1
+    )
+    num_gpu_blocks_override: int | None = _option(
+        None, "Exact number of blocks (16 tokens each) of the KV cache", "Machine", low=1
+    )
+    tensor_parallel_size: int = _option(
+        1,
+        "Number of GPUs that share one model; on a CPU only 1",
+        "Machine",
+        aliases=("-tp",),
+        env=("TENSOR_PARALLEL_SIZE",),
+        low=1,
+    )
+
+    max_num_seqs: int | None = _option(None, "Most requests that are computed in parallel", "Scheduling", low=1)
+    max_num_batched_tokens: int | None = _option(
+        None, "Most tokens in one step, of all requests together", "Scheduling", kind="size", low=1
+    )
+    max_num_queued_reqs: int | None = _option(
+        None, "Most requests that wait; beyond it clients get 503 and when to come back", "Scheduling", low=0
+    )
+    enable_prefix_caching: bool = _option(True, "Reuse the cache of prompts that begin alike", "Scheduling")
+
+    host: str = _option("127.0.0.1", "Address to listen on; 0.0.0.0 for every network this machine is in", "Server")
+    port: int = _option(8000, "Port to listen on; 0 picks a free one", "Server", low=0, high=65535)
+    api_key: tuple[str, ...] = _option(
+        (), "Keys that clients must send; without one every key works", "Server", env=("VLLM_API_KEY",), secret=True
+    )
+    root_path: str = _option("", "Path prefix that a proxy in front takes away", "Server")
+    allowed_origins: tuple[str, ...] = _option((), "Web origins that browsers may call from (CORS)", "Server")
+    shutdown_timeout: float = _option(
+        30.0, "Seconds that running requests get to finish after SIGTERM", "Server", low=0
+    )
+    enable_log_requests: bool = _option(False, "One log line per request: sizes and times, never its text", "Server")
+
+    def engine_config(self, model_path: str) -> EngineConfig:
+        """The engine's part, for a model that is here at `model_path`."""
+        return EngineConfig(
+            model=model_path,
+            device=self.device,
+            dtype=_DTYPE.get(self.dtype, self.dtype),
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            memory_share=self.gpu_memory_utilization,
+            kv_cache_bytes=self.kv_cache_memory_bytes,
+            num_blocks=self.num_gpu_blocks_override,
+            threads=self.threads,
+            prefix_caching=self.enable_prefix_caching,
+        )
+
+
+_DTYPE = {"half": "float16", "float": "float32"}
+
+
+def declared() -> tuple[Setting, ...]:
+    """The settings of `Options`, in the order of declaration."""
+    out = []
+    for item in fields(Options):
+        meta = dict(item.metadata)
+        kind = meta.pop("kind", str(item.type).removesuffix(" | None"))
+        default = {} if kind.startswith("dict") else item.default
+        out.append(Setting(name=item.name, kind=kind, default=default, **meta))
+    return tuple(out)
