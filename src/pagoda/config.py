@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -101,7 +102,7 @@ class Options:
     chat_template: str | None = _option(
         None, "A Jinja file (or the template itself) to use in place of the model's own chat template", "Model"
     )
-    default_chat_template_kwargs: dict[str, Any] = _option(
+    default_chat_template_kwargs: Mapping[str, Any] = _option(
         {}, 'Template variables for all chats, such as {"enable_thinking": false}', "Model"
     )
     generation_config: str = _option(
@@ -110,7 +111,7 @@ class Options:
         "Model",
         choices=("auto", "vllm"),
     )
-    override_generation_config: dict[str, Any] = _option(
+    override_generation_config: Mapping[str, Any] = _option(
         {}, 'Default sampling parameters on top, such as {"temperature": 0.6}', "Model"
     )
 
@@ -195,6 +196,6 @@ def declared() -> tuple[Setting, ...]:
     for item in fields(Options):
         meta = dict(item.metadata)
         kind = meta.pop("kind", str(item.type).removesuffix(" | None"))
-        default = {} if kind.startswith("dict") else item.default
+        default = {} if kind.startswith("Mapping") else item.default
         out.append(Setting(name=item.name, kind=kind, default=default, **meta))
     return tuple(out)
