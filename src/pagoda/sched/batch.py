@@ -1,0 +1,126 @@
+"""Turns the turns of one step into the flat arrays of a StepPlan; keeps what does not change in rows per slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from itertools import accumulate, count
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pagoda.sched.state import Sequence, Turn, mask_words
+from pagoda.types import BLOCK_SIZE, Int32, StepPlan
+
+_UINT64 = 2**64 - 1
+
+
+class Batch:
+    """Persistent arrays, one row per slot: block tables and the parameters that a request never changes."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, vocab_size: int) -> None:
+        self.block_tables: Int32 = np.zeros((max_num_seqs, -(-max_model_len // BLOCK_SIZE)), np.int32)
+        self._floats = np.zeros((6, max_num_seqs), np.float32)
+        self._top_k = np.zeros(max_num_seqs, np.int32)
+        self._seed = np.zeros(max_num_seqs, np.uint64)
+        self._mask_words = mask_words(vocab_size)
+
+    def seat(self, seq: Sequence) -> None:
+        """Write a request's parameters into the row of its slot."""
+        p = seq.params
+        self._floats[:, seq.slot] = (
+            p.temperature,
+            p.top_p,
+            p.min_p,
+            p.presence_penalty,
+            p.frequency_penalty,
+            p.repetition_penalty,
+        )
+        self._top_k[seq.slot] = max(p.top_k, 0)
+        self._seed[seq.slot] = (p.seed or 0) & _UINT64
+
+    def add_blocks(self, seq: Sequence, blocks: list[int]) -> None:
+        held = len(seq.blocks)
+        self.block_tables[seq.slot, held : held + len(blocks)] = blocks
+        seq.blocks += blocks
+
+    def plan(self, step: int, turns: list[Turn]) -> StepPlan:
+        tokens: list[int] = []
+        rows: list[int] = []
+        row_request: list[int] = []
+        row_target: list[int] = []
+        row_top: list[int] = []
+        for r, turn in enumerate(turns):
+            seq, first = turn.seq, turn.seq.computed
+            base = len(tokens) - first
+            tokens += seq.known[first : first + turn.count]
+            if turn.scoring:
+                rows += (base + place - 1 for place in turn.scoring)
+                row_request += [r] * len(turn.scoring)
+                row_target += (seq.known[place] for place in turn.scoring)
+                row_top += [seq.params.prompt_logprobs or 0] * len(turn.scoring)
+            if turn.samples:
+                rows.append(len(tokens) - 1)
+                row_request.append(r)
+                row_target.append(-1)
+                row_top.append(-1 if seq.params.logprobs is None else seq.params.logprobs)
+        seqs = [turn.seq for turn in turns]
+        slots = _ints([seq.slot for seq in seqs])
+        floats = self._floats.take(slots, axis=1)
+        return StepPlan(
+            step=step,
+            slots=slots,
+            starts=_ints([0, *accumulate([turn.count for turn in turns])]),
+            positions=_ints([seq.computed for seq in seqs]),
+            tokens=_ints(tokens),
+            block_tables=self.block_tables,
+            rows=_ints(rows),
+            row_request=_ints(row_request),
+            row_target=_ints(row_target),
+            row_top=_ints(row_top),
+            temperature=floats[0],
+            top_k=self._top_k[slots],
+            top_p=floats[1],
+            min_p=floats[2],
+            presence=floats[3],
+            frequency=floats[4],
+            repetition=floats[5],
+            seed=self._seed[slots],
+            **_history(turns),
+            **_bias(turns),
+            **self._masks(seqs),
+        )
+
+    def _masks(self, seqs: list[Sequence]) -> dict[str, npt.NDArray[Any]]:
+        masks = [seq.mask for seq in seqs if seq.mask is not None]
+        place = count()
+        return {
+            "mask_index": _ints([-1 if seq.mask is None else next(place) for seq in seqs]),
+            "masks": np.array(masks, np.uint32).reshape(len(masks), self._mask_words),
+        }
+
+
+def _ints(values: list[int]) -> Int32:
+    return np.array(values, np.int32)
+
+
+def _history(turns: list[Turn]) -> dict[str, npt.NDArray[Any]]:
+    parts = [turn.seq.history.arrays() if turn.seq.history is not None and turn.samples else None for turn in turns]
+    start, ids, counts = _ragged(parts, np.int32)
+    return {"history_start": start, "history_ids": ids, "history_counts": counts}
+
+
+def _bias(turns: list[Turn]) -> dict[str, npt.NDArray[Any]]:
+    start, ids, values = _ragged([turn.seq.bias if turn.samples else None for turn in turns], np.float32)
+    return {"bias_start": start, "bias_ids": ids, "bias_values": values}
+
+
+def _ragged(
+    parts: Seq[tuple[Int32, npt.NDArray[Any]] | None], dtype: type[np.generic]
+) -> tuple[Int32, Int32, npt.NDArray[Any]]:
+    """Start offsets per request, then the ids and values of those that have any, one after the other."""
+    used = [part for part in parts if part is not None]
+    if not used:
+        return np.zeros(len(parts) + 1, np.int32), np.zeros(0, np.int32), np.zeros(0, dtype)
+    start = _ints([0, *accumulate(0 if part is None else len(part[0]) for part in parts)])
+    return start, np.concatenate([part[0] for part in used]), np.concatenate([part[1] for part in used])

@@ -1,0 +1,97 @@
+"""Reads a step's result: appends tokens, finds out which requests end and why, makes their deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pagoda.sched.state import Sequence, Turn
+from pagoda.types import Delta, FinishReason, StepResult, TokenLogprob
+
+NO_LOGITS = "the model produced no usable logits for this request"
+
+
+class _Rows:
+    """The result's rows as Python values: the arrays are converted once, log-probabilities only where asked for."""
+
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+        self.tokens: list[int] = result.tokens.tolist()
+        self.ok: list[int] = result.ok.tolist()
+
+    def logprob(self, row: int, top: int) -> TokenLogprob:
+        ids = self._result.top_ids[row, :top].tolist()
+        values = self._result.top_logprobs[row, :top].tolist()
+        return TokenLogprob(self.tokens[row], float(self._result.logprobs[row]), list(zip(ids, values, strict=True)))
+
+
+class Outcome:
+    """Applies results to sequences, and counts the tokens that went in and out."""
+
+    def __init__(self, pool_tokens: int) -> None:
+        self._pool_tokens = pool_tokens
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+
+    def read(self, turns: list[Turn], result: StepResult) -> Iterator[tuple[Sequence, Delta | None]]:
+        """Each request of the step with its delta, None where it gained nothing that is told."""
+        rows = _Rows(result)
+        start = 0
+        for turn in turns:
+            end = start + len(turn.scoring) + turn.samples
+            if turn.seq.alive:
+                yield turn.seq, self._advance(turn, rows, start, end)
+            else:
+                yield turn.seq, None
+            start = end
+
+    def _advance(self, turn: Turn, rows: _Rows, start: int, end: int) -> Delta | None:
+        seq = turn.seq
+        seq.computed += turn.count
+        if not all(rows.ok[start:end]):
+            return Delta(request_id=seq.request_id, finish_reason="error", error=NO_LOGITS)
+        if seq.prompt_scores is not None:
+            top = seq.params.prompt_logprobs or 0
+            seq.prompt_scores += (rows.logprob(row, top) for row in range(start, start + len(turn.scoring)))
+        if seq.computed < len(seq.known):
+            return None
+        delta = Delta(request_id=seq.request_id)
+        if turn.samples:
+            self._append(seq, rows, end - 1, delta)
+        else:
+            delta.finish_reason = "length"
+        if not seq.started:
+            self._start(seq, delta)
+        return delta
+
+    def _append(self, seq: Sequence, rows: _Rows, row: int, delta: Delta) -> None:
+        token = rows.tokens[row]
+        seq.known.append(token)
+        if seq.history is not None:
+            seq.history.add(token)
+        self.generation_tokens += 1
+        delta.token_ids = [token]
+        if seq.params.logprobs is not None:
+            delta.logprobs = [rows.logprob(row, seq.params.logprobs)]
+        delta.finish_reason = self._finish_reason(seq, token)
+        if delta.finish_reason == "stop" and not _is_eos(seq, token):
+            delta.stop_reason = token
+        elif delta.finish_reason == "error":
+            delta.error = f"the request grew past the {self._pool_tokens} tokens that the engine's memory holds"
+
+    def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
+        if token in seq.stop_ids:
+            return "stop"
+        if len(seq.known) >= seq.end:
+            return "length"
+        return "error" if len(seq.known) > self._pool_tokens else None
+
+    def _start(self, seq: Sequence, delta: Delta) -> None:
+        """What a request tells once, with its first token."""
+        seq.started = True
+        delta.prompt_logprobs, seq.prompt_scores = seq.prompt_scores, None
+        delta.cached_tokens = seq.cached_tokens
+        self.prompt_tokens += seq.prompt_len
+
+
+def _is_eos(seq: Sequence, token: int) -> bool:
+    return not seq.params.ignore_eos and token in seq.request.eos_token_ids

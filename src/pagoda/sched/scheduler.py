@@ -1,0 +1,288 @@
+"""Decides what each step computes: who runs, with how many tokens and which blocks; and what comes of its result.
+
+A request has computed and known tokens, and a step closes part of the difference: there are no prefill or decode
+phases. One step is planned at a time: `plan`, then `apply` or `fail` of that plan, then the next.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from operator import attrgetter
+
+import msgspec
+
+from pagoda.sched.batch import Batch
+from pagoda.sched.blocks import BlockPool
+from pagoda.sched.outcome import NO_LOGITS, Outcome
+from pagoda.sched.state import Sequence, Turn
+from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan, StepResult
+
+_ORDER = attrgetter("order")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    vocab_size: int
+    prefix_caching: bool = True
+
+
+class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges of this moment, then counters since the start."""
+
+    running: int
+    waiting: int
+    blocks_used: int
+    blocks_total: int
+    prefix_queries_tokens: int
+    prefix_hits_tokens: int
+    preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step that was planned and has no result yet, and the blocks it makes findable."""
+
+    plan: StepPlan
+    turns: list[Turn]
+    published: list[int]
+
+
+class Scheduler:
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._pool = BlockPool(config.num_blocks)
+        self._batch = Batch(config.max_num_seqs, config.max_model_len, config.vocab_size)
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._live: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []  # both lists by (priority, arrival)
+        self._running: list[Sequence] = []
+        self._flight: _Flight | None = None
+        self._arrivals = 0
+        self._steps = 0
+        self._preemptions = 0
+        self._prefix_queries_tokens = 0
+        self._prefix_hits_tokens = 0
+        self._outcome = Outcome(config.num_blocks * BLOCK_SIZE)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running or self._flight)
+
+    def add(self, request: Request) -> Delta | None:
+        """Queue a request. One that could never run is not queued: its only delta is returned instead."""
+        if request.request_id in self._live:
+            raise ValueError(f"request {request.request_id} is already in the engine")
+        known_len = len(request.prompt_token_ids) + len(request.output_token_ids)
+        limit = min(self._config.max_model_len, self._config.num_blocks * BLOCK_SIZE)
+        if not 0 < known_len <= limit:
+            error = (
+                f"the request has {known_len} tokens, the engine takes 1 to {limit}; send fewer, or give it more memory"
+            )
+            return Delta(request_id=request.request_id, finish_reason="error", error=error)
+        seq = Sequence(request, self._arrivals, self._config.max_model_len, self._config.vocab_size)
+        self._arrivals += 1
+        self._live[seq.request_id] = seq
+        insort(self._waiting, seq, key=_ORDER)
+        return None
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request; no delta follows. What it holds is freed now, or after the step it takes part in."""
+        seq = self._live.get(request_id)
+        if seq is None:
+            return
+        if seq.slot < 0:
+            del self._live[request_id]
+            del self._waiting[bisect_left(self._waiting, seq.order, key=_ORDER)]
+            return
+        self._drop(seq)
+        if self._flight is None or all(turn.seq is not seq for turn in self._flight.turns):
+            self._release(seq)
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when there is nothing to do."""
+        if self._flight is not None:
+            raise ValueError("the step before has no result yet")
+        preemptions = self._preemptions
+        turns = self._continue_running(self._config.max_num_batched_tokens)
+        published = [block for turn in turns for block in self._publish(turn)]
+        if self._preemptions == preemptions:  # else the blocks just freed have a taker already
+            budget = self._config.max_num_batched_tokens - sum(turn.count for turn in turns)
+            self._admit_waiting(budget, turns, published)
+        if not turns:
+            return None
+        self._steps += 1
+        plan = self._batch.plan(self._steps, turns)
+        self._flight = _Flight(plan, turns, published)
+        return plan
+
+    def apply(self, plan: StepPlan, result: StepResult) -> list[Delta]:
+        """Take in a step's result: at most one delta for each request that took part."""
+        turns = self._land(plan).turns
+        deltas = []
+        for seq, delta in self._outcome.read(turns, result):
+            if delta is not None:
+                deltas.append(delta)
+                if delta.finish_reason is not None:
+                    self._drop(seq)
+                    if delta.error == NO_LOGITS:
+                        self._pool.unpublish(seq.blocks)  # they may be why, and must not be served again
+            if not seq.alive:
+                self._release(seq)
+        return deltas
+
+    def fail(self, plan: StepPlan, message: str) -> list[Delta]:
+        """A step went wrong as a whole: all its requests end, and nothing it would have written is kept."""
+        flight = self._land(plan)
+        self._pool.unpublish(flight.published)
+        deltas = []
+        for turn in flight.turns:
+            seq = turn.seq
+            if seq.alive:
+                deltas.append(Delta(request_id=seq.request_id, finish_reason="error", error=message))
+                self._drop(seq)
+            self._release(seq)
+        return deltas
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            blocks_used=self._pool.total - self._pool.free,
+            blocks_total=self._pool.total,
+            prefix_queries_tokens=self._prefix_queries_tokens,
+            prefix_hits_tokens=self._prefix_hits_tokens,
+            preemptions=self._preemptions,
+            prompt_tokens=self._outcome.prompt_tokens,
+            generation_tokens=self._outcome.generation_tokens,
+        )
+
+    def check(self) -> None:
+        """Raise AssertionError unless blocks, slots and queues agree with each other."""
+        leaving = [turn.seq for turn in self._flight.turns if not turn.seq.alive] if self._flight else []
+        seated = self._running + leaving
+        self._pool.check([seq.blocks for seq in seated])
+        slots = [seq.slot for seq in seated] + self._free_slots
+        assert sorted(slots) == list(range(self._config.max_num_seqs)), "slots lost or given twice"
+        queued = self._running + self._waiting
+        assert {seq.request_id: seq for seq in queued} == self._live and len(queued) == len(self._live), "queues differ"
+        assert all(seq.slot < 0 and not seq.blocks for seq in self._waiting), "a waiting request holds something"
+        for seq in seated:
+            assert self._batch.block_tables[seq.slot, : len(seq.blocks)].tolist() == seq.blocks, "block table differs"
+
+    def _continue_running(self, budget: int) -> list[Turn]:
+        """Turns of running requests: those that lack one token first, so that no stream waits behind a prompt."""
+        lacks_one = [seq for seq in self._running if len(seq.known) - seq.computed == 1]
+        lacks_more = [seq for seq in self._running if len(seq.known) - seq.computed > 1]
+        turns = []
+        for seq in lacks_one + lacks_more:
+            if budget == 0:
+                break
+            count = min(len(seq.known) - seq.computed, budget)
+            if seq.slot >= 0 and self._make_room(seq, count):
+                turns.append(_turn(seq, count))
+                budget -= count
+        return [turn for turn in turns if turn.seq.slot >= 0]
+
+    def _make_room(self, seq: Sequence, count: int) -> bool:
+        """Give a running request blocks for `count` more tokens, at the cost of those behind it in the order."""
+        missing = _blocks(seq.computed + count) - len(seq.blocks)
+        if missing <= 0:
+            return True
+        while missing > self._pool.free:
+            last = self._running[-1]
+            self._preempt(last)
+            if last is seq:
+                return False
+        self._batch.add_blocks(seq, self._pool.take(missing))
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the queue, before all that came later; its tokens stay known and are computed again."""
+        self._running.remove(seq)
+        self._release(seq)
+        seq.computed = 0
+        insort(self._waiting, seq, key=_ORDER)
+        self._preemptions += 1
+
+    def _admit_waiting(self, budget: int, turns: list[Turn], published: list[int]) -> None:
+        """Start waiting requests in order, while there are tokens, slots, and blocks for all that each one knows."""
+        if not self._waiting:
+            return
+        # One block more than known for each running request: else it would soon push out who came in.
+        promised = sum(_blocks(len(seq.known)) + 1 - len(seq.blocks) for seq in self._running)
+        while self._waiting and budget > 0 and self._free_slots:
+            seq = self._waiting[0]
+            cached = self._cached_prefix(seq)
+            fresh = _blocks(len(seq.known)) - len(cached)
+            if fresh + self._pool.free_among(cached) + promised > self._pool.free:
+                break
+            del self._waiting[0]
+            self._seat(seq, cached)
+            count = min(len(seq.known) - seq.computed, budget)
+            self._make_room(seq, count)
+            turn = _turn(seq, count)
+            turns.append(turn)
+            published += self._publish(turn)
+            promised += _blocks(len(seq.known)) + 1 - len(seq.blocks)
+            budget -= count
+
+    def _cached_prefix(self, seq: Sequence) -> list[int]:
+        if not self._config.prefix_caching:
+            return []
+        return self._pool.match(seq.hash_blocks(seq.reusable_len() // BLOCK_SIZE))
+
+    def _seat(self, seq: Sequence, cached: list[int]) -> None:
+        self._pool.hold(cached)
+        seq.slot = self._free_slots.pop()
+        self._batch.seat(seq)
+        self._batch.add_blocks(seq, cached)
+        seq.computed = len(cached) * BLOCK_SIZE
+        insort(self._running, seq, key=_ORDER)
+        if seq.cached_tokens < 0:
+            seq.cached_tokens = min(seq.computed, seq.prompt_len)
+            if self._config.prefix_caching:
+                self._prefix_queries_tokens += len(seq.known)
+                self._prefix_hits_tokens += seq.computed
+
+    def _publish(self, turn: Turn) -> list[int]:
+        """Make the blocks that this turn fills findable at once: a request behind it in the same step may read them."""
+        seq = turn.seq
+        first, end = seq.computed // BLOCK_SIZE, (seq.computed + turn.count) // BLOCK_SIZE
+        if first == end or not self._config.prefix_caching:
+            return []
+        hashes = seq.hash_blocks(end)
+        return [seq.blocks[i] for i in range(first, end) if self._pool.publish(seq.blocks[i], hashes[i])]
+
+    def _land(self, plan: StepPlan) -> _Flight:
+        flight = self._flight
+        if flight is None or flight.plan is not plan:
+            raise ValueError("this is not the step in flight")
+        self._flight = None
+        return flight
+
+    def _drop(self, seq: Sequence) -> None:
+        """A running request ends; what it holds stays until `_release`."""
+        seq.alive = False
+        self._running.remove(seq)
+        del self._live[seq.request_id]
+
+    def _release(self, seq: Sequence) -> None:
+        self._pool.release(seq.blocks)
+        self._free_slots.append(seq.slot)
+        seq.blocks, seq.slot = [], -1
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_SIZE)
+
+
+def _turn(seq: Sequence, count: int) -> Turn:
+    samples = seq.computed + count == len(seq.known) < seq.end
+    return Turn(seq, count, seq.scoring(count), samples)

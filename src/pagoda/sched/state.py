@@ -1,0 +1,160 @@
+"""What the scheduler knows of one request between steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pagoda.sched.blocks import chain_hashes, root_hash
+from pagoda.types import BLOCK_SIZE, Float32, Int32, Request, SamplingParams, TokenLogprob
+
+Bias = tuple[Int32, Float32]
+
+
+class History:
+    """Which tokens the penalties apply to, and how often each is in the output; kept up to date, not recounted."""
+
+    def __init__(self, seen: list[int], output: list[int]) -> None:
+        ids = list(dict.fromkeys([*seen, *output]))
+        self._place = {token: place for place, token in enumerate(ids)}
+        self._ids = np.array(ids, np.int32)
+        self._counts = np.zeros(len(ids), np.int32)
+        for token in output:
+            self._counts[self._place[token]] += 1
+
+    def add(self, token: int) -> None:
+        place = self._place.get(token)
+        if place is None:
+            place = self._place[token] = len(self._place)
+            if place == len(self._ids):
+                self._ids, self._counts = (np.resize(a, 2 * place + 16) for a in (self._ids, self._counts))
+            self._ids[place], self._counts[place] = token, 0
+        self._counts[place] += 1
+
+    def arrays(self) -> tuple[Int32, Int32]:
+        size = len(self._place)
+        return self._ids[:size], self._counts[:size]
+
+
+class Sequence:
+    """A request with its known tokens (prompt, then output), how many of them are computed, and what it holds."""
+
+    __slots__ = (
+        "_bias",
+        "_first_bias",
+        "_min_len",
+        "alive",
+        "blocks",
+        "cached_tokens",
+        "computed",
+        "end",
+        "hashes",
+        "history",
+        "known",
+        "mask",
+        "order",
+        "params",
+        "prompt_len",
+        "prompt_scores",
+        "request",
+        "request_id",
+        "slot",
+        "started",
+        "stop_ids",
+    )
+
+    def __init__(self, request: Request, arrival: int, max_model_len: int, vocab_size: int) -> None:
+        params = request.params
+        self.request = request
+        self.request_id = request.request_id
+        self.params = params
+        self.order = (request.priority, arrival)
+        self.known = [*request.prompt_token_ids, *request.output_token_ids]
+        self.prompt_len = len(request.prompt_token_ids)
+        self.end = (
+            max_model_len if params.max_tokens is None else min(max_model_len, self.prompt_len + params.max_tokens)
+        )
+        self.computed = 0
+        self.blocks: list[int] = []
+        self.hashes: list[bytes] = []
+        self.slot = -1
+        self.alive = True
+        self.cached_tokens = -1  # not looked up yet
+        # A resumed request told all of this in its earlier life.
+        self.started = bool(request.output_token_ids)
+        scored = params.prompt_logprobs is not None and not self.started
+        self.prompt_scores: list[TokenLogprob | None] | None = [None] if scored else None
+        self.stop_ids = frozenset(params.stop_token_ids + (() if params.ignore_eos else request.eos_token_ids))
+        self._min_len = self.prompt_len + params.min_tokens
+        self._bias = _bias(params, frozenset())
+        self._first_bias = _bias(params, self.stop_ids) if params.min_tokens else None
+        self.mask = _mask(params.allowed_token_ids, vocab_size)
+        self.history = _history(request)
+
+    @property
+    def output_len(self) -> int:
+        return len(self.known) - self.prompt_len
+
+    @property
+    def bias(self) -> Bias | None:
+        return self._first_bias if len(self.known) < self._min_len else self._bias
+
+    def reusable_len(self) -> int:
+        """How many known tokens may come from the cache: the next logits wanted must still be computed."""
+        if self.prompt_scores is not None and len(self.prompt_scores) < self.prompt_len:
+            return len(self.prompt_scores) - 1
+        return len(self.known) - 1
+
+    def hash_blocks(self, count: int) -> list[bytes]:
+        """The hashes of the first `count` blocks of known tokens."""
+        done = len(self.hashes)
+        if done < count:
+            parent = self.hashes[-1] if done else root_hash(self.request.cache_salt)
+            self.hashes += chain_hashes(parent, self.known[done * BLOCK_SIZE : count * BLOCK_SIZE])
+        return self.hashes[:count]
+
+    def scoring(self, count: int) -> range:
+        """Places of the prompt tokens that the next `count` computed tokens give log-probabilities for."""
+        if self.prompt_scores is None:
+            return range(0)
+        return range(len(self.prompt_scores), min(self.prompt_len, self.computed + count + 1))
+
+
+@dataclass(slots=True)
+class Turn:
+    """A request's part in one step: it computes `count` tokens, scores given ones, and may sample one."""
+
+    seq: Sequence
+    count: int
+    scoring: range
+    samples: bool
+
+
+def _bias(params: SamplingParams, forbidden: frozenset[int]) -> Bias | None:
+    values = {**(params.logit_bias or {}), **dict.fromkeys(forbidden, -np.inf)}
+    if not values:
+        return None
+    return np.array(list(values), np.int32), np.array(list(values.values()), np.float32)
+
+
+def _mask(allowed: tuple[int, ...] | None, vocab_size: int) -> npt.NDArray[np.uint32] | None:
+    if allowed is None:
+        return None
+    bits = np.zeros(mask_words(vocab_size) * 32, np.uint8)
+    bits[list(allowed)] = 1
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)
+
+
+def mask_words(vocab_size: int) -> int:
+    return (vocab_size + 31) // 32
+
+
+def _history(request: Request) -> History | None:
+    params = request.params
+    if params.repetition_penalty != 1:
+        return History(request.prompt_token_ids, request.output_token_ids)
+    if params.presence_penalty or params.frequency_penalty:
+        return History([], request.output_token_ids)
+    return None
