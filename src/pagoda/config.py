@@ -31,7 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How one option is written and read. `kind` is the annotation of its field without `| None`, or "size".
+    """How one option is written and read. `kind` is the annotation of its field without `| None`.
 
     `note` is the line that is printed at start when the option was given: what it means on this machine.
     `works` False marks an option of vLLM that Pagoda knows and does not have: any value but the default is refused,
@@ -75,10 +75,14 @@ class Options:
         None,
         "Folder, .gguf file or hub name of the model; also as the first argument. None: SmolLM2-135M-Instruct",
         "Model",
-        env=("VLLM_MODEL_PATH", "MODEL_NAME"),
+        env=("VLLM_MODEL_PATH",),
     )
     served_model_name: tuple[str, ...] = _option(
-        (), "Names under which clients ask for the model; the default is the model as it was typed", "Model"
+        (),
+        "Names under which clients ask for the model; the default is the model as it was typed. MODEL_NAME is the model "
+        "itself where nothing else names one",
+        "Model",
+        env=("MODEL_NAME",),
     )
     dtype: str = _option(
         "auto",
@@ -95,7 +99,6 @@ class Options:
         "Longest context in tokens, prompt and answer together (8192, 8k, 8K; auto or -1: what the model and the "
         "memory allow)",
         "Model",
-        kind="size",
         env=("MAX_MODEL_LEN",),
         low=1,
     )
@@ -135,7 +138,7 @@ class Options:
         note="there is no GPU in use: it is the share of the memory that is free now",
     )
     kv_cache_memory_bytes: int | None = _option(
-        None, "Exact size of the KV cache in bytes (512M, 2G)", "Machine", kind="size", low=1
+        None, "Exact size of the KV cache in bytes (512M, 2G)", "Machine", low=1
     )
     num_gpu_blocks_override: int | None = _option(
         None, "Exact number of blocks (16 tokens each) of the KV cache", "Machine", low=1
@@ -151,7 +154,7 @@ class Options:
 
     max_num_seqs: int | None = _option(None, "Most requests that are computed in parallel", "Scheduling", low=1)
     max_num_batched_tokens: int | None = _option(
-        None, "Most tokens in one step, of all requests together", "Scheduling", kind="size", low=1
+        None, "Most tokens in one step, of all requests together", "Scheduling", low=1
     )
     max_num_queued_reqs: int | None = _option(
         None, "Most requests that wait; beyond it clients get 503 and when to come back", "Scheduling", low=0

@@ -1,0 +1,89 @@
+"""The command `pagoda`: finds the subcommand, and turns errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+
+from pagoda import __version__
+from pagoda.errors import ConfigError, PagodaError
+
+COMMANDS = MappingProxyType(
+    {
+        "serve": "answer requests over the OpenAI API",
+        "chat": "talk to a model in this terminal",
+        "version": "print the version",
+    }
+)
+
+HELP = """\
+pagoda: LLM inference and serving
+
+Usage: pagoda COMMAND [options]
+
+Commands:
+{commands}
+
+Examples:
+  pagoda serve                       the small default model, at http://localhost:8000
+  pagoda serve ./qwen3-0.6b          a folder with safetensors, or a .gguf file
+  pagoda chat                        talk to the server that is running
+  pagoda chat ./model.gguf           the same without a server
+
+Options of a command: pagoda COMMAND --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the result is the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words.pop(0) if words else "--help"
+    if command in ("-h", "--help", "help"):
+        lines = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+        print(HELP.format(commands=lines), end="")
+        return 0
+    if command in ("-v", "--version", "version"):
+        print(__version__)
+        return 0
+    return guarded(lambda: _run(command, words))
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Run it; an error becomes one line on stderr (a traceback with PAGODA_DEBUG=1)."""
+    try:
+        return action()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) left; Python would complain again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if os.environ.get("PAGODA_DEBUG") == "1":
+            raise
+        if isinstance(error, PagodaError):
+            print(f"pagoda: {error.message}", file=sys.stderr)
+            if error.remedy:
+                print(f"  {error.remedy}", file=sys.stderr)
+            return error.exit_code
+        print(f"pagoda: an error of Pagoda itself: {type(error).__name__}: {error}", file=sys.stderr)
+        print("  Run it again with PAGODA_DEBUG=1 to see where, and report that", file=sys.stderr)
+        return PagodaError.exit_code
+
+
+def _run(command: str, words: list[str]) -> int:
+    if command not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(command, COMMANDS, 1, 0.5)
+        remedy = f"Did you mean pagoda {near[0]}?" if near else f"Commands: {', '.join(COMMANDS)}"
+        raise ConfigError(f"There is no command {command}", remedy=remedy)
+    run: Callable[[list[str]], int] = importlib.import_module(f"pagoda.cli.{command}").run
+    return run(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""vLLM's flags that have no effect here, or that Pagoda does not have yet: each with the sentence that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from pagoda.config import Setting
+
+# name -> (default, what it means here). The default also tells how a value is read (None: text).
+_ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
+    {
+        "trust_remote_code": (False, "accepted; code from a model directory is never run"),
+        "enforce_eager": (False, "nothing to do on a CPU: there are no CUDA graphs to turn off"),
+        "disable_custom_all_reduce": (False, "nothing to do: one device has nobody to reduce with"),
+        "enable_chunked_prefill": (True, "always on: long prompts run in chunks beside the answers"),
+        "swap_space": (None, "not needed: a request that has to wait is computed again from its prefix"),
+        "cpu_offload_gb": (None, "nothing to do on a CPU: the whole model is in main memory"),
+        "seed": (None, "without effect on answers: each request has its own seed, its `seed` field or a random one"),
+        "block_size": (None, "a block of the cache always holds 16 tokens"),
+        "kv_cache_dtype": (None, "the cache is kept in float16"),
+        "async_scheduling": (True, "the engine decides"),
+        "attention_backend": (None, "there is one attention kernel for a CPU"),
+        "compilation_config": (None, "nothing is compiled at start"),
+        "optimization_level": (None, "nothing is compiled at start"),
+        "cudagraph_capture_sizes": (None, "there are no CUDA graphs on a CPU"),
+        "max_seq_len_to_capture": (None, "there are no CUDA graphs on a CPU"),
+        "performance_mode": (None, "the scheduler serves running answers first, then prompts"),
+        "max_logprobs": (None, "clients may ask for up to 20 log-probabilities"),
+        "distributed_executor_backend": (None, "the engine is one process"),
+        "max_parallel_loading_workers": (None, "the engine is one process"),
+        "disable_frontend_multiprocessing": (False, "the engine is always a process of its own"),
+        "api_server_count": (None, "there is one API process"),
+        "numa_bind": (False, "bind the whole server with numactl where it helps"),
+        "use_tqdm_on_load": (True, "the progress bar is drawn where there is a terminal"),
+        "tokenizer_mode": (None, "the model's own tokenizer files are read"),
+        "disable_log_requests": (False, "requests are not logged unless --enable-log-requests is given"),
+        "disable_log_stats": (False, "no statistics are printed; they are at /metrics"),
+        "enable_prompt_tokens_details": (False, "cached tokens are always reported in `usage`"),
+        "enable_server_load_tracking": (False, "the load is always measured, see /metrics"),
+        "uvicorn_log_level": (None, "without effect"),
+        "disable_uvicorn_access_log": (False, "there is no access log"),
+    }
+)
+
+# reason -> the flags it holds for, with their defaults.
+_LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    (
+        "several devices or machines for one model are not here yet",
+        {
+            "pipeline_parallel_size": 1,
+            "data_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
+            "nnodes": 1,
+            "enable_expert_parallel": False,
+            "headless": False,
+            "device_ids": None,
+        },
+    ),
+    (
+        "LoRA adapters are not here yet; merge the adapter into the model",
+        {"enable_lora": False, "lora_modules": (), "max_loras": 1, "max_lora_rank": 16, "max_cpu_loras": None},
+    ),
+    (
+        "tool calls are not here yet",
+        {"enable_auto_tool_choice": False, "tool_call_parser": None, "tool_parser_plugin": None, "tool_server": None},
+    ),
+    (
+        "reasoning is not returned apart from the answer yet",
+        {"reasoning_parser": None, "enable_reasoning": False, "reasoning_parser_plugin": None},
+    ),
+    (
+        "speculative decoding is not here yet",
+        {"speculative_config": None, "speculative_model": None, "spec_method": None, "num_speculative_tokens": None},
+    ),
+    (
+        "images, sound and video are not here yet",
+        {
+            "limit_mm_per_prompt": None,
+            "mm_processor_kwargs": None,
+            "media_io_kwargs": None,
+            "allowed_local_media_path": None,
+            "allowed_media_domains": (),
+        },
+    ),
+    (
+        "structured output is not here yet",
+        {"structured_outputs_config": None, "guided_decoding_backend": None},
+    ),
+    (
+        "models are not downloaded yet; give a folder, or a model that is in the Hugging Face or ModelScope cache",
+        {"download_dir": None, "revision": None, "code_revision": None, "tokenizer_revision": None, "hf_token": None},
+    ),
+    (
+        "embedding and classifying models are not here yet",
+        {"runner": None, "convert": None, "task": None, "pooler_config": None},
+    ),
+    (
+        "TLS is not here yet; put a proxy such as nginx or caddy in front",
+        {"ssl_keyfile": None, "ssl_certfile": None, "ssl_ca_certs": None, "enable_ssl_refresh": False},
+    ),
+    ("a model is used with its own tokenizer", {"tokenizer": None, "skip_tokenizer_init": False}),
+    ("the model's own config.json decides", {"hf_overrides": None, "hf_config_path": None, "rope_scaling": None}),
+    ("requests are served in the order they came", {"scheduling_policy": "fcfs"}),
+    ("code of others is not loaded into the server", {"middleware": (), "logits_processors": ()}),
+    ("not here yet", {"uds": None, "enable_sleep_mode": False, "kv_transfer_config": None, "grpc": False}),
+    ("not here yet", {"otlp_traces_endpoint": None, "kv_offloading_size": None, "prefix_caching_hash_algo": None}),
+)
+
+_ALIASES = MappingProxyType(
+    {
+        "optimization_level": ("-O",),
+        "compilation_config": ("-cc",),
+        "pipeline_parallel_size": ("-pp",),
+        "data_parallel_size": ("-dp",),
+        "enable_expert_parallel": ("-ep",),
+        "speculative_config": ("-sc",),
+    }
+)
+
+_AWQ = ("AWQ and GPTQ weights are not supported yet", "Use a GGUF file of the model (Q4_K_M is of similar size)")
+_ON_LOAD = ("Quantizing while loading is not supported yet", "Use a GGUF file of the model, such as its Q8_0 one")
+_PICKLE = (
+    "PyTorch's .bin and .pt files can run code when they are read, and are not read yet",
+    "Use the model's safetensors or GGUF files",
+)
+
+REFUSED_VALUES: Mapping[tuple[str, str], tuple[str, str]] = MappingProxyType(
+    {
+        ("dtype", "int8"): _ON_LOAD,
+        ("dtype", "fp8"): _ON_LOAD,
+        ("load_format", "pt"): _PICKLE,
+        ("load_format", "bin"): _PICKLE,
+        ("load_format", "pytorch_model.bin"): _PICKLE,
+        ("quantization", "squeezellm"): (
+            "SqueezeLLM is dead: vLLM dropped it and nobody publishes such models",
+            "Use a GGUF file of the model (Q4_K_M is of similar size)",
+        ),
+        **{("quantization", name): _AWQ for name in ("awq", "awq_marlin", "gptq", "gptq_marlin", "auto_awq")},
+        **{("quantization", name): _ON_LOAD for name in ("int8", "fp8", "bitsandbytes", "experts_int8")},
+    }
+)
+
+
+def without_effect() -> tuple[Setting, ...]:
+    """Flags that are accepted; `note` is the line printed at start."""
+    return tuple(
+        Setting(name, _kind(default), default, note, "Accepted, without effect", _ALIASES.get(name, ()), note=note)
+        for name, (default, note) in _ACCEPTED.items()
+    )
+
+
+def not_yet() -> tuple[Setting, ...]:
+    """Flags of vLLM that are refused unless they have their default."""
+    return tuple(
+        Setting(name, _kind(default), default, reason, "Refused for now", _ALIASES.get(name, ()), works=False)
+        for reason, names in _LATER
+        for name, default in names.items()
+    )
+
+
+def _kind(default: Any) -> str:
+    if isinstance(default, bool):
+        return "bool"
+    if isinstance(default, tuple):
+        return "tuple[str, ...]"
+    return "int" if isinstance(default, int) else "str"

@@ -1,0 +1,279 @@
+"""From what the user gave (command line, environment, config file) to Options, with the origin of each value."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pagoda.config import Options, Setting, declared
+from pagoda.errors import ConfigError
+from pagoda.flags import REFUSED_VALUES, not_yet, without_effect
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+
+_NUMBER = re.compile(r"(-?\d+(?:\.\d+)?)([kmgtKMGT]?)")
+_SCALE = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One value as the user gave it: `raw` is text, or what the config file held."""
+
+    setting: Setting
+    raw: Any
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The options, where each came from, and the lines to print at start."""
+
+    options: Options
+    origins: Mapping[str, str]
+    notices: tuple[str, ...]
+
+
+class Catalog:
+    """All known settings, found by flag, alias, file key or variable."""
+
+    def __init__(self) -> None:
+        self.settings = {s.name: s for s in (*declared(), *without_effect(), *not_yet())}
+        self._aliases = {alias: s for s in self.settings.values() for alias in s.aliases}
+
+    def find(self, word: str) -> tuple[Setting, bool] | None:
+        """The setting that a flag or key names, and False if it is the `--no-` form."""
+        if word in self._aliases:
+            return self._aliases[word], True
+        name = word.lstrip("-").replace("-", "_")
+        if name in self.settings:
+            return self.settings[name], True
+        positive = self.settings.get(name.removeprefix("no_"))
+        return (positive, False) if positive and positive.kind == "bool" else None
+
+    def unknown(self, word: str, where: str) -> ConfigError:
+        name = word.lstrip("-").replace("-", "_")
+        near = difflib.get_close_matches(name, [s.name for s in self.settings.values() if s.works], 3, 0.6)
+        flags = [self.settings[n].flag if word.startswith("-") else n for n in near]
+        remedy = f"Did you mean {' or '.join(flags)}?" if near else "See all options: pagoda serve --help"
+        return ConfigError(f"{where}: unknown option {word}", remedy=remedy)
+
+
+def resolve(
+    argv: Sequence[str], environ: Mapping[str, str], file: tuple[str, Mapping[str, Any]] | None = None
+) -> Settings:
+    """Join the sources: command line over environment over file (its name and content) over default."""
+    catalog = Catalog()
+    given: list[Given] = []
+    if file is not None:
+        given += _from_file(catalog, *file)
+    given += _from_environment(catalog, environ)
+    given += from_command_line(catalog, argv)
+    return _join(given, _typing_slips(catalog, environ))
+
+
+def from_command_line(catalog: Catalog, argv: Sequence[str]) -> list[Given]:
+    """Read the arguments in order; words that belong to no flag name the model."""
+    out: list[Given] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-") or word == "-":
+            out.append(Given(catalog.settings["model"], word, COMMAND_LINE))
+            continue
+        name, equals, value = word.partition("=")
+        name, _, path = name.partition(".")
+        if re.fullmatch(r"-O\d", name):
+            name, equals, value = "-O", "=", name[2:]
+        found = catalog.find(name)
+        if found is None:
+            raise catalog.unknown(name, "command line")
+        setting, positive = found
+        if equals:
+            raw: Any = value
+        elif setting.kind == "bool":
+            raw = "true" if positive else "false"
+        else:
+            raw = _next_values(setting, name, words)
+        if path:
+            raw = _dotted(path, raw)
+        if equals and not positive:
+            raise ConfigError(f"{name} takes no value", remedy=f"Write {name}, or {setting.flag} to turn it on")
+        out.append(Given(setting, raw if positive else "false", COMMAND_LINE))
+    return out
+
+
+def _next_values(setting: Setting, name: str, words: list[str]) -> Any:
+    if not words or (words[0].startswith("-") and not _NUMBER.fullmatch(words[0])):
+        example = setting.choices[0] if setting.choices else "VALUE"
+        raise ConfigError(f"{name} needs a value", remedy=f"Write {name} {example}")
+    values = [words.pop(0)]
+    # A path behind a list of names is the model: nobody calls a model's second name ./x.
+    while setting.kind.startswith("tuple") and words and not words[0].startswith(("-", "/", "./", "../", "~")):
+        values.append(words.pop(0))
+    return values if setting.kind.startswith("tuple") else values[0]
+
+
+def _dotted(path: str, raw: Any) -> Any:
+    """`--x.a.b 3` is `--x '{"a": {"b": 3}}'`."""
+    try:
+        value = json.loads(raw)
+    except (TypeError, ValueError):
+        value = raw
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def _from_environment(catalog: Catalog, environ: Mapping[str, str]) -> Iterable[Given]:
+    for setting in catalog.settings.values():
+        for variable in setting.variables:
+            # Compose files set variables to nothing; that is the same as not setting them.
+            if raw := environ.get(variable, "").strip():
+                words = raw.split(",") if setting.kind.startswith("tuple") else raw
+                yield Given(setting, words, f"environment {variable}")
+                break
+
+
+def _from_file(catalog: Catalog, name: str, content: Mapping[str, Any]) -> Iterable[Given]:
+    for key, raw in content.items():
+        found = catalog.find(key)
+        if found is None:
+            raise catalog.unknown(key, name)
+        setting, positive = found
+        if raw is not None:
+            yield Given(setting, raw if positive else not convert(setting, raw, key), name)
+
+
+def _typing_slips(catalog: Catalog, environ: Mapping[str, str]) -> list[str]:
+    known = {v for s in catalog.settings.values() for v in s.variables}
+    out = []
+    for variable in environ:
+        if variable.startswith("PAGODA_") and variable not in known:
+            near = difflib.get_close_matches(variable, known, 1, 0.85)
+            out += [f"{variable} is not a variable of Pagoda; did you mean {near[0]}?"] if near else []
+    return out
+
+
+def _join(given: Sequence[Given], notices: list[str]) -> Settings:
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    notes: dict[str, str] = {}
+    for one in given:
+        name, flag = one.setting.name, one.setting.flag
+        value = convert(one.setting, one.raw, flag if one.origin == COMMAND_LINE else f"{one.origin}: {name}")
+        if origins.get(name) == one.origin and not _mergeable(values[name], value):
+            if name == "model" and values[name] != value:
+                raise _several_models(values[name], value)
+            again = "" if values[name] == value else f": the last one counts, {_shown(one.setting, value)}"
+            notices.append(f"{'the model' if name == 'model' else flag} was given twice{again}")
+        values[name] = {**values[name], **value} if _mergeable(values.get(name), value) else value
+        origins[name] = one.origin
+        if one.setting.note:
+            notes[name] = f"{flag}: {one.setting.note}"
+        if not one.setting.works and value != one.setting.default:
+            raise ConfigError(f"{flag}: {one.setting.help}", remedy=f"Leave {flag} out")
+    _name_of_model(values, origins)
+    known = {s.name for s in declared()}
+    options = Options(**{name: value for name, value in values.items() if name in known})
+    return Settings(options, {n: origins.get(n, DEFAULT) for n in known}, (*notices, *notes.values()))
+
+
+def _mergeable(old: Any, new: Any) -> bool:
+    return isinstance(old, Mapping) and isinstance(new, Mapping)
+
+
+def _shown(setting: Setting, value: Any) -> str:
+    return "***" if setting.secret else str(value)
+
+
+def _several_models(first: str, second: str) -> ConfigError:
+    return ConfigError(
+        f"Two models were named ({first} and {second}); several models behind one port are not here yet",
+        remedy=f"Start one server for each, such as: pagoda serve {second} --port 8001",
+    )
+
+
+def _name_of_model(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """MODEL_NAME is the model where nothing else names one; else a name for it, beside the path as typed."""
+    if origins.get("served_model_name") != "environment MODEL_NAME":
+        return
+    if "model" in values:
+        values["served_model_name"] = (*values["served_model_name"], values["model"])
+    else:
+        values["model"] = ",".join(values.pop("served_model_name"))
+        origins["model"] = origins.pop("served_model_name")
+
+
+def convert(setting: Setting, raw: Any, where: str) -> Any:
+    """The value in its type, or a ConfigError that begins with `where`."""
+    kind = setting.kind
+    if kind == "bool":
+        value: Any = raw if isinstance(raw, bool) else _TRUTH.get(str(raw).lower())
+        if value is None:
+            raise ConfigError(f"{where}: {raw} is neither true nor false", remedy="Give true or false")
+        return value
+    if kind.startswith("tuple"):
+        return tuple(str(item) for item in (raw if isinstance(raw, list | tuple) else [raw]))
+    if kind.startswith("Mapping"):
+        return _table(raw, where)
+    if kind in ("int", "float"):
+        return _number(setting, raw, where)
+    text = str(raw)
+    if setting.choices and text not in setting.choices:
+        raise _not_a_choice(setting, text, where)
+    return text
+
+
+def _number(setting: Setting, raw: Any, where: str) -> int | float | None:
+    if setting.default is None and str(raw) in ("auto", "-1"):
+        return None
+    match = _NUMBER.fullmatch(str(raw).strip()) if not isinstance(raw, bool) else None
+    value = float(match[1]) * _SCALE[match[2]] if match else math.nan
+    if math.isnan(value) or (setting.kind == "int" and value != round(value)):
+        example = "a number such as 0.9" if setting.kind == "float" else "a whole number such as 8192, 8k or 8K"
+        raise ConfigError(f"{where}: {raw} is not a number that fits", remedy=f"Give {example}")
+    if (setting.low is not None and value < setting.low) or (setting.high is not None and value > setting.high):
+        top = f" to {setting.high:g}" if setting.high is not None else " or more"
+        raise ConfigError(f"{where}: {raw} is out of range", remedy=f"Give {setting.low:g}{top}")
+    return round(value) if setting.kind == "int" else value
+
+
+def _table(raw: Any, where: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(raw) if isinstance(raw, str) else raw
+    except ValueError:
+        value = None
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {raw} is not a JSON object", remedy="""Write it as '{"name": value}'""")
+    return value
+
+
+def _not_a_choice(setting: Setting, text: str, where: str) -> ConfigError:
+    if (setting.name, text) in REFUSED_VALUES:
+        message, remedy = REFUSED_VALUES[setting.name, text]
+        return ConfigError(f"{where} {text}: {message}", remedy=remedy)
+    return ConfigError(f"{where}: {text} is not known", remedy=f"Give one of {', '.join(setting.choices)}")
+
+
+def check(settings: Settings) -> None:
+    """Refuse what is well written and cannot be done on this machine; before the port and the model are touched."""
+    options = settings.options
+    size, quantization = options.tensor_parallel_size, options.quantization
+    if size > 1:
+        raise ConfigError(
+            f"--tensor-parallel-size {size} needs {size} GPUs, and the model runs on the CPU here, where only 1 works",
+            remedy="Leave --tensor-parallel-size out, or give 1",
+        )
+    if quantization is not None and quantization != "gguf":
+        message, remedy = REFUSED_VALUES.get(
+            ("quantization", quantization),
+            (f"{quantization} is not supported yet", "Leave it out, or use a GGUF file of the model"),
+        )
+        raise ConfigError(f"--quantization {quantization}: {message}", remedy=remedy)
