@@ -1,0 +1,284 @@
+"""A fake executor for scheduler tests: it checks every plan, and its "model" makes a token from all tokens before it.
+
+Each cell of the cache holds an id of the whole token prefix that was written there, so reading a shared, stale or
+never written block by mistake cannot go unseen.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pagoda.sched.scheduler import Scheduler, SchedulerConfig
+from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan, StepResult, TokenLogprob
+
+VOCAB = 40
+GARBAGE = -1
+
+
+def prefix_ids(salt: str, tokens: list[int]) -> list[int]:
+    ids, last = [], zlib.crc32(salt.encode())
+    for token in tokens:
+        last = hash((last, token))
+        ids.append(last)
+    return ids
+
+
+def logprob_of(prefix_id: int, token: int) -> float:
+    return float(np.float32(-(hash((prefix_id, token)) % 1000) / 100))
+
+
+def top_of(prefix_id: int, count: int) -> list[tuple[int, float]]:
+    return [((prefix_id + i) % VOCAB, logprob_of(prefix_id, i)) for i in range(count)]
+
+
+def choose(prefix_id: int, seed: int, position: int, allowed: set[int], history: dict[int, int]) -> int | None:
+    choices = sorted(allowed)
+    if not choices:
+        return None
+    return choices[hash((prefix_id, seed, position, tuple(sorted(history.items())))) % len(choices)]
+
+
+def penalty_history(request: Request, outputs: list[int]) -> dict[int, int]:
+    params = request.params
+    if params.repetition_penalty == 1 and not params.presence_penalty and not params.frequency_penalty:
+        return {}
+    seen = request.prompt_token_ids if params.repetition_penalty != 1 else []
+    return {token: outputs.count(token) for token in {*seen, *outputs}}
+
+
+def stop_ids(request: Request) -> set[int]:
+    eos = () if request.params.ignore_eos else request.eos_token_ids
+    return {*request.params.stop_token_ids, *eos}
+
+
+def bias_of(request: Request, output_len: int) -> dict[int, float]:
+    bias = dict(request.params.logit_bias or {})
+    if output_len < request.params.min_tokens:
+        bias.update(dict.fromkeys(stop_ids(request), -math.inf))
+    return bias
+
+
+def allowed_of(request: Request, output_len: int) -> set[int]:
+    given = request.params.allowed_token_ids
+    allowed = set(range(VOCAB)) if given is None else set(given)
+    return {token for token in allowed if bias_of(request, output_len).get(token, 0.0) != -math.inf}
+
+
+@dataclass
+class Told:
+    """All that a request has been told, or should have been."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    cached_tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+
+def solo(request: Request, config: SchedulerConfig) -> Told:
+    """What the request gives when it runs alone, by the rules and without a scheduler."""
+    told, params = Told(), request.params
+    known = [*request.prompt_token_ids, *request.output_token_ids]
+    capacity = config.num_blocks * BLOCK_SIZE
+    if not known or len(known) > min(capacity, config.max_model_len):
+        return Told(finish_reason="error")
+    if params.prompt_logprobs is not None and not request.output_token_ids:
+        ids = prefix_ids(request.cache_salt, request.prompt_token_ids)
+        told.prompt_logprobs = [None] + [
+            TokenLogprob(token, logprob_of(before, token), top_of(before, params.prompt_logprobs))
+            for before, token in zip(ids, request.prompt_token_ids[1:], strict=False)
+        ]
+    max_tokens = config.max_model_len if params.max_tokens is None else params.max_tokens
+    end = min(config.max_model_len, len(request.prompt_token_ids) + max_tokens)
+    while told.finish_reason is None:
+        if len(known) >= end:
+            told.finish_reason = "length"
+            break
+        outputs = known[len(request.prompt_token_ids) :]
+        prefix = prefix_ids(request.cache_salt, known)[-1]
+        allowed = allowed_of(request, len(outputs))
+        token = choose(prefix, params.seed or 0, len(known), allowed, penalty_history(request, outputs))
+        if token is None:
+            told.finish_reason = "error"
+            told.prompt_logprobs = told.prompt_logprobs if told.tokens else None
+            break
+        known.append(token)
+        told.tokens.append(token)
+        if params.logprobs is not None:
+            told.logprobs.append(TokenLogprob(token, logprob_of(prefix, token), top_of(prefix, params.logprobs)))
+        if not params.ignore_eos and token in request.eos_token_ids:
+            told.finish_reason = "stop"
+        elif token in params.stop_token_ids:
+            told.finish_reason, told.stop_reason = "stop", token
+        elif len(known) >= end:
+            told.finish_reason = "length"
+        elif len(known) > capacity:
+            told.finish_reason = "error"
+    return told
+
+
+class Harness:
+    """A scheduler with the fake executor behind it; knows what each request was told, from its deltas only."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.scheduler = Scheduler(config)
+        self.cells = np.full((config.num_blocks, BLOCK_SIZE), GARBAGE, np.int64)
+        self.requests: dict[str, Request] = {}
+        self.told: dict[str, Told] = {}
+        self.cancelled: set[str] = set()
+        self.steps = 0
+        self.plan_sizes: list[int] = []
+
+    def add(self, request: Request) -> None:
+        self.requests[request.request_id] = request
+        self.told[request.request_id] = Told()
+        delta = self.scheduler.add(request)
+        if delta is not None:
+            self._hear([delta])
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.add(request_id)
+        self.scheduler.cancel(request_id)
+        self.scheduler.check()
+
+    def known(self, request_id: str) -> list[int]:
+        request = self.requests[request_id]
+        return [*request.prompt_token_ids, *request.output_token_ids, *self.told[request_id].tokens]
+
+    def plan(self) -> tuple[StepPlan, list[str]] | None:
+        """The next plan, and whose turn each of its requests is."""
+        plan = self.scheduler.plan()
+        self.scheduler.check()
+        if plan is None:
+            assert not self.scheduler.has_work
+            return None
+        flight = self.scheduler._flight
+        assert flight is not None
+        return plan, [turn.seq.request_id for turn in flight.turns]
+
+    def step(self, *, fails: bool = False, poisoned: str = "", cancels: list[str] | None = None) -> bool:
+        """One step; False when there was nothing to do."""
+        planned = self.plan()
+        if planned is None:
+            return False
+        plan, names = planned
+        self.steps += 1
+        self.plan_sizes.append(len(plan.tokens))
+        assert 0 < len(plan.tokens) <= self.config.max_num_batched_tokens
+        assert len(set(names)) == len(names) <= self.config.max_num_seqs
+        assert len(set(plan.slots.tolist())) == len(names)
+        self._write(plan, names, fails)
+        if not fails:
+            result = self._result(plan, names, poisoned)
+        for name in cancels or []:
+            self.cancel(name)
+        self._hear(self.scheduler.fail(plan, "the step failed") if fails else self.scheduler.apply(plan, result))
+        self.scheduler.check()
+        return True
+
+    def run(self, limit: int = 5000) -> None:
+        while self.step():
+            assert self.steps < limit, "the scheduler does not come to an end"
+
+    def _cells_of(self, plan: StepPlan, r: int, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        places = np.arange(first, end)
+        return plan.block_tables[plan.slots[r], places // BLOCK_SIZE], places % BLOCK_SIZE
+
+    def _write(self, plan: StepPlan, names: list[str], fails: bool) -> None:
+        """Write all keys and values of the step, then read all that it reads."""
+        written: set[tuple[int, int]] = set()
+        for r, name in enumerate(names):
+            first, count = int(plan.positions[r]), int(plan.starts[r + 1] - plan.starts[r])
+            known = self.known(name)
+            assert count > 0 and first + count <= len(known)
+            fed = plan.tokens[plan.starts[r] : plan.starts[r + 1]].tolist()
+            assert fed == known[first : first + count], "wrong tokens"
+            cells = self._cells_of(plan, r, first, first + count)
+            places = set(zip(cells[0].tolist(), cells[1].tolist(), strict=True))
+            assert len(places) == count and not places & written, "two writers of one place"
+            written |= places
+            ids = prefix_ids(self.requests[name].cache_salt, known)[first : first + count]
+            self.cells[cells] = GARBAGE if fails else ids
+        if fails:
+            return
+        for r, name in enumerate(names):
+            end = int(plan.positions[r] + plan.starts[r + 1] - plan.starts[r])
+            ids = prefix_ids(self.requests[name].cache_salt, self.known(name)[:end])
+            assert self.cells[self._cells_of(plan, r, 0, end)].tolist() == ids, "wrong keys and values are read"
+
+    def _result(self, plan: StepPlan, names: list[str], poisoned: str) -> StepResult:
+        rows = len(plan.rows)
+        width = max(0, int(plan.row_top.max(initial=0)))
+        tokens, logprobs, ok = np.zeros(rows, np.int32), np.zeros(rows, np.float32), np.ones(rows, np.uint8)
+        top_ids, top_logprobs = np.full((rows, width), -1, np.int32), np.zeros((rows, width), np.float32)
+        for row in range(rows):
+            r, at, top = int(plan.row_request[row]), int(plan.rows[row]), int(plan.row_top[row])
+            assert plan.starts[r] <= at < plan.starts[r + 1]
+            place = int(plan.positions[r]) + at - int(plan.starts[r])
+            prefix = int(self.cells[self._cells_of(plan, r, place, place + 1)][0])
+            token: int | None = int(plan.row_target[row])
+            if token == -1:
+                token = self._sample(plan, r, names[r], prefix, place + 1)
+            if token is None or names[r] == poisoned:
+                ok[row] = 0
+                continue
+            tokens[row] = token
+            if top >= 0:
+                logprobs[row] = logprob_of(prefix, token)
+                for i, (top_id, value) in enumerate(top_of(prefix, top)):
+                    top_ids[row, i], top_logprobs[row, i] = top_id, value
+        return StepResult(tokens, logprobs, top_ids, top_logprobs, ok)
+
+    def _sample(self, plan: StepPlan, r: int, name: str, prefix: int, position: int) -> int | None:
+        """Choose by the plan's arrays alone, after comparing them with what the request says."""
+        request, params = self.requests[name], self.requests[name].params
+        assert position == len(self.known(name)), "sampled in the middle"
+        told = (plan.temperature, plan.top_p, plan.min_p, plan.presence, plan.frequency, plan.repetition)
+        asked = (params.temperature, params.top_p, params.min_p)
+        asked += (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+        assert [float(a[r]) for a in told] == [float(np.float32(value)) for value in asked]
+        assert plan.top_k[r] == max(params.top_k, 0)
+        outputs = self.known(name)[len(request.prompt_token_ids) :]
+        own = slice(plan.history_start[r], plan.history_start[r + 1])
+        history = dict(zip(plan.history_ids[own].tolist(), plan.history_counts[own].tolist(), strict=True))
+        assert len(history) == own.stop - own.start and history == penalty_history(request, outputs)
+        own = slice(plan.bias_start[r], plan.bias_start[r + 1])
+        bias = dict(zip(plan.bias_ids[own].tolist(), plan.bias_values[own].tolist(), strict=True))
+        assert len(bias) == own.stop - own.start and bias == bias_of(request, len(outputs))
+        allowed = set(range(VOCAB))
+        if plan.mask_index[r] >= 0:
+            words = plan.masks[plan.mask_index[r]]
+            allowed = {token for token in allowed if words[token // 32] >> np.uint32(token % 32) & np.uint32(1)}
+        allowed = {token for token in allowed if bias.get(token, 0.0) != -math.inf}
+        assert allowed == allowed_of(request, len(outputs))
+        return choose(prefix, int(plan.seed[r]), position, allowed, history)
+
+    def _hear(self, deltas: list[Delta]) -> None:
+        assert len({delta.request_id for delta in deltas}) == len(deltas)
+        for delta in deltas:
+            name, told = delta.request_id, self.told[delta.request_id]
+            assert name not in self.cancelled and told.finish_reason is None, "a delta after the end"
+            assert delta.token_ids or delta.finish_reason, "an empty delta"
+            first = not told.tokens
+            told.tokens += delta.token_ids
+            told.logprobs += delta.logprobs or []
+            if delta.prompt_logprobs is not None:
+                assert first and told.prompt_logprobs is None
+                told.prompt_logprobs = delta.prompt_logprobs
+            assert first or delta.cached_tokens == 0
+            told.cached_tokens.append(delta.cached_tokens)
+            told.finish_reason, told.stop_reason, told.error = delta.finish_reason, delta.stop_reason, delta.error
+            assert (delta.error is None) == (delta.finish_reason != "error")
+
+    def assert_empty(self) -> None:
+        stats = self.scheduler.stats()
+        assert not self.scheduler.has_work
+        assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
+        self.scheduler.check()
