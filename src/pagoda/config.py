@@ -79,8 +79,8 @@ class Options:
     )
     served_model_name: tuple[str, ...] = _option(
         (),
-        "Names under which clients ask for the model; the default is the model as it was typed. MODEL_NAME is the model "
-        "itself where nothing else names one",
+        "Names under which clients ask for the model; the default is the model as it was typed. Where nothing else "
+        "names a model, MODEL_NAME is the model itself",
         "Model",
         env=("MODEL_NAME",),
     )

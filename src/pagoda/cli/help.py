@@ -92,7 +92,8 @@ def serve_help(word: str = "") -> str:
         parts.append("\n".join(lines) + "\n")
     if not wanted:
         names = ", ".join(s.flag for s in without_effect())
-        parts += [f"Help:\n{_COMMON}", textwrap.fill(f"Accepted, without effect here: {names}", 116) + "\n"]
+        accepted = textwrap.fill(f"Accepted, without effect here: {names}", 116, break_on_hyphens=False)
+        parts += [f"Help:\n{_COMMON}", accepted + "\n"]
     return "\n".join(parts) if parts else f"No option has {word} in its name. All of them: pagoda serve --help\n"
 
 

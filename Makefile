@@ -1,0 +1,55 @@
+# make serve    install, and serve the default model at http://localhost:8000
+# make test     install with the test tools, and run the tests
+# make check    what CI runs: lint, format, types, floors, tests
+# make bench    measure
+# make docs     write the pages that are made from code
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+# Where the package index has only CUDA builds of torch:
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+NATIVE := CMakeLists.txt $(shell find native -type f 2>/dev/null)
+
+serve: $(VENV)/installed
+	$(BIN)/pagoda serve $(ARGS)
+
+test: $(VENV)/installed $(VENV)/test-tools
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/installed $(VENV)/test-tools
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed $(VENV)/test-tools
+	$(BIN)/python bench/run.py $(ARGS)
+
+docs: $(VENV)/installed
+	$(BIN)/python -m pagoda.cli.help > docs/configuration.md
+
+clean:
+	rm -rf $(VENV) build src/pagoda/backend/cpu/*.so
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Pagoda needs Python 3.11 or newer: install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Editable: after a change of Python nothing is installed again, after one of native/ only what changed is compiled.
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml $(NATIVE)
+	$(PIP) --editable .
+	@touch $@
+
+# torch first and alone, so that nothing else pulls another build of it.
+$(VENV)/test-tools: $(VENV)/bin/python pyproject.toml
+	$(PIP) $(TORCH)
+	$(PIP) $$($(BIN)/python -c 'import tomllib; print(*(f"\"{r}\"" for r in \
+		tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"]))' | tr -d '"' )
+	@touch $@
+
+.PHONY: serve test check bench docs clean
+.DELETE_ON_ERROR:
