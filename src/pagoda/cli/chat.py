@@ -1,0 +1,158 @@
+"""`pagoda chat`: talk to a model in the terminal, over a server or with an engine of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from pagoda.cli.inputs import load, split
+from pagoda.cli.talk import Local, Message, Partner, Remote
+from pagoda.deploy.find_model import check_format, find_model
+from pagoda.errors import ConfigError, PagodaError
+from pagoda.settings import check
+
+HELP = """\
+Usage: pagoda chat [MODEL] [options]
+
+Without MODEL: talks to the server that runs at --url. With MODEL: loads it into this process, no server needed.
+
+Examples:
+  pagoda chat
+  pagoda chat -q "What is a pagoda?"
+  pagoda chat ./model.gguf --system-prompt "Answer in one sentence."
+
+Options:
+  --url URL               the server (default http://localhost:8000/v1)
+  --model-name NAME       the model's name at that server (default: the first it lists)
+  --api-key KEY           the server's key (or in PAGODA_API_KEY, VLLM_API_KEY, OPENAI_API_KEY)
+  --system-prompt TEXT    what the model is told before the chat
+  -q, --quick TEXT        ask one question, print the answer, end
+  --temperature X, --max-tokens N
+With MODEL, the model and machine options of pagoda serve work too: --max-model-len, --threads, ...
+
+In the chat: /new forgets what was said, /exit ends (so does Ctrl-D); Ctrl-C stops an answer.
+"""
+
+_TEXT_OPTIONS = ("url", "model_name", "api_key", "system_prompt", "quick", "temperature", "max_tokens")
+
+
+@dataclass
+class Wishes:
+    """What the command line asked of the chat itself; `rest` belongs to the engine."""
+
+    values: dict[str, str] = field(default_factory=dict)
+    rest: list[str] = field(default_factory=list)
+
+    def number(self, name: str, kind: type[int] | type[float]) -> dict[str, Any]:
+        if name not in self.values:
+            return {}
+        try:
+            return {name: kind(self.values[name])}
+        except ValueError:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag}: {self.values[name]} is not a number") from None
+
+
+def run(argv: list[str]) -> int:
+    """The command: one question with -q, else a chat until /exit."""
+    wishes = _wishes(argv)
+    if split(wishes.rest).help is not None:
+        print(HELP, end="")
+        return 0
+    partner = _partner(wishes)
+    messages: list[Message] = []
+    if system := wishes.values.get("system_prompt"):
+        messages.append({"role": "system", "content": system})
+    try:
+        if "quick" in wishes.values:
+            _ask(partner, messages, wishes.values["quick"])
+            return 0
+        return _talk(partner, messages)
+    finally:
+        partner.close()
+
+
+def _wishes(argv: list[str]) -> Wishes:
+    wishes = Wishes()
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        name = "quick" if flag == "-q" else flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("-") or name not in _TEXT_OPTIONS:
+            wishes.rest.append(word)
+        elif equals:
+            wishes.values[name] = value
+        elif words:
+            wishes.values[name] = words.pop(0)
+        else:
+            raise ConfigError(f"{flag} needs a value", remedy="See: pagoda chat --help")
+    return wishes
+
+
+def _partner(wishes: Wishes) -> Partner:
+    sampling = wishes.number("temperature", float) | wishes.number("max_tokens", int)
+    if wishes.rest:
+        settings = load(split(wishes.rest), os.environ)
+        check(settings)
+        options = settings.options
+        if options.model is None:
+            raise ConfigError(f"{wishes.rest[0]} needs a model", remedy="Name one: pagoda chat ./model.gguf")
+        path = find_model(options.model, os.environ)
+        check_format(path, options.load_format, options.quantization)
+        return Local(options, path, sampling)
+    values, environ = wishes.values, os.environ
+    keys = (values.get("api_key"), *(environ.get(f"{owner}_API_KEY") for owner in ("PAGODA", "VLLM", "OPENAI")))
+    key = next((key for key in keys if key), None)
+    return Remote(values.get("url", "http://localhost:8000/v1"), values.get("model_name"), key, sampling)
+
+
+def _talk(partner: Partner, messages: list[Message]) -> int:
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  line editing and history for input()
+        print(f"{partner.name}: /new forgets what was said, /exit ends")
+    begin = list(messages)
+    while True:
+        try:
+            text = input("> " if at_terminal else "").strip()
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            print()
+            return 130
+        if text in ("/exit", "/quit", "/bye"):
+            return 0
+        if text == "/new":
+            messages[:] = begin
+        elif text.startswith("/") and " " not in text:
+            print("Commands: /new, /exit")
+        elif text:
+            try:
+                _ask(partner, messages, text)
+            except PagodaError as error:
+                if not at_terminal:
+                    raise
+                print(f"pagoda: {error}", file=sys.stderr)
+
+
+def _ask(partner: Partner, messages: list[Message], text: str) -> None:
+    """Print the answer as it comes; keep both in the history. A question that failed is forgotten."""
+    question: Message = {"role": "user", "content": text}
+    parts: list[str] = []
+    answer = partner.answer([*messages, question])
+    try:
+        for part in answer:
+            print(part, end="", flush=True)
+            parts.append(part)
+    except KeyboardInterrupt:
+        print(" ...", end="")
+    finally:
+        answer.close()
+        if parts:
+            print()
+    messages += [question, {"role": "assistant", "content": "".join(parts)}]

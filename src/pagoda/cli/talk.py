@@ -1,0 +1,157 @@
+"""Two partners to chat with: a server over HTTP, and an engine inside this process. Both stream their answer."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import secrets
+from collections.abc import Generator
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from pagoda.cli.screen import ProgressLine
+from pagoda.config import Options
+from pagoda.errors import ConfigError, ContextLengthExceeded, EngineError, ModelError
+
+Message = dict[str, Any]
+CONNECT_TIMEOUT_S = 10
+ANSWER_TIMEOUT_S = 3600
+
+
+class Partner(Protocol):
+    """Who answers. Closing the iterator stops the answer."""
+
+    name: str
+
+    def answer(self, messages: list[Message]) -> Generator[str]: ...
+
+    def close(self) -> None: ...
+
+
+class Remote:
+    """An OpenAI-compatible server."""
+
+    def __init__(self, url: str, model: str | None, api_key: str | None, sampling: dict[str, Any]) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"--url {url} is not an address", remedy="Write it as http://localhost:8000/v1")
+        self._parts, self._url, self._sampling = parts, url, sampling
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self.name = model or self._first_model()
+
+    def _first_model(self) -> str:
+        models = json.loads(self._send("GET", "/models").read()).get("data") or []
+        if not models:
+            raise EngineError(f"The server at {self._url} lists no model", remedy="Name one with --model-name")
+        return str(models[0]["id"])
+
+    def _send(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
+        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._parts.hostname or "", self._parts.port, timeout=CONNECT_TIMEOUT_S)
+        try:
+            connection.connect()
+            connection.sock.settimeout(ANSWER_TIMEOUT_S)
+            content = None if body is None else json.dumps(body)
+            connection.request(method, self._parts.path.rstrip("/") + path, content, self._headers)
+            response = connection.getresponse()
+        except OSError as error:
+            connection.close()
+            raise EngineError(
+                f"There is no server at {self._url}: {error.strerror or error}",
+                remedy="Start one with: pagoda serve  or name a model: pagoda chat ./model.gguf",
+            ) from None
+        if response.status != 200:
+            raise EngineError(f"The server answered {response.status}: {_reason(response.read())}")
+        return response
+
+    def answer(self, messages: list[Message]) -> Generator[str]:
+        body = {"model": self.name, "messages": messages, "stream": True, **self._sampling}
+        response = self._send("POST", "/chat/completions", body)
+        try:
+            for line in response:
+                data = line.strip().removeprefix(b"data: ")
+                if data == line.strip() or data == b"[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise EngineError(f"The server stopped: {_reason(data)}")
+                for choice in event.get("choices") or ():
+                    if text := (choice.get("delta") or {}).get("content"):
+                        yield text
+        finally:
+            response.close()
+
+    def close(self) -> None:
+        return None
+
+
+def _reason(body: bytes) -> str:
+    try:
+        error = json.loads(body)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        return body[:200].decode(errors="replace")
+
+
+class Local:
+    """An engine of its own in this process."""
+
+    def __init__(self, options: Options, path: str, sampling: dict[str, Any]) -> None:
+        from pagoda.engine.core import EngineCore
+        from pagoda.text.chat import load_chat_template
+        from pagoda.text.generation import load_generation_defaults
+        from pagoda.text.tokenizer import load_tokenizer
+        from pagoda.weights.open import open_source
+
+        source = open_source(path)
+        metadata = source.metadata
+        self._tokenizer = load_tokenizer(path, metadata)
+        template = load_chat_template(path, metadata, options.chat_template)
+        if template is None:
+            raise ModelError("This model has no chat template", remedy="Give one with --chat-template FILE")
+        self._template, self._template_kwargs = template, dict(options.default_chat_template_kwargs)
+        defaults = load_generation_defaults(path, metadata)
+        source.close()
+        self._eos = defaults.eos_token_ids
+        neutral = options.generation_config == "vllm"
+        self._sampling = {**({} if neutral else defaults.params), **options.override_generation_config, **sampling}
+        progress = ProgressLine()
+        self._core = EngineCore(options.engine_config(path), progress)
+        progress.clear()
+        self.name = options.model or path
+
+    def answer(self, messages: list[Message]) -> Generator[str]:
+        from pagoda.text.output import TextOutput
+        from pagoda.types import Request, SamplingParams
+
+        prompt = self._template.encode(self._tokenizer, messages, template_kwargs=self._template_kwargs)
+        room = self._core.info.max_model_len - len(prompt)
+        if room < 1:
+            raise ContextLengthExceeded(
+                "This chat is longer than the model's context", remedy="Type /new to begin again"
+            )
+        wanted = {"seed": secrets.randbits(63), **self._sampling}
+        wanted["max_tokens"] = min(room, int(wanted.get("max_tokens") or room))
+        params = SamplingParams(**wanted)
+        params.check(self._tokenizer.vocab_size)
+        request = Request(
+            request_id=secrets.token_hex(8), prompt_token_ids=prompt, params=params, eos_token_ids=self._eos
+        )
+        output = TextOutput(self._tokenizer, request)
+        self._core.add(request)
+        try:
+            while not output.finished and self._core.has_work:
+                for delta in self._core.step():
+                    if delta.error:
+                        raise EngineError(delta.error)
+                    if text := output.feed(delta).text:
+                        yield text
+        finally:
+            self._core.cancel(request.request_id)
+            while self._core.has_work:
+                self._core.step()
+
+    def close(self) -> None:
+        self._core.close()
