@@ -1,0 +1,134 @@
+"""Files of a checkpoint: what they are by their first bytes, mapped read-only, and gathered as one source."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pagoda.errors import ModelError
+from pagoda.weights.source import Tensor
+
+Kind = Literal["gguf", "safetensors", "pointer", "pickle", "old", "answer", "empty", "other"]
+
+DOWNLOAD_AGAIN = "Download it again"
+USE_SAFETENSORS = (
+    "pagoda reads safetensors and GGUF: take the model's safetensors version, or convert it with transformers: "
+    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+)
+
+_MAGICS: tuple[tuple[bytes, Kind], ...] = (
+    (b"GGUF", "gguf"),
+    (b"version https://git-lfs", "pointer"),
+    (b"PK\x03\x04", "pickle"),
+    (b"lmgg", "old"),
+    (b"fmgg", "old"),
+    (b"tjgg", "old"),
+    (b'{"error', "answer"),
+)
+_WEAK_MAGICS: tuple[tuple[bytes, Kind], ...] = ((b"\x80", "pickle"), (b"<", "answer"))  # may begin a safetensors file
+
+_WRONG: dict[Kind, tuple[str, str]] = {
+    "pointer": ("is a git-lfs pointer, not the file itself", "Run `git lfs pull` in its folder, or download the file"),
+    "pickle": ("is a PyTorch pickle, which can run code when it is loaded", USE_SAFETENSORS),
+    "old": ("is a GGML file from before GGUF", "Download the model as GGUF"),
+    "answer": ("is a web server's answer, not a model", "Download it again, and check the address and the proxy"),
+    "empty": ("is empty", DOWNLOAD_AGAIN),
+    "other": ("is neither safetensors nor GGUF", "Give a model directory, a .gguf file or a .safetensors file"),
+}
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn what the system says about a file into a ModelError."""
+    try:
+        yield
+    except OSError as e:
+        raise ModelError(f"cannot read {path}: {e.strerror or e}", remedy="Check the path and its permissions") from e
+
+
+def sniff(path: Path) -> Kind:
+    """What a file is, from its first bytes."""
+    with reading(path), _open_regular(path) as fd:
+        head = os.pread(fd, 32, 0)
+    if not head:
+        return "empty"
+    if kind := _match(head, _MAGICS):
+        return kind
+    if head[8:9] == b"{":
+        return "safetensors"
+    return _match(head, _WEAK_MAGICS) or "other"
+
+
+def _match(head: bytes, magics: tuple[tuple[bytes, Kind], ...]) -> Kind | None:
+    return next((kind for magic, kind in magics if head.startswith(magic)), None)
+
+
+def wrong_kind(path: Path, kind: Kind) -> ModelError:
+    """Why a file of this kind is not a model that can be opened here."""
+    what, remedy = _WRONG.get(kind, (f"is a {kind} file, which is not expected here", "Give its path alone"))
+    return ModelError(f"{path} {what}", remedy=remedy)
+
+
+@contextmanager
+def _open_regular(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # non-blocking: a pipe must not hang us
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(None, "it is not a regular file")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_small(path: Path, limit_bytes: int) -> bytes:
+    """The content of a file that has no reason to be large."""
+    with reading(path), _open_regular(path) as fd:
+        size = os.fstat(fd).st_size
+        if size > limit_bytes:
+            raise ModelError(f"{path} has {size} bytes, more than the {limit_bytes} it may have", remedy=DOWNLOAD_AGAIN)
+        return os.pread(fd, size, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class MappedFile:
+    """A file mapped read-only: `raw` for slices of bytes, `data` for views. It is unmapped with its last view."""
+
+    path: Path
+    raw: mmap.mmap
+    data: npt.NDArray[np.uint8]
+
+    @property
+    def size(self) -> int:
+        return int(self.data.size)
+
+
+def map_file(path: Path, kind: Kind) -> MappedFile:
+    """Map a file that must be of this kind."""
+    found = sniff(path)
+    if found != kind:
+        raise wrong_kind(path, found)
+    with reading(path), _open_regular(path) as fd:
+        raw = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+    return MappedFile(path, raw, np.frombuffer(raw, dtype=np.uint8))
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """An open checkpoint (a TensorSource). Tensors taken from it stay valid after `close`."""
+
+    path: str
+    metadata: Mapping[str, Any]
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def close(self) -> None:
+        self.tensors = {}

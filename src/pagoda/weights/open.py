@@ -1,0 +1,87 @@
+"""The one way into a checkpoint: finds out by content what a path holds, and opens it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pagoda.errors import ModelError
+from pagoda.weights.files import reading, sniff, wrong_kind
+from pagoda.weights.gguf import SPLIT_NAME, open_gguf
+from pagoda.weights.safetensors import INDEX, open_safetensors
+from pagoda.weights.source import TensorSource
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_SIDECARS = ("mmproj", "mtp-", "imatrix")  # in names of GGUF files that go with a model and are none
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
+
+
+def open_source(path: str) -> TensorSource:
+    """Open a GGUF file, a safetensors file, or a directory with a model in either format.
+
+    A directory that has both is opened as safetensors; the GGUF file can be named by its own path.
+    """
+    place = Path(path)
+    with reading(path):
+        if not path or not place.exists():
+            raise _missing(path)
+        if place.is_dir():
+            return _open_directory(place)
+    if place.name == INDEX:
+        return open_safetensors(place)
+    kind = sniff(place)
+    if kind == "gguf":
+        return open_gguf(place)
+    if kind == "safetensors":
+        return open_safetensors(place)
+    raise wrong_kind(place, kind)
+
+
+def _missing(path: str) -> ModelError:
+    if os.path.islink(path):
+        return ModelError(f"{path} is a link to {os.readlink(path)}, which is not there", remedy="Download it again")
+    if _HUB_ID.fullmatch(path):
+        return ModelError(
+            f"{path} is no file or directory here; it looks like a Hugging Face id, and downloads are not built in yet",
+            remedy="Download the model yourself and give its directory",
+        )
+    return ModelError(f"{path or 'the empty path'} is no file or directory", remedy="Give the path of a model")
+
+
+def _open_directory(folder: Path) -> TensorSource:
+    kinds = {file.name: sniff(file) for file in sorted(folder.iterdir()) if _is_candidate(file)}
+    if INDEX in kinds or any(kind == "safetensors" and name.endswith(".safetensors") for name, kind in kinds.items()):
+        return open_safetensors(folder)
+    ggufs = [name for name, kind in kinds.items() if kind == "gguf"]
+    if ggufs:
+        return open_gguf(folder / _choose(folder, ggufs))
+    for name, kind in kinds.items():
+        if name.endswith(_WEIGHTS):
+            raise wrong_kind(folder / name, kind)
+    raise ModelError(
+        f"{folder} holds no model: no safetensors and no GGUF file",
+        remedy="Give the directory that has config.json and *.safetensors, or the path of a .gguf file",
+    )
+
+
+def _is_candidate(file: Path) -> bool:
+    if file.name.endswith(_WEIGHTS) and not file.exists():
+        raise _missing(str(file))
+    return file.is_file() and not file.name.startswith(".")
+
+
+def _choose(folder: Path, names: list[str]) -> str:
+    """The one GGUF model among these names; the parts of a split one count as one."""
+    models = [name for name in names if not any(mark in name.lower() for mark in _SIDECARS)] or names
+    first_parts: dict[str, str] = {}
+    for name in models:
+        match = SPLIT_NAME.fullmatch(name)
+        first_parts.setdefault(match[1] if match else name, name)
+    if len(first_parts) == 1:
+        return models[0]
+    paths = [str(folder / name) for name in first_parts.values()]
+    raise ModelError(
+        f"{folder} holds {len(paths)} GGUF models: {', '.join(first_parts.values())}",
+        remedy=f"Give the path of one, such as {paths[0]}",
+    )
