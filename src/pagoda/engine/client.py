@@ -1,0 +1,321 @@
+"""The server's side of the engine: keeps each stream going over the deaths of the engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from pagoda.backend.base import Progress
+from pagoda.config import EngineConfig
+from pagoda.engine.link import COMMAND, Link, describe_exit
+from pagoda.engine.messages import (
+    Cancel,
+    EngineStats,
+    FromEngine,
+    Loading,
+    LoadFailed,
+    ModelInfo,
+    Ready,
+    Step,
+    Submit,
+)
+from pagoda.engine.roster import Roster
+from pagoda.engine.stream import DeltaStream, Stream
+from pagoda.errors import ConfigError, EngineError, MemoryShort, ModelError, Overloaded, PagodaError
+from pagoda.sched.scheduler import SchedulerStats
+from pagoda.types import Request
+
+MAX_DEATHS = 5
+DEATHS_WINDOW_S = 600.0
+_LONGEST_BACKOFF_S = 30.0
+_DEATHS_BEFORE_READY = 2
+_TICKS_PER_LIMIT = 8
+_SLOWEST_OPS_PER_S = 5e9
+_DUMP_S = 0.2
+_LOAD_ERRORS: dict[str, type[PagodaError]] = {e.__name__: e for e in (ConfigError, ModelError, MemoryShort)}
+_NO_SCHEDULE = SchedulerStats(
+    running=0,
+    waiting=0,
+    blocks_used=0,
+    blocks_total=0,
+    prefix_queries_tokens=0,
+    prefix_hits_tokens=0,
+    preemptions=0,
+    prompt_tokens=0,
+    generation_tokens=0,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class EngineClient:
+    """Starts the engine, sends it requests, and starts it again when it dies; all in one event loop.
+
+    `on_dead` is called once, with the reason, when the engine died too often to be started again: the server then
+    ends with exit code 70. `command` is the engine's command line without the file descriptor (tests put their own).
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        command: Sequence[str] = COMMAND,
+        max_queued: int = 1024,
+        hang_limit_s: float = 60.0,
+        backoff_s: float = 1.0,
+        on_dead: Callable[[str], None] | None = None,
+    ) -> None:
+        self.ready = False
+        self.dead = False
+        self.restarts = 0
+        self.on_dead = on_dead
+        self._config = config
+        self._command = tuple(command)
+        self._max_queued = max_queued
+        self._hang_limit_s = hang_limit_s
+        self._backoff_s = backoff_s
+        self._info: ModelInfo | None = None
+        self._stats = EngineStats(scheduler=_NO_SCHEDULE)
+        self._roster = Roster()
+        self._link: Link | None = None
+        self._draining = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._on_progress: Progress | None = None
+        self._load_error: PagodaError | None = None
+        self._deaths: deque[float] = deque()
+        self._silent_ticks = 0
+        self._longest_step_s = 0.0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def info(self) -> ModelInfo:
+        if self._info is None:
+            raise RuntimeError("the engine is not loaded yet")
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's last word; what waits here for an engine that is down counts as waiting."""
+        schedule = self._stats.scheduler
+        waiting = schedule.waiting + self._roster.waiting
+        return msgspec.structs.replace(self._stats, scheduler=msgspec.structs.replace(schedule, waiting=waiting))
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._link is None else self._link.pid
+
+    def spawn(self) -> None:
+        """Start the process now, before there is a loop; `start` does it otherwise."""
+        if self._link is None:
+            self._link = Link(self._config, self._command)
+
+    async def start(self, on_progress: Progress | None = None) -> None:
+        """Wait until the model is loaded. Raises the error that loading ended with."""
+        self._on_progress = on_progress
+        self.spawn()
+        loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tasks = [asyncio.create_task(self._supervise(loaded)), asyncio.create_task(self._watch())]
+        await loaded
+
+    def generate(self, request: Request) -> DeltaStream:
+        """Take a request in and give its deltas. Raises Overloaded at once when too many wait or the end is near."""
+        if self.dead or self._draining:
+            raise Overloaded("the server is shutting down")
+        places = self._max_queued + (self._info.max_num_seqs if self._info else 0)
+        if len(self._roster) >= places:
+            raise Overloaded(
+                f"{len(self._roster)} requests are waiting or running, and more are not taken; retry later"
+            )
+        if request.params.seed is None:  # chosen here, so that a restart draws the same tokens
+            params = msgspec.structs.replace(request.params, seed=secrets.randbits(63))
+            request = msgspec.structs.replace(request, params=params)
+        stream = Stream(request)
+        self._roster.add(stream)
+        self._empty.clear()
+        self._submit()
+        return DeltaStream(stream, self._release)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no more requests and let the live ones end; those that do not in time get an error. True: all ended."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        except TimeoutError:
+            self._cancel(self._roster.end_all("the server shut down before this request was done"))
+            self._note_empty()
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """End the engine and whatever is still live."""
+        self._draining = True
+        self.ready = False
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._roster.end_all("the server shut down before this request was done")
+        self._note_empty()
+        link, self._link = self._link, None
+        if link is not None:
+            await link.stop()
+
+    def _submit(self) -> None:
+        if not self.ready or self._link is None:
+            return
+        if not self._roster.sent:
+            self._silent_ticks = 0
+        for request in self._roster.due():
+            self._link.send(Submit(request))
+
+    def _cancel(self, wire_ids: list[str]) -> None:
+        for wire_id in wire_ids:
+            if self._link is not None:
+                self._link.send(Cancel(wire_id))
+
+    def _release(self, stream: Stream) -> None:
+        """The consumer wants no more of this request."""
+        wire_id = self._roster.remove(stream)
+        if wire_id is not None:
+            self._cancel([wire_id])
+            self._submit()
+        self._note_empty()
+
+    def _note_empty(self) -> None:
+        if not len(self._roster):
+            self._empty.set()
+
+    def _hear(self, message: FromEngine) -> None:
+        self._silent_ticks = 0
+        match message:
+            case Step(deltas, stats):
+                self._stats = stats
+                self._longest_step_s = max(self._longest_step_s, stats.last_step_s)
+                for delta in deltas:
+                    self._cancel(self._roster.deliver(delta))
+                self._submit()
+                self._note_empty()
+            case Loading(phase, share):
+                if self._on_progress is not None:
+                    self._on_progress(phase, share)
+            case Ready(info):
+                self._info = info
+                self._load_error = None
+                self.ready = True
+                self._submit()
+            case LoadFailed(kind, text, remedy, exit_code):
+                self._load_error = _LOAD_ERRORS.get(kind, EngineError)(text, remedy=remedy)
+                self._load_error.exit_code = exit_code
+
+    async def _supervise(self, loaded: asyncio.Future[None]) -> None:
+        try:
+            await self._live_and_die(loaded)
+        except Exception as error:
+            _log.exception("the engine cannot be kept running")
+            self._give_up("the server failed to keep the engine running", loaded, error)
+
+    async def _live_and_die(self, loaded: asyncio.Future[None]) -> None:
+        """The engine's lives, one after the other, until it is given up."""
+        while True:
+            link = self._link
+            if link is None:
+                link = self._link = Link(self._config, self._command)
+            await link.connect(lambda message: self._hear_first(message, loaded))
+            await link.lost.wait()
+            self._take_back()
+            cause = describe_exit(await link.reap())
+            self._link = None
+            self._count_death()
+            reason = self._hopeless(cause, first=not loaded.done())
+            if reason is not None:
+                self._give_up(reason.message, loaded, reason)
+                return
+            delay_s = self._delay_s()
+            _log.error("the engine stopped (%s); it starts again in %g s", cause, delay_s)
+            await asyncio.sleep(delay_s)
+            self.restarts += 1
+
+    def _hear_first(self, message: FromEngine, loaded: asyncio.Future[None]) -> None:
+        self._hear(message)
+        if self.ready and not loaded.done():
+            loaded.set_result(None)
+
+    def _take_back(self) -> None:
+        self.ready = False
+        self._roster.engine_died()
+        self._note_empty()
+        schedule = msgspec.structs.replace(self._stats.scheduler, running=0, waiting=0, blocks_used=0)
+        self._stats = msgspec.structs.replace(self._stats, scheduler=schedule)
+        self._longest_step_s = 0.0
+
+    def _count_death(self) -> None:
+        now = time.monotonic()
+        self._deaths.append(now)
+        while now - self._deaths[0] > DEATHS_WINDOW_S:
+            self._deaths.popleft()
+
+    def _delay_s(self) -> float:
+        """0, 1, 2, 4 ... 30 seconds, by the deaths of the last ten minutes."""
+        deaths = len(self._deaths)
+        return 0.0 if deaths < 2 else min(_LONGEST_BACKOFF_S, self._backoff_s * 2.0 ** (deaths - 2))
+
+    def _hopeless(self, cause: str, first: bool) -> PagodaError | None:
+        """Why the engine is not started again, None if it is."""
+        if first and self._load_error is not None:
+            return self._load_error
+        if first and len(self._deaths) >= _DEATHS_BEFORE_READY:
+            return EngineError(
+                f"the engine process ended with {cause} while it loaded the model",
+                remedy="signal SIGKILL is mostly the system short of memory: `dmesg` tells; take a smaller model"
+                if cause.endswith("SIGKILL")
+                else "the log above says where",
+            )
+        if len(self._deaths) > MAX_DEATHS:
+            last = self._load_error.message if self._load_error else cause
+            return EngineError(f"the engine stopped {len(self._deaths)} times in ten minutes (last: {last})")
+        return None
+
+    def _give_up(self, reason: str, loaded: asyncio.Future[None], error: Exception) -> None:
+        self.ready = False
+        self.dead = True
+        self._roster.end_all("the engine stopped and could not be started again")
+        self._note_empty()
+        if not loaded.done():
+            loaded.set_exception(error)
+        elif self.on_dead is not None:
+            self.on_dead(reason)
+
+    async def _watch(self) -> None:
+        """Restart an engine that has work and gives no sign of it. Ticks, not clocks: a server that slept is no proof."""
+        tick_s = self._hang_limit_s / _TICKS_PER_LIMIT
+        while True:
+            await asyncio.sleep(tick_s)
+            link = self._link
+            if link is None or not self.ready or not self._roster.sent:
+                self._silent_ticks = 0
+                continue
+            self._silent_ticks += 1
+            if self._silent_ticks * tick_s > self._patience_s():
+                _log.error(
+                    "the engine has work and made no step for %.0f s; it is stopped", self._silent_ticks * tick_s
+                )
+                self.ready = False
+                link.dump_stacks()
+                await asyncio.sleep(_DUMP_S)
+                link.kill()
+
+    def _patience_s(self) -> float:
+        """The hang limit, and more where one step may take long by itself: a large model on a slow machine."""
+        info = self.info
+        guess_s = 0.0
+        if info.device.startswith(("cpu", "reference")):
+            guess_s = 2.0 * info.weight_bytes * info.max_num_batched_tokens / _SLOWEST_OPS_PER_S
+        return max(self._hang_limit_s, 10.0 * self._longest_step_s, guess_s)

@@ -1,0 +1,201 @@
+"""The engine without a process around it: one model, one scheduler, one executor, advanced step by step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from pagoda.arch.registry import load_spec
+from pagoda.arch.spec import ModelSpec
+from pagoda.backend.base import Capacity, Limits, Progress
+from pagoda.backend.select import load_executor
+from pagoda.config import EngineConfig
+from pagoda.engine.messages import EngineStats, ModelInfo
+from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
+from pagoda.sched.scheduler import Scheduler, SchedulerConfig
+from pagoda.types import BLOCK_SIZE, Delta, Request
+from pagoda.weights.open import open_source
+from pagoda.weights.source import TensorSource
+
+_log = logging.getLogger(__name__)
+_CUDA_SEQS, _CPU_SEQS = 256, 64
+_CUDA_STEP_TOKENS, _CPU_STEP_TOKENS = 8192, 512
+
+
+class EngineCore:
+    """Loads on construction (ConfigError, ModelError or MemoryShort say why not). Not thread-safe: one caller."""
+
+    def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
+        started = time.monotonic()
+        self._source = open_source(config.model)
+        self.spec = load_spec(self._source)
+        limits = resolve_limits(config, self.spec)
+        self._executor = load_executor(config.device, self.spec, self._source, limits, progress)
+        capacity = self._executor.capacity
+        max_model_len = fit_context(config, limits, capacity)
+        self.info = _describe(config, limits, capacity, self.spec, self._source, max_model_len, started)
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                num_blocks=capacity.num_blocks,
+                max_num_seqs=limits.max_num_seqs,
+                max_num_batched_tokens=limits.max_num_batched_tokens,
+                max_model_len=max_model_len,
+                vocab_size=self.spec.vocab_size,
+                prefix_caching=config.prefix_caching,
+            )
+        )
+        self._refused: list[Delta] = []
+        self._steps = 0
+        self._last_step_s = 0.0
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The GGUF key-value table of the model, {} if it has none."""
+        return self._source.metadata
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._refused) or self._scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue a request. One that cannot be run ends with an error in the next step; nothing is raised."""
+        try:
+            self._check(request)
+            refusal = self._scheduler.add(request)
+        except BadRequest as error:
+            refusal = Delta(request_id=request.request_id, finish_reason="error", error=error.message)
+        except ValueError:
+            _log.exception("request %s refused", request.request_id)
+            message = "the engine cannot take this request"
+            refusal = Delta(request_id=request.request_id, finish_reason="error", error=message)
+        if refusal is not None:
+            self._refused.append(refusal)
+
+    def _check(self, request: Request) -> None:
+        """The server has checked all this; an executor that trusts it would read outside its tables."""
+        size = self.spec.vocab_size
+        request.params.check(size)
+        for ids in (request.prompt_token_ids, request.output_token_ids):
+            if ids and not (min(ids) >= 0 and max(ids) < size):
+                raise BadRequest(f"the prompt holds a token id outside 0..{size - 1}", param="prompt")
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request; no delta follows."""
+        self._refused = [delta for delta in self._refused if delta.request_id != request_id]
+        self._scheduler.cancel(request_id)
+
+    def step(self) -> list[Delta]:
+        """Compute one step. One that fails ends the requests that took part in it, not the engine."""
+        deltas, self._refused = self._refused, []
+        plan = self._scheduler.plan()
+        if plan is None:
+            return deltas
+        started = time.monotonic()
+        try:
+            result = self._executor.launch(plan).wait()
+        except EngineError as error:
+            outcome = self._scheduler.fail(plan, error.message)
+        except Exception:
+            # Whatever went wrong is known to the log only: a foreign text must not reach clients.
+            _log.exception("step %d failed", plan.step)
+            outcome = self._scheduler.fail(plan, "the engine failed in a step that computed this request")
+        else:
+            outcome = self._scheduler.apply(plan, result)
+        self._steps += 1
+        self._last_step_s = time.monotonic() - started
+        return deltas + outcome
+
+    def stats(self) -> EngineStats:
+        return EngineStats(scheduler=self._scheduler.stats(), steps=self._steps, last_step_s=self._last_step_s)
+
+    def close(self) -> None:
+        self._executor.close()
+        self._source.close()
+
+
+def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
+    """Put a number in place of each `auto`; ConfigError where the numbers cannot go together."""
+    cuda = config.device == "cuda"
+    if config.max_model_len is not None and config.max_model_len > spec.max_position:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is above {spec.max_position}, the longest context of this model",
+            remedy=f"use --max-model-len {spec.max_position} or less",
+            param="max_model_len",
+        )
+    max_num_seqs = config.max_num_seqs or (_CUDA_SEQS if cuda else _CPU_SEQS)
+    step_tokens = config.max_num_batched_tokens or max(_CUDA_STEP_TOKENS if cuda else _CPU_STEP_TOKENS, max_num_seqs)
+    if step_tokens < max_num_seqs:
+        if config.max_num_seqs is not None:
+            raise ConfigError(
+                f"max_num_batched_tokens {step_tokens} is below max_num_seqs {max_num_seqs}: each running request "
+                "needs one token of a step",
+                remedy=f"use --max-num-batched-tokens {max_num_seqs} or more, or --max-num-seqs {step_tokens} or less",
+                param="max_num_batched_tokens",
+            )
+        max_num_seqs = step_tokens
+    return Limits(
+        max_model_len=config.max_model_len or spec.max_position,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=step_tokens,
+        memory_share=config.memory_share,
+        kv_cache_bytes=config.kv_cache_bytes,
+        num_blocks=config.num_blocks,
+        threads=config.threads,
+        dtype=config.dtype,
+    )
+
+
+def fit_context(config: EngineConfig, limits: Limits, capacity: Capacity) -> int:
+    """The longest context one request can have: what was asked for, or else what the cache holds."""
+    tokens = capacity.num_blocks * BLOCK_SIZE
+    if tokens >= limits.max_model_len:
+        return limits.max_model_len
+    if config.max_model_len is None and tokens > 0:
+        return tokens
+    raise MemoryShort(
+        f"a context of {limits.max_model_len} tokens does not fit: there is memory for a cache of {tokens} tokens",
+        remedy=f"use --max-model-len {tokens} or less, or give more memory with --gpu-memory-utilization"
+        if tokens
+        else "give more memory with --gpu-memory-utilization, or take a smaller model",
+        param="max_model_len",
+    )
+
+
+def weight_types(source: TensorSource) -> str:
+    """The types that the weights are stored in, largest share first; those under one percent are left out."""
+    sizes: Counter[str] = Counter()
+    for tensor in source.tensors.values():
+        sizes[tensor.type] += tensor.nbytes
+    return ", ".join(name for name, size in sizes.most_common() if size * 100 >= sizes.total())
+
+
+def _describe(
+    config: EngineConfig,
+    limits: Limits,
+    capacity: Capacity,
+    spec: ModelSpec,
+    source: TensorSource,
+    max_model_len: int,
+    started: float,
+) -> ModelInfo:
+    return ModelInfo(
+        model=config.model,
+        architecture=spec.model_type,
+        vocab_size=spec.vocab_size,
+        max_model_len=max_model_len,
+        model_max_len=spec.max_position,
+        num_blocks=capacity.num_blocks,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        weight_bytes=capacity.weight_bytes,
+        kv_bytes=capacity.kv_bytes,
+        activation_bytes=capacity.activation_bytes,
+        device=capacity.device,
+        weight_types=weight_types(source),
+        eos_token_ids=spec.eos_token_ids,
+        load_s=time.monotonic() - started,
+    )
