@@ -1,0 +1,135 @@
+// Attention over the paged cache. Segments of 512 tokens are cut at absolute positions; within one: scores of all
+// blocks, maximum, exponents, weighted sum of values; segments are joined in order. A query's result therefore has the
+// same bits in a prompt chunk, in a batch and alone.
+#pragma once
+#include "kernels.h"
+#include "vec.h"
+
+namespace pagoda {
+namespace PG_NS {
+
+// Scores of N queries [N][dim] against the 16 keys of a block [dim][16].
+template <int N> PG_INLINE void block_scores(const float* q, const uint16_t* keys, int dim, float* scores) {
+  F acc[N][2] = {};
+  for (int d = 0; d < dim; d++) {
+    F k0 = load_f16(keys + d * kTokens), k1 = load_f16(keys + d * kTokens + 8);
+    for (int n = 0; n < N; n++) {
+      F x = splat(q[n * dim + d]);
+      acc[n][0] = fma(x, k0, acc[n][0]), acc[n][1] = fma(x, k1, acc[n][1]);
+    }
+  }
+  for (int n = 0; n < N; n++) store(scores + n * kSegment, acc[n][0]), store(scores + n * kSegment + 8, acc[n][1]);
+}
+
+// acc [N][dim] += weights [N] of `count` tokens times their values [count][dim], in the order of the tokens.
+template <int N> PG_INLINE void block_values(const float* weights, const uint16_t* values, int dim, int count, float* acc) {
+  for (int d = 0; d < dim; d += 16) {
+    F sum[N][2];
+    for (int n = 0; n < N; n++) sum[n][0] = load(acc + n * dim + d), sum[n][1] = load(acc + n * dim + d + 8);
+    for (int t = 0; t < count; t++) {
+      F v0 = load_f16(values + t * dim + d), v1 = load_f16(values + t * dim + d + 8);
+      for (int n = 0; n < N; n++) {
+        F w = splat(weights[n * kSegment + t]);
+        sum[n][0] = fma(w, v0, sum[n][0]), sum[n][1] = fma(w, v1, sum[n][1]);
+      }
+    }
+    for (int n = 0; n < N; n++) store(acc + n * dim + d, sum[n][0]), store(acc + n * dim + d + 8, sum[n][1]);
+  }
+}
+
+// Scores to weights: those at `limit` and behind become 0. Returns maximum and sum.
+PG_INLINE void soften(float* s, int count, int limit, float& top, float& total) {
+  for (int i = limit; i < count; i++) s[i] = -INFINITY;
+  F m = load(s);
+  for (int i = 8; i < count; i += 8) m = max(m, load(s + i));
+  top = max_lanes(m);
+  F sum = {};
+  for (int i = 0; i < count; i += 8) {
+    F e = exp(load(s + i) - top);
+    sum += e;
+    store(s + i, e);
+  }
+  total = sum_lanes(sum);
+}
+
+struct Running {  // of one query, over the segments so far
+  float top, total;
+};
+
+// Join the result of a segment to what is there.
+PG_INLINE void join(Running& r, float* acc, const float* part, int dim, float top, float total) {
+  if (r.total == 0.0f) {
+    r = {top, total};
+    memcpy(acc, part, dim * sizeof(float));
+    return;
+  }
+  float highest = r.top > top ? r.top : top;
+  F scale = exp(F{r.top - highest, top - highest});
+  r = {highest, r.total * scale[0] + total * scale[1]};
+  for (int d = 0; d < dim; d += 8) store(acc + d, load(acc + d) * scale[0] + load(part + d) * scale[1]);
+}
+
+// One segment [start, start + 512) for N consecutive query vectors.
+template <int N>
+PG_INLINE void segment(const AttentionJob& job, int first, int start, const float* q, float* scores, float* part, float* acc, Running* running) {
+  const int dim = job.cache->head_dim;
+  const int last = job.position + (first + N - 1) / job.group;  // position of the last of these queries
+  if (start > last) return;
+  const int end = last + 1 < start + kSegment ? last + 1 : start + kSegment;
+  const int blocks = (end - start + kTokens - 1) / kTokens;
+  const int32_t* table = job.table + start / kTokens;
+  for (int b = 0; b < blocks; b++)
+    block_scores<N>(q + first * dim, job.cache->at(job.layer, table[b], job.kv_head), dim, scores + b * kTokens);
+  float top[N] = {}, total[N] = {};
+  for (int n = 0; n < N; n++) {
+    const int limit = job.position + (first + n) / job.group + 1 - start;
+    if (limit > 0) soften(scores + n * kSegment, blocks * kTokens, limit, top[n], total[n]);
+    else memset(scores + n * kSegment, 0, blocks * kTokens * sizeof(float));
+  }
+  memset(part, 0, N * dim * sizeof(float));
+  for (int b = 0; b < blocks; b++) {
+    const int count = end - start - b * kTokens < kTokens ? end - start - b * kTokens : kTokens;
+    const uint16_t* block = job.cache->at(job.layer, table[b], job.kv_head);
+    block_values<N>(scores + b * kTokens, block + kTokens * dim, dim, count, part);
+  }
+  for (int n = 0; n < N; n++)
+    if (total[n] > 0.0f || total[n] != total[n]) join(running[first + n], acc + (first + n) * dim, part + n * dim, dim, top[n], total[n]);
+}
+
+void attention(const AttentionJob& job, float* scratch) {
+  const int dim = job.cache->head_dim, queries = job.tokens * job.group;
+  float *q = scratch, *acc = q + kQueryVectors * dim, *part = acc + kQueryVectors * dim;
+  float* scores = part + kQueryVectors * dim;
+  Running running[kQueryVectors] = {};
+  for (int n = 0; n < queries; n++)
+    for (int d = 0; d < dim; d += 8)
+      store(q + n * dim + d, load(job.q + n / job.group * job.q_stride + n % job.group * dim + d) * job.scale);
+  const int last = job.position + job.tokens - 1;
+  for (int start = 0; start <= last; start += kSegment) {
+    for (int n = 0; n < queries;) {
+      if (queries - n >= 4) segment<4>(job, n, start, q, scores, part, acc, running), n += 4;
+      else if (queries - n == 3) segment<3>(job, n, start, q, scores, part, acc, running), n += 3;
+      else if (queries - n == 2) segment<2>(job, n, start, q, scores, part, acc, running), n += 2;
+      else segment<1>(job, n, start, q, scores, part, acc, running), n += 1;
+    }
+  }
+  for (int n = 0; n < queries; n++) {
+    float* to = job.out + n / job.group * job.out_stride + n % job.group * dim;
+    const float scale = 1.0f / running[n].total;
+    for (int d = 0; d < dim; d += 8) store(to + d, load(acc + n * dim + d) * scale);
+  }
+}
+
+void store_kv(const KvCache& cache, int layer, int64_t block, int head, int offset, const float* k, const float* v) {
+  const int dim = cache.head_dim;
+  uint16_t *keys = cache.at(layer, block, head), *values = keys + kTokens * dim + offset * dim;
+  uint16_t half[8];
+  for (int d = 0; d < dim; d += 8) {
+    store_f16(half, load(k + d));
+    for (int i = 0; i < 8; i++) keys[(d + i) * kTokens + offset] = half[i];
+    store_f16(values + d, load(v + d));
+  }
+}
+
+}  // namespace PG_NS
+}  // namespace pagoda

@@ -1,0 +1,144 @@
+// Loading: instruction set, weights, program, memory.
+#include "context.h"
+
+#include <cstring>
+#include <new>
+#include <sys/mman.h>
+
+using namespace pagoda;
+
+namespace pagoda {
+
+Pages::Pages(int64_t bytes) : bytes_(bytes) {
+  if (bytes <= 0) return;
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  data_ = static_cast<uint8_t*>(p);
+}
+
+Pages::~Pages() {
+  if (data_) munmap(data_, bytes_);
+}
+
+}  // namespace pagoda
+
+namespace {
+
+const Kernels* find_kernels(const std::string& isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool vnni = avx2 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  if (isa == "avx512") return vnni ? kernels_avx512() : nullptr;
+  if (isa == "avx2") return avx2 ? kernels_avx2() : nullptr;
+#endif
+  return isa == "generic" ? kernels_generic() : nullptr;
+}
+
+bool known(int32_t type) { return is_float(type) || layout_of(type).block > 0; }
+
+// Call body, turning a lack of memory into an error text.
+template <typename Body> int32_t guarded(pg_context* c, Body body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    c->error = "out of memory";
+    return -1;
+  }
+}
+
+Buffer make_buffer(const pg_buffer& from, const pg_dims& d) {
+  const int64_t rows = from.rows_are_logits ? d.max_rows : d.max_tokens, blocks = from.width / kBlock;
+  Buffer b{from.width, from.rows_are_logits != 0, Pages(rows * from.width * 4 + 32), {}, {}, {}, {}};
+  if (from.width % kBlock == 0) {
+    b.q = Pages(rows * from.width), b.d = Pages(rows * blocks * 4);
+    b.s = Pages(rows * blocks * 4), b.h = Pages(rows * blocks * 8);
+  }
+  return b;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* pg_best_isa() {
+  for (const char* isa : {"avx512", "avx2"})
+    if (find_kernels(isa)) return isa;
+  return "generic";
+}
+
+pg_context* pg_create(int32_t threads, const char* isa) {
+  const Kernels* k = find_kernels(isa);
+  return k && threads > 0 ? new pg_context(threads, k) : nullptr;
+}
+
+void pg_destroy(pg_context* c) { delete c; }
+const char* pg_error(pg_context* c) { return c->error.c_str(); }
+int32_t pg_threads(pg_context* c) { return c->team.size(); }
+
+int32_t pg_weight(pg_context* c, const pg_part* parts, int32_t n) {
+  return guarded(c, [&]() -> int32_t {
+    Weight w;
+    w.k = parts[0].k;
+    for (int i = 0; i < n; i++) {
+      const pg_part& p = parts[i];
+      const int64_t depth = is_float(p.type) ? 1 : layout_of(p.type).header ? 256 : kBlock;
+      if (!known(p.type) || p.k != w.k || p.k % depth || p.rows <= 0) {
+        c->error = "a matrix of a type or shape that cannot run";
+        return -1;
+      }
+      const int64_t panels = (p.rows + kPanel - 1) / kPanel, stride = panel_bytes(p.type, p.k);
+      w.pages.emplace_back(panels * stride);
+      uint8_t* data = w.pages.back().data();
+      w.parts.push_back({p.type, p.rows, w.rows, w.panels, stride, data});
+      w.rows += p.rows, w.panels += panels;
+      Counter next;
+      c->team.run([&](int) {
+        for (int64_t at; (at = next.next.fetch_add(16)) < panels;) repack(p, data, at, at + 16 < panels ? at + 16 : panels);
+      });
+    }
+    c->weights.push_back(std::move(w));
+    return (int32_t)c->weights.size() - 1;
+  });
+}
+
+int32_t pg_vector(pg_context* c, const float* data, int64_t n) {
+  return guarded(c, [&]() -> int32_t {
+    std::vector<float> v(data, data + n);
+    v.resize(n + kPanel);  // read in whole vectors
+    c->vectors.push_back(std::move(v));
+    return (int32_t)c->vectors.size() - 1;
+  });
+}
+
+int64_t pg_weight_bytes(pg_context* c) {
+  int64_t total = 0;
+  for (auto& w : c->weights)
+    for (auto& p : w.pages) total += p.bytes();
+  for (auto& v : c->vectors) total += (int64_t)v.size() * 4;
+  return total;
+}
+
+int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, int32_t n_buffers, const pg_op* ops, int32_t n_ops) {
+  return guarded(c, [&]() -> int32_t {
+    c->dims = *d;
+    c->inv_freq.assign(d->inv_freq, d->inv_freq + d->rope_dim / 2);
+    c->buffers.clear();
+    for (int i = 0; i < n_buffers; i++) c->buffers.push_back(make_buffer(buffers[i], *d));
+    c->ops.assign(ops, ops + n_ops);
+    c->kv_pages = Pages((int64_t)d->layers * d->num_blocks * d->kv_heads * 2 * kTokens * d->head_dim * 2);
+    c->kv = {reinterpret_cast<uint16_t*>(c->kv_pages.data()), d->num_blocks, d->kv_heads, d->head_dim};
+    c->rope_pages = Pages((int64_t)d->max_tokens * d->rope_dim * 4);
+    c->logit_pages = Pages((int64_t)d->max_rows * d->vocab * 4);
+    c->counters = std::make_unique<Counter[]>(n_ops);
+    for (auto& s : c->attention_scratch) s.resize(attention_scratch(d->head_dim));
+    return 0;
+  });
+}
+
+int64_t pg_activation_bytes(pg_context* c) {
+  int64_t total = c->rope_pages.bytes() + c->logit_pages.bytes();
+  for (auto& b : c->buffers) total += b.f.bytes() + b.q.bytes() + b.d.bytes() + b.s.bytes() + b.h.bytes();
+  return total;
+}
+}

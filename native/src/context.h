@@ -1,0 +1,60 @@
+// What a loaded model is: repacked weights, buffers, the KV cache, the program, the team that runs it.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "sample.h"
+#include "team.h"
+
+namespace pagoda {
+
+// Zeroed pages straight from the system, taken as they are touched.
+class Pages {
+ public:
+  Pages() = default;
+  explicit Pages(int64_t bytes);
+  Pages(Pages&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr; }
+  Pages& operator=(Pages&& other) noexcept { std::swap(data_, other.data_), std::swap(bytes_, other.bytes_); return *this; }
+  ~Pages();
+  uint8_t* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+struct Weight {
+  std::vector<Part> parts;
+  std::vector<Pages> pages;
+  int64_t rows = 0, k = 0, panels = 0;
+};
+
+struct Buffer {  // [rows][width] floats, and the 8-bit form of the same rows
+  int64_t width;
+  bool rows_are_logits;
+  Pages f, q, d, s, h;
+  float* row(int64_t r) const { return reinterpret_cast<float*>(f.data()) + r * width; }
+};
+
+}  // namespace pagoda
+
+struct pg_context {
+  pg_context(int threads, const pagoda::Kernels* k) : team(threads), kernels(k), scratch(threads), attention_scratch(threads) {}
+  pagoda::Team team;
+  const pagoda::Kernels* kernels;
+  std::string error;
+  std::vector<pagoda::Weight> weights;
+  std::vector<std::vector<float>> vectors;
+  std::vector<pagoda::Buffer> buffers;
+  std::vector<pg_op> ops;
+  pg_dims dims{};
+  std::vector<double> inv_freq;
+  pagoda::Pages kv_pages, rope_pages, logit_pages;
+  pagoda::KvCache kv{};
+  std::unique_ptr<pagoda::Counter[]> counters;  // one per operation
+  std::vector<pagoda::SampleScratch> scratch;
+  std::vector<std::vector<float>> attention_scratch;
+};

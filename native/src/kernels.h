@@ -1,0 +1,75 @@
+// The table of kernels: one for each instruction set, all with the same arithmetic in the same order.
+#pragma once
+#include <cstdint>
+
+#include "layout.h"
+
+namespace pagoda {
+
+struct Rows {  // activations of a matmul: float rows, and their 8-bit form if the weight is quantized
+  const float* f;
+  const int8_t* q;
+  const float* d;  // scale of each block of 32
+  const float* s;  // scale * sum of the codes of each block of 32
+  const float* h;  // the same for each half block of 16
+  int64_t k;
+};
+
+struct Out {
+  float* data;
+  int64_t stride;     // floats
+  const float* bias;  // one per column, or null
+  bool add;           // add to what is there
+};
+
+constexpr int kTokens = 16;       // tokens of a KV block
+constexpr int kSegment = 512;     // tokens attended at a time, cut at absolute positions
+constexpr int kQueryVectors = 32; // query vectors of one attention job
+
+struct KvCache {
+  uint16_t* data;  // f16; [layer][block][kv head] of K [head_dim][16], then V [16][head_dim]
+  int64_t blocks;
+  int heads, head_dim;
+  uint16_t* at(int layer, int64_t block, int head) const {
+    return data + ((layer * blocks + block) * heads + head) * 2 * kTokens * head_dim;
+  }
+};
+
+struct AttentionJob {  // consecutive tokens of one request, the query heads of one KV head
+  const KvCache* cache;
+  const int32_t* table;  // blocks of the request
+  int layer, kv_head, group;
+  int tokens, position;  // of the first token
+  const float* q;        // first token, first head of the group
+  int64_t q_stride;      // floats from token to token
+  float* out;
+  int64_t out_stride;
+  float scale;
+};
+
+struct Kernels {
+  const char* name;
+  void (*matmul)(const Part&, int64_t first_panel, int64_t last_panel, const Rows&, int64_t first, int64_t last, const Out&);
+  void (*dequantize_row)(const Part&, int64_t k, int64_t row, float* out);
+  void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
+  void (*quantize)(const float* x, int64_t n, int8_t* q, float* d, float* s, float* h);
+  void (*silu)(const float* gate, const float* up, int64_t n, float* out);
+  void (*rotate)(float* head, const float* cos, const float* sin, int dim, bool interleaved);
+  void (*store_kv)(const KvCache&, int layer, int64_t block, int head, int offset, const float* k, const float* v);
+  void (*attention)(const AttentionJob&, float* scratch);
+  // Largest value; NaN if any is NaN.
+  float (*row_max)(const float* x, int64_t n);
+  // out = exp((x - top) * scale); returns the sum. out may be null.
+  double (*exp_row)(const float* x, int64_t n, float top, float scale, float* out);
+};
+
+// Floats of scratch that `attention` needs.
+constexpr int64_t attention_scratch(int head_dim) { return kQueryVectors * (int64_t)(kSegment + 3 * head_dim); }
+
+const Kernels* kernels_generic();
+#if defined(__x86_64__)
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+#endif
+
+}  // namespace pagoda

@@ -1,0 +1,94 @@
+// The C interface of the native CPU library: weights, a program of operations over buffers, steps. Called by ctypes.
+#pragma once
+#include <cstdint>
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Storage types of weights: the ids of the GGUF specification.
+enum pg_type : int32_t {
+  PG_F32 = 0, PG_F16 = 1, PG_Q4_0 = 2, PG_Q4_1 = 3, PG_Q5_0 = 6, PG_Q5_1 = 7, PG_Q8_0 = 8, PG_Q2_K = 10, PG_Q3_K = 11,
+  PG_Q4_K = 12, PG_Q5_K = 13, PG_Q6_K = 14, PG_BF16 = 30,
+};
+
+enum pg_op_kind : int32_t {
+  PG_EMBED = 0,      // out = rows of weight for the step's tokens
+  PG_NORM = 1,       // out = rmsnorm(in) * vector; eps in f
+  PG_GATHER = 2,     // out (rows of logits) = the rows of `in` that want logits
+  PG_MATMUL = 3,     // out = in * weight^T (+ vector); ADD adds to out
+  PG_ROPE = 4,       // qkv in place: norms (vector, vector2, eps in f), rotation; keys and values go to the cache
+  PG_ATTENTION = 5,  // out = attention of the queries in `in` over the cache of `layer`; scale in f
+  PG_SILU = 6,       // out = silu(in[:, :n]) * in[:, n:]
+  PG_HEAD = 7,       // logits of `in` by weight, then the rows are scored or sampled
+};
+
+enum pg_op_flags : int32_t {
+  PG_ADD = 1,          // matmul: add to out
+  PG_QUANTIZE = 2,     // quantize out to 8 bits for the matmul that reads it
+  PG_LOGIT_ROWS = 4,   // runs over rows of logits instead of tokens
+};
+
+struct pg_part {  // one stored matrix [rows, k], row-major blocks
+  const uint8_t* data;
+  int64_t rows, k;
+  int32_t type;
+};
+
+struct pg_buffer {
+  int64_t width;
+  int32_t rows_are_logits;  // sized for rows of logits instead of tokens
+};
+
+struct pg_op {
+  int32_t kind, in, out, weight, vector, vector2, layer, flags;
+  float f;
+};
+
+struct pg_dims {
+  int32_t layers, heads, kv_heads, head_dim, vocab, max_tokens, max_rows, num_blocks;
+  int32_t rope_dim, rope_interleaved;
+  float rope_factor;
+  const double* inv_freq;  // [rope_dim / 2]
+};
+
+struct pg_step {
+  int32_t requests, tokens_count, rows_count, table_width, top_width, mask_width;
+  const int32_t *slots, *starts, *positions, *tokens, *block_tables;
+  const int32_t *rows, *row_request, *row_target, *row_top;
+  const float* temperature;
+  const int32_t* top_k;
+  const float *top_p, *min_p, *presence, *frequency, *repetition;
+  const uint64_t* seed;
+  const int32_t *history_start, *history_ids, *history_counts, *bias_start, *bias_ids;
+  const float* bias_values;
+  const int32_t* mask_index;
+  const uint32_t* masks;
+  // results
+  int32_t* out_tokens;
+  float* out_logprobs;
+  int32_t* out_top_ids;
+  float* out_top_logprobs;
+  uint8_t* out_ok;
+  float* out_logits;  // [rows_count, vocab] or null; raw logits, for tests
+};
+
+struct pg_context;
+
+// The best instruction set this machine has: "avx512", "avx2" or "generic".
+const char* pg_best_isa();
+// threads >= 1; isa one of those names. Null if this machine cannot run it.
+pg_context* pg_create(int32_t threads, const char* isa);
+void pg_destroy(pg_context*);
+const char* pg_error(pg_context*);
+int32_t pg_threads(pg_context*);
+// Repack one or more matrices with the same k, stacked along rows. Returns its id, or -1 (see pg_error).
+int32_t pg_weight(pg_context*, const pg_part* parts, int32_t n_parts);
+int32_t pg_vector(pg_context*, const float* data, int64_t n);
+int64_t pg_weight_bytes(pg_context*);
+// Fix the program. Allocates buffers and the KV cache (touched only as it is used). 0, or -1 (see pg_error).
+int32_t pg_program(pg_context*, const pg_dims*, const pg_buffer*, int32_t n_buffers, const pg_op*, int32_t n_ops);
+int64_t pg_activation_bytes(pg_context*);
+// Run one step. 0, or -1.
+int32_t pg_run(pg_context*, const pg_step*);
+}
+#pragma GCC visibility pop

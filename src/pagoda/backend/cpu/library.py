@@ -1,0 +1,171 @@
+"""The native library through ctypes: its structures, and one object per loaded model."""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pagoda.errors import ConfigError, EngineError, MemoryShort, ModelError
+from pagoda.types import StepPlan, StepResult
+
+TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
+    "Q5_K": 13, "Q6_K": 14, "BF16": 30,
+}  # fmt: skip
+"""Storage types that the kernels run, with their GGUF ids."""
+
+EMBED, NORM, GATHER, MATMUL, ROPE, ATTENTION, SILU, HEAD = range(8)
+ADD, QUANTIZE, LOGIT_ROWS = 1, 2, 4
+
+
+class Part(c.Structure):
+    _fields_ = [("data", c.c_void_p), ("rows", c.c_int64), ("k", c.c_int64), ("type", c.c_int32)]
+
+
+class BufferShape(c.Structure):
+    _fields_ = [("width", c.c_int64), ("rows_are_logits", c.c_int32)]
+
+
+class Op(c.Structure):
+    """One operation of a program; see native/src/pagoda.h for what each field means to which kind."""
+
+    _fields_ = [
+        ("kind", c.c_int32), ("in_", c.c_int32), ("out", c.c_int32), ("weight", c.c_int32), ("vector", c.c_int32),
+        ("vector2", c.c_int32), ("layer", c.c_int32), ("flags", c.c_int32), ("f", c.c_float),
+    ]  # fmt: skip
+
+
+class Dims(c.Structure):
+    _fields_ = [
+        *((name, c.c_int32) for name in (
+            "layers", "heads", "kv_heads", "head_dim", "vocab", "max_tokens", "max_rows", "num_blocks", "rope_dim",
+            "rope_interleaved",
+        )),
+        ("rope_factor", c.c_float),
+        ("inv_freq", c.c_void_p),
+    ]  # fmt: skip
+
+
+_PLAN_ARRAYS = (
+    "slots", "starts", "positions", "tokens", "block_tables", "rows", "row_request", "row_target", "row_top",
+    "temperature", "top_k", "top_p", "min_p", "presence", "frequency", "repetition", "seed", "history_start",
+    "history_ids", "history_counts", "bias_start", "bias_ids", "bias_values", "mask_index", "masks",
+)  # fmt: skip
+_RESULT_ARRAYS = ("tokens", "logprobs", "top_ids", "top_logprobs", "ok")
+
+
+class Step(c.Structure):
+    _fields_ = [
+        *((name, c.c_int32) for name in ("requests", "tokens_count", "rows_count", "table_width", "top_width")),
+        ("mask_width", c.c_int32),
+        *((name, c.c_void_p) for name in _PLAN_ARRAYS),
+        *(("out_" + name, c.c_void_p) for name in _RESULT_ARRAYS),
+        ("out_logits", c.c_void_p),
+    ]
+
+
+def _load() -> c.CDLL:
+    path = Path(__file__).with_name("libpagoda_cpu.so")
+    if not path.exists():
+        raise ConfigError(
+            "the native CPU library is missing", remedy="Install the package again (pip install .), which builds it"
+        )
+    lib = c.CDLL(str(path))
+    signatures: dict[str, tuple[object, list[object]]] = {
+        "pg_best_isa": (c.c_char_p, []),
+        "pg_create": (c.c_void_p, [c.c_int32, c.c_char_p]),
+        "pg_destroy": (None, [c.c_void_p]),
+        "pg_error": (c.c_char_p, [c.c_void_p]),
+        "pg_weight": (c.c_int32, [c.c_void_p, c.POINTER(Part), c.c_int32]),
+        "pg_vector": (c.c_int32, [c.c_void_p, c.c_void_p, c.c_int64]),
+        "pg_weight_bytes": (c.c_int64, [c.c_void_p]),
+        "pg_program": (
+            c.c_int32,
+            [c.c_void_p, c.POINTER(Dims), c.POINTER(BufferShape), c.c_int32, c.POINTER(Op), c.c_int32],
+        ),
+        "pg_activation_bytes": (c.c_int64, [c.c_void_p]),
+        "pg_run": (c.c_int32, [c.c_void_p, c.POINTER(Step)]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib
+
+
+class Native:
+    """A model in the native library: weights first, then its program, then steps.
+
+    `isa` is "auto" or a name from native/src/pagoda.h; the environment variable PAGODA_CPU_ISA overrides "auto".
+    Raises ConfigError if this machine cannot run it.
+    """
+
+    def __init__(self, threads: int, isa: str = "auto") -> None:
+        self._lib = _load()
+        if isa == "auto":
+            isa = os.environ.get("PAGODA_CPU_ISA") or self._lib.pg_best_isa().decode()
+        self._handle = self._lib.pg_create(threads, isa.encode())
+        if not self._handle:
+            best = self._lib.pg_best_isa().decode()
+            raise ConfigError(f"this processor cannot run {isa!r}", remedy=f"Unset PAGODA_CPU_ISA, or set it to {best}")
+        self.isa, self.threads = isa, threads
+        self._vocab = 0
+
+    def weight(self, parts: Sequence[tuple[npt.NDArray[np.uint8], int, int, str]]) -> int:
+        """Repack matrices of one k, stacked along rows: (bytes, rows, k, type) each. Returns the weight's id."""
+        array = (Part * len(parts))(
+            *(Part(data.ctypes.data, rows, k, TYPES[kind]) for data, rows, k, kind in parts)
+        )
+        return self._checked(self._lib.pg_weight(self._handle, array, len(parts)), ModelError)
+
+    def vector(self, values: npt.NDArray[np.float32]) -> int:
+        return self._checked(self._lib.pg_vector(self._handle, values.ctypes.data, values.size), ModelError)
+
+    def program(self, dims: Dims, buffers: Sequence[BufferShape], ops: Sequence[Op]) -> None:
+        result = self._lib.pg_program(
+            self._handle, dims, (BufferShape * len(buffers))(*buffers), len(buffers), (Op * len(ops))(*ops), len(ops)
+        )
+        self._checked(result, MemoryShort)
+        self._vocab = dims.vocab
+
+    @property
+    def weight_bytes(self) -> int:
+        return int(self._lib.pg_weight_bytes(self._handle))
+
+    @property
+    def activation_bytes(self) -> int:
+        return int(self._lib.pg_activation_bytes(self._handle))
+
+    def run(self, plan: StepPlan, logits: npt.NDArray[np.float32] | None = None) -> StepResult:
+        """One step, start to end, without the GIL. `logits` [L, vocab] receives the raw logits if given (for tests)."""
+        rows = len(plan.rows)
+        width = max(0, int(plan.row_top.max())) if rows else 0
+        result = StepResult(
+            tokens=np.zeros(rows, np.int32),
+            logprobs=np.zeros(rows, np.float32),
+            top_ids=np.full((rows, width), -1, np.int32),
+            top_logprobs=np.zeros((rows, width), np.float32),
+            ok=np.zeros(rows, np.uint8),
+        )
+        step = Step(
+            len(plan.slots), len(plan.tokens), rows, plan.block_tables.shape[1], width, plan.masks.shape[1],
+            *(getattr(plan, name).ctypes.data for name in _PLAN_ARRAYS),
+            *(getattr(result, name).ctypes.data for name in _RESULT_ARRAYS),
+            None if logits is None else logits.ctypes.data,
+        )  # fmt: skip
+        self._checked(self._lib.pg_run(self._handle, step), EngineError)
+        return result
+
+    def close(self) -> None:
+        if self._handle:
+            self._lib.pg_destroy(self._handle)
+            self._handle = None
+
+    def _checked(self, result: int, error: type[ModelError] | type[MemoryShort] | type[EngineError]) -> int:
+        if result < 0:
+            raise error(self._lib.pg_error(self._handle).decode())
+        return result

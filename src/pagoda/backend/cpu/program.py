@@ -1,0 +1,165 @@
+"""From a ModelSpec and its tensors to the native program: weights repacked, a flat list of operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pagoda.arch.spec import Layer, ModelSpec
+from pagoda.backend.base import Progress
+from pagoda.backend.cpu import library as native
+from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
+from pagoda.errors import ModelError
+from pagoda.weights.ggml import dequantize
+from pagoda.weights.source import Tensor
+
+MAX_ROWS = 32
+"""Rows of logits that go through the head at a time; more are taken in turns."""
+
+X, H, QKV, ATT, GATE_UP, MLP, LAST, LAST_NORMED = range(8)
+
+
+class Program:
+    """Builds the operations of one model into `lib`. Buffers: see the constants above."""
+
+    def __init__(self, lib: Native, spec: ModelSpec, tensors: Mapping[str, Tensor], progress: Progress | None) -> None:
+        self._lib, self._spec, self._tensors = lib, spec, tensors
+        self._progress = progress or (lambda phase, share: None)
+        self._ops: list[Op] = []
+        _check(spec)
+        self._weights()
+
+    def _weights(self) -> None:
+        """Repack everything; self._ids: slot or fused name -> id of the weight or vector."""
+        ids: dict[str, int] = {"embed": self._matrix("embed"), "norm": self._vector("norm")}
+        ids["head"] = ids["embed"] if self._spec.tied else self._matrix("head")
+        for i, layer in enumerate(self._spec.layers):
+            p = f"layers.{i}."
+            for name, slots in (("qkv", "qkv"), ("o", "o")):
+                ids[p + name] = self._matrix(*(p + s for s in slots))
+            ids[p + "gate_up"] = self._matrix(p + "gate", p + "up")
+            ids[p + "down"] = self._matrix(p + "down")
+            for name in ("attn_norm", "mlp_norm", *(("q_norm", "k_norm") if layer.attention.qk_norm else ())):
+                ids[p + name] = self._vector(p + name)
+            if layer.attention.qkv_bias:
+                ids[p + "qkv_bias"] = self._vector(p + "q_bias", p + "k_bias", p + "v_bias")
+            if layer.attention.out_bias:
+                ids[p + "o_bias"] = self._vector(p + "o_bias")
+            if layer.mlp.bias:
+                ids[p + "gate_up_bias"] = self._vector(p + "gate_bias", p + "up_bias")
+                ids[p + "down_bias"] = self._vector(p + "down_bias")
+            self._progress("weights", (i + 1) / len(self._spec.layers))
+        self._ids = ids
+
+    def _matrix(self, *slots: str) -> int:
+        tensors = [_runnable(self._tensors[s]) for s in slots]
+        return self._lib.weight([(t.data, t.shape[0], t.shape[1], t.type) for t in tensors])
+
+    def _vector(self, *slots: str) -> int:
+        values = np.concatenate([dequantize(self._tensors[s]).ravel() for s in slots])
+        return self._lib.vector(np.ascontiguousarray(values, dtype=np.float32))
+
+    def finish(self, max_tokens: int, num_blocks: int) -> None:
+        """Fix the program with its buffers and a KV cache of num_blocks blocks. Raises MemoryShort."""
+        spec = self._spec
+        attention = spec.layers[0].attention
+        inv_freq: npt.NDArray[np.float64] = np.asarray(spec.rope.inv_freq, dtype=np.float64)
+        dims = Dims(
+            len(spec.layers), attention.heads, attention.kv_heads, attention.head_dim, spec.vocab_size, max_tokens,
+            MAX_ROWS, num_blocks, spec.rope.dim, int(spec.rope.interleaved), spec.rope.attention_factor,
+            inv_freq.ctypes.data,
+        )  # fmt: skip
+        self._lib.program(dims, buffer_shapes(spec), self._operations())
+
+    def _operations(self) -> list[Op]:
+        self._ops = []
+        self._emit(native.EMBED, out=X, weight="embed")
+        for i, layer in enumerate(self._spec.layers):
+            self._layer(i, layer)
+        rows = native.LOGIT_ROWS
+        self._emit(native.GATHER, in_=X, out=LAST, flags=rows)
+        self._emit(native.NORM, in_=LAST, out=LAST_NORMED, vector="norm", flags=rows, f=self._spec.norm_eps)
+        self._emit(native.HEAD, in_=LAST_NORMED, weight="head", flags=rows)
+        self._quantize_inputs()
+        return self._ops
+
+    def _layer(self, i: int, layer: Layer) -> None:
+        p, eps = f"layers.{i}.", self._spec.norm_eps
+        self._emit(native.NORM, in_=X, out=H, vector=p + "attn_norm", f=eps)
+        self._emit(native.MATMUL, in_=H, out=QKV, weight=p + "qkv", vector=p + "qkv_bias")
+        self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=i, f=eps)
+        self._emit(native.ATTENTION, in_=QKV, out=ATT, layer=i, f=layer.attention.scale)
+        self._emit(native.MATMUL, in_=ATT, out=X, weight=p + "o", vector=p + "o_bias", flags=native.ADD)
+        self._emit(native.NORM, in_=X, out=H, vector=p + "mlp_norm", f=eps)
+        self._emit(native.MATMUL, in_=H, out=GATE_UP, weight=p + "gate_up", vector=p + "gate_up_bias")
+        self._emit(native.SILU, in_=GATE_UP, out=MLP)
+        self._emit(native.MATMUL, in_=MLP, out=X, weight=p + "down", vector=p + "down_bias", flags=native.ADD)
+
+    def _emit(
+        self, kind: int, *, in_: int = -1, out: int = -1, weight: str = "", vector: str = "", vector2: str = "",
+        layer: int = 0, flags: int = 0, f: float = 0.0,
+    ) -> None:  # fmt: skip
+        w, v, v2 = (self._ids.get(name, -1) for name in (weight, vector, vector2))
+        self._ops.append(Op(kind, in_, out, w, v, v2, layer, flags, f))
+
+    def _quantize_inputs(self) -> None:
+        """Let the producer of each quantized product's input quantize it, once."""
+        producer: dict[int, Op] = {}
+        for op in self._ops:
+            if op.kind in (native.MATMUL, native.HEAD) and op.weight in self._quantized:
+                producer[op.in_].flags |= native.QUANTIZE
+            if op.out >= 0:
+                producer[op.out] = op
+
+    @property
+    def _quantized(self) -> set[int]:
+        """Ids of weights that hold a part which is not float."""
+        fused = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+        found = set()
+        for name, number in self._ids.items():
+            prefix, _, short = name.rpartition(".")
+            slots = [f"{prefix}.{s}" if prefix else s for s in fused.get(short, (short,))]
+            if name == "head" and self._spec.tied:
+                slots = ["embed"]
+            stored = [self._tensors[s] for s in slots if s in self._tensors]
+            if any(len(t.shape) == 2 and _runnable_type(t) not in ("F32", "F16", "BF16") for t in stored):
+                found.add(number)
+        return found
+
+
+def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
+    """Width of each buffer, in the order of the constants."""
+    a, h = spec.layers[0].attention, spec.hidden_size
+    mlp = max(layer.mlp.size for layer in spec.layers)
+    qkv = (a.heads + 2 * a.kv_heads) * a.head_dim
+    widths = [(h, 0), (h, 0), (qkv, 0), (a.heads * a.head_dim, 0), (2 * mlp, 0), (mlp, 0), (h, 1), (h, 1)]
+    return [BufferShape(width, rows) for width, rows in widths]
+
+
+def _runnable_type(tensor: Tensor) -> str:
+    return tensor.type if tensor.type in native.TYPES else "F32"
+
+
+def _runnable(tensor: Tensor) -> Tensor:
+    """The tensor in a type that the kernels run; others are widened to float32."""
+    if tensor.type in native.TYPES:
+        return tensor
+    values = np.ascontiguousarray(dequantize(tensor), dtype=np.float32)
+    return Tensor(tensor.name, tensor.shape, "F32", values.view(np.uint8).ravel())
+
+
+def _check(spec: ModelSpec) -> None:
+    first = spec.layers[0]
+    if any(layer.attention != first.attention or layer.mlp.size != first.mlp.size for layer in spec.layers):
+        raise ModelError("the CPU backend needs all layers of one shape", remedy="Try --device reference")
+    if first.attention.head_dim % 16:
+        raise ModelError(
+            f"the CPU backend needs a head size that is a multiple of 16, not {first.attention.head_dim}",
+            remedy="Try --device reference",
+        )
+    if first.attention.window is not None:
+        raise ModelError("the CPU backend has no sliding-window attention yet", remedy="Try --device reference")
+    if first.attention.heads // first.attention.kv_heads > 32:
+        raise ModelError("more than 32 query heads share a key head", remedy="Try --device reference")
