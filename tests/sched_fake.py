@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from pagoda.sched.scheduler import Scheduler, SchedulerConfig
-from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan, StepResult, TokenLogprob
+from pagoda.types import BLOCK_SIZE, Delta, Request, SamplingParams, StepPlan, StepResult, TokenLogprob
 
 VOCAB = 40
 GARBAGE = -1
@@ -65,7 +66,7 @@ def bias_of(request: Request, output_len: int) -> dict[int, float]:
 def allowed_of(request: Request, output_len: int) -> set[int]:
     given = request.params.allowed_token_ids
     allowed = set(range(VOCAB)) if given is None else set(given)
-    return {token for token in allowed if bias_of(request, output_len).get(token, 0.0) != -math.inf}
+    return allowed.difference(token for token, value in bias_of(request, output_len).items() if value == -math.inf)
 
 
 @dataclass
@@ -85,11 +86,11 @@ def solo(request: Request, config: SchedulerConfig) -> Told:
     """What the request gives when it runs alone, by the rules and without a scheduler."""
     told, params = Told(), request.params
     known = [*request.prompt_token_ids, *request.output_token_ids]
+    ids = prefix_ids(request.cache_salt, known)
     capacity = config.num_blocks * BLOCK_SIZE
     if not known or len(known) > min(capacity, config.max_model_len):
         return Told(finish_reason="error")
     if params.prompt_logprobs is not None and not request.output_token_ids:
-        ids = prefix_ids(request.cache_salt, request.prompt_token_ids)
         told.prompt_logprobs = [None] + [
             TokenLogprob(token, logprob_of(before, token), top_of(before, params.prompt_logprobs))
             for before, token in zip(ids, request.prompt_token_ids[1:], strict=False)
@@ -101,7 +102,7 @@ def solo(request: Request, config: SchedulerConfig) -> Told:
             told.finish_reason = "length"
             break
         outputs = known[len(request.prompt_token_ids) :]
-        prefix = prefix_ids(request.cache_salt, known)[-1]
+        prefix = ids[-1]
         allowed = allowed_of(request, len(outputs))
         token = choose(prefix, params.seed or 0, len(known), allowed, penalty_history(request, outputs))
         if token is None:
@@ -109,6 +110,7 @@ def solo(request: Request, config: SchedulerConfig) -> Told:
             told.prompt_logprobs = told.prompt_logprobs if told.tokens else None
             break
         known.append(token)
+        ids.append(hash((prefix, token)))
         told.tokens.append(token)
         if params.logprobs is not None:
             told.logprobs.append(TokenLogprob(token, logprob_of(prefix, token), top_of(prefix, params.logprobs)))
@@ -132,6 +134,7 @@ class Harness:
         self.cells = np.full((config.num_blocks, BLOCK_SIZE), GARBAGE, np.int64)
         self.requests: dict[str, Request] = {}
         self.told: dict[str, Told] = {}
+        self.ids: dict[str, list[int]] = {}
         self.cancelled: set[str] = set()
         self.steps = 0
         self.plan_sizes: list[int] = []
@@ -139,12 +142,15 @@ class Harness:
     def add(self, request: Request) -> None:
         self.requests[request.request_id] = request
         self.told[request.request_id] = Told()
+        self.ids[request.request_id] = prefix_ids(request.cache_salt, self.known(request.request_id))
         delta = self.scheduler.add(request)
         if delta is not None:
             self._hear([delta])
 
     def cancel(self, request_id: str) -> None:
-        self.cancelled.add(request_id)
+        """Cancel; a request that has not come yet, or has ended, is unknown to the scheduler."""
+        if request_id in self.told and self.told[request_id].finish_reason is None:
+            self.cancelled.add(request_id)
         self.scheduler.cancel(request_id)
         self.scheduler.check()
 
@@ -183,6 +189,19 @@ class Harness:
         self.scheduler.check()
         return True
 
+    def planned(self) -> dict[str, int]:
+        """Run a step; how many tokens each request got in it."""
+        got = self.plan()
+        assert got is not None
+        self.finish(*got)
+        return dict(zip(got[1], np.diff(got[0].starts).tolist(), strict=True))
+
+    def finish(self, plan: StepPlan, names: list[str]) -> None:
+        """Run what was planned and hear what comes of it."""
+        self._write(plan, names, False)
+        self._hear(self.scheduler.apply(plan, self._result(plan, names, "")))
+        self.scheduler.check()
+
     def run(self, limit: int = 5000) -> None:
         while self.step():
             assert self.steps < limit, "the scheduler does not come to an end"
@@ -204,14 +223,12 @@ class Harness:
             places = set(zip(cells[0].tolist(), cells[1].tolist(), strict=True))
             assert len(places) == count and not places & written, "two writers of one place"
             written |= places
-            ids = prefix_ids(self.requests[name].cache_salt, known)[first : first + count]
-            self.cells[cells] = GARBAGE if fails else ids
+            self.cells[cells] = GARBAGE if fails else self.ids[name][first : first + count]
         if fails:
             return
         for r, name in enumerate(names):
             end = int(plan.positions[r] + plan.starts[r + 1] - plan.starts[r])
-            ids = prefix_ids(self.requests[name].cache_salt, self.known(name)[:end])
-            assert self.cells[self._cells_of(plan, r, 0, end)].tolist() == ids, "wrong keys and values are read"
+            assert self.cells[self._cells_of(plan, r, 0, end)].tolist() == self.ids[name][:end], "wrong cache is read"
 
     def _result(self, plan: StepPlan, names: list[str], poisoned: str) -> StepResult:
         rows = len(plan.rows)
@@ -241,8 +258,8 @@ class Harness:
         request, params = self.requests[name], self.requests[name].params
         assert position == len(self.known(name)), "sampled in the middle"
         told = (plan.temperature, plan.top_p, plan.min_p, plan.presence, plan.frequency, plan.repetition)
-        asked = (params.temperature, params.top_p, params.min_p)
-        asked += (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+        asked = [params.temperature, params.top_p, params.min_p]
+        asked += [params.presence_penalty, params.frequency_penalty, params.repetition_penalty]
         assert [float(a[r]) for a in told] == [float(np.float32(value)) for value in asked]
         assert plan.top_k[r] == max(params.top_k, 0)
         outputs = self.known(name)[len(request.prompt_token_ids) :]
@@ -256,7 +273,7 @@ class Harness:
         if plan.mask_index[r] >= 0:
             words = plan.masks[plan.mask_index[r]]
             allowed = {token for token in allowed if words[token // 32] >> np.uint32(token % 32) & np.uint32(1)}
-        allowed = {token for token in allowed if bias.get(token, 0.0) != -math.inf}
+        allowed -= {token for token, value in bias.items() if value == -math.inf}
         assert allowed == allowed_of(request, len(outputs))
         return choose(prefix, int(plan.seed[r]), position, allowed, history)
 
@@ -268,6 +285,8 @@ class Harness:
             assert delta.token_ids or delta.finish_reason, "an empty delta"
             first = not told.tokens
             told.tokens += delta.token_ids
+            for token in delta.token_ids:
+                self.ids[name].append(hash((self.ids[name][-1], token)))
             told.logprobs += delta.logprobs or []
             if delta.prompt_logprobs is not None:
                 assert first and told.prompt_logprobs is None
@@ -282,3 +301,28 @@ class Harness:
         assert not self.scheduler.has_work
         assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
         self.scheduler.check()
+
+
+def harness(**changes: Any) -> Harness:
+    settings = {
+        "num_blocks": 64,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+        "max_model_len": 512,
+        "vocab_size": VOCAB,
+    }
+    return Harness(SchedulerConfig(**{**settings, **changes}))
+
+
+def request(name: str, prompt: int | list[int], *, first: int = 0, **params: Any) -> Request:
+    """A request of `prompt` tokens (or these); keywords of Request and of SamplingParams."""
+    tokens = [(first + i) % VOCAB for i in range(prompt)] if isinstance(prompt, int) else prompt
+    fields = {key: params.pop(key) for key in ("eos_token_ids", "cache_salt", "priority") if key in params}
+    sampling = SamplingParams(**{"seed": 1, "max_tokens": 8, **params})
+    return Request(request_id=name, prompt_token_ids=tokens, params=sampling, **fields)
+
+
+def zeros(plan: StepPlan) -> StepResult:
+    rows = len(plan.rows)
+    empty = np.zeros((rows, 0), np.float32)
+    return StepResult(np.full(rows, 7, np.int32), empty.sum(1), empty.astype(np.int32), empty, np.ones(rows, np.uint8))
