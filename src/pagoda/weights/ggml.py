@@ -141,8 +141,8 @@ def _q4_1(b: Blocks) -> Float32:
 
 
 def _fifth_bits(b: Blocks) -> Blocks:
-    low = _halves(b["q"]).reshape(-1, 32)
-    return low | np.unpackbits(b["h"], axis=1, bitorder="little") << 4
+    high = np.unpackbits(b["h"], axis=1, bitorder="little")
+    return high << 4 | _halves(b["q"]).reshape(-1, 32)
 
 
 def _q5_0(b: Blocks) -> Float32:
@@ -154,7 +154,7 @@ def _q5_1(b: Blocks) -> Float32:
 
 
 def _q8_0(b: Blocks) -> Float32:
-    return _float(b["d"], 1) * b["q"]
+    return _float(b["d"], 1) * _float(b["q"])
 
 
 def _q2_k(b: Blocks) -> Float32:
@@ -169,7 +169,7 @@ def _q3_k(b: Blocks) -> Float32:
     high = _quarters(b["s"][:, 8:]).reshape(-1, 16)
     scale = _float(b["d"], 1) * ((low | high << 4).astype(np.int8) - 32)
     q = _quarters(b["q"].reshape(-1, 2, 32)) | _bits(b["h"]).reshape(-1, 2, 4, 32) << 2
-    return scale[..., None] * (q.astype(np.int8) - 4).reshape(-1, 16, 16)
+    return _float(scale, 1) * _float((q.astype(np.int8) - 4).reshape(-1, 16, 16))
 
 
 def _scales_and_mins(b: Blocks) -> tuple[Float32, Float32]:
@@ -188,14 +188,14 @@ def _q4_k(b: Blocks) -> Float32:
 def _q5_k(b: Blocks) -> Float32:
     scale, low = _scales_and_mins(b)
     q = _halves(b["q"].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    return scale * (q | _bits(b["h"]) << 4) - low
+    return scale * (_bits(b["h"]) << 4 | q) - low
 
 
 def _q6_k(b: Blocks) -> Float32:
     scale = _float(b["d"], 1) * b["s"]
     low = _halves(b["q"].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
     q = (low | _quarters(b["h"].reshape(-1, 2, 32)) << 4).astype(np.int8) - 32
-    return scale[..., None] * q.reshape(-1, 16, 16)
+    return _float(scale, 1) * _float(q.reshape(-1, 16, 16))
 
 
 _IQ4_VALUES = np.array(
@@ -212,7 +212,7 @@ def _iq4_xs(b: Blocks) -> Float32:
     low = _halves(b["s"][..., None]).reshape(-1, 8)
     high = _quarters(b["h"][..., None]).reshape(-1, 8)
     scale = _float(b["d"], 1) * ((low | high << 4).astype(np.int8) - 32)
-    return scale[..., None, None] * _IQ4_VALUES[_halves(b["q"].reshape(-1, 8, 16))]
+    return _float(scale, 2) * _IQ4_VALUES[_halves(b["q"].reshape(-1, 8, 16))]
 
 
 def _layout(*fields: tuple[str, str] | tuple[str, str, int]) -> np.dtype[Any]:

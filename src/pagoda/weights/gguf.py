@@ -18,7 +18,7 @@ SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 _U32, _U64 = Struct("<I"), Struct("<Q")
 _STRING, _ARRAY = 8, 9
-_NUMBERS = {
+_NUMBERS: dict[int, np.dtype[Any]] = {
     0: np.dtype("u1"),
     1: np.dtype("i1"),
     2: np.dtype("<u2"),
@@ -182,16 +182,16 @@ class _Reader:
         return list(values.tolist())
 
     def _strings(self, count: int, key: str) -> list[str]:
-        # A vocabulary comes through here: everything in locals, no call per string but the two that do the work.
-        raw, pos, last, length_at = self._raw, self._pos, self._size - 8, _U64.unpack_from
+        # A vocabulary comes through here: everything in locals, and few operations per string.
+        raw, size, end, length_at = self._raw, self._size, self._pos, _U64.unpack_from
         out: list[str] = []
         for _ in range(count):
-            end = pos + 8 + length_at(raw, pos)[0] if pos <= last else self._size + 1
-            if end > self._size:
+            begin = end + 8
+            end = begin + length_at(raw, end)[0] if begin <= size else begin
+            if end > size:
                 self._need(end - self._pos, key)
-            out.append(str(raw[pos + 8 : end], "utf-8", "replace"))
-            pos = end
-        self._pos = pos
+            out.append(raw[begin:end].decode("utf-8", "replace"))
+        self._pos = end
         return out
 
     def _info(self) -> tuple[str, tuple[int, ...], int, int]:
