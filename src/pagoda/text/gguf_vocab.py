@@ -1,0 +1,225 @@
+"""The tokenizer of a GGUF file, rebuilt from its metadata without passing through any slow conversion."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+
+from pagoda.errors import ModelError
+from pagoda.text.files import id_list
+from pagoda.text.pieces import Pieces
+
+log = logging.getLogger(__name__)
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_SPACE = "▁"
+_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_DOWNLOAD = "Download the file again, or take one from another source"
+
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
+_CASED_SIGNS = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+
+
+class _Pre(NamedTuple):
+    """How a family cuts text before merging: patterns one after the other, then GPT-2's own where `gpt2` says so."""
+
+    patterns: tuple[str, ...] = ()
+    gpt2: bool = False
+    nfc: bool = False
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+_GPT2 = _Pre(gpt2=True)
+_DIGITS = _Pre((r"\p{N}",), gpt2=True)
+_LLAMA3_PATTERN = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|{_SPACES}"
+_LLAMA3 = _Pre((_LLAMA3_PATTERN,), ignore_merges=True, add_bos=True)
+_QWEN2_PATTERN = rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_SIGNS}|{_SPACES}"
+_CJK = r"[\x{4e00}-\x{9fa5}\x{0800}-\x{4e00}\x{ac00}-\x{d7ff}]+"
+_FAMILIES: dict[str, _Pre] = {
+    **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "mellum", "modern-bert", "olmo", "mpt", "jais", "default"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), _LLAMA3),
+    "lfm2": _LLAMA3,
+    **dict.fromkeys(("smaug-bpe", "dbrx", "chatglm-bpe"), _Pre((_LLAMA3_PATTERN,))),
+    **dict.fromkeys(("glm4", "glm5"), _Pre((_LLAMA3_PATTERN,), ignore_merges=True)),
+    "qwen2": _Pre((_QWEN2_PATTERN,), nfc=True),
+    **dict.fromkeys(("deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"), _Pre((_QWEN2_PATTERN,))),
+    "qwen35": _Pre(
+        (
+            rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+            rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
+        ),
+        nfc=True,
+    ),
+    "tekken": _Pre((_CASED % ("", "") + rf"|\p{{N}}|{_CASED_SIGNS}",), ignore_merges=True, add_bos=True),
+    **dict.fromkeys(
+        ("gpt-4o", "llama4", "kanana2"),
+        _Pre((_CASED % (_CONTRACTION + "?", _CONTRACTION + "?") + rf"|\p{{N}}{{1,3}}|{_CASED_SIGNS}",)),
+    ),
+    "deepseek-coder": _Pre((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
+    "deepseek-v3": _Pre(
+        (
+            r"\p{N}{1,3}",
+            r"[一-龥぀-ゟ゠-ヿ]+",
+            r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+            rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
+        )
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufVocab:
+    """What a GGUF table says about the tokenizer. `tokens` is indexed by id."""
+
+    backend: tokenizers.Tokenizer
+    pieces: Pieces
+    tokens: Sequence[str]
+    bos_token_id: int | None
+    eos_token_id: int | None
+    end_token_ids: tuple[int, ...]
+    add_bos: bool
+    add_eos: bool
+
+
+def build_gguf_vocab(metadata: Mapping[str, Any]) -> GgufVocab:
+    """Rebuild the tokenizer; raise ModelError, naming the key, where the table lacks what its kind needs."""
+    model = metadata.get("tokenizer.ggml.model")
+    tokens = _strings(metadata, "tokenizer.ggml.tokens")
+    types = _types(metadata, len(tokens))
+    if model == "gpt2":
+        family = _family(metadata.get("tokenizer.ggml.pre"))
+        backend, pieces, add_bos = _byte_level(metadata, tokens, family), Pieces("byte"), family.add_bos
+    elif model == "llama":
+        prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+        backend, add_bos = _sentencepiece(metadata, tokens, types, prefix), True
+        pieces = Pieces("space", _SPACE, strip_first=prefix)
+    else:
+        raise ModelError(
+            f"the GGUF file has a tokenizer of kind {model!r}; gpt2 and llama can be rebuilt",
+            remedy="Give the directory that holds the model's tokenizer.json with --tokenizer",
+        )
+    _add_tokens(backend, tokens, types, model)
+    eos = _token_id(metadata, "eos_token_id", len(tokens))
+    ends = [_token_id(metadata, key, len(tokens)) for key in _END_KEYS]
+    return GgufVocab(
+        backend,
+        pieces,
+        tokens,
+        _token_id(metadata, "bos_token_id", len(tokens)),
+        eos,
+        tuple(dict.fromkeys(i for i in ends if i is not None)),
+        bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
+        bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+    )
+
+
+def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
+    value = metadata.get(key)
+    if not isinstance(value, list) or not value or not isinstance(value[0], str):
+        raise ModelError(f"the GGUF file lacks {key}, so its tokenizer can't be rebuilt", remedy=_DOWNLOAD)
+    return value
+
+
+def _token_id(metadata: Mapping[str, Any], name: str, size: int) -> int | None:
+    ids = id_list(metadata.get(f"tokenizer.ggml.{name}"))
+    return ids[0] if ids and ids[0] < size else None
+
+
+def _types(metadata: Mapping[str, Any], size: int) -> list[int]:
+    types = metadata.get("tokenizer.ggml.token_type")
+    if types is None:
+        types = [_NORMAL] * size
+        for key in (*_END_KEYS, "bos_token_id"):
+            if (token := _token_id(metadata, key, size)) is not None:
+                types[token] = _CONTROL
+    if len(types) != size:
+        raise ModelError(f"the GGUF file has {size} tokens but {len(types)} token types", remedy=_DOWNLOAD)
+    return list(types)
+
+
+def _family(name: Any) -> _Pre:
+    family = _FAMILIES.get(name)
+    if family is None:
+        log.warning("the GGUF file's pre-tokenizer %r is not known: using GPT-2's, which may cost some quality", name)
+        return _GPT2
+    return family
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], family: _Pre) -> tokenizers.Tokenizer:
+    vocab = {token: i for i, token in enumerate(tokens)}
+    cuts = (merge.partition(" ") for merge in _strings(metadata, "tokenizer.ggml.merges"))
+    merges = [(left, right) for left, _, right in cuts]
+    backend = _model(vocab, merges, ignore_merges=family.ignore_merges)
+    steps: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in family.patterns
+    ]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family.gpt2))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if family.nfc:
+        backend.normalizer = normalizers.NFC()
+    return backend
+
+
+def _sentencepiece(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], prefix: bool
+) -> tokenizers.Tokenizer:
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise ModelError("the GGUF file lacks tokenizer.ggml.scores, so its tokenizer can't be rebuilt")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unknown = _token_id(metadata, "unknown_token_id", len(tokens))
+    backend = _model(
+        vocab,
+        _merges_of_scores(tokens, types, scores),
+        byte_fallback=True,
+        fuse_unk=True,
+        unk_token=tokens[unknown] if unknown is not None else None,
+    )
+    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
+    if prefix:
+        spaces.insert(0, normalizers.Prepend(_SPACE))
+    backend.normalizer = normalizers.Sequence(spaces)
+    return backend
+
+
+def _merges_of_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """SentencePiece merges the neighbours whose union scores best: as merges, all cuts of the best token first."""
+    plain = {token: i for i, token in enumerate(tokens) if types[i] == _NORMAL}
+    merges: list[tuple[str, str]] = []
+    for token in sorted((t for t in plain if len(t) > 1), key=lambda t: (-scores[plain[t]], plain[t])):
+        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+        pairs = [(a, b) for a, b in cuts if a in plain and b in plain]
+        merges += sorted(pairs, key=lambda pair: (plain[pair[0]], plain[pair[1]])) if len(pairs) > 1 else pairs
+    return merges
+
+
+def _model(vocab: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer(models.BPE(vocab, merges, **options))
+    except Exception as e:  # the library raises a bare Exception
+        raise ModelError(f"the GGUF file's vocabulary is broken: {e}", remedy=_DOWNLOAD) from e
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int], model: str) -> None:
+    """Control tokens become special ones; user-defined tokens are matched whole in any text."""
+    added: list[AddedToken] = []
+    for i, kind in enumerate(types):
+        if kind in (_UNKNOWN, _CONTROL) and tokens[i]:
+            added.append(AddedToken(tokens[i], special=True, normalized=False))
+        elif kind == _USER_DEFINED and tokens[i]:
+            # A SentencePiece vocabulary stores its own mark for the space, which exists only after normalizing.
+            marked = model == "llama" and _SPACE in tokens[i]
+            added.append(AddedToken(tokens[i], special=False, normalized=marked))
+    backend.add_tokens(added)

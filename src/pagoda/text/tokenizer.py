@@ -1,0 +1,208 @@
+"""Text to token ids and back: a tokenizer.json, or the tokenizer rebuilt from GGUF metadata."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tokenizers
+from tokenizers import AddedToken
+
+from pagoda.errors import BadRequest, ModelError
+from pagoda.text.files import read_json, special_tokens
+from pagoda.text.gguf_vocab import build_gguf_vocab
+from pagoda.text.pieces import Pieces, from_decoder
+
+
+class Tokenizer:
+    """Encodes and decodes; safe to use from several threads at once.
+
+    `special_ids` are the control tokens: `skip_special_tokens` hides them, and `parse_special=False` reads their
+    literals as plain text. Ids past the vocabulary (a padded embedding has them) stand for no text.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        pieces: Pieces | None,
+        *,
+        bos_token_id: int | None = None,
+        eos_token_ids: Sequence[int] = (),
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+    ) -> None:
+        added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
+        self._backend = backend
+        self._plain = _plain_twin(backend, added)
+        self._pieces = pieces
+        self._added = {i: token.content for i, token in added.items()}
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.vocab_size = max(backend.get_vocab_size(), 1 + max(added, default=0))
+        self.bos_token_id = bos_token_id
+        self.eos_token_ids = tuple(eos_token_ids)
+        self._prefix, self._suffix = _frame(backend)
+        if add_bos is not None:
+            self._prefix = [bos_token_id] if add_bos and bos_token_id is not None else []
+        if add_eos is not None:
+            self._suffix = [self.eos_token_ids[0]] if add_eos and self.eos_token_ids else []
+        self._bytes: dict[int, bytes] = {}
+
+    @property
+    def prefix_ids(self) -> list[int]:
+        """What `add_special_tokens` puts before a text: usually bos, or nothing."""
+        return list(self._prefix)
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str] | None:
+        """Finds the literals of special tokens in a text, longest first."""
+        literals = sorted((self._added[i] for i in self.special_ids), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, literals))) if literals else None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of a text. Raises BadRequest for a text that is not valid Unicode."""
+        ids = self.encode_spans(text, parse_special=parse_special).ids
+        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def encode_spans(self, text: str, *, parse_special: bool = True) -> tokenizers.Encoding:
+        """The library's encoding, with the span of text behind each token; nothing put before or after."""
+        try:
+            return (self._backend if parse_special else self._plain).encode(text, add_special_tokens=False)
+        except TypeError as e:
+            bad = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
+            if bad is None:
+                raise
+            raise BadRequest(f"the text holds half of a surrogate pair at character {bad}: not valid Unicode") from e
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        shown = (i for i in ids if not (skip_special_tokens and i in self.special_ids))
+        raw = b"".join(map(self.token_bytes, shown))
+        if self.strip_first and raw.startswith(b" "):
+            raw = raw[1:]
+        return raw.decode("utf-8", "replace")
+
+    @property
+    def strip_first(self) -> bool:
+        """Whether a text's first leading space is the tokenizer's own and not shown."""
+        return self._pieces is not None and self._pieces.strip_first
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for; b"" for an id that the vocabulary does not have."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._find_bytes(token_id)
+        return found
+
+    def token_text(self, token_id: int) -> str:
+        """A token's own text; U+FFFD where it holds only part of a character."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        if self._pieces is None:
+            raise ModelError(
+                "the decoder in tokenizer.json is neither byte-level nor SentencePiece: this model can't generate text"
+            )
+        if token_id in self._added:
+            return self._pieces.added_to_bytes(self._added[token_id])
+        token = self._backend.id_to_token(token_id) if token_id >= 0 else None
+        return b"" if token is None else self._pieces.to_bytes(token)
+
+
+def load_tokenizer(model_path: str, metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a model directory or, from its metadata, of a GGUF file."""
+    file = Path(model_path) / "tokenizer.json"
+    if file.is_file():
+        return _load_directory(file)
+    if "tokenizer.ggml.model" in metadata:
+        return _load_gguf(metadata)
+    raise ModelError(f"there is no tokenizer.json in {model_path}", remedy=_remedy(Path(model_path)))
+
+
+def _remedy(directory: Path) -> str:
+    if any((directory / name).exists() for name in ("tokenizer.model", "vocab.json", "spiece.model")):
+        return (
+            "The tokenizer is there in an older form: write the new one with transformers: "
+            f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
+        )
+    return "Download the model's tokenizer.json into it, or name a directory that has one with --tokenizer"
+
+
+class _File(msgspec.Struct):
+    decoder: Any = None
+
+
+def _load_directory(file: Path) -> Tokenizer:
+    try:
+        raw = file.read_bytes()
+        decoder = msgspec.json.decode(raw, type=_File).decoder
+        backend = tokenizers.Tokenizer.from_buffer(raw)
+    except Exception as e:  # the library raises a bare Exception
+        raise ModelError(f"cannot read {file}: {e}", remedy="Download the file again") from e
+    backend.no_truncation()
+    backend.no_padding()
+    config = read_json(file.parent, "tokenizer_config.json")
+    names = special_tokens(file.parent, {})
+    _add_declared(backend, config, names)
+    eos = backend.token_to_id(names["eos_token"]) if "eos_token" in names else None
+    return Tokenizer(
+        backend,
+        from_decoder(decoder),
+        bos_token_id=backend.token_to_id(names["bos_token"]) if "bos_token" in names else None,
+        eos_token_ids=() if eos is None else (eos,),
+        add_bos=_flag(config.get("add_bos_token")),
+        add_eos=_flag(config.get("add_eos_token")),
+    )
+
+
+def _flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _add_declared(backend: tokenizers.Tokenizer, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Tokens that tokenizer_config.json and special_tokens_map.json declare, where tokenizer.json does not."""
+    declared = config.get("added_tokens_decoder")
+    known = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+    for key, token in sorted(declared.items(), key=lambda item: int(item[0])) if isinstance(declared, dict) else ():
+        content = token.get("content")
+        size = backend.get_vocab_size()
+        if content and content not in known and int(key) in (size, backend.token_to_id(content)):
+            flags = {k: bool(token.get(k)) for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+            backend.add_tokens([AddedToken(content, **flags)])
+            known[content] = flags["special"]
+    plain = [text for text in names.values() if not known.get(text) and backend.token_to_id(text) is not None]
+    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in plain])
+
+
+def _load_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+    vocab = build_gguf_vocab(metadata)
+    return Tokenizer(
+        vocab.backend,
+        vocab.pieces,
+        bos_token_id=vocab.bos_token_id,
+        eos_token_ids=vocab.end_token_ids,
+        add_bos=vocab.add_bos,
+        add_eos=vocab.add_eos,
+    )
+
+
+def _plain_twin(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken]) -> tokenizers.Tokenizer:
+    """The same tokenizer, reading special tokens as text. A twin, because the switch is not safe between threads."""
+    twin = tokenizers.Tokenizer(backend.model)  # shares the model
+    twin.normalizer, twin.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    twin.add_tokens([added[i] for i in sorted(added)])
+    if twin.get_added_tokens_decoder().keys() != added.keys():  # ids with gaps: only a full copy keeps them
+        twin = tokenizers.Tokenizer.from_str(backend.to_str())
+    twin.encode_special_tokens = True
+    return twin
+
+
+def _frame(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer's own post-processing puts before and after a text."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", add_special_tokens=True).ids
+    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    return full[:start], full[start + len(bare) :]
