@@ -14,7 +14,7 @@ SRC = Path(__file__).parent.parent / "src" / "pagoda"
 FLOORS = MappingProxyType(
     {
         "cli": 8,
-        "entrypoints": 8,
+        "entrypoints": 9,
         "gateway": 7,
         "api": 6,
         "deploy": 6,
