@@ -157,6 +157,37 @@ def test_a_request_of_lower_priority_makes_room_though_it_came_first() -> None:
     assert h.told["low"].tokens == solo(h.requests["low"], h.config).tokens
 
 
+def test_a_prompt_takes_the_room_of_a_stream_that_was_planned_already() -> None:
+    h = harness(num_blocks=8, max_num_batched_tokens=3)
+    h.add(request("stream", 3, max_tokens=80, priority=1))
+    h.planned()
+    h.add(request("prompt", 96, first=9))
+    while h.scheduler.stats().preemptions == 0:
+        assert h.step()
+    assert not h.told["prompt"].tokens
+    h.run()
+    for name in ("stream", "prompt"):
+        assert h.told[name].tokens == solo(h.requests[name], h.config).tokens
+
+
+@pytest.mark.parametrize("prompt_logprobs", [None, 1])
+def test_a_prompt_preempted_half_way_goes_on_from_its_own_blocks(prompt_logprobs: int | None) -> None:
+    h = harness(num_blocks=8, max_num_batched_tokens=3)
+    h.add(request("stream", 3, max_tokens=60))
+    h.planned()
+    h.add(request("prompt", 96, first=9, prompt_logprobs=prompt_logprobs))
+    while h.scheduler.stats().preemptions == 0:
+        assert h.step()
+    assert [seq.request_id for seq in h.scheduler._waiting] == ["prompt"]
+    computed, stream_left = sum(h.plan_sizes), 60 - len(h.told["stream"].tokens)
+    h.run()
+    alone, told = solo(h.requests["prompt"], h.config), h.told["prompt"]
+    assert (told.tokens, told.prompt_logprobs) == (alone.tokens, alone.prompt_logprobs)
+    assert told.cached_tokens[0] == 0, "only the first admission counts"
+    from_nothing = stream_left + 96 + len(alone.tokens) - 1
+    assert sum(h.plan_sizes) - computed <= from_nothing - 4 * BLOCK_SIZE
+
+
 def test_a_preempted_request_is_the_first_to_come_back() -> None:
     h = two_that_outgrow_the_pool()
     while h.scheduler.stats().preemptions == 0:
@@ -167,9 +198,9 @@ def test_a_preempted_request_is_the_first_to_come_back() -> None:
 
 def test_a_prompt_waits_until_all_of_it_has_room() -> None:
     h = harness(num_blocks=8, max_num_batched_tokens=16)
-    h.add(request("a", 60, max_tokens=4))
+    h.add(request("a", 60, max_tokens=8))
     h.planned()
-    h.add(request("b", 60, first=5, max_tokens=4))
+    h.add(request("b", 60, first=5, max_tokens=8))
     h.run()
     assert h.scheduler.stats().preemptions == 0
     assert h.told["b"].tokens == solo(h.requests["b"], h.config).tokens

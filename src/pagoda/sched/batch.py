@@ -86,8 +86,8 @@ class Batch:
             frequency=floats[4],
             repetition=floats[5],
             seed=self._seed[slots],
-            **_history(turns),
-            **_bias(turns),
+            **_history(seqs),
+            **_bias(seqs),
             **self._masks(seqs),
         )
 
@@ -104,14 +104,14 @@ def _ints(values: list[int]) -> Int32:
     return np.array(values, np.int32)
 
 
-def _history(turns: list[Turn]) -> dict[str, npt.NDArray[Any]]:
-    parts = [turn.seq.history.arrays() if turn.seq.history is not None and turn.samples else None for turn in turns]
+def _history(seqs: list[Sequence]) -> dict[str, npt.NDArray[Any]]:
+    parts = [None if seq.history is None else seq.history.arrays() for seq in seqs]
     start, ids, counts = _ragged(parts, np.int32)
     return {"history_start": start, "history_ids": ids, "history_counts": counts}
 
 
-def _bias(turns: list[Turn]) -> dict[str, npt.NDArray[Any]]:
-    start, ids, values = _ragged([turn.seq.bias if turn.samples else None for turn in turns], np.float32)
+def _bias(seqs: list[Sequence]) -> dict[str, npt.NDArray[Any]]:
+    start, ids, values = _ragged([seq.bias for seq in seqs], np.float32)
     return {"bias_start": start, "bias_ids": ids, "bias_values": values}
 
 

@@ -88,7 +88,7 @@ class Outcome:
     def _start(self, seq: Sequence, delta: Delta) -> None:
         """What a request tells once, with its first token."""
         seq.started = True
-        delta.prompt_logprobs, seq.prompt_scores = seq.prompt_scores, None
+        delta.prompt_logprobs = seq.prompt_scores
         delta.cached_tokens = seq.cached_tokens
         self.prompt_tokens += seq.prompt_len
 

@@ -109,12 +109,10 @@ class Scheduler:
         """The next step, or None when there is nothing to do."""
         if self._flight is not None:
             raise ValueError("the step before has no result yet")
-        preemptions = self._preemptions
         turns = self._continue_running(self._config.max_num_batched_tokens)
         published = [block for turn in turns for block in self._publish(turn)]
-        if self._preemptions == preemptions:  # else the blocks just freed have a taker already
-            budget = self._config.max_num_batched_tokens - sum(turn.count for turn in turns)
-            self._admit_waiting(budget, turns, published)
+        budget = self._config.max_num_batched_tokens - sum(turn.count for turn in turns)
+        self._admit_waiting(budget, turns, published)
         if not turns:
             return None
         self._steps += 1
@@ -207,7 +205,6 @@ class Scheduler:
         """Back to the queue, before all that came later; its tokens stay known and are computed again."""
         self._running.remove(seq)
         self._release(seq)
-        seq.computed = 0
         insort(self._waiting, seq, key=_ORDER)
         self._preemptions += 1
 
@@ -246,7 +243,7 @@ class Scheduler:
         seq.computed = len(cached) * BLOCK_SIZE
         insort(self._running, seq, key=_ORDER)
         if seq.cached_tokens < 0:
-            seq.cached_tokens = min(seq.computed, seq.prompt_len)
+            seq.cached_tokens = seq.computed
             if self._config.prefix_caching:
                 self._prefix_queries_tokens += len(seq.known)
                 self._prefix_hits_tokens += seq.computed
