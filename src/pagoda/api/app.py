@@ -1,0 +1,106 @@
+"""The ASGI application: every route behind one guard that checks host and key and turns errors into answers."""
+
+from __future__ import annotations
+
+import logging
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from pagoda.api.auth import Keys, check_host
+from pagoda.api.body import ClientGone
+from pagoda.api.paths import NormalizePath, nearest
+from pagoda.api.routes import Endpoint, Handler, endpoints
+from pagoda.api.server import Server
+from pagoda.api.shape import error_response
+from pagoda.api.stream import Reply
+from pagoda.errors import EngineError, MethodNotAllowed, NotFound, PagodaError
+
+log = logging.getLogger("pagoda.api")
+
+
+def create_app(server: Server) -> Starlette:
+    """The application of one server."""
+    table = endpoints()
+    keys = Keys(server.api_keys)
+    paths = [each.path for each in table if "{" not in each.path]
+    middleware = [Middleware(NormalizePath, endpoints=paths, root_path=server.root_path)]
+    if server.allowed_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(server.allowed_origins),
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "x-pagoda-ignored", "retry-after"],
+            )
+        )
+    routes = [Route(each.path, Guarded(server, keys, each.handler, each.public, each.methods)) for each in table]
+    app = Starlette(routes=routes, middleware=middleware)
+    app.router.redirect_slashes = False
+    app.router.default = Guarded(server, keys, _not_found(table), False, None)
+    return app
+
+
+class Guarded:
+    """One matched route. What it guards is decided when the table is built, never from the text of a URL."""
+
+    def __init__(
+        self, server: Server, keys: Keys, handler: Handler, public: bool, methods: tuple[str, ...] | None
+    ) -> None:
+        self._server = server
+        self._keys = keys
+        self._handler = handler
+        self._public = public
+        self._methods = methods
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            reply = await self._reply(Request(scope, receive))
+        except ClientGone:
+            return
+        await reply(scope, receive, send)
+
+    async def _reply(self, request: Request) -> Reply:
+        try:
+            self._check(request.headers)
+            self._check_method(request)
+            return await self._handler(self._server, request)
+        except MethodNotAllowed as error:
+            return error_response(error, {"allow": ", ".join(self._methods or ())})
+        except PagodaError as error:
+            return error_response(error)
+        except ClientGone:
+            raise
+        except Exception:
+            log.exception("%s %s failed", request.method, request.url.path)
+            return error_response(EngineError("the server failed on this request; its log says why"))
+
+    def _check(self, headers: Headers) -> None:
+        if self._server.local:
+            check_host(headers, self._server.allowed_origins)
+        if not self._public:
+            self._keys.check(headers)
+
+    def _check_method(self, request: Request) -> None:
+        methods = self._methods
+        if methods is None or request.method in methods or (request.method == "HEAD" and "GET" in methods):
+            return
+        raise MethodNotAllowed(f"{request.url.path} takes {' or '.join(methods)}, not {request.method[:20]}")
+
+
+def _not_found(table: tuple[Endpoint, ...]) -> Handler:
+    shown = {each.path: each.shown for each in table if "{" not in each.path}
+
+    async def not_found(server: Server, request: Request) -> Reply:
+        path = request.scope["path"]
+        near = nearest(path, list(shown))
+        remedy = f"Did you mean {shown[near]}?" if near else "GET /docs lists what there is"
+        raise NotFound(f"there is no {path[:200]} here", remedy=remedy)
+
+    return not_found

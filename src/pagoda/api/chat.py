@@ -1,0 +1,166 @@
+"""POST /v1/chat/completions: messages in, a message or a stream of its parts out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+
+from pagoda.api.body import parse, read_body
+from pagoda.api.generation import Gathered, Generation
+from pagoda.api.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from pagoda.api.messages import chat_prompt
+from pagoda.api.protocol import ChatBody
+from pagoda.api.replies import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ChatReply,
+    Usage,
+)
+from pagoda.api.sampling import sampling_params
+from pagoda.api.server import Server
+from pagoda.api.stream import DONE, EventStream, Reply, answer, event
+from pagoda.types import Delta
+
+ROLE = "assistant"
+
+
+async def chat_completions(server: Server, request: Request) -> Reply:
+    body, ignored = parse(await read_body(request), ChatBody)
+    model = server.served.resolve(body.model)
+    params = sampling_params(body, server.default_params, server.vocab_size)
+    prompt = server.truncate(await chat_prompt(server, body), body.truncate_prompt_tokens)
+    generation = server.start(
+        "chatcmpl", [prompt], params, model=model, cache_salt=body.cache_salt or "", priority=body.priority or 0
+    )
+    chat = _Chat(server, body, generation)
+    if body.stream:
+        reply: Reply = EventStream(generation, chat.events(), server.aborted)
+    else:
+        reply = await answer(generation, chat.whole(), request.receive, server.aborted)
+    server.note_ignored(reply, ignored)
+    return reply
+
+
+class _Chat:
+    """Renders one call, whole or as a stream."""
+
+    def __init__(self, server: Server, body: ChatBody, generation: Generation) -> None:
+        self._body = body
+        self._generation = generation
+        self._names = TokenNames(server.tokenizer, body.return_tokens_as_token_ids)
+        self._prefix = _echo(body)
+
+    async def whole(self) -> ChatReply:
+        generation = self._generation
+        parts = [Gathered() for _ in generation.requests]
+        async with aclosing(generation.deltas()) as deltas:
+            async for index, delta in deltas:
+                parts[index].take(delta)
+        first = parts[0].prompt_logprobs
+        return ChatReply(
+            id=generation.id,
+            created=generation.created,
+            model=generation.model,
+            choices=[self._choice(index, part) for index, part in enumerate(parts)],
+            usage=generation.usage(),
+            prompt_logprobs=UNSET if first is None else prompt_logprobs(self._names, first),
+            prompt_token_ids=self._prompt_ids(),
+        )
+
+    def _choice(self, index: int, part: Gathered) -> ChatChoice:
+        return ChatChoice(
+            index=index,
+            message=ChatMessage(role=ROLE, content=self._prefix + part.text),
+            logprobs=chat_logprobs(self._names, part.logprobs) if self._body.logprobs else None,
+            finish_reason=part.finish_reason,
+            stop_reason=part.stop_reason,
+            token_ids=part.token_ids if self._body.return_token_ids else UNSET,
+        )
+
+    def _prompt_ids(self) -> list[int] | UnsetType:
+        return self._generation.requests[0].prompt_token_ids if self._body.return_token_ids else UNSET
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Role, content, finish; usage if asked for; [DONE]."""
+        options = self._body.stream_options
+        for index in range(len(self._generation.requests)):
+            yield self._chunk(index, ChatDelta(role=ROLE, content=""), prompt_token_ids=self._prompt_ids())
+            if self._prefix:
+                yield self._chunk(index, ChatDelta(content=self._prefix))
+        async with aclosing(self._generation.deltas()) as deltas:
+            async for index, delta in deltas:
+                if delta.text or (delta.token_ids and (self._body.logprobs or self._body.return_token_ids)):
+                    yield self._content(index, delta)
+                if delta.finish_reason is not None:
+                    yield self._finish(index, delta)
+        if options is not None and options.include_usage:
+            yield event(self._bare([], self._generation.usage()))
+        yield DONE
+
+    def _content(self, index: int, delta: Delta) -> bytes:
+        logprobs: ChatLogprobs | UnsetType = UNSET
+        if self._body.logprobs:
+            logprobs = chat_logprobs(self._names, delta.logprobs or [])
+        return self._chunk(
+            index,
+            ChatDelta(content=delta.text),
+            logprobs=logprobs,
+            token_ids=delta.token_ids if self._body.return_token_ids else UNSET,
+        )
+
+    def _finish(self, index: int, delta: Delta) -> bytes:
+        choice = ChatChunkChoice(
+            index=index,
+            delta=ChatDelta(),
+            finish_reason=delta.finish_reason,
+            stop_reason=UNSET if delta.stop_reason is None else delta.stop_reason,
+        )
+        return event(self._bare([choice], self._running_usage()))
+
+    def _chunk(
+        self,
+        index: int,
+        delta: ChatDelta,
+        *,
+        logprobs: ChatLogprobs | UnsetType = UNSET,
+        token_ids: list[int] | UnsetType = UNSET,
+        prompt_token_ids: list[int] | UnsetType = UNSET,
+    ) -> bytes:
+        choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, token_ids=token_ids)
+        return event(self._bare([choice], self._running_usage(), prompt_token_ids))
+
+    def _running_usage(self) -> Usage | UnsetType:
+        options = self._body.stream_options
+        return self._generation.usage() if options is not None and options.continuous_usage_stats else UNSET
+
+    def _bare(
+        self,
+        choices: list[ChatChunkChoice],
+        usage: Usage | UnsetType,
+        prompt_token_ids: list[int] | UnsetType = UNSET,
+    ) -> ChatChunk:
+        generation = self._generation
+        return ChatChunk(
+            id=generation.id,
+            created=generation.created,
+            model=generation.model,
+            choices=choices,
+            usage=usage,
+            prompt_token_ids=prompt_token_ids,
+        )
+
+
+def _echo(body: ChatBody) -> str:
+    """With `echo`, an answer that goes on behind an assistant's last message repeats that message."""
+    last = body.messages[-1]
+    content = last.get("content")
+    if body.echo and last.get("role") == ROLE and isinstance(content, str):
+        return content
+    return ""

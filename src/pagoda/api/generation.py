@@ -1,0 +1,154 @@
+"""One admitted call: its sequences, their deltas with text, and the account of tokens and times."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from pagoda.api.replies import CompletionTokensDetails, PromptTokensDetails, Usage
+from pagoda.errors import EngineError, Overloaded
+from pagoda.text.output import TextOutput
+from pagoda.types import Delta, Request, TokenLogprob
+
+if TYPE_CHECKING:
+    from pagoda.api.server import Server
+
+
+class ShuttingDown(Overloaded):
+    code = "shutting_down"
+    retry_after_s = 5
+
+
+class Generation:
+    """Yields (index, delta) of all sequences; sequence `i` of prompt `p` has the index `p * n + i`."""
+
+    def __init__(self, server: Server, id: str, model: str, requests: Sequence[Request], n: int) -> None:
+        self.id = id
+        self.model = model
+        self.created = int(time.time())
+        self.requests = requests
+        self.prompt_tokens = sum(len(request.prompt_token_ids) for request in requests[::n])
+        self.sequence_prompt_tokens = self.prompt_tokens * n
+        self.completion_tokens = [0] * len(requests)
+        self.finish_reasons: list[str | None] = [None] * len(requests)
+        self.started = time.monotonic()
+        self.first_token_s: float | None = None
+        self._cached_tokens = [0] * len(requests)
+        self._last_token = [0.0] * len(requests)
+        self._server = server
+        self._n = n
+        self._closed = False
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were in the cache; only the first sequence of a prompt tells what this call found."""
+        return sum(self._cached_tokens[:: self._n])
+
+    def usage(self) -> Usage:
+        completion_tokens = sum(self.completion_tokens)
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=self.prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self.cached_tokens),
+            completion_tokens_details=CompletionTokensDetails(),
+        )
+
+    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """All deltas as they come. Raises EngineError when a sequence failed; closing it cancels all sequences."""
+        if len(self.requests) == 1:
+            async with aclosing(self._sequence(0)) as only:
+                async for delta in only:
+                    yield 0, delta
+            return
+        queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._pump(index, queue)) for index in range(len(self.requests))]
+        try:
+            open_sequences = len(tasks)
+            while open_sequences:
+                index, item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    open_sequences -= 1
+                else:
+                    yield index, item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _pump(self, index: int, queue: asyncio.Queue[tuple[int, Delta | Exception | None]]) -> None:
+        try:
+            async with aclosing(self._sequence(index)) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait((index, delta))
+            queue.put_nowait((index, None))
+        except Exception as error:
+            queue.put_nowait((index, error))
+
+    async def _sequence(self, index: int) -> AsyncGenerator[Delta, None]:
+        request = self.requests[index]
+        output = TextOutput(self._server.tokenizer, request)
+        async with aclosing(self._server.engine.generate(request)) as stream:
+            async for raw in stream:
+                delta = output.feed(raw)
+                self._account(index, delta)
+                if delta.finish_reason == "error":
+                    raise EngineError(delta.error or "the engine could not finish this request")
+                if delta.finish_reason == "abort":
+                    raise EngineError("the request was cancelled by the server")
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        raise EngineError("the engine ended this request without a reason")
+
+    def _account(self, index: int, delta: Delta) -> None:
+        now = time.monotonic()
+        metrics = self._server.metrics
+        self._cached_tokens[index] = max(self._cached_tokens[index], delta.cached_tokens)
+        if delta.token_ids:
+            if self.completion_tokens[index] == 0:
+                metrics.first_token(now - self.started)
+            else:
+                metrics.next_tokens((now - self._last_token[index]) / len(delta.token_ids), len(delta.token_ids))
+            self._last_token[index] = now
+            self.completion_tokens[index] += len(delta.token_ids)
+            if self.first_token_s is None:
+                self.first_token_s = now - self.started
+        if delta.finish_reason is not None:
+            self.finish_reasons[index] = delta.finish_reason
+
+    def close(self, status: int = 200) -> None:
+        """Give back what admission took, count and log. Safe to call twice; the first status counts."""
+        if self._closed:
+            return
+        self._closed = True
+        self._server.release(self)
+        self._server.metrics.finished(self, time.monotonic() - self.started)
+        self._server.log_generation(self, status)
+
+
+class Gathered:
+    """What one sequence has given so far, for a reply that is sent whole."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.finish_reason = "stop"
+        self.stop_reason: int | str | None = None
+
+    def take(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs or []
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+            self.stop_reason = delta.stop_reason

@@ -1,0 +1,37 @@
+"""Which model a request means: the served names, matched as tolerantly as is safe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pagoda.errors import ModelNotFound
+
+
+class ServedNames:
+    """A table of names; what a client sends is only ever looked up here, never used as a path."""
+
+    def __init__(self, names: Sequence[str], root: str) -> None:
+        self.names = tuple(names)
+        self._exact = {name: name for name in names}
+        self._whole = {_plain(name): name for name in reversed((*names,))}
+        self._base = {_base(name): name for name in reversed((*names,))}
+        self._whole.setdefault(_plain(root), self.names[0])
+        self._base.setdefault(_base(root), self.names[0])
+
+    def resolve(self, wanted: str | None) -> str:
+        """The served name that `wanted` means; none or an empty one means the first. Raises ModelNotFound."""
+        if wanted is None or not wanted.strip():
+            return self.names[0]
+        found = self._exact.get(wanted) or self._whole.get(_plain(wanted)) or self._base.get(_base(wanted))
+        if found is None:
+            served = ", ".join(self.names)
+            raise ModelNotFound(f"the model {wanted[:200]!r} is not served here. Served: {served}", param="model")
+        return found
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold().removesuffix(":latest").strip("/").removeprefix("./")
+
+
+def _base(name: str) -> str:
+    return _plain(name).rpartition("/")[2].removesuffix(".gguf")

@@ -1,0 +1,86 @@
+"""The table of routes: what the router, the key check, the 404 texts and the documentation are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+from starlette.requests import Request
+
+from pagoda.api import chat, completions, docs, models, status, tokens
+from pagoda.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from pagoda.api.replies import (
+    ChatReply,
+    CompletionReply,
+    DetokenizeReply,
+    ModelCard,
+    ModelList,
+    StatusReply,
+    TokenizeReply,
+    TokenizerInfo,
+    VersionReply,
+    Welcome,
+)
+from pagoda.api.server import Server
+from pagoda.api.stream import Reply
+
+Handler = Callable[[Server, Request], Awaitable[Reply]]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One route. `path` is without `/v1` (see `paths`); `shown` is how clients are told to write it.
+
+    A `public` one answers without an API key.
+    """
+
+    path: str
+    methods: tuple[str, ...]
+    handler: Handler
+    summary: str
+    body: type[msgspec.Struct] | None = None
+    reply: type[msgspec.Struct] | None = None
+    public: bool = False
+    openai: bool = False
+
+    @property
+    def shown(self) -> str:
+        return ("/v1" if self.openai else "") + self.path.replace(":path}", "}")
+
+
+def endpoints() -> tuple[Endpoint, ...]:
+    """Every route of the server. What is not here does not exist."""
+    return (
+        Endpoint(
+            "/chat/completions", ("POST",), chat.chat_completions, "Answer messages, whole or streamed",
+            ChatBody, ChatReply, openai=True,
+        ),
+        Endpoint(
+            "/completions", ("POST",), completions.completions, "Go on with a text or with token ids",
+            CompletionBody, CompletionReply, openai=True,
+        ),
+        Endpoint("/models", ("GET",), models.list_models, "List what is served", reply=ModelList, openai=True),
+        Endpoint(
+            "/models/{model:path}", ("GET",), models.get_model, "Describe one served model",
+            reply=ModelCard, openai=True,
+        ),
+        Endpoint("/tokenize", ("POST",), tokens.tokenize, "Text or messages to token ids", TokenizeBody, TokenizeReply),
+        Endpoint("/detokenize", ("POST",), tokens.detokenize, "Token ids to text", DetokenizeBody, DetokenizeReply),
+        Endpoint("/tokenizer_info", ("GET",), tokens.tokenizer_info, "Special tokens", reply=TokenizerInfo),
+        Endpoint("/health", ("GET",), status.health, "200 when ready", reply=StatusReply, public=True),
+        Endpoint("/ping", ("GET", "POST"), status.health, "The same as /health", reply=StatusReply, public=True),
+        Endpoint("/version", ("GET",), status.version, "Pagoda's version", reply=VersionReply),
+        Endpoint("/metrics", ("GET",), status.metrics, "Prometheus metrics under vLLM's names"),
+        Endpoint("/", ("GET",), status.root, "A page for browsers, a summary for programs", reply=Welcome),
+        Endpoint("/docs", ("GET",), docs_page, "This list"),
+        Endpoint("/openapi.json", ("GET",), openapi_json, "The OpenAPI 3.1 description"),
+    )  # fmt: skip
+
+
+async def docs_page(server: Server, request: Request) -> Reply:
+    return status.page_response(docs.page(docs.openapi(endpoints(), server.version)))
+
+
+async def openapi_json(server: Server, request: Request) -> Reply:
+    return docs.openapi_response(docs.openapi(endpoints(), server.version))

@@ -1,0 +1,241 @@
+"""The serving process: take the port, wait for the engine, serve until told to stop, let requests finish."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import psutil
+import uvicorn
+
+from pagoda.api.app import create_app
+from pagoda.api.connection import Connection
+from pagoda.api.server import Server
+from pagoda.backend.base import Progress
+from pagoda.errors import PagodaError
+
+log = logging.getLogger("pagoda.api")
+
+DRAIN_S = 30.0
+CLOSE_S = 3
+EXIT_ENGINE_DEAD = 70
+BACKLOG = 2048
+
+
+class PortTaken(PagodaError):
+    """Somebody else listens there."""
+
+    exit_code = 98
+
+
+class CannotListen(PagodaError):
+    """The address cannot be used: no permission, or it is not one of this machine."""
+
+    exit_code = 77
+
+
+class StartedEngine(Protocol):
+    """What starting and stopping needs of `pagoda.engine.client.EngineClient`."""
+
+    on_dead: Callable[[str], None] | None
+
+    async def start(self, on_progress: Progress | None = None) -> None: ...
+    async def stop(self) -> None: ...
+
+
+def bind_socket(host: str, port: int, uds: str | None = None) -> socket.socket:
+    """Take the address now, before a model is loaded for nothing. Raises PortTaken or CannotListen."""
+    if uds is not None:
+        return _bind_unix(uds)
+    try:
+        info = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror:
+        raise CannotListen(f"{host} is no address of this machine", remedy="Use --host 127.0.0.1 or 0.0.0.0") from None
+    made = socket.socket(info[0], socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(info[4])
+    except OSError as error:
+        made.close()
+        raise _explain(error, host, port) from None
+    made.setblocking(False)
+    return made
+
+
+def _bind_unix(path: str) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
+                os.unlink(path)
+        made.bind(path)
+    except OSError as error:
+        made.close()
+        raise CannotListen(f"the socket {path} cannot be made: {error.strerror}", remedy="Use another --uds") from None
+    made.setblocking(False)
+    return made
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(path) == 0
+
+
+def _explain(error: OSError, host: str, port: int) -> PagodaError:
+    if error.errno == errno.EADDRINUSE:
+        return PortTaken(f"port {port} is taken{_owner(port)}", remedy=f"Use another one: --port {port + 1}")
+    if error.errno == errno.EACCES:
+        return CannotListen(f"no permission to listen on port {port}", remedy="Use a port above 1023: --port 8000")
+    return CannotListen(f"cannot listen on {host}:{port}: {error.strerror}", remedy="Use --host 127.0.0.1 or 0.0.0.0")
+
+
+def _owner(port: int) -> str:
+    """Who listens on a port, as far as the system lets us see."""
+    try:
+        for seen in psutil.net_connections("tcp"):
+            if seen.status == psutil.CONN_LISTEN and seen.laddr and seen.laddr.port == port and seen.pid:
+                return f" by process {seen.pid} ({psutil.Process(seen.pid).name()})"
+    except (psutil.Error, OSError):
+        pass
+    return ""
+
+
+def run_server(
+    server: Server,
+    engine: StartedEngine,
+    listener: socket.socket,
+    *,
+    drain_s: float = DRAIN_S,
+    on_progress: Progress | None = None,
+    on_ready: Callable[[], None] | None = None,
+) -> int:
+    """Load, serve, drain. Returns the exit code; raises the PagodaError that loading ended with.
+
+    `server.engine` and `engine` are the same object, once as the routes see it and once as its owner does. The
+    listener already holds the port, but nobody is answered before the engine is ready. `on_ready` is called then.
+    """
+    http = _http(server)
+    with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
+        return runner.run(_Serving(server, engine, listener, http).run(drain_s, on_progress, on_ready))
+
+
+class _Serving:
+    """The life of one serving process, from loading to the last answer."""
+
+    def __init__(self, server: Server, engine: StartedEngine, listener: socket.socket, http: _Http) -> None:
+        self._server = server
+        self._engine = engine
+        self._listener = listener
+        self._http = http
+        self._stopping = asyncio.Event()
+        self._dead = False
+
+    async def run(self, drain_s: float, on_progress: Progress | None, on_ready: Callable[[], None] | None) -> int:
+        self._engine.on_dead = self._on_dead
+        try:
+            with _signals(self._stopping):
+                loading = asyncio.ensure_future(self._engine.start(on_progress))
+                if not await _either(loading, self._stopping):
+                    loading.cancel()
+                    return 0
+                serving = await self._open()
+                if on_ready is not None:
+                    on_ready()
+                await _either(serving, self._stopping)
+                await self._finish(serving, drain_s)
+        finally:
+            await self._engine.stop()
+        return EXIT_ENGINE_DEAD if self._dead else 0
+
+    def _on_dead(self, reason: str) -> None:
+        log.error("the engine is gone for good: %s", reason)
+        self._dead = True
+        self._stopping.set()
+
+    async def _open(self) -> asyncio.Future[None]:
+        """Listen only now: who finds the port open may send, and is answered at once."""
+        try:
+            self._listener.listen(BACKLOG)
+        except OSError as error:
+            host, port = self._listener.getsockname()[:2]
+            raise _explain(error, host, port) from None
+        serving = asyncio.ensure_future(self._http.serve([self._listener]))
+        while not self._http.started and not serving.done():
+            await asyncio.sleep(0.002)
+        return serving
+
+    async def _finish(self, serving: asyncio.Future[None], drain_s: float) -> None:
+        limit_s = 0.0 if self._dead else drain_s
+        if self._server.busy:
+            log.info("shutting down: running requests have %g s to finish", limit_s)
+        await self._server.drain(limit_s)
+        self._http.should_exit = True
+        await serving
+
+
+async def _either(task: asyncio.Future[None], stopping: asyncio.Event) -> bool:
+    """Wait for the task or for the signal to stop. True: the task is done (its error is raised)."""
+    stop = asyncio.ensure_future(stopping.wait())
+    both: list[asyncio.Future[Any]] = [task, stop]
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stop.cancel()
+    if task.done():
+        task.result()
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _signals(stopping: asyncio.Event) -> Iterator[None]:
+    """The first SIGTERM or SIGINT asks to stop; a second one ends the process at once, as if nobody handled it."""
+    loop = asyncio.get_running_loop()
+    caught = (signal.SIGTERM, signal.SIGINT)
+
+    def stop() -> None:
+        stopping.set()
+        for each in caught:
+            loop.remove_signal_handler(each)
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in caught:
+        loop.add_signal_handler(each, stop)
+    try:
+        yield
+    finally:
+        for each in caught:
+            loop.remove_signal_handler(each)
+
+
+class _Http(uvicorn.Server):
+    """uvicorn without its own handling of signals: ours lets requests finish first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _http(server: Server) -> _Http:
+    config = uvicorn.Config(
+        create_app(server),
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=CLOSE_S,
+    )
+    return _Http(config)

@@ -1,0 +1,30 @@
+"""Errors in OpenAI's shape, as bodies and as responses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from starlette.responses import Response
+
+from pagoda.api.replies import ErrorDetail, ErrorReply, to_json
+from pagoda.errors import Overloaded, PagodaError, Unauthorized
+
+JSON = "application/json"
+
+
+def error_reply(error: PagodaError) -> ErrorReply:
+    detail = ErrorDetail(message=str(error), type=error.type, param=error.param, code=error.code)
+    return ErrorReply(error=detail)
+
+
+def error_response(error: PagodaError, headers: Mapping[str, str] | None = None) -> Response:
+    """The error as an HTTP response, with the headers that go with its kind."""
+    more = dict(headers or {})
+    if isinstance(error, Overloaded):
+        more["retry-after"] = str(error.retry_after_s)
+    if isinstance(error, Unauthorized):
+        more["www-authenticate"] = "Bearer"
+    if error.status in (408, 413):
+        # Part of the body may still be on its way; it must not be read as the next request.
+        more["connection"] = "close"
+    return Response(to_json(error_reply(error)), error.status, more, JSON)

@@ -1,0 +1,53 @@
+"""Is it alive, what is it, how is it doing: /, /health, /ping, /version, /metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pagoda.api.replies import StatusReply, VersionReply, Welcome, to_json
+from pagoda.api.server import Server
+from pagoda.api.shape import JSON
+
+_PAGE = Path(__file__).with_name("page.html")
+
+
+async def health(server: Server, request: Request) -> Response:
+    """200 when requests are answered; 503 while loading, restarting or shutting down."""
+    ready = server.state == "ready"
+    headers = {} if ready else {"retry-after": "1"}
+    return Response(to_json(StatusReply(status=server.state)), 200 if ready else 503, headers, JSON)
+
+
+async def version(server: Server, request: Request) -> Response:
+    return Response(to_json(VersionReply(version=server.version)), media_type=JSON)
+
+
+async def metrics(server: Server, request: Request) -> Response:
+    return Response(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def root(server: Server, request: Request) -> Response:
+    """A page for people, JSON for programs."""
+    if "text/html" in request.headers.get("accept", ""):
+        return page_response(_PAGE.read_bytes())
+    reply = Welcome(
+        name="pagoda",
+        version=server.version,
+        status=server.state,
+        models=list(server.served.names),
+        endpoints=["/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/docs"],
+    )
+    return Response(to_json(reply), media_type=JSON)
+
+
+def page_response(page: bytes) -> Response:
+    """A page that loads nothing from elsewhere, and whose browser holds it to that."""
+    policy = (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+        "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    )
+    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+    return Response(page, 200, headers, "text/html")

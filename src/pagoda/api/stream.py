@@ -1,0 +1,191 @@
+"""Streams of events to one client: heartbeats, slow readers, clients that leave, errors after the headers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pagoda.api.body import ClientGone
+from pagoda.api.generation import Generation, ShuttingDown
+from pagoda.api.shape import JSON, error_reply
+from pagoda.errors import EngineError, PagodaError
+
+log = logging.getLogger("pagoda.api")
+
+HEARTBEAT_S = 15.0
+STALL_S = 60.0
+CLIENT_CLOSED = 499
+ABORT_EXTENSION = "pagoda.abort"
+"""Extension of a scope: its `cut` is a function that ends the connection without waiting for unsent bytes."""
+
+DONE = b"data: [DONE]\n\n"
+_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+# Some clients split text at these characters as if they ended a line.
+_LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
+
+T = TypeVar("T")
+
+
+def event(body: msgspec.Struct) -> bytes:
+    """One event: a line of JSON and an empty line."""
+    line = msgspec.json.encode(body)
+    for character, escape in _LINE_ENDS:
+        if character in line:
+            line = line.replace(character, escape)
+    return b"data: %b\n\n" % line
+
+
+async def attend(work: Coroutine[Any, Any, T], *guards: Coroutine[Any, Any, None]) -> T:
+    """The result of `work`, unless a guard raises first; whatever is still running then is cancelled."""
+    task = asyncio.ensure_future(work)
+    others = [asyncio.ensure_future(guard) for guard in guards]
+    try:
+        await asyncio.wait([task, *others], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        for other in others:
+            if other.done():
+                other.result()
+        raise RuntimeError("a guard ended without raising")
+    finally:
+        for each in (task, *others):
+            each.cancel()
+        await asyncio.gather(task, *others, return_exceptions=True)
+
+
+async def until_gone(receive: Receive) -> None:
+    """Raise ClientGone when the client closes its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise ClientGone
+
+
+async def until_aborted(aborted: asyncio.Event) -> None:
+    """Raise ShuttingDown when the time to finish running requests is over."""
+    await aborted.wait()
+    raise ShuttingDown("the server shut down before this request was finished")
+
+
+async def answer(
+    generation: Generation, work: Coroutine[Any, Any, msgspec.Struct], receive: Receive, aborted: asyncio.Event
+) -> Response:
+    """The whole reply of a call that is not streamed; closes its Generation whatever happens."""
+    status = 500
+    try:
+        body = await attend(work, until_gone(receive), until_aborted(aborted))
+        status = 200
+        return Response(msgspec.json.encode(body), media_type=JSON)
+    except ClientGone:
+        status = CLIENT_CLOSED
+        raise
+    except PagodaError as error:
+        status = error.status
+        raise
+    finally:
+        generation.close(status)
+
+
+class EventStream:
+    """An ASGI response that sends `events`, and closes their Generation whatever happens."""
+
+    status_code = 200
+
+    def __init__(
+        self,
+        generation: Generation,
+        events: AsyncGenerator[bytes, None],
+        aborted: asyncio.Event,
+        *,
+        heartbeat_s: float = HEARTBEAT_S,
+        stall_s: float = STALL_S,
+    ) -> None:
+        self.headers: dict[str, str] = {}
+        self._generation = generation
+        self._events = events
+        self._aborted = aborted
+        self._heartbeat_s = heartbeat_s
+        self._stall_s = stall_s
+        self._sent_at = time.monotonic()
+        self._sending_since: float | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status = 200
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": _raw_headers(self.headers)})
+            status = await self._run(receive, send)
+        except ClientGone:
+            status = CLIENT_CLOSED
+            await _cut(scope)
+        finally:
+            self._generation.close(status)
+
+    async def _run(self, receive: Receive, send: Send) -> int:
+        status = 200
+        try:
+            await attend(
+                self._send_events(send), until_gone(receive), until_aborted(self._aborted), self._keep_alive(send)
+            )
+        except PagodaError as error:
+            status = error.status
+            await self._send(send, event(error_reply(error)))
+        except (ClientGone, asyncio.CancelledError):
+            raise
+        except Exception:
+            log.exception("request %s failed", self._generation.id)
+            status = 500
+            await self._send(send, event(error_reply(EngineError("the server failed on this request"))))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return status
+
+    async def _send_events(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            async for data in events:
+                await self._send(send, data)
+
+    async def _send(self, send: Send, data: bytes) -> None:
+        self._sending_since = time.monotonic()
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+        self._sending_since = None
+        self._sent_at = time.monotonic()
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Send a comment when nothing else was sent for a while; raise ClientGone when the client reads nothing."""
+        while True:
+            now = time.monotonic()
+            if self._sending_since is not None:
+                if now - self._sending_since >= self._stall_s:
+                    log.info("request %s: the client reads nothing, dropped", self._generation.id)
+                    raise ClientGone
+                await asyncio.sleep(min(1.0, self._stall_s / 4))
+            elif (wait := self._sent_at + self._heartbeat_s - now) > 0:
+                await asyncio.sleep(wait)
+            else:
+                await self._send(send, b": keep-alive\n\n")
+
+
+def _raw_headers(more: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [*_HEADERS, *((name.encode("latin-1"), value.encode("latin-1")) for name, value in more.items())]
+
+
+async def _cut(scope: Scope) -> None:
+    extension = scope.get("extensions", {}).get(ABORT_EXTENSION)
+    if extension is not None:
+        extension["cut"]()
+        # The transport tells its protocol in the loop's next turn; until then the answer looks unfinished to it.
+        await asyncio.sleep(0)
+
+
+Reply = Response | EventStream
+"""What a route gives back."""
