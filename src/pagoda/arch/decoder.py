@@ -1,0 +1,146 @@
+"""What the decoder-only architectures of this folder share: the fields of both formats to a ModelSpec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pagoda.arch import rope
+from pagoda.arch.fields import MOST_LAYERS, Fields
+from pagoda.arch.spec import Attention, Layer, Mlp, ModelSpec, Rope
+from pagoda.errors import ModelError
+from pagoda.weights.source import Tensor
+
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Which optional parts the layers of an architecture have."""
+
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+
+def from_config(
+    model_type: str,
+    config: Fields,
+    parts: Parts,
+    *,
+    head_dim: int | None = None,
+    windows: Sequence[int | None] | None = None,
+) -> ModelSpec:
+    """`head_dim` is the default where the config gives none (None: hidden size / heads)."""
+    _refuse_unsupported(config)
+    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    kv_heads = config.integer("num_key_value_heads", heads)
+    size = config.integer("head_dim", head_dim or hidden // heads)
+    count = config.integer("num_hidden_layers", most=MOST_LAYERS)
+    rotation, max_position = rope.from_config(config, size, config.integer("max_position_embeddings"))
+    bos = config.token_ids("bos_token_id")
+    attention = _attention(config, heads, kv_heads, size, parts)
+    mlp = Mlp(config.integer("intermediate_size"), bias=parts.mlp_bias)
+    return ModelSpec(
+        model_type=model_type,
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden,
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        tied=config.flag("tie_word_embeddings", False),
+        max_position=max_position,
+        rope=_checked(rotation, size, config),
+        layers=_layers(attention, mlp, windows or [None] * count, max_position),
+        eos_token_ids=config.token_ids("eos_token_id"),
+        bos_token_id=bos[0] if bos else None,
+    )
+
+
+def from_gguf(
+    model_type: str,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    interleaved: bool = False,
+    qk_norm: bool = False,
+) -> ModelSpec:
+    """GGUF has no flags for biases and tied heads: the tensors that are there say it."""
+    fields = Fields(metadata, "GGUF metadata", f"{model_type}.")
+    if EMBEDDING not in tensors:
+        raise ModelError(f"the checkpoint lacks the tensor {EMBEDDING}", remedy="Fetch the model again")
+    hidden, heads = fields.integer("embedding_length"), fields.uniform_integer("attention.head_count")
+    kv_heads = fields.uniform_integer("attention.head_count_kv", heads)
+    size = fields.integer("attention.key_length", hidden // heads)
+    if fields.integer("attention.value_length", size) != size:
+        raise fields.error("attention.value_length", "differs from attention.key_length, which is not supported")
+    rotation, max_position = rope.from_gguf(fields, tensors, size, fields.integer("context_length"), interleaved)
+    parts = Parts(
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        out_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_up.bias" in tensors,
+        qk_norm=qk_norm,
+    )
+    window = fields.integer("attention.sliding_window", 0, least=0) or None
+    windows = [window] * fields.integer("block_count", most=MOST_LAYERS)
+    attention = _attention(fields, heads, kv_heads, size, parts)
+    mlp = Mlp(fields.uniform_integer("feed_forward_length"), bias=parts.mlp_bias)
+    tokens = Fields(metadata, "GGUF metadata", "tokenizer.ggml.")
+    ends = [i for name in ("eos", "eot", "eom") for i in tokens.token_ids(f"{name}_token_id")]
+    bos = tokens.token_ids("bos_token_id")
+    return ModelSpec(
+        model_type=model_type,
+        vocab_size=tensors[EMBEDDING].shape[0],
+        hidden_size=hidden,
+        norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
+        tied=HEAD not in tensors,
+        max_position=max_position,
+        rope=_checked(rotation, size, fields),
+        layers=_layers(attention, mlp, windows, max_position),
+        eos_token_ids=tuple(dict.fromkeys(ends)),
+        bos_token_id=bos[0] if bos else None,
+    )
+
+
+def sliding_windows(config: Fields) -> list[int | None]:
+    """The window of each layer as Qwen's configs say it: by `layer_types`, or from layer `max_window_layers` on."""
+    count = config.integer("num_hidden_layers", most=MOST_LAYERS)
+    if not config.flag("use_sliding_window", False) or config.get("sliding_window") is None:
+        return [None] * count
+    window = config.integer("sliding_window")
+    first = config.integer("max_window_layers", 28, least=0)
+    kinds = config.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
+    if len(kinds) != count or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise config.error("layer_types", f"is {kinds!r}, must hold sliding_attention or full_attention for each layer")
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _refuse_unsupported(config: Fields) -> None:
+    activation = config.get("hidden_act") or "silu"
+    if activation not in ("silu", "swish"):
+        raise config.error("hidden_act", f"is {activation!r}; this architecture is supported with silu only")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise ModelError(
+            f"the checkpoint is quantized ({method or 'unknown method'}), which is not supported yet in safetensors",
+            remedy="Use the original checkpoint or a GGUF file of the model",
+        )
+
+
+def _attention(fields: Fields, heads: int, kv_heads: int, head_dim: int, parts: Parts) -> Attention:
+    if heads % kv_heads:
+        raise ModelError(f"{fields.where}: {heads} attention heads cannot share {kv_heads} KV heads evenly")
+    return Attention(heads, kv_heads, head_dim, head_dim**-0.5, parts.qkv_bias, parts.out_bias, parts.qk_norm)
+
+
+def _layers(attention: Attention, mlp: Mlp, windows: Sequence[int | None], max_position: int) -> tuple[Layer, ...]:
+    """One layer per window; a window that no context outgrows is none."""
+    chosen = [w if w is not None and w < max_position else None for w in windows]
+    return tuple(Layer(replace(attention, window=w), mlp) for w in chosen)
+
+
+def _checked(rotation: Rope, head_dim: int, fields: Fields) -> Rope:
+    if rotation.dim % 2 or not 2 <= rotation.dim <= head_dim:
+        raise ModelError(f"{fields.where}: rotary dimension {rotation.dim} does not fit heads of {head_dim}")
+    return rotation

@@ -1,0 +1,82 @@
+"""What checkpoints call the slots of a spec, in both spellings, and the proof that a checkpoint fills them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from pagoda.arch.spec import ModelSpec
+from pagoda.errors import ModelError
+from pagoda.weights.source import Tensor
+
+# slot part: (name in safetensors, name in GGUF), both without layer prefix and `.weight` or `.bias`
+_MODEL_NAMES = {
+    "embed": ("model.embed_tokens", "token_embd"),
+    "norm": ("model.norm", "output_norm"),
+    "head": ("lm_head", "output"),
+}
+_LAYER_NAMES = {
+    "attn_norm": ("input_layernorm", "attn_norm"),
+    "q": ("self_attn.q_proj", "attn_q"),
+    "k": ("self_attn.k_proj", "attn_k"),
+    "v": ("self_attn.v_proj", "attn_v"),
+    "o": ("self_attn.o_proj", "attn_output"),
+    "q_norm": ("self_attn.q_norm", "attn_q_norm"),
+    "k_norm": ("self_attn.k_norm", "attn_k_norm"),
+    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+    "gate": ("mlp.gate_proj", "ffn_gate"),
+    "up": ("mlp.up_proj", "ffn_up"),
+    "down": ("mlp.down_proj", "ffn_down"),
+}
+# buffers that old exporters stored; the spec holds their meaning
+_HARMLESS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope_freqs\.weight")
+_NAMES_SHOWN = 5
+
+
+def checkpoint_name(slot: str, *, gguf: bool) -> str:
+    """The name of the tensor that fills `slot`, such as `model.layers.0.self_attn.q_proj.weight`."""
+    prefix, _, part = slot.rpartition(".")
+    stem = part.removesuffix("_bias")
+    suffix = "bias" if part.endswith("_bias") else "weight"
+    if not prefix:
+        return f"{_MODEL_NAMES[stem][gguf]}.{suffix}"
+    layer = prefix.removeprefix("layers.")
+    return f"{'blk' if gguf else 'model.layers'}.{layer}.{_LAYER_NAMES[stem][gguf]}.{suffix}"
+
+
+def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) -> dict[str, Tensor]:
+    """The tensor of every slot. Raises ModelError for one that is missing, has another shape, or is left over."""
+    names = {slot: checkpoint_name(slot, gguf=gguf) for slot in spec.slots()}
+    head = checkpoint_name("head", gguf=gguf)
+    left_over = {name for name in tensors if not _HARMLESS.fullmatch(name)}
+    if spec.tied:
+        if names["embed"] not in tensors:
+            names["embed"] = head
+        left_over.discard(head)
+    bound: dict[str, Tensor] = {}
+    missing = [name for name in names.values() if name not in tensors]
+    if missing:
+        raise _missing(missing, head)
+    for slot, shape in spec.slots().items():
+        tensor = tensors[names[slot]]
+        if tensor.shape != shape:
+            raise ModelError(f"tensor {tensor.name} has shape {tensor.shape}, but the configuration asks for {shape}")
+        bound[slot] = tensor
+    left_over -= set(names.values())
+    if left_over:
+        raise ModelError(f"the checkpoint holds tensors that a {spec.model_type} model lacks: {_some(left_over)}")
+    return bound
+
+
+def _missing(missing: list[str], head: str) -> ModelError:
+    tie = 'If the head is the embedding itself, set "tie_word_embeddings": true in config.json'
+    return ModelError(
+        f"the checkpoint lacks {len(missing)} tensors that the model needs: {_some(missing)}",
+        remedy=tie if missing == [head] else "The download may be incomplete: fetch the model again",
+    )
+
+
+def _some(names: set[str] | list[str]) -> str:
+    shown = sorted(names)[:_NAMES_SHOWN]
+    rest = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")

@@ -1,0 +1,70 @@
+"""From an open checkpoint to its spec: finds the file of this folder that knows the architecture."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from pagoda.arch.names import bind_tensors, checkpoint_name
+from pagoda.arch.spec import ModelSpec
+from pagoda.errors import ModelError
+from pagoda.weights.source import Tensor, TensorSource
+
+# every other module of this folder is an architecture
+_HELPERS = frozenset({"decoder", "fields", "memory", "names", "registry", "rope", "spec"})
+
+
+class Architecture(Protocol):
+    """What a file `arch/<model_type>.py` offers."""
+
+    def from_config(self, config: Mapping[str, Any]) -> ModelSpec: ...
+
+    def from_gguf(self, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec: ...
+
+
+def supported() -> list[str]:
+    """The architectures that can be served, by name."""
+    found = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    return sorted(name for name in found if name not in _HELPERS)
+
+
+def load_spec(source: TensorSource) -> ModelSpec:
+    """The spec of a checkpoint. Raises ModelError where the architecture is unknown or a field is wrong."""
+    if source.metadata:
+        architecture = _architecture(source.metadata.get("general.architecture"), "general.architecture")
+        return architecture.from_gguf(source.metadata, source.tensors)
+    spec = _architecture(source.config.get("model_type"), "model_type in config.json").from_config(source.config)
+    return _with_own_head(spec, source.tensors)
+
+
+def bind(spec: ModelSpec, source: TensorSource) -> dict[str, Tensor]:
+    """The tensor of every slot of the spec: nothing missing, nothing left over, all shapes right."""
+    return bind_tensors(spec, source.tensors, gguf=bool(source.metadata))
+
+
+def _architecture(name: object, where: str) -> Architecture:
+    # only names of files that are here are ever imported, whatever the checkpoint says
+    known = supported()
+    if name not in known:
+        said = f"the architecture {name!r} is not supported" if name else f"{where} is missing"
+        raise ModelError(f"{said} (supported: {', '.join(known)})")
+    return cast(Architecture, importlib.import_module(f"pagoda.arch.{name}"))
+
+
+def _with_own_head(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ModelSpec:
+    """A config may say "tied" of a checkpoint whose head differs from its embedding; then the head counts."""
+    embed = tensors.get(checkpoint_name("embed", gguf=False))
+    head = tensors.get(checkpoint_name("head", gguf=False))
+    if spec.tied and embed and head and not _same(embed, head):
+        return replace(spec, tied=False)
+    return spec
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.type == b.type and a.shape == b.shape and np.array_equal(a.data, b.data)

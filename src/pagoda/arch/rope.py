@@ -1,0 +1,159 @@
+"""Rotary position embedding: from the recipe in a model's configuration to final frequencies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pagoda.arch.fields import Fields
+from pagoda.arch.spec import Rope
+from pagoda.errors import ModelError
+from pagoda.weights.source import Tensor
+
+Float64 = npt.NDArray[np.float64]
+SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn")
+FREQUENCY_DIVISORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """Parameters of YaRN (arXiv 2309.00071)."""
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+def frequencies(dim: int, base: float) -> Float64:
+    """The unscaled angular frequencies, [dim // 2]."""
+    exponents = np.arange(0, dim, 2, dtype=np.float64) / dim
+    return np.power(base, -exponents)
+
+
+def llama3_frequencies(freq: Float64, factor: float, low: float, high: float, original_length: int) -> Float64:
+    """Llama 3.1: long waves are slowed by `factor`, short ones kept, those between blended."""
+    waves_in_context = original_length * freq / (2 * math.pi)
+    blend = np.clip((waves_in_context - low) / (high - low), 0.0, 1.0)
+    return (1 - blend) * freq / factor + blend * freq
+
+
+def yarn_frequencies(freq: Float64, base: float, yarn: Yarn) -> Float64:
+    """YaRN: pairs that turn often in the original context are kept, those that turn seldom slowed by `factor`."""
+    dim = 2 * len(freq)
+
+    def pair_that_turns(times: float) -> float:
+        return dim * math.log(yarn.original_length / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    slowed = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    return freq / yarn.factor * slowed + freq * (1 - slowed)
+
+
+def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def from_config(config: Fields, head_dim: int, max_position: int) -> tuple[Rope, int]:
+    """The rope of a config.json in either spelling, and the longest context it was made for.
+
+    Old: `rope_theta` and `rope_scaling`. New (transformers 5): both inside `rope_parameters`.
+    """
+    recipe = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(recipe, Mapping) or any(isinstance(v, Mapping) for v in recipe.values()):
+        raise ModelError(f"{config.where}: rope parameters that differ from layer to layer are not supported")
+    table = Fields(recipe, f"{config.where} (rope parameters)")
+    base = table.number("rope_theta", config.number("rope_theta", 10000.0))
+    share = table.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    freq = frequencies(int(head_dim * share), base)
+    attention_factor = 1.0
+    match recipe.get("rope_type") or recipe.get("type") or "default":
+        case "default" | "dynamic":
+            # dynamic changes the frequencies only beyond max_position, the longest context we serve
+            pass
+        case "linear":
+            freq = freq / table.number("factor")
+        case "llama3":
+            low, high = table.number("low_freq_factor"), table.number("high_freq_factor")
+            if low >= high:
+                raise table.error("low_freq_factor", "must be below high_freq_factor")
+            original = _original_length(config, table, max_position)
+            freq = llama3_frequencies(freq, table.number("factor"), low, high, original)
+        case "yarn":
+            yarn = _yarn_recipe(config, table, max_position)
+            freq = yarn_frequencies(freq, base, yarn)
+            attention_factor = _config_attention_factor(table, yarn.factor)
+            max_position = max(max_position, int(yarn.original_length * yarn.factor))
+        case kind:
+            raise ModelError(f"{config.where}: rope type {kind!r} is not supported (supported: {', '.join(SUPPORTED)})")
+    return Rope(2 * len(freq), tuple(freq.tolist()), attention_factor), max_position
+
+
+def _original_length(config: Fields, table: Fields, max_position: int) -> int:
+    """A length beside the rope parameters counts before one among them, as in transformers."""
+    inside = table.integer("original_max_position_embeddings", max_position)
+    return config.integer("original_max_position_embeddings", inside)
+
+
+def _yarn_recipe(config: Fields, table: Fields, max_position: int) -> Yarn:
+    original = _original_length(config, table, max_position)
+    return Yarn(
+        factor=table.number("factor", max_position / original),
+        original_length=original,
+        beta_fast=table.number("beta_fast", 32.0),
+        beta_slow=table.number("beta_slow", 1.0),
+        truncate=table.flag("truncate", True),
+    )
+
+
+def _config_attention_factor(table: Fields, factor: float) -> float:
+    if table.get("attention_factor") is not None:
+        return table.number("attention_factor")
+    if table.get("mscale") and table.get("mscale_all_dim"):
+        above = yarn_attention_factor(factor, table.number("mscale"))
+        return above / yarn_attention_factor(factor, table.number("mscale_all_dim"))
+    return yarn_attention_factor(factor)
+
+
+def from_gguf(
+    metadata: Fields, tensors: Mapping[str, Tensor], head_dim: int, max_position: int, interleaved: bool
+) -> tuple[Rope, int]:
+    """The rope of a GGUF file: `rope.*` keys, and the tensor of frequency divisors that Llama 3.1 and later carry."""
+    dim = metadata.integer("rope.dimension_count", head_dim)
+    base = metadata.number("rope.freq_base", 10000.0)
+    freq = frequencies(dim, base)
+    if FREQUENCY_DIVISORS in tensors:
+        freq = freq / _divisors(tensors[FREQUENCY_DIVISORS], len(freq))
+    # old files write 0 for "none"
+    name = "rope.scaling.factor" if metadata.get("rope.scaling.factor") else "rope.scale_linear"
+    factor = metadata.number(name, 1.0) if metadata.get(name) else 1.0
+    attention_factor = 1.0
+    match metadata.get("rope.scaling.type") or "linear":
+        case "none":
+            pass
+        case "linear":
+            freq = freq / factor
+        case "yarn":
+            original = metadata.integer("rope.scaling.original_context_length", max_position)
+            fast = metadata.number("rope.scaling.yarn_beta_fast", 32.0)
+            slow = metadata.number("rope.scaling.yarn_beta_slow", 1.0)
+            freq = yarn_frequencies(freq, base, Yarn(factor, original, fast, slow))
+            attention_factor = yarn_attention_factor(factor) * metadata.number("rope.scaling.attn_factor", 1.0)
+            max_position = max(max_position, int(original * factor))
+        case kind:
+            raise metadata.error("rope.scaling.type", f"is {kind!r}; supported: none, linear, yarn")
+    return Rope(dim, tuple(freq.tolist()), attention_factor, interleaved), max_position
+
+
+def _divisors(tensor: Tensor, pairs: int) -> Float64:
+    if tensor.type != "F32" or tensor.shape != (pairs,):
+        raise ModelError(f"tensor {tensor.name} is {tensor.type} {tensor.shape}, must be F32 ({pairs},)")
+    return np.frombuffer(tensor.data.tobytes(), dtype="<f4").astype(np.float64)
