@@ -36,11 +36,11 @@ def _round(x: Array, low: int, high: int) -> Array:
 
 
 def _halves(q: Array) -> Array:
-    return q[..., 0, :] | q[..., 1, :] << 4
+    return np.asarray(q[..., 0, :] | q[..., 1, :] << 4)
 
 
 def _quarters(q: Array) -> Array:
-    return q[..., 0, :] | q[..., 1, :] << 2 | q[..., 2, :] << 4 | q[..., 3, :] << 6
+    return np.asarray(q[..., 0, :] | q[..., 1, :] << 2 | q[..., 2, :] << 4 | q[..., 3, :] << 6)
 
 
 def _bits(q: Array) -> Array:
@@ -108,7 +108,7 @@ def _q6_k(x: Array) -> Array:
 
 
 def _nearest_iq4(x: Array) -> Array:
-    return np.abs(x[..., None] - IQ4).argmin(axis=-1)
+    return np.asarray(np.abs(x[..., None] - IQ4).argmin(axis=-1))
 
 
 def _iq4_nl(x: Array) -> Array:

@@ -35,6 +35,7 @@ _TYPES = {block.id: block for block in BLOCKS.values() if block.id >= 0}
 _MIN_PAIR_BYTES = 13  # key length, value type, one byte
 _MIN_INFO_BYTES = 32  # name length, number of dimensions, one dimension, type, offset
 _MAX_NAME_BYTES = 65535
+_MAX_HEADER_BYTES = 1 << 27  # a large vocabulary with its merges has about 20 MB
 _MAX_ELEMENTS = 1 << 23  # of all metadata arrays together; a large vocabulary has below a million
 _MAX_DEPTH = 4
 
@@ -80,12 +81,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 class _Reader:
-    """Walks the header of one file. `_bytes_left` guards every count and length before anything is allocated."""
+    """Walks the header of one file. `_need` proves every count and length before anything is allocated for it."""
 
     def __init__(self, file: MappedFile) -> None:
         self._file = file
         self._raw = file.raw
         self._size = file.size
+        self._limit = min(file.size, _MAX_HEADER_BYTES)
         self._pos = len(b"GGUF")
         self._elements = 0
 
@@ -130,6 +132,8 @@ class _Reader:
                 f"{self._file.path} is truncated or damaged: {what} goes past its end at {self._size} bytes",
                 remedy=DOWNLOAD_AGAIN,
             )
+        if count > self._limit - self._pos:
+            raise self._bad(f"{what} goes past the {_MAX_HEADER_BYTES} bytes that a header may have")
 
     def _u32(self, what: str) -> int:
         self._need(4, what)
@@ -183,12 +187,12 @@ class _Reader:
 
     def _strings(self, count: int, key: str) -> list[str]:
         # A vocabulary comes through here: everything in locals, and few operations per string.
-        raw, size, end, length_at = self._raw, self._size, self._pos, _U64.unpack_from
+        raw, limit, end, length_at = self._raw, self._limit, self._pos, _U64.unpack_from
         out: list[str] = []
         for _ in range(count):
             begin = end + 8
-            end = begin + length_at(raw, end)[0] if begin <= size else begin
-            if end > size:
+            end = begin + length_at(raw, end)[0] if begin <= limit else begin
+            if end > limit:
                 self._need(end - self._pos, key)
             out.append(raw[begin:end].decode("utf-8", "replace"))
         self._pos = end

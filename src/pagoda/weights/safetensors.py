@@ -22,7 +22,7 @@ _MAX_JSON_BYTES = 64_000_000
 _MAX_ELEMENTS = 1 << 60  # of a shape, zeros taken as ones: numpy counts no further
 _TYPES = {name: block for name, block in BLOCKS.items() if block.elements == 1}
 
-_Size = Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]
+_Size = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
 class _Entry(msgspec.Struct):
