@@ -160,6 +160,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "hole": ({"a": entry("F32", [1], 4, 8)}, "tensor a begins at 4, not at 0"),
     "overlap": ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [1], 4, 8)}, "tensor b begins at 4, not at 8"),
     "past the end": ({"a": entry("F32", [200], 0, 800)}, "truncated: the tensor a"),
+    "entries": (b"{" * 140_000, "more than 131072 entries"),
     "tail": ({"a": entry("F32", [1], 0, 4)}, "4 bytes follow"),
 }
 

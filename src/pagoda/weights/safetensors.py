@@ -18,6 +18,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _MAX_HEADER_BYTES = 25_000_000
+_MAX_ENTRIES = 1 << 17  # in one file; the largest whole models have about 100,000 tensors
 _MAX_JSON_BYTES = 64_000_000
 _MAX_ELEMENTS = 1 << 60  # of a shape, zeros taken as ones: numpy counts no further
 _TYPES = {name: block for name, block in BLOCKS.items() if block.elements == 1}
@@ -114,8 +115,11 @@ def _read(path: Path) -> dict[str, Tensor]:
     start = 8 + length
     if start > file.size:
         raise _truncated(path, "its header", start, file.size)
+    header = file.raw[8:start]
+    if header.count(b"{") > _MAX_ENTRIES:  # before parsing, which costs memory for each
+        raise _bad(path, f"its header has more than {_MAX_ENTRIES} entries")
     try:
-        entries = msgspec.json.decode(file.raw[8:start], type=dict[str, _Entry])
+        entries = msgspec.json.decode(header, type=dict[str, _Entry])
     except (msgspec.MsgspecError, ValueError, RecursionError) as e:
         raise _bad(path, f"its header cannot be read ({e})") from e
     entries.pop("__metadata__", None)
