@@ -35,7 +35,11 @@ const Kernels* find_kernels(const std::string& isa) {
   return isa == "generic" ? kernels_generic() : nullptr;
 }
 
-bool known(int32_t type) { return is_float(type) || layout_of(type).block > 0; }
+bool runs(int32_t type, int64_t k) {
+  if (is_float(type)) return true;
+  const Layout l = layout_of(type);
+  return l.block > 0 && k % (l.header ? kSuper * kBlock : kBlock) == 0;
+}
 
 // Call body, turning a lack of memory into an error text.
 template <typename Body> int32_t guarded(pg_context* c, Body body) {
@@ -76,14 +80,17 @@ void pg_destroy(pg_context* c) { delete c; }
 const char* pg_error(pg_context* c) { return c->error.c_str(); }
 int32_t pg_threads(pg_context* c) { return c->team.size(); }
 
+int64_t pg_matrix_bytes(int32_t type, int64_t rows, int64_t k) {
+  return runs(type, k) ? (rows + kPanel - 1) / kPanel * panel_bytes(type, k) : -1;
+}
+
 int32_t pg_weight(pg_context* c, const pg_part* parts, int32_t n) {
   return guarded(c, [&]() -> int32_t {
     Weight w;
     w.k = parts[0].k;
     for (int i = 0; i < n; i++) {
       const pg_part& p = parts[i];
-      const int64_t depth = is_float(p.type) ? 1 : layout_of(p.type).header ? 256 : kBlock;
-      if (!known(p.type) || p.k != w.k || p.k % depth || p.rows <= 0) {
+      if (!runs(p.type, p.k) || p.k != w.k || p.rows <= 0) {
         c->error = "a matrix of a type or shape that cannot run";
         return -1;
       }

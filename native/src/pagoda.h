@@ -85,6 +85,8 @@ int32_t pg_threads(pg_context*);
 int32_t pg_weight(pg_context*, const pg_part* parts, int32_t n_parts);
 int32_t pg_vector(pg_context*, const float* data, int64_t n);
 int64_t pg_weight_bytes(pg_context*);
+// Bytes that a matrix [rows, k] will take once repacked; -1 for a type or k that cannot run.
+int64_t pg_matrix_bytes(int32_t type, int64_t rows, int64_t k);
 // Fix the program. Allocates buffers and the KV cache (touched only as it is used). 0, or -1 (see pg_error).
 int32_t pg_program(pg_context*, const pg_dims*, const pg_buffer*, int32_t n_buffers, const pg_op*, int32_t n_ops);
 int64_t pg_activation_bytes(pg_context*);

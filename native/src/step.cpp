@@ -111,7 +111,10 @@ class Runner {
 
   void gather(const pg_op& op, Counter& next) {
     Buffer &in = c_.buffers[op.in], &out = c_.buffers[op.out];
-    share(next, count, 4, [&](int64_t l) { memcpy(out.row(l), in.row(st_.rows[first + l]), in.width * sizeof(float)); });
+    share(next, count, 4, [&](int64_t l) {
+      memcpy(out.row(l), in.row(st_.rows[first + l]), in.width * sizeof(float));
+      finish_row(op, l);
+    });
   }
 
   void silu(const pg_op& op, Counter& next) {

@@ -1,0 +1,150 @@
+"""Every kernel of the native library, for each instruction set this machine has, against plain numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from gguf_quants import encode
+
+from pagoda.backend.cpu import library as native
+from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
+from pagoda.errors import ConfigError
+from pagoda.types import StepPlan
+from pagoda.weights.ggml import dequantize
+from pagoda.weights.source import Tensor
+
+FLOAT = ("F32", "F16", "BF16")
+QUANTIZED = tuple(t for t in native.TYPES if t not in FLOAT)
+
+
+def machine_isas() -> list[str]:
+    found = []
+    for isa in ("generic", "avx2", "avx512"):
+        try:
+            Native(1, isa).close()
+        except ConfigError:
+            continue
+        found.append(isa)
+    return found
+
+
+ISAS = machine_isas()
+
+
+def stored(rng: np.random.Generator, rows: int, k: int, kind: str) -> Tensor:
+    values = (rng.standard_normal((rows, k)) * 0.1).astype(np.float32)
+    return Tensor("w", (rows, k), kind, encode(values, kind))
+
+
+def quantized_rows(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """What the library makes of activations: blocks of 32, code = round(x / d), d = max / 127."""
+    blocks = x.reshape(len(x), -1, 32).astype(np.float32)
+    top = np.abs(blocks).max(axis=2, keepdims=True)
+    inverse = np.where(top > 0, np.float32(127) / np.where(top > 0, top, 1), 0).astype(np.float32)
+    codes = np.rint(blocks * inverse)
+    return (codes.astype(np.float64) * (top / np.float32(127))).reshape(len(x), -1)
+
+
+def flat_plan(tokens: int, rows: list[int], vocab: int) -> StepPlan:
+    """One request of `tokens` tokens (ids 0, 1, ...) and the given rows of logits."""
+    ints, floats, none = (lambda *v: np.array(v, np.int32)), (lambda v: np.array([v], np.float32)), np.zeros(0, np.int32)
+    length = len(rows)
+    return StepPlan(
+        step=0,
+        slots=ints(0), starts=ints(0, tokens), positions=ints(0), tokens=np.arange(tokens, dtype=np.int32),
+        block_tables=np.arange(64, dtype=np.int32).reshape(1, 64),
+        rows=np.array(rows, np.int32), row_request=np.zeros(length, np.int32),
+        row_target=np.full(length, -1, np.int32), row_top=np.full(length, -1, np.int32),
+        temperature=floats(0), top_k=ints(0), top_p=floats(1), min_p=floats(0), presence=floats(0), frequency=floats(0),
+        repetition=floats(1), seed=np.zeros(1, np.uint64),
+        history_start=ints(0, 0), history_ids=none, history_counts=none,
+        bias_start=ints(0, 0), bias_ids=none, bias_values=np.zeros(0, np.float32),
+        mask_index=ints(-1), masks=np.zeros((0, (vocab + 31) // 32), np.uint32),
+    )  # fmt: skip
+
+
+def products(isa: str, x: npt.NDArray[np.float32], parts: list[Tensor], threads: int = 2) -> npt.NDArray[np.float32]:
+    """x [m, k] times the stacked parts, by a program that embeds x and lets the head multiply it."""
+    lib = Native(threads, isa)
+    m, k = x.shape
+    embed = lib.weight([(np.ascontiguousarray(x).view(np.uint8).ravel(), m, k, "F32")])
+    weight = lib.weight([(t.data, t.shape[0], k, t.type) for t in parts])
+    columns = sum(t.shape[0] for t in parts)
+    inv_freq = np.ones(8)
+    dims = Dims(1, 1, 1, 16, max(columns, m), 128, 16, 64, 16, 0, 1.0, inv_freq.ctypes.data)
+    flags = native.LOGIT_ROWS | (0 if all(t.type in FLOAT for t in parts) else native.QUANTIZE)
+    lib.program(
+        dims,
+        [BufferShape(k, 0), BufferShape(k, 1)],
+        [
+            Op(native.EMBED, -1, 0, embed, -1, -1, 0, 0, 0),
+            Op(native.GATHER, 0, 1, -1, -1, -1, 0, flags, 0),
+            Op(native.HEAD, 1, -1, weight, -1, -1, 0, native.LOGIT_ROWS, 0),
+        ],
+    )
+    logits = np.zeros((m, dims.vocab), np.float32)
+    lib.run(flat_plan(m, list(range(m)), dims.vocab), logits)
+    lib.close()
+    return logits[:, :columns]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", FLOAT + QUANTIZED)
+def test_product_is_exact_for_its_own_activations(isa: str, kind: str) -> None:
+    rng = np.random.default_rng(1)
+    for m, rows, k in ((1, 40, 256), (5, 52, 512), (19, 8, 256)):
+        x = rng.standard_normal((m, k)).astype(np.float32)
+        w = stored(rng, rows, k, kind)
+        seen = products(isa, x, [w])
+        taken = x.astype(np.float64) if kind in FLOAT else quantized_rows(x)
+        expected = taken @ dequantize(w).astype(np.float64).T
+        size = np.abs(taken) @ np.abs(dequantize(w)).T
+        assert np.abs(seen - expected).max() <= 2e-6 * size.max()
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_eight_bit_activations_cost_what_they_must(kind: str) -> None:
+    """|error| <= sum over blocks of 32 of (max|x| / 254) * sum|w|: half a step for each activation."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((8, 768)).astype(np.float32)
+    w = stored(rng, 64, 768, kind)
+    exact = dequantize(w).astype(np.float64)
+    error = np.abs(products(ISAS[-1], x, [w]) - x.astype(np.float64) @ exact.T)
+    step = np.abs(x.reshape(8, -1, 32)).max(axis=2) / 254
+    bound = step @ np.abs(exact).reshape(64, -1, 32).sum(axis=2).T
+    assert (error <= bound * 1.001 + 1e-6).all()
+    assert np.sqrt((error**2).mean()) < 0.01 * (x @ exact.T).std()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ("Q4_1", "Q6_K", "Q8_0", "BF16"))
+def test_rows_do_not_depend_on_their_company_or_threads(isa: str, kind: str) -> None:
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((23, 256)).astype(np.float32)
+    w = stored(rng, 100, 256, kind)
+    together = products(isa, x, [w])
+    for m in (1, 2, 3, 4, 7, 16):
+        assert np.array_equal(products(isa, x[:m], [w], threads=1 + m % 3), together[:m])
+
+
+def test_parts_of_different_types_stack() -> None:
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((6, 256)).astype(np.float32)
+    parts = [stored(rng, rows, 256, kind) for rows, kind in ((24, "Q4_K"), (20, "Q6_K"), (12, "F16"))]
+    seen = products(ISAS[-1], x, parts)
+    alone = np.concatenate([products(ISAS[-1], x, [part]) for part in parts], axis=1)
+    assert np.array_equal(seen, alone)
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((3, 256)).astype(np.float32)
+    x[1, 100] = np.nan
+    seen = products(ISAS[-1], x, [stored(rng, 32, 256, "Q4_0")])
+    assert np.isnan(seen[1]).all() and np.isfinite(seen[[0, 2]]).all()
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot run 'sse9'"):
+        Native(1, "sse9")
