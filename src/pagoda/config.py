@@ -163,6 +163,7 @@ class Options:
 
     host: str = _option("127.0.0.1", "Address to listen on; 0.0.0.0 for every network this machine is in", "Server")
     port: int = _option(8000, "Port to listen on; 0 picks a free one", "Server", low=0, high=65535)
+    uds: str | None = _option(None, "Unix socket to listen on, in place of host and port", "Server")
     api_key: tuple[str, ...] = _option(
         (), "Keys that clients must send; without one every key works", "Server", env=("VLLM_API_KEY",), secret=True
     )
@@ -170,6 +171,13 @@ class Options:
     allowed_origins: tuple[str, ...] = _option((), "Web origins that browsers may call from (CORS)", "Server")
     shutdown_timeout: float = _option(
         30.0, "Seconds that running requests get to finish after SIGTERM", "Server", low=0
+    )
+    log_level: str = _option(
+        "info",
+        "How much is logged",
+        "Server",
+        aliases=("--uvicorn-log-level",),
+        choices=("debug", "info", "warning", "error", "critical"),
     )
     enable_log_requests: bool = _option(False, "One log line per request: sizes and times, never its text", "Server")
 

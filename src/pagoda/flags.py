@@ -39,7 +39,6 @@ _ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
         "disable_log_stats": (False, "no statistics are printed; they are at /metrics"),
         "enable_prompt_tokens_details": (False, "cached tokens are always reported in `usage`"),
         "enable_server_load_tracking": (False, "the load is always measured, see /metrics"),
-        "uvicorn_log_level": (None, "without effect"),
         "disable_uvicorn_access_log": (False, "there is no access log"),
     }
 )
@@ -105,7 +104,7 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("the model's own config.json decides", {"hf_overrides": None, "hf_config_path": None, "rope_scaling": None}),
     ("requests are served in the order they came", {"scheduling_policy": "fcfs"}),
     ("code of others is not loaded into the server", {"middleware": (), "logits_processors": ()}),
-    ("not here yet", {"uds": None, "enable_sleep_mode": False, "kv_transfer_config": None, "grpc": False}),
+    ("not here yet", {"enable_sleep_mode": False, "kv_transfer_config": None, "grpc": False}),
     ("not here yet", {"otlp_traces_endpoint": None, "kv_offloading_size": None, "prefix_caching_hash_algo": None}),
 )
 

@@ -49,8 +49,9 @@ class Catalog:
 
     def find(self, word: str) -> tuple[Setting, bool] | None:
         """The setting that a flag or key names, and False if it is the `--no-` form."""
-        if word in self._aliases:
-            return self._aliases[word], True
+        alias = "--" + word.lstrip("-").replace("_", "-")
+        if word in self._aliases or alias in self._aliases:
+            return self._aliases.get(word) or self._aliases[alias], True
         name = word.lstrip("-").replace("-", "_")
         if name in self.settings:
             return self.settings[name], True

@@ -1,17 +1,27 @@
-"""`pagoda serve`: takes the port, finds the model, starts the engine, and serves while that loads."""
+"""`pagoda serve`: takes the port, finds the model, starts the engine, and serves as soon as that has loaded."""
 
 from __future__ import annotations
 
+import ipaddress
+import json
 import os
+import socket
 import sys
+from typing import TYPE_CHECKING
 
+from pagoda import __version__
 from pagoda.cli.help import serve_help
 from pagoda.cli.inputs import load, show, split
-from pagoda.cli.screen import ProgressLine
+from pagoda.cli.screen import ProgressLine, size, table
 from pagoda.config import Options
-from pagoda.deploy.default_model import default_model_path
+from pagoda.deploy.default_model import NAME, default_model_path
 from pagoda.deploy.find_model import check_format, find_model
 from pagoda.settings import Settings, check
+
+if TYPE_CHECKING:
+    from pagoda.api.server import Server
+    from pagoda.engine.client import EngineClient
+    from pagoda.engine.messages import ModelInfo
 
 
 def run(argv: list[str]) -> int:
@@ -29,28 +39,35 @@ def run(argv: list[str]) -> int:
 
 
 def _serve(settings: Settings) -> int:
-    options = settings.options
-    from pagoda.api.listen import bind_socket
-
-    listener = bind_socket(options.host, options.port)
-    say(settings.notices)
-    path = _local(options)
+    from pagoda.api.run import bind_socket, run_server
     from pagoda.engine.client import EngineClient
+    from pagoda.observe import setup_logging
 
-    engine = EngineClient(options.engine_config(path))
-    engine.spawn()
-    # The web server is imported while the engine loads in its own process.
-    from pagoda.api.run import run_server
+    options = settings.options
+    setup_logging(options.log_level)
+    with bind_socket(options.host, options.port, options.uds) as listener:
+        for line in (*settings.notices, *_warnings(options)):
+            print(f"note: {line}", file=sys.stderr)
+        path = local_model(options)
+        engine = EngineClient(options.engine_config(path))
+        # The engine loads in its own process from here on; what this one needs is read meanwhile.
+        engine.spawn()
+        server = make_server(options, path, engine)
+        progress = ProgressLine()
 
-    return run_server(options, engine, listener, path, ProgressLine())
+        def ready() -> None:
+            progress.clear()
+            print(welcome(server.names[0], engine.info, address(options, listener)), flush=True)
+
+        try:
+            return run_server(
+                server, engine, listener, drain_s=options.shutdown_timeout, on_progress=progress, on_ready=ready
+            )
+        finally:
+            progress.clear()
 
 
-def say(lines: tuple[str, ...]) -> None:
-    for line in lines:
-        print(f"note: {line}", file=sys.stderr)
-
-
-def _local(options: Options) -> str:
+def local_model(options: Options) -> str:
     """The model's path; the default model is fetched where none was named."""
     if options.model is None:
         progress = ProgressLine()
@@ -61,3 +78,82 @@ def _local(options: Options) -> str:
     path = find_model(options.model, os.environ)
     check_format(path, options.load_format, options.quantization)
     return path
+
+
+def make_server(options: Options, path: str, engine: EngineClient) -> Server:
+    """The text side of the model, and its names."""
+    from pagoda.api.server import Server
+    from pagoda.text.chat import load_chat_template
+    from pagoda.text.generation import load_generation_defaults
+    from pagoda.text.tokenizer import load_tokenizer
+    from pagoda.weights.open import open_source
+
+    source = open_source(path)
+    defaults = load_generation_defaults(path, source.metadata)
+    server = Server(
+        engine=engine,
+        tokenizer=load_tokenizer(path, source.metadata),
+        names=options.served_model_name or (options.model or NAME,),
+        root=path,
+        chat_template=load_chat_template(path, source.metadata, options.chat_template),
+        default_params={
+            **(defaults.params if options.generation_config == "auto" else {}),
+            **options.override_generation_config,
+        },
+        default_template_kwargs=options.default_chat_template_kwargs,
+        eos_token_ids=defaults.eos_token_ids,
+        api_keys=options.api_key,
+        allowed_origins=options.allowed_origins,
+        local=options.uds is None and is_loopback(options.host),
+        root_path=options.root_path,
+        max_queued=options.max_num_queued_reqs,
+        log_requests=options.enable_log_requests,
+        version=__version__,
+    )
+    source.close()
+    return server
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine can reach a server that listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _warnings(options: Options) -> list[str]:
+    if options.uds is not None or options.api_key or is_loopback(options.host):
+        return []
+    return [f"everyone who can reach {options.host}:{options.port} may use this server; --api-key KEY asks for a key"]
+
+
+def address(options: Options, listener: socket.socket) -> str:
+    """What to open in a client on this machine."""
+    if options.uds is not None:
+        return f"unix:{options.uds}"
+    port = listener.getsockname()[1]
+    everywhere = options.host in ("", "0.0.0.0", "::")
+    host = "localhost" if everywhere or is_loopback(options.host) else options.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def welcome(name: str, info: ModelInfo, url: str) -> str:
+    """What is printed when the server is ready: a short table, the address, a first request to copy."""
+    context = f"{info.max_model_len} tokens"
+    if info.max_model_len < info.model_max_len:
+        context += f" (the model could do {info.model_max_len})"
+    memory = f"{size(info.weight_bytes)} weights + {size(info.kv_bytes)} cache + {size(info.activation_bytes)} work"
+    rows = [
+        ("model", f"{name} ({info.architecture}, {info.weight_types})"),
+        ("context", context),
+        ("in parallel", f"{info.max_num_seqs} requests"),
+        ("memory", memory),
+        ("device", info.device),
+        ("loaded in", f"{info.load_s:.2f} s"),
+    ]
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]}, ensure_ascii=False)
+    quoted = body.replace("'", "'\\''")
+    target = f"--unix-socket {url[5:]} http://localhost" if url.startswith("unix:") else url
+    curl = f"curl {target}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{quoted}'"
+    return f"\n{table(rows)}\n\n  {url}/v1 answers now, Ctrl-C stops it. Try:\n\n  {curl}\n"
