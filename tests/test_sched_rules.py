@@ -196,10 +196,10 @@ def test_a_preempted_request_is_the_first_to_come_back() -> None:
     assert [seq.request_id for seq in h.scheduler._waiting] == ["new", "later"]
 
 
-def test_a_prompt_waits_until_all_of_it_has_room() -> None:
-    h = harness(num_blocks=8, max_num_batched_tokens=16)
+@pytest.mark.parametrize("budget", [16, 256])
+def test_a_prompt_waits_until_all_of_it_has_room(budget: int) -> None:
+    h = harness(num_blocks=8, max_num_batched_tokens=budget)
     h.add(request("a", 60, max_tokens=8))
-    h.planned()
     h.add(request("b", 60, first=5, max_tokens=8))
     h.run()
     assert h.scheduler.stats().preemptions == 0
