@@ -13,6 +13,7 @@ import pytest
 
 from pagoda.cli.help import page
 from pagoda.cli.main import COMMANDS
+from pagoda.config import declared
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -103,6 +104,12 @@ def test_nothing_is_left_to_do(path: Path) -> None:
 
 def test_configuration_page_is_up_to_date() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == page(), "run: make docs"
+
+
+def test_every_option_is_read_by_somebody() -> None:
+    code = "\n".join(path.read_text() for path in SOURCES)
+    for setting in declared():
+        assert re.search(rf"\b(options|self)\.{setting.name}\b", code), f"{setting.flag} is accepted and forgotten"
 
 
 @pytest.mark.parametrize("path", [*READMES, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
