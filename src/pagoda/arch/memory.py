@@ -1,31 +1,39 @@
-"""How many bytes a model needs, by exact arithmetic: weights, KV cache, activations, and what fits."""
+"""How many bytes a model needs, by exact arithmetic: weights, KV cache, activations; and how many blocks fit."""
 
 from __future__ import annotations
 
-import bisect
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from typing import Protocol
 
-from pagoda.arch.spec import ModelSpec
+from pagoda.arch.spec import Layer, ModelSpec
 from pagoda.errors import MemoryShort
 from pagoda.types import BLOCK_SIZE
 from pagoda.weights.source import Tensor
 
 FLOAT32_BYTES = 4
-SMALL_STEP_TOKENS = 256
+DEFAULT_SHARE = 0.9
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The limits that memory depends on."""
-
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
+class Limits(Protocol):
+    """The limits that memory depends on (`backend.base.Limits` has them)."""
 
     @property
-    def blocks_per_request(self) -> int:
-        return -(-self.max_model_len // BLOCK_SIZE)
+    def max_model_len(self) -> int: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+    @property
+    def memory_share(self) -> float | None: ...
+    @property
+    def kv_cache_bytes(self) -> int | None: ...
+    @property
+    def num_blocks(self) -> int | None: ...
+
+
+def blocks_for(tokens: int) -> int:
+    return -(-tokens // BLOCK_SIZE)
 
 
 def kv_bytes_per_block(spec: ModelSpec, kv_itemsize: int = 2) -> int:
@@ -40,9 +48,91 @@ def weight_bytes(bound: Mapping[str, Tensor]) -> int:
 
 
 def float32_weight_bytes(spec: ModelSpec) -> int:
-    """All weights once they are float32."""
-    total = 0
-    for shape in spec.slots().values():
-        rows, columns = (*shape, 1)[:2]
-        total += rows * columns * FLOAT32_BYTES
-    return total
+    """The weights once all are float32."""
+    return FLOAT32_BYTES * sum(math.prod(shape) for shape in spec.slots().values())
+
+
+def activation_bytes(spec: ModelSpec, limits: Limits) -> int:
+    """Float32 scratch of the largest step: each buffer of the widest layer once, logits of every request, RoPE tables.
+
+    Buffers per token: the hidden state and its norm, q and the attention output, k, v, gate and up.
+    """
+    widest = max(_layer_values(layer) for layer in spec.layers)
+    tokens = limits.max_num_batched_tokens * (2 * spec.hidden_size + widest)
+    logits = limits.max_num_seqs * spec.vocab_size
+    tables = limits.max_model_len * spec.rope.dim
+    return FLOAT32_BYTES * (tokens + logits + tables)
+
+
+def _layer_values(layer: Layer) -> int:
+    a = layer.attention
+    return 2 * (a.heads + a.kv_heads) * a.head_dim + 2 * layer.mlp.size
+
+
+def blocks_that_fit(spec: ModelSpec, free_bytes: int, kv_itemsize: int = 2) -> int:
+    return max(0, free_bytes) // kv_bytes_per_block(spec, kv_itemsize)
+
+
+def fit(
+    spec: ModelSpec,
+    limits: Limits,
+    *,
+    free_bytes: int,
+    weight_bytes: int,
+    activation_bytes: int,
+    kv_itemsize: int = 2,
+) -> int:
+    """The number of cache blocks to take, at most what all requests together can fill.
+
+    MemoryShort, with what would fit, if not one request of `max_model_len` tokens fits. The model's own maximum is
+    the exception: it stands for "auto" too, so fewer blocks are returned and the engine serves shorter contexts.
+    Without `memory_share` the cache takes no more than half of what is left, unless one request needs more.
+    """
+    share = DEFAULT_SHARE if limits.memory_share is None else limits.memory_share
+    left_bytes = int(free_bytes * share) - weight_bytes - activation_bytes
+    fitting = blocks_that_fit(spec, left_bytes, kv_itemsize)
+    one, everyone = blocks_for(limits.max_model_len), limits.max_num_seqs * blocks_for(limits.max_model_len)
+    if limits.num_blocks is not None:
+        wanted = limits.num_blocks
+    elif limits.kv_cache_bytes is not None:
+        wanted = blocks_that_fit(spec, limits.kv_cache_bytes, kv_itemsize)
+    else:
+        wanted = min(everyone, fitting if limits.memory_share is not None else max(fitting // 2, min(one, fitting)))
+    enough = 1 if limits.max_model_len >= spec.max_position else one
+    if enough <= wanted <= fitting:
+        return wanted
+    asked = limits.num_blocks is not None or limits.kv_cache_bytes is not None
+    blocks = max(wanted, enough) if asked else one
+    need = {
+        "weights": weight_bytes,
+        "activations": activation_bytes,
+        f"a KV cache of {blocks * BLOCK_SIZE} tokens": blocks * kv_bytes_per_block(spec, kv_itemsize),
+    }
+    raise _short(limits, need, free_bytes, share, min(fitting, wanted) if asked else fitting, asked)
+
+
+def _short(
+    limits: Limits, need: Mapping[str, int], free_bytes: int, share: float, fitting: int, asked: bool
+) -> MemoryShort:
+    total = sum(need.values())
+    parts = ", ".join(f"{_size(size)} for {name}" for name, size in need.items())
+    message = (
+        f"the model needs {_size(total)} of memory ({parts}); "
+        f"{_size(int(free_bytes * share))} may be used, {share:.0%} of the {_size(free_bytes)} that is free"
+    )
+    cures = []
+    length = min(fitting * BLOCK_SIZE, limits.max_model_len)
+    if length:
+        cures.append(f"--max-model-len {length}")
+    if asked:
+        cures.append("a smaller or no --kv-cache-memory-bytes and --num-gpu-blocks-override")
+    needed_share = math.ceil(100 * total / free_bytes) / 100 if free_bytes else math.inf
+    if share < needed_share <= 0.98:
+        cures.append(f"--gpu-memory-utilization {needed_share:.2f}")
+    if not cures:
+        cures.append("a smaller model, or a smaller quantization of this one, or fewer --max-num-batched-tokens")
+    return MemoryShort(message, remedy="What fits: " + ", or ".join(cures))
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"

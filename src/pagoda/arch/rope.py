@@ -40,7 +40,7 @@ def llama3_frequencies(freq: Float64, factor: float, low: float, high: float, or
     """Llama 3.1: long waves are slowed by `factor`, short ones kept, those between blended."""
     waves_in_context = original_length * freq / (2 * math.pi)
     blend = np.clip((waves_in_context - low) / (high - low), 0.0, 1.0)
-    return (1 - blend) * freq / factor + blend * freq
+    return np.asarray((1 - blend) * freq / factor + blend * freq)
 
 
 def yarn_frequencies(freq: Float64, base: float, yarn: Yarn) -> Float64:
@@ -55,7 +55,7 @@ def yarn_frequencies(freq: Float64, base: float, yarn: Yarn) -> Float64:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     slowed = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
-    return freq / yarn.factor * slowed + freq * (1 - slowed)
+    return np.asarray(freq / yarn.factor * slowed + freq * (1 - slowed))
 
 
 def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:

@@ -1,0 +1,213 @@
+"""The reference executor: what a model means, in plain numpy and float32. Read it to know; use `cpu` to be fast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pagoda.arch import memory
+from pagoda.arch.registry import bind
+from pagoda.arch.spec import Attention, Mlp, ModelSpec, Rope
+from pagoda.backend.base import Capacity, Done, Limits, Progress
+from pagoda.backend.cpu.machine import free_memory_bytes
+from pagoda.backend.sampling import sample_rows
+from pagoda.errors import EngineError
+from pagoda.types import BLOCK_SIZE, Float32, StepPlan, StepResult
+from pagoda.weights.ggml import dequantize
+from pagoda.weights.source import TensorSource
+
+KvType = Literal["float32", "float16"]
+Cache = npt.NDArray[np.float32 | np.float16]
+Index = npt.NDArray[np.intp]
+
+TILE = 16
+"""Rows per matrix product. Always the same, so that a row's result does not depend on how many come with it."""
+
+
+class ReferenceExecutor:
+    """Runs steps of one model. `caches[i]` holds keys and values of layer i: [2, cells, kv heads, head size].
+
+    Cell `block * BLOCK_SIZE + offset` is the place of one token.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Float32],
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        activation_bytes: int = 0,
+        kv_type: KvType = "float32",
+    ) -> None:
+        self.spec = spec
+        self.weights = weights
+        cells, dtype = num_blocks * BLOCK_SIZE, np.dtype(kv_type)
+        heads = [layer.attention for layer in spec.layers]
+        self.caches: list[Cache] = [np.zeros((2, cells, a.kv_heads, a.head_dim), dtype) for a in heads]
+        self.cos, self.sin = spec.rope.tables(max_model_len)
+        self.capacity = Capacity(
+            num_blocks=num_blocks,
+            weight_bytes=sum(w.nbytes for w in weights.values()),
+            kv_bytes=sum(cache.nbytes for cache in self.caches),
+            activation_bytes=activation_bytes,
+            device="reference (numpy, float32)",
+        )
+
+    @classmethod
+    def load(
+        cls,
+        spec: ModelSpec,
+        source: TensorSource,
+        limits: Limits,
+        progress: Progress | None = None,
+        *,
+        kv_type: KvType = "float32",
+    ) -> ReferenceExecutor:
+        """Dequantize all weights to float32. `kv_type` float16 rounds cached keys and values as other backends do."""
+        bound = bind(spec, source)
+        activations = memory.activation_bytes(spec, limits)
+        num_blocks = memory.fit(
+            spec,
+            limits,
+            free_bytes=free_memory_bytes(),
+            weight_bytes=memory.float32_weight_bytes(spec),
+            activation_bytes=activations,
+            kv_itemsize=np.dtype(kv_type).itemsize,
+        )
+        weights = {}
+        for done, (slot, tensor) in enumerate(bound.items(), start=1):
+            weights[slot] = dequantize(tensor)
+            if progress:
+                progress("weights", done / len(bound))
+        return cls(
+            spec,
+            weights,
+            num_blocks=num_blocks,
+            max_model_len=limits.max_model_len,
+            activation_bytes=activations,
+            kv_type=kv_type,
+        )
+
+    def launch(self, plan: StepPlan) -> Done:
+        # a request whose numbers run over must not fill the log: its row is reported as not ok
+        with np.errstate(all="ignore"):
+            try:
+                return Done(self.run(plan))
+            except (IndexError, ValueError, MemoryError) as error:
+                raise EngineError(f"the step failed: {error}") from error
+
+    def close(self) -> None:
+        self.caches = []
+        self.weights = {}
+
+    def run(self, plan: StepPlan) -> StepResult:
+        return sample_rows(self.logits(plan), plan)
+
+    def logits(self, plan: StepPlan) -> Float32:
+        """The raw logits of the rows of a plan, [L, vocab]. Writes the keys and values of all its tokens."""
+        positions, cells = token_positions(plan), token_cells(plan)
+        x = self.weights["embed"][plan.tokens]
+        for i, layer in enumerate(self.spec.layers):
+            x = x + self.attention(i, layer.attention, self.norm(f"layers.{i}.attn_norm", x), plan, positions, cells)
+            x = x + self.mlp(i, layer.mlp, self.norm(f"layers.{i}.mlp_norm", x))
+        hidden = self.norm("norm", x[plan.rows])
+        return matmul(hidden, self.weights["embed" if self.spec.tied else "head"])
+
+    def attention(
+        self, i: int, attention: Attention, x: Float32, plan: StepPlan, positions: Index, cells: Index
+    ) -> Float32:
+        a, name = attention, f"layers.{i}."
+        q = self.linear(name + "q", x).reshape(-1, a.heads, a.head_dim)
+        k = self.linear(name + "k", x).reshape(-1, a.kv_heads, a.head_dim)
+        v = self.linear(name + "v", x).reshape(-1, a.kv_heads, a.head_dim)
+        if a.qk_norm:
+            q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
+        cos, sin = self.cos[positions], self.sin[positions]
+        q, k = rotate(q, cos, sin, self.spec.rope), rotate(k, cos, sin, self.spec.rope)
+        # all keys and values of the step are written before any is read: requests may share blocks
+        cache = self.caches[i]
+        cache[0, cells], cache[1, cells] = k, v
+        out = np.empty_like(q)
+        for r, slot in enumerate(plan.slots):
+            first, last = plan.starts[r], plan.starts[r + 1]
+            context = table_cells(plan.block_tables[slot], np.arange(plan.positions[r] + last - first))
+            keys, values = cache[:, context].astype(np.float32, copy=False)
+            for token in range(first, last):
+                out[token] = attend(q[token], keys, values, int(positions[token]), a)
+        return self.linear(name + "o", out.reshape(len(x), a.heads * a.head_dim))
+
+    def mlp(self, i: int, mlp: Mlp, x: Float32) -> Float32:
+        if mlp.activation != "silu":
+            raise EngineError(f"the reference executor has no activation {mlp.activation!r}")
+        gate, up = self.linear(f"layers.{i}.gate", x), self.linear(f"layers.{i}.up", x)
+        return self.linear(f"layers.{i}.down", gate / (1 + np.exp(-gate)) * up)
+
+    def linear(self, slot: str, x: Float32) -> Float32:
+        y = matmul(x, self.weights[slot])
+        bias = self.weights.get(slot + "_bias")
+        return y if bias is None else y + bias
+
+    def norm(self, slot: str, x: Float32) -> Float32:
+        """RMS norm over the last axis."""
+        mean_square = np.square(x).mean(axis=-1, keepdims=True)
+        return np.asarray(x / np.sqrt(mean_square + np.float32(self.spec.norm_eps)) * self.weights[slot])
+
+
+def matmul(x: Float32, weight: Float32) -> Float32:
+    """x [T, in] times the transpose of weight [out, in], in tiles of TILE rows."""
+    rows = len(x)
+    padded = np.zeros((-(-rows // TILE) * TILE, x.shape[1]), np.float32)
+    padded[:rows] = x
+    out = np.empty((len(padded), len(weight)), np.float32)
+    for start in range(0, len(padded), TILE):
+        np.matmul(padded[start : start + TILE], weight.T, out=out[start : start + TILE])
+    return out[:rows]
+
+
+def attend(q: Float32, keys: Float32, values: Float32, position: int, a: Attention) -> Float32:
+    """One token over the keys and values [n, kv heads, head size] up to its own position. q: [heads, head size]."""
+    first = 0 if a.window is None else max(0, position + 1 - a.window)
+    k, v = keys[first : position + 1].transpose(1, 2, 0), values[first : position + 1].transpose(1, 0, 2)
+    grouped = q.reshape(a.kv_heads, a.heads // a.kv_heads, a.head_dim)
+    scores = (grouped @ k) * np.float32(a.scale)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.asarray(weights @ v).reshape(a.heads, a.head_dim)
+
+
+def rotate(x: Float32, cos: Float32, sin: Float32, rope: Rope) -> Float32:
+    """Turn the pairs of each head [T, heads, head size] by the angles of its position [T, rope.dim // 2]."""
+    half = rope.dim // 2
+    if rope.interleaved:
+        first, second = slice(0, rope.dim, 2), slice(1, rope.dim, 2)
+    else:
+        first, second = slice(0, half), slice(half, rope.dim)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    out = x.copy()
+    out[..., first] = x[..., first] * cos - x[..., second] * sin
+    out[..., second] = x[..., second] * cos + x[..., first] * sin
+    return out
+
+
+def token_positions(plan: StepPlan) -> Index:
+    """The absolute position of each token of a plan."""
+    lengths = np.diff(plan.starts)
+    first = np.repeat(plan.positions - plan.starts[:-1], lengths)
+    return np.asarray(first + np.arange(len(plan.tokens)), dtype=np.intp)
+
+
+def token_cells(plan: StepPlan) -> Index:
+    """The cache cell of each token of a plan."""
+    tables = plan.block_tables[np.repeat(plan.slots, np.diff(plan.starts))]
+    positions = token_positions(plan)
+    blocks = tables[np.arange(len(positions)), positions // BLOCK_SIZE]
+    return np.asarray(blocks.astype(np.intp) * BLOCK_SIZE + positions % BLOCK_SIZE)
+
+
+def table_cells(table: npt.NDArray[np.int32], positions: npt.NDArray[np.integer]) -> Index:
+    """The cache cells of positions of one request."""
+    return np.asarray(table[positions // BLOCK_SIZE].astype(np.intp) * BLOCK_SIZE + positions % BLOCK_SIZE)
