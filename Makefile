@@ -8,7 +8,7 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 # Where the package index has only CUDA builds of torch:
-#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#   make test TORCH_FROM="--index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -41,14 +41,15 @@ $(VENV)/bin/python:
 
 # Editable: after a change of Python nothing is installed again, after one of native/ only what changed is compiled.
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml $(NATIVE)
-	$(PIP) --editable .
+	@echo "Installing Pagoda into $(VENV); its CPU kernels are compiled, which takes about half a minute ..."
+	@$(PIP) --editable .
 	@touch $@
 
 # torch first and alone, so that nothing else pulls another build of it.
-$(VENV)/test-tools: $(VENV)/bin/python pyproject.toml
-	$(PIP) $(TORCH)
-	$(PIP) $$($(BIN)/python -c 'import tomllib; print(*(f"\"{r}\"" for r in \
-		tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"]))' | tr -d '"' )
+$(VENV)/test-tools: pyproject.toml | $(VENV)/installed
+	@echo "Installing the test tools ..."
+	@$(PIP) "$(TORCH)" $(TORCH_FROM)
+	@$(PIP) --editable '.[test]'
 	@touch $@
 
 .PHONY: serve test check bench docs clean
