@@ -48,7 +48,11 @@ def quantized_rows(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 def flat_plan(tokens: int, rows: list[int], vocab: int) -> StepPlan:
     """One request of `tokens` tokens (ids 0, 1, ...) and the given rows of logits."""
-    ints, floats, none = (lambda *v: np.array(v, np.int32)), (lambda v: np.array([v], np.float32)), np.zeros(0, np.int32)
+    ints, floats, none = (
+        (lambda *v: np.array(v, np.int32)),
+        (lambda v: np.array([v], np.float32)),
+        np.zeros(0, np.int32),
+    )
     length = len(rows)
     return StepPlan(
         step=0,

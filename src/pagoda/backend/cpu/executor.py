@@ -1,19 +1,63 @@
-"""The native CPU executor: loads a model into the library, runs each step as one call."""
+"""The native CPU executor: sizes the cache, loads a model into the library, runs each step as one call."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
 
 from pagoda.arch import memory
 from pagoda.arch.registry import bind
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Done, Limits, Progress
-from pagoda.backend.cpu.library import Native
-from pagoda.backend.cpu.program import Program
-from pagoda.types import StepPlan, StepResult
+from pagoda.backend.cpu.library import Native, matrix_bytes
+from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
+from pagoda.backend.cpu.program import Program, buffer_bytes
+from pagoda.types import StepPlan
 from pagoda.weights.source import Tensor, TensorSource
+
+
+class CpuExecutor:
+    """See backend.base.Executor. Steps run in `launch`, on the calling thread and the library's own."""
+
+    def __init__(self, lib: Native, capacity: Capacity) -> None:
+        self._lib = lib
+        self.capacity = capacity
+
+    @classmethod
+    def load(
+        cls, spec: ModelSpec, source: TensorSource, limits: Limits, progress: Progress | None = None
+    ) -> CpuExecutor:
+        """Raises ModelError (a tensor is missing or cannot run) or, before any weight is read, MemoryShort."""
+        tensors = bind(spec, source)
+        threads = limits.threads or usable_cores()
+        blocks = memory.fit(
+            spec,
+            limits,
+            free_bytes=free_memory_bytes(),
+            weight_bytes=weight_bytes(tensors),
+            activation_bytes=buffer_bytes(spec, limits.max_num_batched_tokens),
+        )
+        lib = Native(threads)
+        try:
+            Program(lib, spec, tensors, progress).finish(limits.max_num_batched_tokens, blocks)
+        except BaseException:
+            lib.close()
+            raise
+        capacity = Capacity(
+            num_blocks=blocks,
+            weight_bytes=lib.weight_bytes,
+            kv_bytes=blocks * memory.kv_bytes_per_block(spec),
+            activation_bytes=lib.activation_bytes,
+            device=f"cpu ({lib.isa}, {threads} thread{'s' if threads > 1 else ''})",
+        )
+        return cls(lib, capacity)
+
+    def launch(self, plan: StepPlan) -> Done:
+        return Done(self._lib.run(plan))
+
+    def close(self) -> None:
+        self._lib.close()
+
+
+def weight_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """What the tensors take once they are repacked; vectors are kept in float32."""
+    return sum(matrix_bytes(t.type, *t.shape) if len(t.shape) == 2 else t.shape[0] * 4 for t in tensors.values())

@@ -81,6 +81,7 @@ def _load() -> c.CDLL:
         "pg_create": (c.c_void_p, [c.c_int32, c.c_char_p]),
         "pg_destroy": (None, [c.c_void_p]),
         "pg_error": (c.c_char_p, [c.c_void_p]),
+        "pg_matrix_bytes": (c.c_int64, [c.c_int32, c.c_int64, c.c_int64]),
         "pg_weight": (c.c_int32, [c.c_void_p, c.POINTER(Part), c.c_int32]),
         "pg_vector": (c.c_int32, [c.c_void_p, c.c_void_p, c.c_int64]),
         "pg_weight_bytes": (c.c_int64, [c.c_void_p]),
@@ -95,6 +96,12 @@ def _load() -> c.CDLL:
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     return lib
+
+
+def matrix_bytes(kind: str, rows: int, k: int) -> int:
+    """Bytes of a repacked matrix; a type that the kernels do not know is widened to float32."""
+    known = int(_load().pg_matrix_bytes(TYPES.get(kind, -1), rows, k))
+    return known if known >= 0 else int(_load().pg_matrix_bytes(TYPES["F32"], rows, k))
 
 
 class Native:
@@ -117,9 +124,7 @@ class Native:
 
     def weight(self, parts: Sequence[tuple[npt.NDArray[np.uint8], int, int, str]]) -> int:
         """Repack matrices of one k, stacked along rows: (bytes, rows, k, type) each. Returns the weight's id."""
-        array = (Part * len(parts))(
-            *(Part(data.ctypes.data, rows, k, TYPES[kind]) for data, rows, k, kind in parts)
-        )
+        array = (Part * len(parts))(*(Part(data.ctypes.data, rows, k, TYPES[kind]) for data, rows, k, kind in parts))
         return self._checked(self._lib.pg_weight(self._handle, array, len(parts)), ModelError)
 
     def vector(self, values: npt.NDArray[np.float32]) -> int:

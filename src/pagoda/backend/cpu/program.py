@@ -138,6 +138,16 @@ def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
     return [BufferShape(width, rows) for width, rows in widths]
 
 
+def buffer_bytes(spec: ModelSpec, max_tokens: int) -> int:
+    """What the buffers, the rows of logits and the RoPE table of a program take."""
+    total = 0
+    for shape in buffer_shapes(spec):
+        rows = MAX_ROWS if shape.rows_are_logits else max_tokens
+        quantized = rows * shape.width + rows * (shape.width // 32) * 16 if shape.width % 32 == 0 else 0
+        total += rows * shape.width * 4 + quantized
+    return total + MAX_ROWS * spec.vocab_size * 4 + max_tokens * spec.rope.dim * 4
+
+
 def _runnable_type(tensor: Tensor) -> str:
     return tensor.type if tensor.type in native.TYPES else "F32"
 

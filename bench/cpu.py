@@ -1,0 +1,165 @@
+#!/usr/bin/env python3
+"""Pagoda against llama.cpp on one GGUF file, in turns, in one process tree; prints a table, writes JSON.
+
+    python bench/cpu.py --llama BUILD/bin --model smollm2-q4_1.gguf --out bench/results/NAME.json
+
+In process: decode of one stream (128 tokens behind a prompt of 128) and prefill of 512 tokens, through llama-bench and
+through the engine's core. Over HTTP: `load.py` with 1 and 16 parallel requests (prompt 128, output 128) against
+llama-server (split and unified cache) and `pagoda serve`. Both sides get --threads threads. Needs aiohttp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+CORE = """
+import json, sys, time
+from pagoda.config import EngineConfig
+from pagoda.engine.core import EngineCore
+from pagoda.types import Request, SamplingParams
+import random
+core = EngineCore(EngineConfig(model=sys.argv[1], threads=int(sys.argv[2])))
+rng = random.Random(time.time_ns())
+def run(prompt, out):
+    ids = [rng.randrange(1000, 40000) for _ in range(prompt)]
+    core.add(Request(request_id="r", prompt_token_ids=ids,
+        params=SamplingParams(temperature=0, max_tokens=out, ignore_eos=True, seed=0)))
+    start = time.perf_counter(); first = None
+    while core.has_work:
+        if core.step() and first is None: first = time.perf_counter()
+    return first - start, time.perf_counter() - first
+run(64, 8)
+prefill = max(512 / run(512, 1)[0] for _ in range(3))
+decode = max(127 / run(128, 128)[1] for _ in range(3))
+print(json.dumps({"prefill_512": prefill, "decode": decode, "device": core.info.device}))
+"""
+
+
+def llama_bench(a: argparse.Namespace) -> dict[str, Any]:
+    base = [f"{a.llama}/llama-bench", "-m", a.model, "-t", str(a.threads), "-fa", "1", "-r", "3", "-o", "json"]
+    prefill = json.loads(subprocess.run([*base, "-p", "512", "-n", "0"], capture_output=True, check=True).stdout)
+    decode = json.loads(
+        subprocess.run([*base, "-p", "0", "-n", "128", "-d", "128"], capture_output=True, check=True).stdout
+    )
+    return {"prefill_512": max(prefill[0]["samples_ts"]), "decode": max(decode[0]["samples_ts"])}
+
+
+def engine_core(a: argparse.Namespace) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-c", CORE, a.model, str(a.threads)], capture_output=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def first_token(port: int, started: float, process: subprocess.Popen[bytes]) -> float:
+    body = json.dumps({"model": "m", "prompt": "Hello world", "max_tokens": 1, "temperature": 0}).encode()
+    while True:
+        if process.poll() is not None:
+            sys.exit(f"the server ended with {process.returncode}")
+        try:
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
+            )
+            urllib.request.urlopen(request, timeout=60).read()
+            return time.perf_counter() - started
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.01)
+
+
+def serve(a: argparse.Namespace, command: list[str], streams: list[int]) -> dict[str, Any]:
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        cold = first_token(a.port, started, process)
+        load = subprocess.run(
+            [sys.executable, str(HERE / "load.py"), "--base-url", f"http://127.0.0.1:{a.port}/v1", "--model", "m",
+             "--workloads", "throughput", "--concurrency", ",".join(map(str, streams)), "--repeats", str(a.repeats)],
+            capture_output=True, check=True,
+        )  # fmt: skip
+        results = json.loads(load.stdout)["results"]
+        out = {"first_token_s": cold}
+        for name, value in results.items():
+            out[name] = value["median"]["out_tok_s"]
+            out[name + "_ttft_ms"] = value["median"]["ttft_ms_p50"]
+            if value["median"]["failed"]:
+                out[name + "_failed"] = value["median"]["failed"]
+        return out
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(30)
+
+
+def servers(a: argparse.Namespace) -> dict[str, list[str]]:
+    llama = [
+        f"{a.llama}/llama-server", "-m", a.model, "-t", str(a.threads), "--host", "127.0.0.1", "--port", str(a.port),
+        "--alias", "m", "-np", "16",
+    ]  # fmt: skip
+    pagoda = [
+        sys.executable, "-m", "pagoda.entrypoints.openai.api_server", "--model", a.model, "--port", str(a.port),
+        "--served-model-name", "m", "--threads", str(a.threads),
+    ]  # fmt: skip
+    return {
+        "llama.cpp split": [*llama, "-c", "12288"],
+        "llama.cpp unified": [*llama, "--kv-unified", "-c", "10240"],
+        "pagoda": pagoda,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = ["| measure | " + " | ".join(results["servers"]) + " | ratio to the best peer |", "|---|---|---|---|---|"]
+    for key, name in (("prefill_512", "prefill, 512 tokens, tok/s"), ("decode", "decode, one stream, tok/s")):
+        peer, ours = results["core"]["llama.cpp"][key], results["core"]["pagoda"][key]
+        rows.append(f"| {name} | {peer:.0f} | | {ours:.0f} | {ours / peer:.2f} |")
+    for key in ("throughput_c1", "throughput_c16", "first_token_s"):
+        values = [s[key] for s in results["servers"].values()]
+        best = min(values[:-1]) if key == "first_token_s" else max(values[:-1])
+        rows.append(f"| {key} | " + " | ".join(f"{v:.2f}" for v in values) + f" | {values[-1] / best:.2f} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama", required=True, help="folder with llama-bench and llama-server")
+    parser.add_argument("--model", required=True, help="a .gguf file")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--port", type=int, default=18300)
+    parser.add_argument("--out", type=Path)
+    a = parser.parse_args()
+    rounds: dict[str, list[dict[str, Any]]] = {"llama.cpp": [], "pagoda": []}
+    for _ in range(a.repeats):
+        rounds["llama.cpp"].append(llama_bench(a))
+        rounds["pagoda"].append(engine_core(a))
+    core = {
+        name: {k: statistics.median(r[k] for r in runs) for k in ("prefill_512", "decode")}
+        for name, runs in rounds.items()
+    }
+    results: dict[str, Any] = {
+        "model": Path(a.model).name,
+        "machine": platform.processor() or platform.machine(),
+        "device": rounds["pagoda"][0]["device"],
+        "threads": a.threads,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "core": core,
+        "servers": {name: serve(a, command, [1, 16]) for name, command in servers(a).items()},
+    }
+    print(table(results))
+    if a.out:
+        a.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
