@@ -1,7 +1,7 @@
 # make serve    install, and serve the default model at http://localhost:8000
 # make test     install with the test tools, and run the tests
 # make check    what CI runs: lint, format, types, floors, tests
-# make bench    measure
+# make bench    measure, beside llama.cpp: make bench ARGS="--llama FOLDER --model FILE.gguf"
 # make docs     write the pages that are made from code
 
 VENV ?= .venv
@@ -27,7 +27,7 @@ check: $(VENV)/installed $(VENV)/test-tools
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/installed $(VENV)/test-tools
-	$(BIN)/python bench/run.py $(ARGS)
+	$(BIN)/python bench/cpu.py $(ARGS)
 
 docs: $(VENV)/installed
 	$(BIN)/python -m pagoda.cli.help > docs/configuration.md

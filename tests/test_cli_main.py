@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pagoda import __version__
-from pagoda.cli.inputs import read_config
+from pagoda.cli.inputs import load, read_config, split
 from pagoda.cli.main import main
 from pagoda.cli.screen import ProgressLine, size, table
 from pagoda.deploy.find_model import check_format, find_model
@@ -117,6 +117,12 @@ def test_a_broken_config_file_is_named(tmp_path: Path, name: str, text: str, nee
     with pytest.raises(ConfigError, match=needle) as error:
         read_config(str(path))
     assert str(path) in str(error.value)
+
+
+def test_the_config_file_may_come_from_the_environment(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"port": 1}')
+    assert load(split([]), {"PAGODA_CONFIG": str(path)}).options.port == 1
 
 
 def test_a_config_file_may_be_empty_or_json_in_yaml(tmp_path: Path) -> None:

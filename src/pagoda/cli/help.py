@@ -63,6 +63,7 @@ _FOLDERS = """\
 
 | variable | meaning |
 |---|---|
+| `PAGODA_CONFIG` | the file of `--config` |
 | `PAGODA_CACHE` | folder for what Pagoda fetches (default: `$XDG_CACHE_HOME/pagoda` or `~/.cache/pagoda`) |
 | `PAGODA_DEBUG` | `1` prints a traceback with an error |
 | `HF_HOME`, `HF_HUB_CACHE`, `MODELSCOPE_CACHE` | caches in which a hub name is looked up |
@@ -75,7 +76,9 @@ _FOLDERS = """\
 | 65 | the model's files are missing, broken or not supported |
 | 70 | an error inside Pagoda |
 | 75 | it does not fit in memory; the message says what would |
-| 78 | an option, variable or config file is wrong, or the port is taken |
+| 77 | the address cannot be used: no permission, or it is not one of this machine |
+| 78 | an option, variable or config file is wrong |
+| 98 | the port is taken; the message says by whom, as far as the system tells |
 | 130 | stopped with Ctrl-C |
 """
 

@@ -47,7 +47,8 @@ def split(argv: Sequence[str]) -> Inputs:
 
 def load(inputs: Inputs, environ: Mapping[str, str]) -> Settings:
     """The options of a command, from all sources."""
-    file = (inputs.config, read_config(inputs.config)) if inputs.config else None
+    config = inputs.config or environ.get("PAGODA_CONFIG")
+    file = (config, read_config(config)) if config else None
     return resolve(inputs.argv, environ, file)
 
 

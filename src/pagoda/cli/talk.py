@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import secrets
-from collections.abc import Generator
+import signal
+from collections.abc import Generator, Iterator
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -95,6 +97,17 @@ def _reason(body: bytes) -> str:
         return body[:200].decode(errors="replace")
 
 
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[list[int]]:
+    """Ctrl-C only fills the list: an exception in the middle of a step would leave the engine half-way."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Local:
     """An engine of its own in this process."""
 
@@ -141,17 +154,20 @@ class Local:
         )
         output = TextOutput(self._tokenizer, request)
         self._core.add(request)
-        try:
-            while not output.finished and self._core.has_work:
-                for delta in self._core.step():
-                    if delta.error:
-                        raise EngineError(delta.error)
-                    if text := output.feed(delta).text:
-                        yield text
-        finally:
-            self._core.cancel(request.request_id)
-            while self._core.has_work:
-                self._core.step()
+        with _deferred_interrupt() as interrupted:
+            try:
+                while not output.finished and self._core.has_work and not interrupted:
+                    for delta in self._core.step():
+                        if delta.error:
+                            raise EngineError(delta.error)
+                        if text := output.feed(delta).text:
+                            yield text
+            finally:
+                self._core.cancel(request.request_id)
+                while self._core.has_work:
+                    self._core.step()
+        if interrupted:
+            raise KeyboardInterrupt
 
     def close(self) -> None:
         self._core.close()
