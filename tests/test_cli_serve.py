@@ -193,8 +193,10 @@ def test_the_table() -> None:
         eos_token_ids=(),
         load_s=0.5,
     )
-    text = welcome("it's", info, "http://localhost:8000")
+    text = welcome("it's", info, "http://localhost:8000", needs_key=False)
     for part in ("the model could do 200", "4 requests", "1.0 GiB weights", "avx2", "llama, Q4_1", "0.50 s"):
         assert part in text
     assert "it'\\''s" in text
-    assert "--unix-socket /run/p http://localhost/v1" in welcome("m", info, "unix:/run/p")
+    assert "Authorization" not in text
+    guarded = welcome("m", info, "unix:/run/p", needs_key=True)
+    assert "--unix-socket /run/p http://localhost/v1" in guarded and "Authorization: Bearer KEY" in guarded

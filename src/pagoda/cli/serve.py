@@ -57,7 +57,8 @@ def _serve(settings: Settings) -> int:
 
         def ready() -> None:
             progress.clear()
-            print(welcome(server.names[0], engine.info, address(options, listener)), flush=True)
+            url = address(options, listener)
+            print(welcome(server.names[0], engine.info, url, needs_key=bool(options.api_key)), flush=True)
 
         try:
             return run_server(
@@ -138,7 +139,7 @@ def address(options: Options, listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def welcome(name: str, info: ModelInfo, url: str) -> str:
+def welcome(name: str, info: ModelInfo, url: str, *, needs_key: bool) -> str:
     """What is printed when the server is ready: a short table, the address, a first request to copy."""
     context = f"{info.max_model_len} tokens"
     if info.max_model_len < info.model_max_len:
@@ -155,5 +156,6 @@ def welcome(name: str, info: ModelInfo, url: str) -> str:
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]}, ensure_ascii=False)
     quoted = body.replace("'", "'\\''")
     target = f"--unix-socket {url[5:]} http://localhost" if url.startswith("unix:") else url
-    curl = f"curl {target}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{quoted}'"
+    headers = " -H 'Content-Type: application/json'" + (" -H 'Authorization: Bearer KEY'" if needs_key else "")
+    curl = f"curl {target}/v1/chat/completions{headers} \\\n    -d '{quoted}'"
     return f"\n{table(rows)}\n\n  {url}/v1 answers now, Ctrl-C stops it. Try:\n\n  {curl}\n"
