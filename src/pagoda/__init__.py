@@ -1,3 +1,31 @@
 """Pagoda: LLM inference and serving."""
 
+from __future__ import annotations
+
+import importlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pagoda.engine.llm import LLM
+    from pagoda.engine.outputs import CompletionOutput, RequestOutput
+    from pagoda.types import SamplingParams
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
 __version__ = "0.1.0"
+
+_HOMES = MappingProxyType(
+    {
+        "LLM": "pagoda.engine.llm",
+        "CompletionOutput": "pagoda.engine.outputs",
+        "RequestOutput": "pagoda.engine.outputs",
+        "SamplingParams": "pagoda.types",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is used, so that `import pagoda` and the command line stay light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pagoda' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

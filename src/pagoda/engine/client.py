@@ -18,8 +18,8 @@ from pagoda.engine.messages import (
     Cancel,
     EngineStats,
     FromEngine,
-    Loading,
     LoadFailed,
+    Loading,
     ModelInfo,
     Ready,
     Step,
@@ -58,7 +58,8 @@ class EngineClient:
     """Starts the engine, sends it requests, and starts it again when it dies; all in one event loop.
 
     `on_dead` is called once, with the reason, when the engine died too often to be started again: the server then
-    ends with exit code 70. `command` is the engine's command line without the file descriptor (tests put their own).
+    ends with exit code 70. `max_queued` is the last bound on memory: the API admits whole calls, by a smaller one.
+    `command` is the engine's command line without the file descriptor (tests put their own).
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class EngineClient:
         config: EngineConfig,
         *,
         command: Sequence[str] = COMMAND,
-        max_queued: int = 1024,
+        max_queued: int = 8192,
         hang_limit_s: float = 60.0,
         backoff_s: float = 1.0,
         on_dead: Callable[[str], None] | None = None,
@@ -130,9 +131,7 @@ class EngineClient:
             raise Overloaded("the server is shutting down")
         places = self._max_queued + (self._info.max_num_seqs if self._info else 0)
         if len(self._roster) >= places:
-            raise Overloaded(
-                f"{len(self._roster)} requests are waiting or running, and more are not taken; retry later"
-            )
+            raise Overloaded(f"{len(self._roster)} requests are waiting or running; more are not taken now")
         if request.params.seed is None:  # chosen here, so that a restart draws the same tokens
             params = msgspec.structs.replace(request.params, seed=secrets.randbits(63))
             request = msgspec.structs.replace(request, params=params)
@@ -227,7 +226,7 @@ class EngineClient:
         while True:
             link = self._link
             if link is None:
-                link = self._link = Link(self._config, self._command)
+                link = self._link = Link(self._restart_config(), self._command)
             await link.connect(lambda message: self._hear_first(message, loaded))
             await link.lost.wait()
             self._take_back()
@@ -242,6 +241,12 @@ class EngineClient:
             _log.error("the engine stopped (%s); it starts again in %g s", cause, delay_s)
             await asyncio.sleep(delay_s)
             self.restarts += 1
+
+    def _restart_config(self) -> EngineConfig:
+        """The context that clients were told of must hold, even if less memory is free now."""
+        if self._info is None:
+            return self._config
+        return msgspec.structs.replace(self._config, max_model_len=self._info.max_model_len)
 
     def _hear_first(self, message: FromEngine, loaded: asyncio.Future[None]) -> None:
         self._hear(message)
@@ -294,7 +299,7 @@ class EngineClient:
             self.on_dead(reason)
 
     async def _watch(self) -> None:
-        """Restart an engine that has work and gives no sign of it. Ticks, not clocks: a server that slept is no proof."""
+        """Restart an engine that has work and gives no sign. Ticks, not clocks: that the server slept is no proof."""
         tick_s = self._hang_limit_s / _TICKS_PER_LIMIT
         while True:
             await asyncio.sleep(tick_s)

@@ -102,6 +102,9 @@ class EngineCore:
             # Whatever went wrong is known to the log only: a foreign text must not reach clients.
             _log.exception("step %d failed", plan.step)
             outcome = self._scheduler.fail(plan, "the engine failed in a step that computed this request")
+        except BaseException:
+            self._scheduler.fail(plan, "interrupted")
+            raise
         else:
             outcome = self._scheduler.apply(plan, result)
         self._steps += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import logging
 import os
 import select
 import signal
@@ -19,8 +20,8 @@ from pagoda.engine.core import EngineCore
 from pagoda.engine.messages import (
     Cancel,
     Framer,
-    Loading,
     LoadFailed,
+    Loading,
     ProtocolError,
     Ready,
     Shutdown,
@@ -30,12 +31,15 @@ from pagoda.engine.messages import (
     frame,
 )
 from pagoda.errors import PagodaError
+from pagoda.observe import setup_logging
 from pagoda.types import Delta
 
 BACKLOG_BYTES = 64 << 20
 _READ_BYTES = 1 << 18
 _PROGRESS_S = 0.05
 _PR_SET_PDEATHSIG = 1
+
+_log = logging.getLogger(__name__)
 
 CoreFactory = Callable[[EngineConfig, Callable[[str, float], None]], EngineCore]
 
@@ -140,7 +144,7 @@ def run(sock: socket.socket, make_core: CoreFactory = EngineCore) -> int:
     except Gone:
         return 0
     except (ProtocolError, msgspec.DecodeError) as error:
-        print(f"pagoda engine: ends, because the server sent what is no message: {error}", file=sys.stderr)
+        _log.error("the engine ends: the server sent what is no message of ours: %s", error)
         return ProtocolError.exit_code
     return 0
 
@@ -166,6 +170,7 @@ def main(argv: list[str], make_core: CoreFactory = EngineCore) -> int:
     # The server decides what a signal means: a terminal's Ctrl-C and systemd's SIGTERM reach the engine too.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    setup_logging()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     with socket.socket(fileno=int(argv[1])) as sock:

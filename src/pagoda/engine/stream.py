@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 import msgspec
 
@@ -64,15 +65,18 @@ def merge(first: Delta, second: Delta) -> Delta:
     )
 
 
-class DeltaStream(AsyncIterator[Delta]):
-    """What `EngineClient.generate` gives. Closing it, cancelling its consumer or dropping it cancels the request."""
+class DeltaStream(AsyncGenerator[Delta, None]):
+    """What `EngineClient.generate` gives. Closing it, cancelling its consumer or dropping it cancels the request.
+
+    Not a generator function: the request is taken in, or refused, when it is made, and closing it works unstarted.
+    """
 
     def __init__(self, stream: Stream, release: Callable[[Stream], None]) -> None:
         self._stream = stream
         self._release = release
         self._closed = False
 
-    async def __anext__(self) -> Delta:
+    async def asend(self, value: None) -> Delta:
         if self._closed:
             raise StopAsyncIteration
         try:
@@ -84,8 +88,9 @@ class DeltaStream(AsyncIterator[Delta]):
             self._close()
         return delta
 
-    async def aclose(self) -> None:
+    async def athrow(self, *error: Any) -> Delta:
         self._close()
+        return await super().athrow(*error)
 
     def __del__(self) -> None:
         self._close()

@@ -1,0 +1,261 @@
+"""`LLM`: a model in this process, called as vLLM's is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from pagoda.config import Options
+from pagoda.engine.core import EngineCore
+from pagoda.engine.messages import ModelInfo
+from pagoda.engine.outputs import Answer, CompletionOutput, RequestOutput
+from pagoda.errors import BadRequest, ContextLengthExceeded, ModelError
+from pagoda.settings import Catalog, check, resolve
+from pagoda.text.chat import load_chat_template
+from pagoda.text.generation import load_generation_defaults
+from pagoda.text.tokenizer import Tokenizer, load_tokenizer
+from pagoda.types import Request, SamplingParams
+
+SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of the n answers to one prompt; the server uses the same
+_MASK_64 = 2**64 - 1
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Message = Mapping[str, Any]
+
+_log = logging.getLogger("pagoda")
+
+
+class LLM:
+    """Loads a model (a folder or a .gguf file) and generates. Not thread-safe.
+
+    Options are the server's, under vLLM's names: `dtype`, `max_model_len`, `gpu_memory_utilization`, `max_num_seqs`,
+    ... Those of vLLM that mean nothing here are accepted, each with one line in the log. `seed` makes the seeds of
+    requests that give none repeatable. `vllm_kwargs` is a further table of options; an option that is in both counts
+    as given by keyword, so that a shared table does not have to leave one out.
+    """
+
+    def __init__(
+        self, model: str, *, seed: int | None = None, vllm_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        table = {**(vllm_kwargs or {}), **options}
+        table.pop("model", None)
+        self._seeds = random.Random(table.pop("seed", None) if seed is None else seed)
+        self._options = _options(table)
+        path = self._path = os.path.expanduser(model)
+        self._core = EngineCore(self._options.engine_config(path))
+        metadata = self._core.metadata
+        self._tokenizer = load_tokenizer(path, metadata)
+        self._template = load_chat_template(path, metadata, self._options.chat_template)
+        defaults = load_generation_defaults(path, metadata)
+        named = (*defaults.eos_token_ids, *self._tokenizer.eos_token_ids, *self.info.eos_token_ids)
+        self._eos_token_ids = tuple(dict.fromkeys(named))
+        params = {} if self._options.generation_config == "vllm" else defaults.params
+        self._default_params = {**params, **self._options.override_generation_config}
+        self._calls = 0
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded, and what fits."""
+        return self._core.info
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's files recommend; used where no parameters are given."""
+        return SamplingParams(**self._default_params)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer prompts, in their order: texts, lists of token ids, or {"prompt": ...}, {"prompt_token_ids": ...}.
+
+        One SamplingParams holds for all prompts, a list has one for each. `use_tqdm` shows how many are done.
+        """
+        encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
+        return self._run(encoded, self._params_for(sampling_params, len(encoded)), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several."""
+        template = self._template
+        if chat_template is not None:
+            template = load_chat_template(self._path, self._core.metadata, chat_template)
+        if template is None:
+            raise ModelError(
+                "this model has no chat template", remedy="Give one with chat_template=, or use generate()"
+            )
+        kwargs = {**self._options.default_chat_template_kwargs, **(chat_template_kwargs or {})}
+        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        encoded = []
+        for conversation in conversations:
+            ids = template.encode(
+                self._tokenizer,
+                conversation,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                template_kwargs=kwargs,
+            )
+            encoded.append((self._tokenizer.decode(ids, skip_special_tokens=False), ids))
+        return self._run(encoded, self._params_for(sampling_params, len(encoded)), use_tqdm)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._core.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        else:
+            text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+        if ids is None:
+            if not isinstance(text, str):
+                raise BadRequest("a prompt given as a table needs `prompt` or `prompt_token_ids`", param="prompts")
+            return text, self._tokenizer.encode(text)
+        size = self.info.vocab_size
+        if not all(isinstance(i, int) and 0 <= i < size for i in ids):
+            raise BadRequest(f"token ids of a prompt must be whole numbers, 0 to {size - 1}", param="prompts")
+        return text, list(ids)
+
+    def _params_for(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [self._checked(given)] * count
+        if len(given) != count:
+            raise BadRequest(f"{count} prompts came with {len(given)} sampling_params", param="sampling_params")
+        return [self._checked(one) for one in given]
+
+    def _checked(self, params: SamplingParams) -> SamplingParams:
+        """The parameters in their types (vLLM takes one stop string, lists, None), and in their ranges."""
+        values = msgspec.structs.asdict(params)
+        if isinstance(params.stop, str):
+            values["stop"] = (params.stop,)
+        for name in ("stop", "stop_token_ids"):
+            values[name] = values[name] or ()
+        try:
+            params = msgspec.convert(values, SamplingParams)
+        except msgspec.ValidationError as error:
+            raise BadRequest(f"sampling_params: {error}", param="sampling_params") from None
+        params.check(self.info.vocab_size)
+        return params
+
+    def _run(
+        self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams], show: bool
+    ) -> list[RequestOutput]:
+        results: list[RequestOutput] = []
+        answers: dict[str, Answer] = {}
+        requests: list[Request] = []
+        for (text, ids), one in zip(prompts, params, strict=True):
+            name, self._calls = str(self._calls), self._calls + 1
+            whole = RequestOutput(name, text, ids, [CompletionOutput(i) for i in range(one.n)])
+            results.append(whole)
+            for i, request in enumerate(self._requests(name, ids, one)):
+                requests.append(request)
+                answers[request.request_id] = Answer(self._tokenizer, request, whole, i)
+        for request in requests:
+            self._core.add(request)
+        try:
+            self._finish(answers, show)
+        finally:
+            for name in answers:  # what is left after an interrupt
+                self._core.cancel(name)
+        return results
+
+    def _requests(self, name: str, ids: list[int], params: SamplingParams) -> list[Request]:
+        room = self.info.max_model_len - len(ids)
+        if not ids:
+            raise BadRequest("a prompt is empty: it must hold at least one token", param="prompts")
+        if room < 1:
+            raise ContextLengthExceeded(
+                f"a prompt holds {len(ids)} tokens and leaves no room in a context of {self.info.max_model_len}",
+                remedy="Send a shorter prompt, or give a larger max_model_len",
+            )
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        return [
+            Request(
+                request_id=f"{name}-{i}",
+                prompt_token_ids=ids,
+                params=msgspec.structs.replace(
+                    params,
+                    n=1,
+                    seed=(seed + i * SEED_STEP) & _MASK_64,
+                    max_tokens=max_tokens,
+                    min_tokens=min(params.min_tokens, max_tokens),
+                ),
+                eos_token_ids=self._eos_token_ids,
+            )
+            for i in range(params.n)
+        ]
+
+    def _finish(self, answers: dict[str, Answer], show: bool) -> None:
+        """Step until all answers are complete; they leave `answers` as they are."""
+        total = len(answers)
+        while answers:
+            for delta in self._core.step():
+                answer = answers.get(delta.request_id)
+                if answer is None or not answer.feed(delta):
+                    continue
+                del answers[delta.request_id]
+                if delta.finish_reason is None:  # a stop string ended it, of which the engine knows nothing
+                    self._core.cancel(delta.request_id)
+                if answer.output.error is not None:
+                    _log.warning("request %s failed: %s", delta.request_id, answer.output.error)
+                if show:
+                    end = "" if answers else "\n"
+                    print(f"\r{total - len(answers)}/{total} answers", end=end, file=sys.stderr, flush=True)
+
+
+def _options(table: Mapping[str, Any]) -> Options:
+    """The server's options from keywords. TypeError for one that nobody knows, as Python does it."""
+    catalog = Catalog()
+    for name in table:
+        if catalog.find(name) is None:
+            raise TypeError(str(catalog.unknown(name, "LLM()")))
+    settings = resolve([], {}, ("LLM()", table))
+    check(settings)
+    for notice in settings.notices:
+        _log.warning("%s", notice)
+    return settings.options
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, or several: a list of numbers is one."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
