@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from pagoda.api.auth import Keys, check_host
 from pagoda.api.body import ClientGone
-from pagoda.api.paths import NormalizePath, nearest
+from pagoda.api.paths import NormalizePath, nearest, typed_path
 from pagoda.api.routes import Endpoint, Handler, endpoints
 from pagoda.api.server import Server
 from pagoda.api.shape import error_response
@@ -78,7 +78,7 @@ class Guarded:
         except ClientGone:
             raise
         except Exception:
-            log.exception("%s %s failed", request.method, request.url.path)
+            log.exception("%s %s failed", request.method, typed_path(request.scope))
             return error_response(EngineError("the server failed on this request; its log says why"))
 
     def _check(self, headers: Headers) -> None:
@@ -91,16 +91,15 @@ class Guarded:
         methods = self._methods
         if methods is None or request.method in methods or (request.method == "HEAD" and "GET" in methods):
             return
-        raise MethodNotAllowed(f"{request.url.path} takes {' or '.join(methods)}, not {request.method[:20]}")
+        raise MethodNotAllowed(f"{typed_path(request.scope)} takes {' or '.join(methods)}, not {request.method[:20]}")
 
 
 def _not_found(table: tuple[Endpoint, ...]) -> Handler:
     shown = {each.path: each.shown for each in table if "{" not in each.path}
 
     async def not_found(server: Server, request: Request) -> Reply:
-        path = request.scope["path"]
-        near = nearest(path, list(shown))
+        near = nearest(request.scope["path"], list(shown))
         remedy = f"Did you mean {shown[near]}?" if near else "GET /docs lists what there is"
-        raise NotFound(f"there is no {path[:200]} here", remedy=remedy)
+        raise NotFound(f"there is no {typed_path(request.scope)} here", remedy=remedy)
 
     return not_found

@@ -44,7 +44,7 @@ async def chat_completions(server: Server, request: Request) -> Reply:
         reply: Reply = EventStream(generation, chat.events(), server.aborted)
     else:
         reply = await answer(generation, chat.whole(), request.receive, server.aborted)
-    server.note_ignored(reply, ignored)
+    server.dress(reply, ignored, generation)
     return reply
 
 

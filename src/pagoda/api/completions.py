@@ -36,7 +36,7 @@ async def completions(server: Server, request: Request) -> Reply:
         reply: Reply = EventStream(generation, completion.events(), server.aborted)
     else:
         reply = await answer(generation, completion.whole(), request.receive, server.aborted)
-    server.note_ignored(reply, ignored)
+    server.dress(reply, ignored, generation)
     return reply
 
 

@@ -22,6 +22,10 @@ class TooManyHeaders(BadRequest):
     code = "headers_too_large"
 
 
+def too_many_headers() -> TooManyHeaders:
+    return TooManyHeaders(f"the headers are over {MAX_HEADER_BYTES} bytes or {MAX_HEADERS} lines")
+
+
 class Connection(HttpToolsProtocol):
     """Adds what uvicorn leaves open: slow or endless headers end the connection, and errors have OpenAI's shape."""
 
@@ -38,38 +42,44 @@ class Connection(HttpToolsProtocol):
         self._stop_clock()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        # The parser tells of a header only when it is complete: one without an end must be noticed here.
+        if self._deadline is not None:
+            self._header_bytes += len(data)
+            if self._header_bytes > MAX_HEADER_BYTES:
+                self._refuse(too_many_headers())
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._header_bytes = 0
         if self._deadline is None:
             self._deadline = self.loop.call_later(HEADERS_S, self._too_slow)
 
-    def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        self._count(len(url))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
-        self._count(len(name) + len(value))
-
     def on_headers_complete(self) -> None:
         self._stop_clock()
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if self.transport.is_closing():
+            return
+        if size > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADERS:
+            self._refuse(too_many_headers())
+            return
         # uvicorn starts the application from here, with this scope.
         self.scope["extensions"] = {ABORT_EXTENSION: {"cut": self.transport.abort}}
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
         if not self.transport.is_closing():
-            super().on_headers_complete()
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self.transport.is_closing():
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(BadRequest("the request is not valid HTTP"))
-
-    def _count(self, size: int) -> None:
-        self._header_bytes += size
-        if (self._header_bytes > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADERS) and not self._closing:
-            self._refuse(TooManyHeaders(f"the headers are over {MAX_HEADER_BYTES} bytes or {MAX_HEADERS} lines"))
-
-    @property
-    def _closing(self) -> bool:
-        return self.transport.is_closing()
 
     def _refuse(self, error: BadRequest) -> None:
         body = to_json(error_reply(error))

@@ -27,7 +27,7 @@ table{border-collapse:collapse;margin:.5rem 0 1rem 1rem}td{padding:.1rem .8rem .
 
 def openapi(endpoints: Sequence[Endpoint], version: str) -> dict[str, Any]:
     """The whole description; every schema is the struct that the server itself decodes or encodes."""
-    structs = [kind for each in endpoints for kind in (each.body, each.reply) if kind is not None]
+    structs: list[type] = [kind for each in endpoints for kind in (each.body, each.reply) if kind is not None]
     kinds: list[type] = [*dict.fromkeys([*structs, ErrorReply, ChatChunk])]
     schemas, components = msgspec.json.schema_components(kinds, ref_template=_REF)
     schema_of = dict(zip(kinds, schemas, strict=True))

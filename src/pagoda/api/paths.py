@@ -29,8 +29,14 @@ def nearest(path: str, endpoints: Sequence[str]) -> str | None:
     for endpoint in sorted(endpoints, key=len, reverse=True):
         if len(endpoint) > 1 and path.endswith(endpoint):
             return endpoint
-    found = difflib.get_close_matches(path, [end for end in endpoints if len(end) > 1], 1, 0.6)
+    found = difflib.get_close_matches(path, [end for end in endpoints if len(end) > 1], 1, 0.75)
     return found[0] if found else None
+
+
+def typed_path(scope: Scope) -> str:
+    """The path as the client wrote it, for messages."""
+    raw: bytes = scope.get("raw_path") or scope["path"].encode()
+    return raw.decode("ascii", "replace")[:200]
 
 
 class NormalizePath:

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -198,6 +199,10 @@ async def _either(task: asyncio.Future[None], stopping: asyncio.Event) -> bool:
 @contextlib.contextmanager
 def _signals(stopping: asyncio.Event) -> Iterator[None]:
     """The first SIGTERM or SIGINT asks to stop; a second one ends the process at once, as if nobody handled it."""
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread may handle signals; whoever runs the server elsewhere has a way of its own to stop.
+        yield
+        return
     loop = asyncio.get_running_loop()
     caught = (signal.SIGTERM, signal.SIGINT)
 

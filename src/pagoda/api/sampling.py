@@ -11,7 +11,7 @@ from pagoda.errors import BadRequest
 from pagoda.types import SamplingParams
 
 MAX_LIST = 1024
-MAX_PRIORITY = 2**31 - 1
+MAX_PRIORITY = MAX_TOKENS = 2**31 - 1
 
 _WITH_DEFAULT = (
     "temperature",
@@ -83,10 +83,10 @@ def _short(value: object) -> str:
 def _max_tokens(body: ChatBody | CompletionBody) -> int | None:
     if isinstance(body, CompletionBody):
         return 16 if body.max_tokens is None else body.max_tokens
-    given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if given is not None and given < 1:
-        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        raise BadRequest(f"{name} must be at least 1", param=name)
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    given: int | None = getattr(body, name)
+    if given is not None and not 1 <= given <= MAX_TOKENS:
+        raise BadRequest(f"{name} must be at least 1 and at most {MAX_TOKENS}", param=name)
     return given
 
 

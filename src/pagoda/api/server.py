@@ -238,8 +238,10 @@ class Server:
         while self._live and time.monotonic() < deadline + 2:
             await asyncio.sleep(0.02)
 
-    def note_ignored(self, reply: Reply, fields: Sequence[str]) -> None:
-        """Name the fields that nobody here knows: in the reply's header, and each once in the log."""
+    def dress(self, reply: Reply, fields: Sequence[str], generation: Generation | None = None) -> None:
+        """Name the request, and the fields that nobody here knows: in headers, and each field once in the log."""
+        if generation is not None:
+            reply.headers["x-request-id"] = generation.id
         if fields:
             reply.headers["x-pagoda-ignored"] = ", ".join(_header_safe(name) for name in fields[:50])
         for name in fields:

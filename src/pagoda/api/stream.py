@@ -22,6 +22,7 @@ log = logging.getLogger("pagoda.api")
 
 HEARTBEAT_S = 15.0
 STALL_S = 60.0
+LAST_WORD_S = 1.0
 CLIENT_CLOSED = 499
 ABORT_EXTENSION = "pagoda.abort"
 """Extension of a scope: its `cut` is a function that ends the connection without waiting for unsent bytes."""
@@ -132,22 +133,26 @@ class EventStream:
             self._generation.close(status)
 
     async def _run(self, receive: Receive, send: Send) -> int:
-        status = 200
+        failure: PagodaError | None = None
         try:
             await attend(
                 self._send_events(send), until_gone(receive), until_aborted(self._aborted), self._keep_alive(send)
             )
         except PagodaError as error:
-            status = error.status
-            await self._send(send, event(error_reply(error)))
+            failure = error
         except (ClientGone, asyncio.CancelledError):
             raise
         except Exception:
             log.exception("request %s failed", self._generation.id)
-            status = 500
-            await self._send(send, event(error_reply(EngineError("the server failed on this request"))))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-        return status
+            failure = EngineError("the server failed on this request; its log says why")
+        try:
+            async with asyncio.timeout(LAST_WORD_S):
+                if failure is not None:
+                    await self._send(send, event(error_reply(failure)))
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            raise ClientGone from None
+        return 200 if failure is None else failure.status
 
     async def _send_events(self, send: Send) -> None:
         async with aclosing(self._events) as events:

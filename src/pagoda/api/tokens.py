@@ -31,7 +31,7 @@ async def tokenize(server: Server, request: Request) -> Response:
     texts = [server.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
     reply = TokenizeReply(count=len(tokens), max_model_len=server.max_model_len, tokens=tokens, token_strs=texts)
     response = Response(to_json(reply), media_type=JSON)
-    server.note_ignored(response, ignored)
+    server.dress(response, ignored)
     return response
 
 
@@ -42,7 +42,7 @@ async def detokenize(server: Server, request: Request) -> Response:
         raise BadRequest(f"tokens holds an id outside 0..{server.tokenizer.vocab_size - 1}", param="tokens")
     text = server.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
     response = Response(to_json(DetokenizeReply(prompt=text)), media_type=JSON)
-    server.note_ignored(response, ignored)
+    server.dress(response, ignored)
     return response
 
 

@@ -1,0 +1,169 @@
+"""POST /v1/completions in memory: prompts of every kind, echo, log-probabilities, streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from api_fake import TEXT, Client, FakeEngine, events, make_server
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    with Client(make_server()) as made:
+        yield made
+
+
+def engine(client: Client) -> FakeEngine:
+    made = client.server.engine
+    assert isinstance(made, FakeEngine)
+    return made
+
+
+def test_whole_reply(client: Client) -> None:
+    reply = client.complete("ping", max_tokens=5).json()
+    assert reply["object"] == "text_completion" and reply["id"].startswith("cmpl-")
+    assert reply["choices"] == [
+        {"index": 0, "text": "Hello", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+    ]
+    assert (reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"]) == (4, 5)
+
+
+def test_max_tokens_is_16_where_nothing_is_said(client: Client) -> None:
+    assert client.complete().json()["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("ab", [[97, 98]]),
+        (["ab", "c"], [[97, 98], [99]]),
+        ([97, 98], [[97, 98]]),
+        ([[97], [98, 99]], [[97], [98, 99]]),
+        (["ab", [99]], [[97, 98], [99]]),
+    ],
+)
+def test_prompts_of_every_kind(client: Client, prompt: Any, expected: list[list[int]]) -> None:
+    reply = client.complete(prompt, n=2, max_tokens=1).json()
+    assert [request.prompt_token_ids for request in engine(client).requests] == [ids for ids in expected for _ in "ab"]
+    assert [choice["index"] for choice in reply["choices"]] == list(range(2 * len(expected)))
+    assert reply["usage"]["prompt_tokens"] == sum(map(len, expected))
+    assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == 4 * len(expected)
+
+
+def test_prompts_of_one_call_share_the_seeds(client: Client) -> None:
+    client.complete(["a", "b"], n=2, seed=7)
+    seeds = [request.params.seed for request in engine(client).requests]
+    assert seeds[0] == seeds[2] == 7 and seeds[1] == seeds[3] != 7
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_scoring_a_prompt_as_lm_eval_does(client: Client, max_tokens: int) -> None:
+    body = {"echo": True, "logprobs": 1, "max_tokens": max_tokens, "temperature": 0, "seed": 1234}
+    choices = client.complete([[97, 98, 99], [100, 101]], **body).json()["choices"]
+    for choice, prompt in zip(choices, ("abc", "de"), strict=True):
+        logprobs = choice["logprobs"]
+        tokens = [*prompt, *"H"[:max_tokens]]
+        assert logprobs["tokens"] == tokens
+        assert logprobs["token_logprobs"] == [None] + [-0.5] * (len(tokens) - 1)
+        assert logprobs["top_logprobs"] == [None, *({token: -0.5} for token in tokens[1:])]
+        assert logprobs["text_offset"] == list(range(len(tokens)))
+        assert choice["text"] == "".join(tokens)
+        assert choice["finish_reason"] == "length"
+
+
+def test_text_offsets_count_characters_and_parts_of_one_stay_apart(client: Client) -> None:
+    choice = client.complete("é🙂", echo=True, logprobs=0, max_tokens=1).json()["choices"][0]
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"][:2] == ["bytes:\\xc3", "bytes:\\xa9"]
+    assert len(set(logprobs["tokens"])) == 7
+    assert logprobs["text_offset"] == [0, 0, 1, 1, 1, 1, 2]
+    assert choice["text"][logprobs["text_offset"][-1] :] == "H"
+
+
+def test_tokens_as_ids(client: Client) -> None:
+    body = {"logprobs": 1, "return_tokens_as_token_ids": True, "return_token_ids": True, "max_tokens": 2}
+    choice = client.complete("a", **body).json()["choices"][0]
+    assert choice["logprobs"]["tokens"] == ["token_id:72", "token_id:101"]
+    assert (choice["token_ids"], choice["prompt_token_ids"]) == ([72, 101], [97])
+
+
+def test_zero_probability_is_still_json() -> None:
+    class Sure(FakeEngine):
+        def _delta(self, *args: Any) -> Any:
+            delta = super()._delta(*args)
+            for entry in delta.logprobs or []:
+                entry.logprob = float("-inf")
+                entry.top = [(1, float("-inf"))]
+            return delta
+
+    with Client(make_server(Sure())) as client:
+        logprobs = client.complete(logprobs=1, max_tokens=1).json()["choices"][0]["logprobs"]
+        assert logprobs["token_logprobs"] == [-9999.0]
+        content = client.chat(logprobs=True, top_logprobs=1, max_tokens=1).json()["choices"][0]["logprobs"]["content"]
+        assert content[0]["top_logprobs"][0]["logprob"] == -9999.0
+
+
+def test_stream(client: Client) -> None:
+    got = events(client.complete(stream=True, max_tokens=99, stream_options={"include_usage": True}))
+    *content, finish, usage, done = got
+    assert done == "[DONE]" and usage["choices"] == [] and usage["usage"]["completion_tokens"] == 54
+    assert "".join(chunk["choices"][0]["text"] for chunk in content) == TEXT
+    assert finish["choices"] == [{"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}]
+    assert all(chunk["object"] == "text_completion" for chunk in got[:-1])
+
+
+def test_stream_gives_the_same_log_probabilities_as_the_whole_reply(client: Client) -> None:
+    body = {"echo": True, "logprobs": 2, "max_tokens": 12, "n": 2}
+    whole = client.complete("né", **body).json()["choices"]
+    got = events(client.complete("né", stream=True, **body))[:-1]
+    for choice in whole:
+        mine = [chunk["choices"][0] for chunk in got if chunk["choices"][0]["index"] == choice["index"]]
+        assert "".join(each["text"] for each in mine) == choice["text"]
+        for name, values in choice["logprobs"].items():
+            assert [value for each in mine if each["logprobs"] for value in each["logprobs"][name]] == values
+
+
+def test_echo_of_token_ids_is_decoded(client: Client) -> None:
+    assert client.complete([258, 104, 105], echo=True, max_tokens=1).json()["choices"][0]["text"] == "hiH"
+    assert client.complete("hello", echo=True, truncate_prompt_tokens=2, max_tokens=1).json()["choices"][0]["text"] == (
+        "loH"
+    )
+
+
+def test_prompt_logprobs_stand_in_each_choice(client: Client) -> None:
+    choice = client.complete("ab", prompt_logprobs=2, max_tokens=1).json()["choices"][0]
+    assert choice["prompt_logprobs"][0] is None
+    assert choice["prompt_logprobs"][1]["98"] == {"logprob": -0.5, "decoded_token": "b", "rank": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [260]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": [[1], []]}, "prompt"),
+        ({"prompt": "x", "suffix": "y"}, "suffix"),
+        ({"prompt": "x", "best_of": 2}, "best_of"),
+        ({"prompt": "x", "logprobs": 21}, "logprobs"),
+        ({"prompt": "x", "prompt_embeds": "AAAA"}, "prompt_embeds"),
+        ({"prompt": "x", "use_beam_search": True}, "use_beam_search"),
+        ({"prompt": "x", "n": 0}, "n"),
+        ({"prompt": None}, "prompt"),
+        ({}, "prompt"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(client: Client, fields: dict[str, Any], param: str) -> None:
+    response = client.post("/v1/completions", fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert engine(client).requests == []
+
+
+def test_best_of_up_to_n_is_tolerated(client: Client) -> None:
+    assert client.complete("x", best_of=1, suffix=None).status_code == 200
+    assert len(client.complete("x", best_of=2, n=2).json()["choices"]) == 2
