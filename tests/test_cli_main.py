@@ -17,7 +17,9 @@ import pytest
 from pagoda import __version__
 from pagoda.cli.inputs import load, read_config, split
 from pagoda.cli.main import main
+from pagoda.cli.model import sampling_defaults
 from pagoda.cli.screen import ProgressLine, size, table
+from pagoda.config import Options
 from pagoda.deploy.find_model import check_format, find_model
 from pagoda.errors import ConfigError, ModelError
 
@@ -131,6 +133,17 @@ def test_a_config_file_may_be_empty_or_json_in_yaml(tmp_path: Path) -> None:
     assert read_config(str(path)) == {}
     path.write_text("{port: 1}")
     assert read_config(str(path)) == {"port": 1}
+
+
+def test_sampling_defaults() -> None:
+    of_model = {"temperature": 0.6, "top_k": 20}
+    assert sampling_defaults(Options(), of_model) == of_model
+    assert sampling_defaults(Options(generation_config="vllm"), of_model) == {}
+    own = Options(override_generation_config={"top_k": 5})
+    assert sampling_defaults(own, of_model) == {"temperature": 0.6, "top_k": 5}
+    for wrong in ({"temperatur": 1}, {"temperature": "hot"}, {"temperature": -1}, {"top_k": True}):
+        with pytest.raises(ConfigError, match="--override-generation-config"):
+            sampling_defaults(Options(override_generation_config=wrong), {})
 
 
 class TestFindModel:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pagoda.cli.inputs import load, split
+from pagoda.cli.model import local_model
 from pagoda.cli.talk import Local, Message, Partner, Remote
-from pagoda.deploy.find_model import check_format, find_model
 from pagoda.errors import ConfigError, PagodaError
 from pagoda.settings import check
 
@@ -101,9 +101,7 @@ def _partner(wishes: Wishes) -> Partner:
         options = settings.options
         if options.model is None:
             raise ConfigError(f"{wishes.rest[0]} needs a model", remedy="Name one: pagoda chat ./model.gguf")
-        path = find_model(options.model, os.environ)
-        check_format(path, options.load_format, options.quantization)
-        return Local(options, path, sampling)
+        return Local(options, local_model(options), sampling)
     values, environ = wishes.values, os.environ
     keys = (values.get("api_key"), *(environ.get(f"{owner}_API_KEY") for owner in ("PAGODA", "VLLM", "OPENAI")))
     key = next((key for key in keys if key), None)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from pagoda import __version__
 from pagoda.cli.help import serve_help
 from pagoda.cli.inputs import load, show, split
+from pagoda.cli.model import local_model, sampling_defaults
 from pagoda.cli.screen import ProgressLine, size, table
 from pagoda.config import Options
-from pagoda.deploy.default_model import NAME, default_model_path
-from pagoda.deploy.find_model import check_format, find_model
+from pagoda.deploy.default_model import NAME
 from pagoda.settings import Settings, check
 
 if TYPE_CHECKING:
@@ -68,19 +68,6 @@ def _serve(settings: Settings) -> int:
             progress.clear()
 
 
-def local_model(options: Options) -> str:
-    """The model's path; the default model is fetched where none was named."""
-    if options.model is None:
-        progress = ProgressLine()
-        try:
-            return default_model_path(progress)
-        finally:
-            progress.clear()
-    path = find_model(options.model, os.environ)
-    check_format(path, options.load_format, options.quantization)
-    return path
-
-
 def make_server(options: Options, path: str, engine: EngineClient) -> Server:
     """The text side of the model, and its names."""
     from pagoda.api.server import Server
@@ -97,10 +84,7 @@ def make_server(options: Options, path: str, engine: EngineClient) -> Server:
         names=options.served_model_name or (options.model or NAME,),
         root=path,
         chat_template=load_chat_template(path, source.metadata, options.chat_template),
-        default_params={
-            **(defaults.params if options.generation_config == "auto" else {}),
-            **options.override_generation_config,
-        },
+        default_params=sampling_defaults(options, defaults.params),
         default_template_kwargs=options.default_chat_template_kwargs,
         eos_token_ids=defaults.eos_token_ids,
         api_keys=options.api_key,

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from pagoda.cli.model import sampling_defaults
 from pagoda.cli.screen import ProgressLine
 from pagoda.config import Options
 from pagoda.errors import ConfigError, ContextLengthExceeded, EngineError, ModelError
@@ -128,8 +129,7 @@ class Local:
         defaults = load_generation_defaults(path, metadata)
         source.close()
         self._eos = defaults.eos_token_ids
-        neutral = options.generation_config == "vllm"
-        self._sampling = {**({} if neutral else defaults.params), **options.override_generation_config, **sampling}
+        self._sampling = {**sampling_defaults(options, defaults.params), **sampling}
         progress = ProgressLine()
         self._core = EngineCore(options.engine_config(path), progress)
         progress.clear()
