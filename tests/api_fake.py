@@ -52,7 +52,7 @@ class ByteTokenizer:
 
 
 class PlainTemplate:
-    """`role: content` lines. Refuses a system message that is not the first, as some real templates do."""
+    """`role: content` lines; keeps what it was given."""
 
     source = "{{ messages }}"
 
@@ -70,8 +70,8 @@ class PlainTemplate:
         template_kwargs: dict[str, Any] | None = None,
     ) -> list[int]:
         self.seen.append({"messages": messages, "tools": tools, "kwargs": template_kwargs})
-        if any(message["role"] == "system" for message in messages[1:]):
-            raise BadRequest("the system message must be the first")
+        if not messages:
+            raise BadRequest("messages must not be empty", param="messages")
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         if continue_final_message:
             text = text[:-1]

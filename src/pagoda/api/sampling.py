@@ -55,7 +55,7 @@ def sampling_params(
     params = SamplingParams(
         **values,
         seed=body.seed,
-        max_tokens=_max_tokens(body),
+        max_tokens=_max_tokens(body, defaults),
         stop=tuple(text for text in stop if text),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logit_bias=_logit_bias(body.logit_bias),
@@ -80,13 +80,15 @@ def _short(value: object) -> str:
     return repr(value)[:40] if isinstance(value, str) else "other than a string"
 
 
-def _max_tokens(body: ChatBody | CompletionBody) -> int | None:
+def _max_tokens(body: ChatBody | CompletionBody, defaults: Mapping[str, float | int]) -> int | None:
     if isinstance(body, CompletionBody):
         return 16 if body.max_tokens is None else body.max_tokens
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     given: int | None = getattr(body, name)
     if given is not None and not 1 <= given <= MAX_TOKENS:
         raise BadRequest(f"{name} must be at least 1 and at most {MAX_TOKENS}", param=name)
+    if given is None and "max_tokens" in defaults:
+        return int(defaults["max_tokens"])
     return given
 
 
