@@ -1,0 +1,183 @@
+"""LLM: vLLM's calls on a tiny real model in this process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import engine_tiny
+import pytest
+
+import pagoda
+from pagoda import LLM, RequestOutput, SamplingParams
+from pagoda.errors import BadRequest, ConfigError, ContextLengthExceeded, ModelError
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return engine_tiny.write(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def llm(model: str) -> Iterator[LLM]:
+    with LLM(model=model, device="reference", num_gpu_blocks_override=64, max_num_batched_tokens=64) as made:
+        yield made
+
+
+def texts(outputs: list[RequestOutput]) -> list[str]:
+    return [output.outputs[0].text for output in outputs]
+
+
+def test_one_prompt_or_many_as_text_or_ids(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode("hello")
+    prompts: list[Any] = ["hello", ids, {"prompt": "hello"}, {"prompt_token_ids": ids}]
+    many = llm.generate(prompts, GREEDY)
+    assert len(set(texts(many))) == 1 and len(many[0].outputs[0].token_ids) == 12
+    assert [one.prompt for one in many] == ["hello", None, "hello", None]
+    assert all(one.prompt_token_ids == ids and one.finished for one in many)
+    for single in prompts:
+        assert texts(llm.generate(single, GREEDY)) == texts(many[:1])
+    assert llm.generate([], GREEDY) == []
+
+
+def test_answers_come_in_the_order_of_the_prompts(llm: LLM) -> None:
+    prompts = [f"{i} " * (i % 7 + 1) for i in range(30)]
+    params = [SamplingParams(temperature=0.0, max_tokens=1 + i % 5, logprobs=0) for i in range(30)]
+    together = llm.generate(prompts, params)
+    assert [one.prompt for one in together] == prompts
+    alone = [llm.generate(prompt, one)[0] for prompt, one in zip(prompts, params, strict=True)]
+    assert [one.outputs for one in alone] == [one.outputs for one in together]
+
+
+def test_logprobs_have_ranks_and_a_sum(llm: LLM) -> None:
+    out = llm.generate("abc", SamplingParams(temperature=0.0, max_tokens=3, logprobs=2, prompt_logprobs=1))[0]
+    answer = out.outputs[0]
+    assert answer.logprobs is not None and [len(table) for table in answer.logprobs] == [2, 2, 2]
+    chosen = [table[i] for table, i in zip(answer.logprobs, answer.token_ids, strict=True)]
+    assert [one.rank for one in chosen] == [1, 1, 1]
+    assert answer.cumulative_logprob == pytest.approx(sum(one.logprob for one in chosen))
+    assert out.prompt_logprobs is not None and out.prompt_logprobs[0] is None
+    given = zip(out.prompt_token_ids, out.prompt_logprobs, strict=True)
+    assert [i in (table or {}) for i, table in given] == [False, True, True]
+    unlikely = SamplingParams(temperature=0.0, max_tokens=1, logprobs=0)
+    table = (llm.generate("abc", unlikely)[0].outputs[0].logprobs or [])[0]
+    assert [one.rank for one in table.values()] == [None]
+
+
+def test_n_answers_have_seeds_of_their_own(llm: LLM) -> None:
+    params = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=10)
+    first, again = (llm.generate("x", params)[0] for _ in range(2))
+    assert [one.index for one in first.outputs] == [0, 1, 2]
+    assert len({one.text for one in first.outputs}) == 3
+    assert first.outputs == again.outputs
+    assert llm.generate("x", SamplingParams(temperature=1.0, seed=5, max_tokens=10))[0].outputs == first.outputs[:1]
+
+
+def test_stop_strings_as_vllm_takes_them(llm: LLM) -> None:
+    free = llm.generate("hello", GREEDY)[0].outputs[0]
+    at = next(i for i, c in enumerate(free.text) if i > 0 and c != "�" and c not in free.text[:i])
+    for stop in (free.text[at], [free.text[at]]):
+        params: Any = {"stop": stop}
+        cut = llm.generate("hello", SamplingParams(temperature=0.0, max_tokens=12, **params))[0].outputs[0]
+        assert (cut.text, cut.finish_reason, cut.stop_reason) == (free.text[:at], "stop", free.text[at])
+    assert llm._core.stats().scheduler.blocks_used == 0  # the engine was told
+    ids: Any = {"stop_token_ids": [free.token_ids[2]], "stop": None}
+    cut = llm.generate("hello", SamplingParams(temperature=0.0, max_tokens=12, **ids))[0].outputs[0]
+    assert cut.finish_reason == "stop" and cut.token_ids == free.token_ids[: len(cut.token_ids)]
+
+
+def test_chat_one_or_several(llm: LLM) -> None:
+    one = [{"role": "user", "content": "hi"}]
+    single = llm.chat(one, GREEDY)
+    assert single[0].prompt == "user: hi\nassistant:"
+    several = llm.chat([one, [*one, {"role": "assistant", "content": "yes"}, one[0]]], GREEDY)
+    assert texts(several)[0] == texts(single)[0] and len(several) == 2
+    assert llm.chat(one, GREEDY, add_generation_prompt=False)[0].prompt == "user: hi\n"
+    assert llm.chat(one, GREEDY, chat_template_kwargs={"prefix": "bot"})[0].prompt == "user: hi\nbot:"
+    assert llm.chat(one, GREEDY, chat_template="{{ messages[0]['content'] }}!")[0].prompt == "hi!"
+
+
+def test_defaults_of_the_model_are_used_without_parameters(llm: LLM) -> None:
+    params = llm.get_default_sampling_params()
+    assert (params.temperature, params.top_k, params.max_tokens) == (0.5, 7, 16)
+    assert len(llm.generate("hello")[0].outputs[0].token_ids) <= 16
+
+
+def test_max_tokens_none_fills_the_context(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+    out = llm.generate("hello", params)[0]
+    assert len(out.prompt_token_ids) + len(out.outputs[0].token_ids) == llm.info.max_model_len
+    assert out.outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "kind", "text"),
+    [
+        ("x" * 300, {}, ContextLengthExceeded, "300 tokens"),
+        ("", {}, BadRequest, "empty"),
+        ([5, 100000], {}, BadRequest, "0 to 257"),
+        ({"text": "x"}, {}, BadRequest, "prompt_token_ids"),
+        ("x", {"temperature": -1.0}, BadRequest, "temperature"),
+        ("x", {"temperature": "hot"}, BadRequest, "temperature"),
+        ("x", {"stop": [3]}, BadRequest, "stop"),
+        (["x", "y"], [SamplingParams()], BadRequest, "2 prompts came with 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_the_engine_is_left_as_it_was(
+    llm: LLM, prompt: Any, params: Any, kind: type[Exception], text: str
+) -> None:
+    with pytest.raises(kind, match=text):
+        llm.generate(prompt, params if isinstance(params, list) else SamplingParams(**params))
+    assert not llm._core.has_work
+    assert len(llm.generate("hello", GREEDY)) == 1
+
+
+def test_an_interrupt_leaves_a_usable_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, calls = llm._core._executor.launch, []
+
+    def interrupted(plan: Any) -> Any:
+        calls.append(plan)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return launch(plan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._core._executor, "launch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["hello", "world"], GREEDY)
+    assert not llm._core.has_work and llm._core.stats().scheduler.blocks_used == 0
+    assert len(llm.generate("hello", GREEDY)[0].outputs[0].token_ids) == 12
+
+
+def test_options_of_vllm(model: str, caplog: pytest.LogCaptureFixture) -> None:
+    table = {"trust_remote_code": True, "dtype": "half", "max_num_seqs": 3, "gpu_memory_utilization": 0.8}
+    table |= {"tensor_parallel_size": 1, "enforce_eager": True, "max_model_len": 64, "seed": 3}
+    with caplog.at_level(logging.WARNING):
+        llm = LLM(model, trust_remote_code=True, device="reference", num_gpu_blocks_override=32, vllm_kwargs=table)
+    assert (llm.info.max_num_seqs, llm.info.max_model_len) == (3, 64)
+    said = [record.message for record in caplog.records]
+    assert sum("trust-remote-code" in line for line in said) == 1 and sum("enforce-eager" in line for line in said) == 1
+    unseeded = SamplingParams(temperature=1.0, max_tokens=8)
+    first = texts(llm.generate(["a", "a"], unseeded))
+    again = LLM(model, device="reference", num_gpu_blocks_override=32, seed=3)
+    assert texts(again.generate(["a", "a"], unseeded)) == first and first[0] != first[1]
+
+
+def test_options_that_cannot_be(model: str) -> None:
+    with pytest.raises(TypeError, match=r"max_model_length.*max_model_len"):
+        LLM(model, max_model_length=5)
+    with pytest.raises(ConfigError, match="tensor-parallel-size 2"):
+        LLM(model, tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="max-model-len 256"):
+        LLM(model, device="reference", max_model_len=1000)
+    with pytest.raises(ModelError):
+        LLM(model + "/nowhere", device="reference")
+
+
+def test_the_root_exports_lazily() -> None:
+    assert pagoda.LLM is LLM and pagoda.SamplingParams is SamplingParams
+    with pytest.raises(AttributeError, match="nothing"):
+        pagoda.nothing  # noqa: B018
