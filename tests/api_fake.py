@@ -14,7 +14,8 @@ import httpx
 import msgspec
 
 from pagoda.api.app import create_app
-from pagoda.api.run import bind_socket, run_server
+from pagoda.api.listen import bind_socket
+from pagoda.api.run import run_server
 from pagoda.api.server import Server
 from pagoda.engine.messages import EngineStats, ModelInfo
 from pagoda.errors import BadRequest

@@ -19,7 +19,7 @@ import pytest
 from api_fake import TEXT, FakeEngine, make_server, on_port
 
 from pagoda.api.connection import MAX_HEADER_BYTES
-from pagoda.api.run import PortTaken, bind_socket
+from pagoda.api.listen import PortTaken, bind_socket
 from pagoda.api.stream import EventStream
 from pagoda.types import SamplingParams
 

@@ -280,6 +280,13 @@ def test_a_key_guards_every_route() -> None:
         assert client.get("http://localhost/v1/x/../models").status_code == 401
 
 
+def test_browsers_without_a_key_get_the_page_to_type_it_on() -> None:
+    with Client(make_server(api_keys=(KEY,))) as client:
+        page = client.get("/", headers={"accept": "text/html"})
+        assert page.status_code == 401 and 'id="key"' in page.text and "fake-model" not in page.text
+        assert client.get("/docs", headers={"accept": "text/html"}).json()["error"]["code"] == "invalid_api_key"
+
+
 def test_the_key_is_asked_for_before_the_body_is_read() -> None:
     with Client(make_server(api_keys=(KEY,))) as client:
         assert client.post("/v1/chat/completions", b"{" * 1000).status_code == 401

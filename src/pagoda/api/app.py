@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -18,8 +17,9 @@ from pagoda.api.paths import NormalizePath, nearest, typed_path
 from pagoda.api.routes import Endpoint, Handler, endpoints
 from pagoda.api.server import Server
 from pagoda.api.shape import error_response
+from pagoda.api.status import page, wants_page
 from pagoda.api.stream import Reply
-from pagoda.errors import EngineError, MethodNotAllowed, NotFound, PagodaError
+from pagoda.errors import EngineError, MethodNotAllowed, NotFound, PagodaError, Unauthorized
 
 log = logging.getLogger("pagoda.api")
 
@@ -40,24 +40,22 @@ def create_app(server: Server) -> Starlette:
                 expose_headers=["x-request-id", "x-pagoda-ignored", "retry-after"],
             )
         )
-    routes = [Route(each.path, Guarded(server, keys, each.handler, each.public, each.methods)) for each in table]
-    app = Starlette(routes=routes, middleware=middleware)
+    app = Starlette(
+        routes=[Route(each.path, Guarded(server, keys, each)) for each in table],
+        middleware=middleware,
+    )
     app.router.redirect_slashes = False
-    app.router.default = Guarded(server, keys, _not_found(table), False, None)
+    app.router.default = Guarded(server, keys, Endpoint("", (), _not_found(table), ""))
     return app
 
 
 class Guarded:
     """One matched route. What it guards is decided when the table is built, never from the text of a URL."""
 
-    def __init__(
-        self, server: Server, keys: Keys, handler: Handler, public: bool, methods: tuple[str, ...] | None
-    ) -> None:
+    def __init__(self, server: Server, keys: Keys, endpoint: Endpoint) -> None:
         self._server = server
         self._keys = keys
-        self._handler = handler
-        self._public = public
-        self._methods = methods
+        self._endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -67,12 +65,18 @@ class Guarded:
         await reply(scope, receive, send)
 
     async def _reply(self, request: Request) -> Reply:
+        endpoint = self._endpoint
         try:
-            self._check(request.headers)
+            if self._server.local:
+                check_host(request.headers, self._server.allowed_origins)
+            if not endpoint.public:
+                self._keys.check(request.headers)
             self._check_method(request)
-            return await self._handler(self._server, request)
+            return await endpoint.handler(self._server, request)
+        except Unauthorized as error:
+            return page(401) if endpoint.sign_in and wants_page(request) else error_response(error)
         except MethodNotAllowed as error:
-            return error_response(error, {"allow": ", ".join(self._methods or ())})
+            return error_response(error, {"allow": ", ".join(endpoint.methods)})
         except PagodaError as error:
             return error_response(error)
         except ClientGone:
@@ -81,15 +85,9 @@ class Guarded:
             log.exception("%s %s failed", request.method, typed_path(request.scope))
             return error_response(EngineError("the server failed on this request; its log says why"))
 
-    def _check(self, headers: Headers) -> None:
-        if self._server.local:
-            check_host(headers, self._server.allowed_origins)
-        if not self._public:
-            self._keys.check(headers)
-
     def _check_method(self, request: Request) -> None:
-        methods = self._methods
-        if methods is None or request.method in methods or (request.method == "HEAD" and "GET" in methods):
+        methods = self._endpoint.methods
+        if not methods or request.method in methods or (request.method == "HEAD" and "GET" in methods):
             return
         raise MethodNotAllowed(f"{typed_path(request.scope)} takes {' or '.join(methods)}, not {request.method[:20]}")
 

@@ -32,7 +32,8 @@ Handler = Callable[[Server, Request], Awaitable[Reply]]
 class Endpoint:
     """One route. `path` is without `/v1` (see `paths`); `shown` is how clients are told to write it.
 
-    A `public` one answers without an API key.
+    A `public` one answers without an API key. The `sign_in` one is still shown to browsers without a key, as the body
+    of a 401: it is where people type it. No methods means any.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Endpoint:
     reply: type[msgspec.Struct] | None = None
     public: bool = False
     openai: bool = False
+    sign_in: bool = False
 
     @property
     def shown(self) -> str:
@@ -72,7 +74,7 @@ def endpoints() -> tuple[Endpoint, ...]:
         Endpoint("/ping", ("GET", "POST"), status.health, "The same as /health", reply=StatusReply, public=True),
         Endpoint("/version", ("GET",), status.version, "Pagoda's version", reply=VersionReply),
         Endpoint("/metrics", ("GET",), status.metrics, "Prometheus metrics under vLLM's names"),
-        Endpoint("/", ("GET",), status.root, "A page for browsers, a summary for programs", reply=Welcome),
+        Endpoint("/", ("GET",), status.root, "A page for browsers, JSON for programs", reply=Welcome, sign_in=True),
         Endpoint("/docs", ("GET",), docs_page, "This list"),
         Endpoint("/openapi.json", ("GET",), openapi_json, "The OpenAPI 3.1 description"),
     )  # fmt: skip

@@ -1,46 +1,31 @@
-"""The serving process: take the port, wait for the engine, serve until told to stop, let requests finish."""
+"""The serving process: wait for the engine, serve until told to stop, let requests finish."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
-import os
 import signal
 import socket
-import stat
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import psutil
 import uvicorn
 
 from pagoda.api.app import create_app
 from pagoda.api.connection import Connection
+from pagoda.api.listen import BACKLOG, bind_socket, cannot_listen
 from pagoda.api.server import Server
 from pagoda.backend.base import Progress
-from pagoda.errors import PagodaError
+
+__all__ = ["bind_socket", "run_server"]
 
 log = logging.getLogger("pagoda.api")
 
 DRAIN_S = 30.0
 CLOSE_S = 3
 EXIT_ENGINE_DEAD = 70
-BACKLOG = 2048
-
-
-class PortTaken(PagodaError):
-    """Somebody else listens there."""
-
-    exit_code = 98
-
-
-class CannotListen(PagodaError):
-    """The address cannot be used: no permission, or it is not one of this machine."""
-
-    exit_code = 77
 
 
 class StartedEngine(Protocol):
@@ -50,63 +35,6 @@ class StartedEngine(Protocol):
 
     async def start(self, on_progress: Progress | None = None) -> None: ...
     async def stop(self) -> None: ...
-
-
-def bind_socket(host: str, port: int, uds: str | None = None) -> socket.socket:
-    """Take the address now, before a model is loaded for nothing. Raises PortTaken or CannotListen."""
-    if uds is not None:
-        return _bind_unix(uds)
-    try:
-        info = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except socket.gaierror:
-        raise CannotListen(f"{host} is no address of this machine", remedy="Use --host 127.0.0.1 or 0.0.0.0") from None
-    made = socket.socket(info[0], socket.SOCK_STREAM)
-    try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(info[4])
-    except OSError as error:
-        made.close()
-        raise _explain(error, host, port) from None
-    made.setblocking(False)
-    return made
-
-
-def _bind_unix(path: str) -> socket.socket:
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
-                os.unlink(path)
-        made.bind(path)
-    except OSError as error:
-        made.close()
-        raise CannotListen(f"the socket {path} cannot be made: {error.strerror}", remedy="Use another --uds") from None
-    made.setblocking(False)
-    return made
-
-
-def _answers(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(path) == 0
-
-
-def _explain(error: OSError, host: str, port: int) -> PagodaError:
-    if error.errno == errno.EADDRINUSE:
-        return PortTaken(f"port {port} is taken{_owner(port)}", remedy=f"Use another one: --port {port + 1}")
-    if error.errno == errno.EACCES:
-        return CannotListen(f"no permission to listen on port {port}", remedy="Use a port above 1023: --port 8000")
-    return CannotListen(f"cannot listen on {host}:{port}: {error.strerror}", remedy="Use --host 127.0.0.1 or 0.0.0.0")
-
-
-def _owner(port: int) -> str:
-    """Who listens on a port, as far as the system lets us see."""
-    try:
-        for seen in psutil.net_connections("tcp"):
-            if seen.status == psutil.CONN_LISTEN and seen.laddr and seen.laddr.port == port and seen.pid:
-                return f" by process {seen.pid} ({psutil.Process(seen.pid).name()})"
-    except (psutil.Error, OSError):
-        pass
-    return ""
 
 
 def run_server(
@@ -167,7 +95,7 @@ class _Serving:
             self._listener.listen(BACKLOG)
         except OSError as error:
             host, port = self._listener.getsockname()[:2]
-            raise _explain(error, host, port) from None
+            raise cannot_listen(error, host, port) from None
         serving = asyncio.ensure_future(self._http.serve([self._listener]))
         while not self._http.started and not serving.done():
             await asyncio.sleep(0.002)

@@ -31,8 +31,8 @@ async def metrics(server: Server, request: Request) -> Response:
 
 async def root(server: Server, request: Request) -> Response:
     """A page for people, JSON for programs."""
-    if "text/html" in request.headers.get("accept", ""):
-        return page_response(_PAGE.read_bytes())
+    if wants_page(request):
+        return page()
     reply = Welcome(
         name="pagoda",
         version=server.version,
@@ -43,11 +43,20 @@ async def root(server: Server, request: Request) -> Response:
     return Response(to_json(reply), media_type=JSON)
 
 
-def page_response(page: bytes) -> Response:
+def wants_page(request: Request) -> bool:
+    return "text/html" in request.headers.get("accept", "")
+
+
+def page(status: int = 200) -> Response:
+    """The page at /. It holds nothing of this server; what it shows it asks for, with the key that is typed there."""
+    return page_response(_PAGE.read_bytes(), status)
+
+
+def page_response(body: bytes, status: int = 200) -> Response:
     """A page that loads nothing from elsewhere, and whose browser holds it to that."""
     policy = (
         "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
         "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
     )
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
-    return Response(page, 200, headers, "text/html")
+    return Response(body, status, headers, "text/html")
