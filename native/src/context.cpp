@@ -1,7 +1,7 @@
 // Loading: instruction set, weights, program, memory.
 #include "context.h"
 
-#include <cstring>
+#include <algorithm>
 #include <new>
 #include <sys/mman.h>
 
@@ -40,6 +40,18 @@ bool runs(int32_t type, int64_t k) {
   const Layout l = layout_of(type);
   return l.block > 0 && k % (l.header ? kSuper * kBlock : kBlock) == 0;
 }
+
+// 16 panels a chunk.
+struct Repack : Job {
+  Repack(const pg_part& from, uint8_t* to, int64_t panels) : from(from), to(to), panels(panels), phase((panels + 15) / 16) {}
+  void work(int) override {
+    phase.share([&](int64_t i) { repack(from, to, 16 * i, std::min(panels, 16 * i + 16)); });
+  }
+  const pg_part from;
+  uint8_t* const to;
+  const int64_t panels;
+  Phase phase;
+};
 
 // Call body, turning a lack of memory into an error text.
 template <typename Body> int32_t guarded(pg_context* c, Body body) {
@@ -99,10 +111,7 @@ int32_t pg_weight(pg_context* c, const pg_part* parts, int32_t n) {
       uint8_t* data = w.pages.back().data();
       w.parts.push_back({p.type, p.rows, w.rows, w.panels, stride, data});
       w.rows += p.rows, w.panels += panels;
-      Counter next;
-      c->team.run([&](int) {
-        for (int64_t at; (at = next.next.fetch_add(16)) < panels;) repack(p, data, at, at + 16 < panels ? at + 16 : panels);
-      });
+      c->team.run(std::make_shared<Repack>(p, data, panels));
     }
     c->weights.push_back(std::move(w));
     return (int32_t)c->weights.size() - 1;
@@ -137,7 +146,6 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     c->kv = {reinterpret_cast<uint16_t*>(c->kv_pages.data()), d->num_blocks, d->kv_heads, d->head_dim};
     c->rope_pages = Pages((int64_t)d->max_tokens * d->rope_dim * 4);
     c->logit_pages = Pages((int64_t)d->max_rows * d->vocab * 4);
-    c->counters = std::make_unique<Counter[]>(n_ops);
     for (auto& s : c->attention_scratch) s.resize(attention_scratch(d->head_dim));
     return 0;
   });

@@ -54,7 +54,6 @@ struct pg_context {
   std::vector<double> inv_freq;
   pagoda::Pages kv_pages, rope_pages, logit_pages;
   pagoda::KvCache kv{};
-  std::unique_ptr<pagoda::Counter[]> counters;  // one per operation
   std::vector<pagoda::SampleScratch> scratch;
   std::vector<std::vector<float>> attention_scratch;
 };

@@ -1,4 +1,4 @@
-// The thread team: futex-backed epoch for jobs, futex-backed phase for barriers.
+// Signals on futexes, and the loop of the team's threads.
 #include "team.h"
 
 #include <climits>
@@ -9,7 +9,7 @@
 namespace pagoda {
 namespace {
 
-constexpr int kSpins = 4000;  // some tens of microseconds: longer than a balanced phase lasts out of step
+constexpr int kSpins = 4000;  // some tens of microseconds: longer than balanced threads are out of step
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -19,10 +19,9 @@ inline void relax() {
 #endif
 }
 
-long futex(std::atomic<uint32_t>& word, int operation, uint32_t value) {
-  return syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, nullptr, nullptr, 0);
+void futex(std::atomic<uint32_t>& word, int operation, uint32_t value) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, nullptr, nullptr, 0);
 }
-
 
 }  // namespace
 
@@ -36,9 +35,16 @@ void Signal::wait_while(uint32_t seen) {
   sleepers.fetch_sub(1);
 }
 
-void Signal::advance() {
-  word.fetch_add(1);
+void Signal::wake() {
   if (sleepers.load() > 0) futex(word, FUTEX_WAKE_PRIVATE, INT_MAX);
+}
+
+void Phase::finish_one() {
+  if ((int64_t)done_.word.fetch_add(1) + 1 == total_) done_.wake();
+}
+
+void Phase::wait() {
+  for (uint32_t seen; (seen = done_.word.load(std::memory_order_acquire)) != total_;) done_.wait_while(seen);
 }
 
 Team::Team(int threads) : size_(threads) {
@@ -46,38 +52,38 @@ Team::Team(int threads) : size_(threads) {
 }
 
 Team::~Team() {
-  stop_ = true;
-  epoch_.advance();
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  epoch_.word.fetch_add(1);
+  epoch_.wake();
   for (auto& t : threads_) t.join();
 }
 
-void Team::run(const std::function<void(int)>& job) {
-  if (size_ == 1) return job(0);
-  job_ = &job;
-  epoch_.advance();
-  job(0);
-  barrier();
-}
-
-void Team::barrier() {
-  if (size_ == 1) return;
-  uint32_t phase = phase_.word.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.advance();
-  } else {
-    phase_.wait_while(phase);
+void Team::run(std::shared_ptr<Job> job) {
+  if (size_ > 1) {
+    {
+      std::lock_guard lock(mutex_);
+      job_ = job;
+    }
+    epoch_.word.fetch_add(1);
+    epoch_.wake();
   }
+  job->work(0);
 }
 
 void Team::worker(int index) {
-  uint32_t seen = 0;
-  for (;;) {
+  for (uint32_t seen = 0;;) {
     epoch_.wait_while(seen);
-    seen++;
-    if (stop_) return;
-    (*job_)(index);
-    barrier();
+    seen = epoch_.word.load();
+    std::shared_ptr<Job> job;
+    {
+      std::lock_guard lock(mutex_);
+      if (stop_) return;
+      job = job_;
+    }
+    job->work(index);
   }
 }
 
