@@ -66,3 +66,11 @@ def id_list(value: Any) -> list[int]:
     """Token ids given as one integer, a list of them, or nothing."""
     values = value if isinstance(value, list | tuple) else [value]
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
+
+
+def declared_tokens(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The `added_tokens_decoder` of a tokenizer_config.json: id to content and flags."""
+    entries = config.get("added_tokens_decoder")
+    items = entries.items() if isinstance(entries, dict) else ()
+    good = {int(k): v for k, v in items if k.isdecimal() and isinstance(v, dict) and isinstance(v.get("content"), str)}
+    return dict(sorted(good.items()))

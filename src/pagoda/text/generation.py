@@ -11,7 +11,7 @@ from typing import Any
 
 from pagoda.errors import PagodaError
 from pagoda.text.chat import ChatTemplate, load_chat_template
-from pagoda.text.files import id_list, read_json, special_tokens
+from pagoda.text.files import declared_tokens, id_list, read_json, special_tokens
 
 log = logging.getLogger(__name__)
 
@@ -97,11 +97,10 @@ def _find_ids(model_path: str, metadata: Mapping[str, Any], texts: Sequence[str]
     if not (Path(model_path) / "tokenizer.json").exists():
         tokens = metadata.get("tokenizer.ggml.tokens") or []
         return [tokens.index(text) for text in texts if text in tokens]
-    ids: dict[Any, int] = {}
-    declared = read_json(model_path, "tokenizer_config.json").get("added_tokens_decoder")
-    if isinstance(declared, dict):
-        ids = {token.get("content"): int(key) for key, token in declared.items()}
+    declared = declared_tokens(read_json(model_path, "tokenizer_config.json"))
+    ids = {token["content"]: i for i, token in declared.items()}
     if not all(text in ids for text in texts):
-        added = read_json(model_path, "tokenizer.json").get("added_tokens") or []
-        ids |= {token.get("content"): token.get("id") for token in added}
+        added = read_json(model_path, "tokenizer.json").get("added_tokens")
+        entries = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        ids |= {token["content"]: token["id"] for token in entries if id_list(token.get("id")) and "content" in token}
     return [ids[text] for text in texts if text in ids]

@@ -103,6 +103,7 @@ def build_gguf_vocab(metadata: Mapping[str, Any]) -> GgufVocab:
         backend, pieces, add_bos = _byte_level(metadata, tokens, family), Pieces("byte"), family.add_bos
     elif model == "llama":
         prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+        types = _spaces_as_normal(tokens, types) if prefix else types
         backend, add_bos = _sentencepiece(metadata, tokens, types, prefix), True
         pieces = Pieces("space", _SPACE, strip_first=prefix)
     else:
@@ -147,6 +148,11 @@ def _types(metadata: Mapping[str, Any], size: int) -> list[int]:
     if len(types) != size:
         raise ModelError(f"the GGUF file has {size} tokens but {len(types)} token types", remedy=_DOWNLOAD)
     return list(types)
+
+
+def _spaces_as_normal(tokens: Sequence[str], types: Sequence[int]) -> list[int]:
+    """User-defined tokens with spaces match in normalized text, which the prefix disturbs: merge them instead."""
+    return [_NORMAL if t == _USER_DEFINED and _SPACE in tokens[i] else t for i, t in enumerate(types)]
 
 
 def _family(name: Any) -> _Pre:

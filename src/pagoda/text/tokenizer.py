@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from pagoda.errors import BadRequest, ModelError
-from pagoda.text.files import read_json, special_tokens
+from pagoda.text.files import declared_tokens, id_list, read_json, special_tokens
 from pagoda.text.gguf_vocab import build_gguf_vocab
 from pagoda.text.pieces import Pieces, from_decoder
 
@@ -147,15 +147,22 @@ def _load_directory(file: Path) -> Tokenizer:
     config = read_json(file.parent, "tokenizer_config.json")
     names = special_tokens(file.parent, {})
     _add_declared(backend, config, names)
-    eos = backend.token_to_id(names["eos_token"]) if "eos_token" in names else None
+    ends = _ids(backend, names.get("eos_token"), file.parent, "eos_token_id")
+    starts = _ids(backend, names.get("bos_token"), file.parent, "bos_token_id")
     return Tokenizer(
         backend,
         from_decoder(decoder),
-        bos_token_id=backend.token_to_id(names["bos_token"]) if "bos_token" in names else None,
-        eos_token_ids=() if eos is None else (eos,),
+        bos_token_id=starts[0] if starts else None,
+        eos_token_ids=ends,
         add_bos=_flag(config.get("add_bos_token")),
         add_eos=_flag(config.get("add_eos_token")),
     )
+
+
+def _ids(backend: tokenizers.Tokenizer, text: str | None, directory: Path, key: str) -> list[int]:
+    """The id of a special token named in the tokenizer's files, else those in config.json."""
+    token_id = None if text is None else backend.token_to_id(text)
+    return id_list(read_json(directory, "config.json").get(key)) if token_id is None else [token_id]
 
 
 def _flag(value: Any) -> bool | None:
@@ -164,12 +171,10 @@ def _flag(value: Any) -> bool | None:
 
 def _add_declared(backend: tokenizers.Tokenizer, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
     """Tokens that tokenizer_config.json and special_tokens_map.json declare, where tokenizer.json does not."""
-    declared = config.get("added_tokens_decoder")
     known = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
-    for key, token in sorted(declared.items(), key=lambda item: int(item[0])) if isinstance(declared, dict) else ():
-        content = token.get("content")
-        size = backend.get_vocab_size()
-        if content and content not in known and int(key) in (size, backend.token_to_id(content)):
+    for i, token in declared_tokens(config).items():
+        content = token["content"]
+        if content and content not in known and i in (backend.get_vocab_size(), backend.token_to_id(content)):
             flags = {k: bool(token.get(k)) for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
             backend.add_tokens([AddedToken(content, **flags)])
             known[content] = flags["special"]
