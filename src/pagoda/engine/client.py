@@ -255,10 +255,9 @@ class EngineClient:
 
     def _take_back(self) -> None:
         self.ready = False
-        self._roster.engine_died()
+        self._roster.engine_died(self._info.max_num_seqs if self._info else 0)
         self._note_empty()
-        schedule = msgspec.structs.replace(self._stats.scheduler, running=0, waiting=0, blocks_used=0)
-        self._stats = msgspec.structs.replace(self._stats, scheduler=schedule)
+        self._stats = EngineStats(scheduler=_NO_SCHEDULE)
         self._longest_step_s = 0.0
 
     def _count_death(self) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from pagoda.engine.stream import Stream
 from pagoda.types import Delta, Request
 
 SET_ASIDE = "this request stopped the engine twice; it was set aside"
 _SUSPECT_STRIKES = 2
+
+_log = logging.getLogger(__name__)
 
 
 class Roster:
@@ -61,6 +65,7 @@ class Roster:
     def _send(self, stream: Stream) -> Request:
         del self._waiting[stream.arrival]
         self._submissions += 1
+        stream.moved = False
         wire_id = stream.wire_id = f"{self._submissions}:{stream.request.request_id}"
         self._sent[wire_id] = stream
         return stream.resumed(wire_id)
@@ -81,21 +86,32 @@ class Roster:
                 return [wire_id] if wire_id is not None else []
         return []
 
-    def engine_died(self) -> None:
-        """Take back what the engine had; end the request that is known to have killed it."""
-        alone = len(self._sent) == 1
-        for stream in self._sent.values():
+    def engine_died(self, parallel: int) -> None:
+        """Take back what the engine had (it computed `parallel` of it at most), and end the one that killed it."""
+        computed = self._computed(parallel)
+        for stream in computed:
             suspected = stream.arrival in self._suspects
-            stream.wire_id = None
+            alone = len(computed) == 1
             stream.strikes += 1
             stream.lone_strikes += alone
-            self._waiting[stream.arrival] = stream
             if alone and (suspected or stream.lone_strikes >= _SUSPECT_STRIKES):
+                _log.error("request %s is set aside: the engine stopped twice on it", stream.request.request_id)
                 self.end(stream, SET_ASIDE)
             elif stream.strikes >= _SUSPECT_STRIKES:
                 self._suspects.add(stream.arrival)
+        for stream in self._sent.values():
+            stream.wire_id = None
+            self._waiting[stream.arrival] = stream
         self._sent = {}
         self._waiting = dict(sorted(self._waiting.items()))
+
+    def _computed(self, parallel: int) -> list[Stream]:
+        """The requests that can have been in the last step: the engine starts them in this order, and a few at a time.
+
+        Those that only waited there are not to blame.
+        """
+        order = sorted(self._sent.values(), key=lambda stream: (stream.request.priority, stream.arrival))
+        return [stream for place, stream in enumerate(order) if place < parallel or stream.moved]
 
     def end(self, stream: Stream, error: str) -> str | None:
         """End a request with an error; the id to cancel in the engine, if it is there."""

@@ -25,6 +25,7 @@ class Stream:
         self.wire_id: str | None = None
         self.strikes = 0
         self.lone_strikes = 0
+        self.moved = False  # it got a token from this life of the engine
         self._untaken: Delta | None = None
         self._arrived = asyncio.Event()
 
@@ -37,6 +38,7 @@ class Stream:
         if delta.token_ids:
             self.tokens += delta.token_ids
             self.strikes = self.lone_strikes = 0
+            self.moved = True
         delta.request_id = self.request.request_id
         self._untaken = delta if self._untaken is None else merge(self._untaken, delta)
         self._arrived.set()
