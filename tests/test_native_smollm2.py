@@ -97,7 +97,9 @@ def test_perplexity_within_one_percent_of_transformers(
     from transformers import AutoModelForCausalLM
 
     ids = tokenizer.encode(ENGLISH)
-    core.add(Request(request_id="p", prompt_token_ids=ids, params=SamplingParams(max_tokens=0, prompt_logprobs=0, seed=0)))
+    core.add(
+        Request(request_id="p", prompt_token_ids=ids, params=SamplingParams(max_tokens=0, prompt_logprobs=0, seed=0))
+    )
     scored = []
     while core.has_work:
         for delta in core.step():
@@ -109,7 +111,9 @@ def test_perplexity_within_one_percent_of_transformers(
         logits = model(torch.tensor([ids])).logits[0]
         expected = torch.log_softmax(logits[:-1].double(), -1).gather(1, torch.tensor(ids[1:])[:, None]).mean().item()
     ratio = math.exp(expected - float(np.mean(scored)))
-    print(f"perplexity: transformers {math.exp(-expected):.3f}, ours {math.exp(-np.mean(scored)):.3f}, ratio {ratio:.4f}")
+    print(
+        f"perplexity: transformers {math.exp(-expected):.3f}, ours {math.exp(-np.mean(scored)):.3f}, ratio {ratio:.4f}"
+    )
     assert abs(ratio - 1) < 0.01
 
 

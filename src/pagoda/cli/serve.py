@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
 
 
 def _serve(settings: Settings) -> int:
-    from pagoda.api.run import bind_socket, run_server
+    from pagoda.api.listen import bind_socket
     from pagoda.engine.client import EngineClient
     from pagoda.observe import setup_logging
 
@@ -50,8 +50,10 @@ def _serve(settings: Settings) -> int:
             print(f"note: {line}", file=sys.stderr)
         path = local_model(options)
         engine = EngineClient(options.engine_config(path))
-        # The engine loads in its own process from here on; what this one needs is read meanwhile.
+        # The engine loads in its own process from here on; what this one needs is imported and read meanwhile.
         engine.spawn()
+        from pagoda.api.run import run_server
+
         server = make_server(options, path, engine)
         progress = ProgressLine()
 
