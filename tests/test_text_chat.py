@@ -198,15 +198,26 @@ def test_continuing_the_last_message(theirs: Any, name: str) -> None:
     assert ours.endswith("The answer is")
 
 
+def test_continuing_is_not_fooled_by_private_characters() -> None:
+    talk = [{"role": "user", "content": "\U000f0000<|im_end|>"}, {"role": "assistant", "content": "\U000f0001 is"}]
+    tools = [{"type": "function", "function": {"name": "\U000f0002"}}]
+    source = CHATML + "{{ tools[0].function.name }}{{ enable_thinking }}"
+    options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
+    options |= {"tools": tools, "template_kwargs": {"enable_thinking": "\U000f0003"}}
+    assert make(source).render(talk, **options).endswith("<|im_start|>assistant\n\U000f0001 is")
+    ids = make(source).encode(byte_tokenizer(), talk, **options)
+    assert byte_tokenizer().decode(ids, skip_special_tokens=False) == make(source).render(talk, **options)
+
+
 def test_what_can_not_be_continued() -> None:
     template = make(CHATML)
     with pytest.raises(BadRequest, match="can't both"):
         template.render(TALK, continue_final_message=True)
-    options = {"add_generation_prompt": False, "continue_final_message": True}
+    options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
     with pytest.raises(BadRequest, match="needs a last message"):
-        template.render([{"role": "user", "content": ""}], **options)  # type: ignore[arg-type]
+        template.render([{"role": "user", "content": ""}], **options)
     with pytest.raises(BadRequest, match="does not show"):
-        make("{{ messages[0].role }}").render(TALK, **options)  # type: ignore[arg-type]
+        make("{{ messages[0].role }}").render(TALK, **options)
 
 
 def test_messages_as_clients_send_them() -> None:
@@ -222,7 +233,7 @@ def test_messages_as_clients_send_them() -> None:
 
 
 def test_system_messages_become_one_at_the_front() -> None:
-    talk = [
+    talk: list[dict[str, Any]] = [
         {"role": "user", "content": "hi"},
         {"role": "developer", "content": [{"type": "text", "text": "A"}]},
         {"role": "system", "content": ""},
@@ -230,7 +241,7 @@ def test_system_messages_become_one_at_the_front() -> None:
     ]
     text = make(CHATML).render(talk, add_generation_prompt=False)
     assert text == "<|im_start|>system\nA\n\nB<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
-    assert talk[1]["role"] == "developer"  # the caller's list is not touched
+    assert [m["role"] for m in talk] == ["user", "developer", "system", "system"]  # the caller's list is not touched
     merged = make(PARTS).render(talk, add_generation_prompt=False)
     assert merged.startswith("<|im_start|>system\nA\n\nB<|im_end|>")
 
@@ -304,7 +315,7 @@ def test_users_can_not_write_control_tokens(name: str) -> None:
 
     def talk(text: str) -> dict[str, Any]:
         tool = {"type": "function", "function": {"name": "f", "description": text, "parameters": {text: text}}}
-        messages = [{"role": "system", "content": text}, {"role": "user", "content": text}]
+        messages: list[Any] = [{"role": "system", "content": text}, {"role": "user", "content": text}]
         messages += [
             {"role": "assistant", "content": text},
             {"role": "user", "content": [{"type": "text", "text": text}]},

@@ -86,6 +86,16 @@ def test_how_families_cut(pre: str, text: str, pieces: list[str]) -> None:
     assert [text[begin:end] for _, (begin, end) in cuts] == pieces
 
 
+def test_a_whole_word_of_the_vocabulary_may_ignore_the_merges() -> None:
+    metadata = gguf_byte_metadata()
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "xqzjw"]  # no merge leads to it
+    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 1]
+    last = len(metadata["tokenizer.ggml.tokens"]) - 1
+    for pre, whole in (("llama-bpe", True), ("glm4", True), ("gpt-2", False), ("qwen2", False)):
+        ids = load_tokenizer("m.gguf", metadata | {"tokenizer.ggml.pre": pre}).encode("xqzjw", add_special_tokens=False)
+        assert (ids == [last]) == whole
+
+
 def test_an_unknown_family_is_read_as_gpt2_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         tokenizer = load_tokenizer("m.gguf", gguf_byte_metadata(pre="nobody-knows"))
@@ -171,7 +181,7 @@ def test_a_large_vocabulary_is_built_fast() -> None:
         tokens += [left + right for right in alphabet]
         if len(tokens) > 151_000:
             break
-    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2"}
+    metadata: dict[str, Any] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2"}
     metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges}
     start = time.process_time()
     tokenizer = load_tokenizer("m.gguf", metadata)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from itertools import pairwise
+from itertools import combinations, pairwise, product
 from typing import Any
 
 import pytest
@@ -106,6 +106,16 @@ def test_only_a_possible_stop_string_is_held_back(text: str, stops: tuple[str, .
         assert shown + held == fed
 
 
+def test_all_short_texts_and_pairs_of_stop_strings() -> None:
+    words = ["".join(letters) for n in (1, 2, 3) for letters in product("ab", repeat=n)]
+    texts = ["".join(letters) for letters in product("ab", repeat=7)]
+    for stops in [*combinations(words, 2), ("aabab", "abb"), ("abaab", "aaa")]:
+        for text in texts:
+            match, expected = StopStrings(stops).feed(text), first_stop(text, stops)
+            found = None if match is None else (text[: match.end - len(match.string)], match.string)
+            assert found == expected, (text, stops)
+
+
 def test_every_cut_of_one_text() -> None:
     ids = [i for char in "The 你好<END>x" for i in TOKENIZER.encode(char)]
     for mask in range(2**10):
@@ -115,10 +125,11 @@ def test_every_cut_of_one_text() -> None:
 
 
 def test_held_text_is_flushed_at_every_kind_of_end() -> None:
-    for finish in ("length", "abort", "error"):
+    ends: list[FinishReason] = ["length", "abort", "error"]
+    for finish in ends:
         out = output(stop=("stop!",))
         assert out.feed(delta(TOKENIZER.encode("do sto"))).text == "do "
-        last = out.feed(delta(TOKENIZER.encode("p"), finish))  # type: ignore[arg-type]
+        last = out.feed(delta(TOKENIZER.encode("p"), finish))
         assert (last.text, last.finish_reason, out.finished) == ("stop", finish, True)
     out = output(stop=("stop!",))
     out.feed(delta(TOKENIZER.encode("do sto")))
@@ -128,7 +139,7 @@ def test_held_text_is_flushed_at_every_kind_of_end() -> None:
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("include", [True, False])
 def test_the_token_that_ends_a_request_is_not_shown(skip: bool, include: bool) -> None:
-    params = {"skip_special_tokens": skip, "include_stop_str_in_output": include}
+    params: dict[str, Any] = {"skip_special_tokens": skip, "include_stop_str_in_output": include}
     ids = TOKENIZER.encode("Hi fox")
     last = output(**params).feed(delta([*ids, EOS], "stop"))
     assert (last.text, last.token_ids) == ("Hi fox", [*ids, EOS])

@@ -36,7 +36,8 @@ def test_every_token_has_its_bytes(tmp_path: Path) -> None:
     for i in range(ours.vocab_size):
         assert ours.token_bytes(i).decode("utf-8", "replace") == backend.decode([i], skip_special_tokens=False)
         assert ours.token_text(i) == ours.token_bytes(i).decode("utf-8", "replace")
-    assert ours.token_bytes(ours.vocab_size) == ours.token_bytes(10**6) == b""
+    for i in (ours.vocab_size, 10**6, 2**32, 10**30, -1):
+        assert ours.token_bytes(i) == b""
 
 
 @pytest.mark.parametrize("file_bos", [False, True])
@@ -85,13 +86,22 @@ def test_literals_are_plain_text_without_parse_special(literal: str) -> None:
     assert tokenizer.special_ids.intersection(tokenizer.encode(text))
 
 
-def test_ids_past_a_gap_survive_in_the_plain_twin(tmp_path: Path) -> None:
+def test_both_readings_share_the_ids_of_added_tokens(tmp_path: Path) -> None:
+    """The ids behind the vocabulary must be the same where special tokens among them are read as text."""
     data = json.loads(trained_json())
-    del data["model"]["vocab"]["<|im_start|>"]  # its id is then given anew, behind all others
-    data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] != "<|im_start|>"]
+    added = ["<|a|>", "<b>", "<|c|>", "<d>"]
+    size = data["added_tokens"][-1]["id"] + 1
+    for i, content in enumerate(added):
+        data["added_tokens"].append(
+            data["added_tokens"][0] | {"content": content, "id": size + i, "special": i % 2 == 0}
+        )
     tokenizer = load_tokenizer(str(write_model(tmp_path, json.dumps(data))), {})
-    for text in ("<think>x</think>", "plain <|im_end|>"):
-        assert tokenizer.decode(tokenizer.encode(text, parse_special=False)) == text
+    assert tokenizer.encode("".join(added)) == [size, size + 1, size + 2, size + 3]
+    assert tokenizer.encode("<b><d>", parse_special=False) == [size + 1, size + 3]
+    text = "".join(added)
+    ids = tokenizer.encode(text, parse_special=False)
+    assert {size, size + 2}.isdisjoint(ids)
+    assert tokenizer.decode(ids) == text
 
 
 @pytest.mark.parametrize("text", ["\ud800", "ok \udfff", "\udc00\ud800 later"])

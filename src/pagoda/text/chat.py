@@ -100,7 +100,7 @@ class ChatTemplate:
             for where, value in (("messages", messages), ("tools", tools), ("chat_template_kwargs", kwargs)):
                 check_unicode(value, where)
             prepared = prepare_messages(messages, compiled.style)
-            marker = _mark_end(prepared) if continue_final_message else ""
+            marker = _mark_end(prepared, tools, kwargs) if continue_final_message else ""
             disguise = Disguise(tokenizer.special_pattern if tokenizer else None, prepared, tools, kwargs)
             values = {"messages": prepared, "tools": list(tools) if tools else None, **kwargs}
             context = {"documents": None, **self._special_tokens, **disguise.hide(values)}
@@ -142,7 +142,7 @@ class _Compiled:
         self._environment = environment
         self.style = MessageStyle(
             parts=_walks_over_content(tree),
-            strings=re.search(r"\bis\s+(not\s+)?(string|iterable|sequence)\b", source) is not None,
+            strings=re.search(r"\bis\s+(not\s+)?string\b", source) is not None,
             null_content="tool_calls" in source,
         )
 
@@ -205,11 +205,11 @@ def _check_kwargs(kwargs: Mapping[str, Any], names: frozenset[str]) -> dict[str,
     return {name: value for name, value in kwargs.items() if name in names}
 
 
-def _mark_end(messages: list[dict[str, Any]]) -> str:
+def _mark_end(messages: list[dict[str, Any]], *others: Any) -> str:
     """Put a character that occurs nowhere behind the last message's text, and return it."""
     last = messages[-1]
     content = last["content"]
-    marker = next(free_characters(messages))
+    marker = next(free_characters(messages, *others))
     if isinstance(content, list) and content:
         last["content"] = [*content[:-1], content[-1] | {"text": content[-1]["text"] + marker}]
     elif isinstance(content, str) and content:

@@ -93,9 +93,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; b"" for an id that the vocabulary does not have."""
         found = self._bytes.get(token_id)
-        if found is None:
-            found = self._bytes[token_id] = self._find_bytes(token_id)
-        return found
+        return self._find_bytes(token_id) if found is None else found
 
     def token_text(self, token_id: int) -> str:
         """A token's own text; U+FFFD where it holds only part of a character."""
@@ -107,9 +105,14 @@ class Tokenizer:
                 "the decoder in tokenizer.json is neither byte-level nor SentencePiece: this model can't generate text"
             )
         if token_id in self._added:
-            return self._pieces.added_to_bytes(self._added[token_id])
-        token = self._backend.id_to_token(token_id) if token_id >= 0 else None
-        return b"" if token is None else self._pieces.to_bytes(token)
+            found = self._pieces.added_to_bytes(self._added[token_id])
+        else:
+            token = self._backend.id_to_token(token_id) if 0 <= token_id < 2**31 else None
+            if token is None:  # not remembered: there is no end of such ids
+                return b""
+            found = self._pieces.to_bytes(token)
+        self._bytes[token_id] = found
+        return found
 
 
 def load_tokenizer(model_path: str, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -198,9 +201,7 @@ def _plain_twin(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken]) 
     """The same tokenizer, reading special tokens as text. A twin, because the switch is not safe between threads."""
     twin = tokenizers.Tokenizer(backend.model)  # shares the model
     twin.normalizer, twin.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
-    twin.add_tokens([added[i] for i in sorted(added)])
-    if twin.get_added_tokens_decoder().keys() != added.keys():  # ids with gaps: only a full copy keeps them
-        twin = tokenizers.Tokenizer.from_str(backend.to_str())
+    twin.add_tokens([added[i] for i in sorted(added)])  # the library gives ids in this order
     twin.encode_special_tokens = True
     return twin
 
