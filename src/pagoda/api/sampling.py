@@ -81,9 +81,9 @@ def _short(value: object) -> str:
 
 
 def _max_tokens(body: ChatBody | CompletionBody, defaults: Mapping[str, float | int]) -> int | None:
-    if isinstance(body, CompletionBody):
-        return 16 if body.max_tokens is None else body.max_tokens
-    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    if isinstance(body, CompletionBody) and body.max_tokens is not None:
+        return body.max_tokens  # 0 only scores the prompt
+    name = "max_completion_tokens" if getattr(body, "max_completion_tokens", None) is not None else "max_tokens"
     given: int | None = getattr(body, name)
     if given is not None and not 1 <= given <= MAX_TOKENS:
         raise BadRequest(f"{name} must be at least 1 and at most {MAX_TOKENS}", param=name)
