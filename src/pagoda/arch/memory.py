@@ -11,6 +11,7 @@ from pagoda.errors import MemoryShort
 from pagoda.types import BLOCK_SIZE
 from pagoda.weights.source import Tensor
 
+AUTO_CACHE_BYTES = 4 << 30
 FLOAT32_BYTES = 4
 DEFAULT_SHARE = 0.9
 
@@ -86,7 +87,8 @@ def fit(
 
     MemoryShort, with what would fit, if not one request of `max_model_len` tokens fits. The model's own maximum is
     the exception: it stands for "auto" too, so fewer blocks are returned and the engine serves shorter contexts.
-    Without `memory_share` the cache takes no more than half of what is left, unless one request needs more.
+    Without `memory_share` the cache takes no more than half of what is left, nor more than AUTO_CACHE_BYTES, unless
+    one request needs more: old prefixes fill whatever it may take.
     """
     share = DEFAULT_SHARE if limits.memory_share is None else limits.memory_share
     left_bytes = int(free_bytes * share) - weight_bytes - activation_bytes
@@ -97,7 +99,8 @@ def fit(
     elif limits.kv_cache_bytes is not None:
         wanted = blocks_that_fit(spec, limits.kv_cache_bytes, kv_itemsize)
     else:
-        wanted = min(everyone, fitting if limits.memory_share is not None else max(fitting // 2, min(one, fitting)))
+        modest = max(min(fitting // 2, blocks_that_fit(spec, AUTO_CACHE_BYTES, kv_itemsize)), min(one, fitting))
+        wanted = min(everyone, fitting if limits.memory_share is not None else modest)
     enough = 1 if limits.max_model_len >= spec.max_position else one
     if enough <= wanted <= fitting:
         return wanted
