@@ -235,3 +235,35 @@ def test_the_process_imports_no_web_server_and_no_tokenizer() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"asyncio", "starlette", "uvicorn", "jinja2", "tokenizers", "torch", "rich", "http"}
     assert not heavy & set(done.stdout.split())
+
+
+def test_the_engine_dies_with_its_parent() -> None:
+    code = (
+        "import engine_fake as fake, sys, time\n"
+        "from pagoda.config import EngineConfig\n"
+        "from pagoda.engine.client import EngineClient\n"
+        "engine = EngineClient(EngineConfig(model='fake'), command=fake.command(load_s=30))\n"
+        "engine.spawn()\n"
+        "print(engine.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=child_env(), text=True)
+    assert parent.stdout is not None
+    engine = psutil.Process(int(parent.stdout.readline()))
+    time.sleep(0.5)  # the engine is in its long load now, and does not look at its socket
+    parent.kill()
+    parent.wait()
+    assert gone(engine, 2.0)
+
+
+def child_env() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+def gone(process: psutil.Process, limit_s: float) -> bool:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.02)
+    return False

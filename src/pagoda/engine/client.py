@@ -156,7 +156,7 @@ class EngineClient:
     async def stop(self) -> None:
         """End the engine and whatever is still live."""
         self._draining = True
-        self.ready = False
+        hears, self.ready = self.ready, False
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
@@ -165,7 +165,7 @@ class EngineClient:
         self._note_empty()
         link, self._link = self._link, None
         if link is not None:
-            await link.stop()
+            await link.stop(kill=not hears)
 
     def _submit(self) -> None:
         if not self.ready or self._link is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -41,7 +42,8 @@ class Link(asyncio.Protocol):
                 stdout=_STDERR,
                 process_group=0,
             )
-        ours.sendall(frame(config))
+        with contextlib.suppress(BrokenPipeError):  # dead already; `lost` will tell
+            ours.sendall(frame(config))
         self._sock = ours
         self._framer = Framer()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
@@ -94,8 +96,12 @@ class Link(asyncio.Protocol):
         self.close()
         return code
 
-    async def stop(self) -> None:
-        self.send(Shutdown())
+    async def stop(self, *, kill: bool) -> None:
+        """End the process; one that loads does not hear, and is killed."""
+        if kill:
+            self.kill()
+        else:
+            self.send(Shutdown())
         self.close()
         await self.reap()
 
