@@ -1,16 +1,16 @@
 """Errors that people read: each says what is wrong and what to do, and knows its HTTP status.
 
-    PagodaError
-    ├── BadRequest              400 invalid_request_error
-    │   └── ContextLengthExceeded   400 context_length_exceeded
-    ├── Unauthorized            401
-    ├── NotFound                404 model_not_found / not_found
-    ├── TooLarge                413
-    ├── Overloaded              503 + Retry-After
-    ├── EngineError             500 this request failed in the engine
-    ├── ConfigError             exit code 78: a flag, file or variable is wrong
-    ├── ModelError              exit code 65: the model's files are missing, broken or not supported
-    └── MemoryShort             exit code 75: it does not fit, and what would
+PagodaError
+├── BadRequest              400 invalid_request_error
+│   └── ContextLengthExceeded   400 context_length_exceeded
+├── Unauthorized            401
+├── NotFound                404 model_not_found / not_found
+├── TooLarge                413
+├── Overloaded              503 + Retry-After
+├── EngineError             500 this request failed in the engine
+├── ConfigError             exit code 78: a flag, file or variable is wrong
+├── ModelError              exit code 65: the model's files are missing, broken or not supported
+└── MemoryShort             exit code 75: it does not fit, and what would
 """
 
 from __future__ import annotations
