@@ -153,7 +153,7 @@ void sample_row(const Kernels& k, const pg_step& st, int l, float* z, int64_t vo
   const bool wants = st.row_top[l] >= 0;
   float top = k.row_max(z, vocab);
   int32_t token = st.row_target[l];
-  st.out_tokens[l] = token, st.out_logprobs[l] = 0, st.out_ok[l] = top == top && top > -INFINITY;
+  st.out_tokens[l] = token, st.out_logprobs[l] = 0, st.out_ok[l] = std::isfinite(top);
   if (!st.out_ok[l]) return;
   double log_total = 0;
   const float* raw = z;
@@ -166,7 +166,7 @@ void sample_row(const Kernels& k, const pg_step& st, int l, float* z, int64_t vo
       if (wants) s.raw.assign(z, z + vocab), raw = s.raw.data();
       adjust(st, r, z, vocab);
       top = k.row_max(z, vocab);
-      if (!(st.out_ok[l] = top == top && top > -INFINITY)) return;
+      if (!(st.out_ok[l] = std::isfinite(top))) return;
     }
     const uint32_t position = st.positions[r] + (st.rows[l] - st.starts[r]) + 1;
     token = choose(k, st, r, position, z, vocab, top, s);

@@ -43,7 +43,7 @@ def log_softmax(logits: Float32) -> Float32:
 
 def best(values: npt.NDArray[np.floating], count: int) -> Ids:
     """The ids of the `count` largest values, best first, ties by lower id."""
-    if count < len(values):
+    if 0 < count < len(values):
         bound = np.partition(values, len(values) - count)[len(values) - count]
         candidates = np.flatnonzero(values >= bound)
     else:
