@@ -1,0 +1,134 @@
+"""Writes tiny random checkpoints for tests, and keeps the transformers model that they came from as the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import gguf
+import torch
+import transformers
+from gguf_writer import write_gguf
+
+VOCAB = 256
+# Every size is a multiple of 32, so that every matrix can be stored in quantized blocks too.
+_TINY: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+)
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+_QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+
+
+def _rope(**recipe: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 10000.0, **recipe}}
+
+
+CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "llama": {"model_type": "llama"},
+        "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+        "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+        "llama-wide-heads": {"model_type": "llama", "head_dim": 32},
+        "llama-one-kv-head": {"model_type": "llama", "num_key_value_heads": 1},
+        "llama-no-gqa": {"model_type": "llama", "num_key_value_heads": 4},
+        "llama-theta": {"model_type": "llama", **_rope(rope_type="default", rope_theta=500000.0)},
+        "llama-linear": {"model_type": "llama", **_rope(rope_type="linear", factor=2.0)},
+        "llama-dynamic": {"model_type": "llama", **_rope(rope_type="dynamic", factor=2.0)},
+        "llama-llama3": {"model_type": "llama", **_rope(**_LLAMA3, original_max_position_embeddings=64)},
+        "llama-yarn": {"model_type": "llama", **_rope(**_YARN)},
+        "llama-yarn-betas": {"model_type": "llama", **_rope(**_YARN, beta_fast=8.0, beta_slow=2.0, truncate=False)},
+        "llama-yarn-mscale": {"model_type": "llama", **_rope(**_YARN, mscale=1.0, mscale_all_dim=0.5)},
+        "llama-yarn-attention": {"model_type": "llama", **_rope(**_YARN, attention_factor=1.3)},
+        "mistral": {"model_type": "mistral", "sliding_window": None},
+        "mistral-window": {"model_type": "mistral", "sliding_window": 24},
+        "qwen2": {"model_type": "qwen2"},
+        "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+        "qwen2-yarn": {"model_type": "qwen2", **_rope(**_YARN)},
+        "qwen2-window": {"model_type": "qwen2", **_QWEN_WINDOW},
+        "qwen3": {"model_type": "qwen3", "head_dim": 32},
+        "qwen3-tied": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+        "qwen3-biases": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
+        "qwen3-window": {"model_type": "qwen3", "head_dim": 32, **_QWEN_WINDOW},
+    }
+)
+
+
+def make_model(case: str, **changes: Any) -> Any:
+    """The transformers model (float32, CPU) of a case, with random weights that depend on nothing but the case."""
+    settings = {**_TINY, **CASES[case], **changes}
+    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    generator = torch.Generator().manual_seed(len(case))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim == 2:
+                weight.copy_(noise * (1.0 if "embed_tokens" in name else 1.5 * weight.shape[1] ** -0.5))
+            else:
+                weight.copy_(0.2 * noise + (1.0 if "norm" in name else 0.0))
+    return model
+
+
+def write_checkpoint(path: Path, case: str, *, sharded: bool = False, **changes: Any) -> Any:
+    """Write a case as safetensors with config.json; returns the transformers model."""
+    model = make_model(case, **changes)
+    model.save_pretrained(path, max_shard_size="100KB" if sharded else "1GB")
+    return model
+
+
+def write_gguf_checkpoint(path: Path, model: Any, type: str = "F32", metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a transformers model as GGUF, as its converters do: matrices in `type`, all else F32."""
+    config = model.config
+    arch = "llama" if config.model_type == "mistral" else config.model_type
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    table = {
+        "general.architecture": arch,
+        f"{arch}.block_count": config.num_hidden_layers,
+        f"{arch}.context_length": config.max_position_embeddings,
+        f"{arch}.embedding_length": config.hidden_size,
+        f"{arch}.feed_forward_length": config.intermediate_size,
+        f"{arch}.attention.head_count": heads,
+        f"{arch}.attention.head_count_kv": kv_heads,
+        f"{arch}.attention.key_length": size,
+        f"{arch}.attention.value_length": size,
+        f"{arch}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        f"{arch}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        **(metadata or {}),
+    }
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
+    tensors: dict[str, Any] = {}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            weight = _neighbours(weight, heads if "q_proj" in name else kv_heads)
+        stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        tensors[stored_name] = (weight.numpy(), type) if weight.ndim == 2 else weight.numpy()
+    if config.rope_parameters["rope_type"] == "llama3":
+        plain = float(config.rope_parameters["rope_theta"]) ** -(torch.arange(0, size, 2) / size)
+        tensors["rope_freqs.weight"] = (plain / model.model.rotary_emb.inv_freq).numpy()
+    write_gguf(path, table, tensors)
+
+
+def _neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of each head from (first halves, second halves) of the rotated pairs to pairs side by side."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape).contiguous()
