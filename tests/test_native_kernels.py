@@ -68,11 +68,20 @@ def flat_plan(tokens: int, rows: list[int], vocab: int) -> StepPlan:
     )  # fmt: skip
 
 
+def floats(x: npt.NDArray[np.float32]) -> Tensor:
+    return Tensor("x", x.shape, "F32", np.ascontiguousarray(x, np.float32).view(np.uint8).ravel())
+
+
 def products(isa: str, x: npt.NDArray[np.float32], parts: list[Tensor], threads: int = 2) -> npt.NDArray[np.float32]:
     """x [m, k] times the stacked parts, by a program that embeds x and lets the head multiply it."""
+    return head_of(isa, floats(x), parts, threads)
+
+
+def head_of(isa: str, embedded: Tensor, parts: list[Tensor], threads: int = 2) -> npt.NDArray[np.float32]:
+    """The rows of the embedding times the stacked parts."""
     lib = Native(threads, isa)
-    m, k = x.shape
-    embed = lib.weight([(np.ascontiguousarray(x).view(np.uint8).ravel(), m, k, "F32")])
+    m, k = embedded.shape
+    embed = lib.weight([(embedded.data, m, k, embedded.type)])
     weight = lib.weight([(t.data, t.shape[0], k, t.type) for t in parts])
     columns = sum(t.shape[0] for t in parts)
     inv_freq = np.ones(8)
@@ -122,7 +131,16 @@ def test_eight_bit_activations_cost_what_they_must(kind: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", ("Q4_1", "Q6_K", "Q8_0", "BF16"))
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_embedded_rows_are_the_stored_values(isa: str, kind: str) -> None:
+    w = stored(np.random.default_rng(6), 20, 256, kind)
+    seen = head_of(isa, w, [floats(np.eye(256, dtype=np.float32))])
+    values = dequantize(w)
+    assert np.abs(seen - values).max() <= 1e-6 * np.abs(values).max()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ("Q4_1", "Q6_K", "Q8_0", "IQ4_XS", "BF16"))
 def test_rows_do_not_depend_on_their_company_or_threads(isa: str, kind: str) -> None:
     rng = np.random.default_rng(3)
     x = rng.standard_normal((23, 256)).astype(np.float32)

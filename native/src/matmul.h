@@ -17,6 +17,8 @@ template <int N, typename Body> PG_INLINE void unroll(Body&& body) {
 }
 
 constexpr bool is_five_bit(int t) { return t == PG_Q5_0 || t == PG_Q5_1 || t == PG_Q5_K; }
+constexpr bool is_iq4(int t) { return t == PG_IQ4_NL || t == PG_IQ4_XS; }
+constexpr bool is_signed(int t) { return t == PG_Q8_0 || is_iq4(t); }  // codes are signed bytes
 constexpr bool has_halves(int t) { return t == PG_Q6_K || t == PG_Q2_K || t == PG_Q3_K; }  // a scale for each 16
 constexpr int plane_bytes(int t) {
   return t == PG_Q8_0 ? 256 : t == PG_Q2_K ? 64 : t == PG_Q3_K ? 96 : is_five_bit(t) ? 160 : t == PG_Q6_K ? 192 : 128;
@@ -31,6 +33,8 @@ template <int N> PG_INLINE B down(B v, uint8_t mask) {
   else return v & m;
 }
 
+alignas(16) constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
 // Vector V of the codes of the block at p.
 template <int Type, int V> PG_INLINE B codes(const uint8_t* p) {
   if constexpr (Type == PG_Q8_0) return load_bytes(p + 32 * V);
@@ -40,6 +44,7 @@ template <int Type, int V> PG_INLINE B codes(const uint8_t* p) {
     return low;
   } else {
     B low = down<4 * (V % 2)>(load_bytes(p + 32 * (V / 2)), 15);
+    if constexpr (is_iq4(Type)) return look_up(kIq4Values, low);
     if constexpr (is_five_bit(Type)) return low | down<V - 4>(load_bytes(p + 128), 16);
     if constexpr (Type == PG_Q6_K) return low | down<2 * (V % 4) - 4>(load_bytes(p + 128 + 32 * (V / 4)), 48);
     return low;
@@ -50,13 +55,14 @@ template <int Type, int V> PG_INLINE B codes(const uint8_t* p) {
 struct Scales {
   F d, m;
 };
-template <int Type> constexpr bool has_min() { return Type != PG_Q8_0 || kSignedOffset != 0; }
+template <int Type> constexpr bool has_min() { return !is_signed(Type) || kSignedOffset != 0; }
 template <int Type, int G> PG_INLINE Scales scales(const uint8_t* block, const uint8_t* header) {
   const uint8_t* p = block + plane_bytes(Type);
   const uint16_t *p16 = (const uint16_t*)p, *h16 = (const uint16_t*)header;
   if constexpr (Type == PG_Q4_0) { F d = load_f16(p16); return {d, d * -8.0f}; }
   else if constexpr (Type == PG_Q5_0) { F d = load_f16(p16); return {d, d * -16.0f}; }
-  else if constexpr (Type == PG_Q8_0) { F d = load_f16(p16); return {d, d * -(float)kSignedOffset}; }
+  else if constexpr (Type == PG_Q8_0 || Type == PG_IQ4_NL) { F d = load_f16(p16); return {d, d * -(float)kSignedOffset}; }
+  else if constexpr (Type == PG_IQ4_XS) { F d = load_f16(h16) * load_i8(p); return {d, d * -(float)kSignedOffset}; }
   else if constexpr (Type == PG_Q4_1 || Type == PG_Q5_1) return {load_f16(p16), load_f16(p16 + 8)};
   else if constexpr (Type == PG_Q4_K || Type == PG_Q5_K)
     return {load_f16(h16) * load_u8(p), -(load_f16(h16 + 8) * load_u8(p + 8))};
@@ -80,7 +86,7 @@ template <int Type, int M> PG_INLINE void quantized_panel(const uint8_t* w, cons
   for (int64_t b = 0; b < blocks; b++) {
     if (layout.header && b % kSuper == 0) header = w, w += layout.header;
     unroll<groups>([&](auto g) __attribute__((always_inline)) {
-      std::conditional_t<Type == PG_Q8_0, DotSigned, Dot<period(Type)>> dot[M];
+      std::conditional_t<is_signed(Type), DotSigned, Dot<period(Type)>> dot[M];
       unroll<steps>([&](auto v) __attribute__((always_inline)) {
         constexpr int V = g.value * steps + v.value;
         B code = codes<Type, V>(w);
@@ -185,8 +191,8 @@ template <int Type> void row_of(const Part& part, int64_t k, int64_t row, float*
         B code = codes<Type, v.value>(w);
         for (int j = 0; j < 4; j++) {
           uint8_t c = code[4 * lane + j];
-          float value = Type == PG_Q8_0 ? (float)(int8_t)c : (float)c;
-          out[b * kBlock + 4 * v.value + j] = scale.d[lane] * value + (Type == PG_Q8_0 ? 0.0f : scale.m[lane]);
+          float value = is_signed(Type) ? (float)(int8_t)c : (float)c;
+          out[b * kBlock + 4 * v.value + j] = scale.d[lane] * value + (is_signed(Type) ? 0.0f : scale.m[lane]);
         }
       });
     }
@@ -208,6 +214,8 @@ template <int Type> void row_of(const Part& part, int64_t k, int64_t row, float*
     case PG_Q3_K: call(PG_Q3_K); break;      \
     case PG_Q4_K: call(PG_Q4_K); break;      \
     case PG_Q5_K: call(PG_Q5_K); break;      \
+    case PG_IQ4_NL: call(PG_IQ4_NL); break;  \
+    case PG_IQ4_XS: call(PG_IQ4_XS); break;  \
     default: call(PG_Q6_K);                  \
   }
 

@@ -127,6 +127,17 @@ template <> struct Decode<PG_Q3_K> {
       c.q[j] = (p[32 + i / 4 * 32 + j] >> 2 * (i % 4) & 3) | (p[j] >> i & 1) << 2;
   }
 };
+template <> struct Decode<PG_IQ4_NL> : Decode<PG_Q4_0> {};
+template <> struct Decode<PG_IQ4_XS> {
+  static constexpr int row_bytes = 136, tail_fields = 1, tail_width = 1, head_fields = 1;
+  static void block(const uint8_t* row, int64_t b, Codes& c, uint8_t* tail, uint8_t* head) {
+    const uint8_t* p = group<136>(row, b);
+    int i = b % 8;
+    int low = p[4 + i / 2] >> 4 * (i % 2) & 15, high = p[2 + i / 4] >> 2 * (i % 4) & 3;
+    memcpy(head, p, 2), tail[0] = (uint8_t)(int8_t)((low | high << 4) - 32);
+    nibbles(p + 8 + 16 * i, c);
+  }
+};
 
 // Bit planes of the 8 vectors of codes, by type: see layout.h.
 void put_nibbles(const uint8_t (*v)[32], uint8_t* to) {
@@ -207,6 +218,8 @@ RepackPanel repacker(int32_t type) {
     case PG_Q3_K: return repack_panel<PG_Q3_K>;
     case PG_Q4_K: return repack_panel<PG_Q4_K>;
     case PG_Q5_K: return repack_panel<PG_Q5_K>;
+    case PG_IQ4_NL: return repack_panel<PG_IQ4_NL>;
+    case PG_IQ4_XS: return repack_panel<PG_IQ4_XS>;
     default: return repack_panel<PG_Q6_K>;
   }
 }

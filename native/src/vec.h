@@ -48,6 +48,9 @@ PG_INLINE F round(F v) { return (F)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAR
 PG_INLINE I to_int(F v) { return (I)_mm256_cvtps_epi32((__m256)v); }
 template <int N> PG_INLINE B shr(B v) { return (B)_mm256_srli_epi16((__m256i)v, N); }  // bits cross bytes: mask after
 template <int N> PG_INLINE B shl(B v) { return (B)_mm256_slli_epi16((__m256i)v, N); }
+PG_INLINE B look_up(const int8_t* table, B places) {  // of 16 entries; places 0 to 15
+  return (B)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table)), (__m256i)places);
+}
 
 #else
 
@@ -87,6 +90,11 @@ PG_INLINE F round(F v) { F r; for (int i = 0; i < 8; i++) r[i] = std::nearbyint(
 PG_INLINE I to_int(F v) { return __builtin_convertvector(round(v), I); }
 template <int N> PG_INLINE B shr(B v) { return v >> N; }
 template <int N> PG_INLINE B shl(B v) { return v << N; }
+PG_INLINE B look_up(const int8_t* table, B places) {  // of 16 entries; places 0 to 15
+  B v;
+  for (int i = 0; i < 32; i++) v[i] = (uint8_t)table[places[i]];
+  return v;
+}
 
 #endif
 
