@@ -27,6 +27,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int | None = None
     threads: int | None = None
     prefix_caching: bool = True
+    step_time_target_s: float | None = None  # 0: no target
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,13 @@ class Options:
     max_num_queued_reqs: int | None = _option(
         None, "Most requests that wait; beyond it clients get 503 and when to come back", "Scheduling", low=0
     )
+    step_time_target: float | None = _option(
+        None,
+        "Longest time in seconds between two tokens of a running answer while prompts are read beside it: prompts are "
+        "cut to fit; the default on a CPU is 0.05, and 0 cuts them by --max-num-batched-tokens only",
+        "Scheduling",
+        low=0,
+    )
     enable_prefix_caching: bool = _option(True, "Reuse the cache of prompts that begin alike", "Scheduling")
 
     host: str = _option("127.0.0.1", "Address to listen on; 0.0.0.0 for every network this machine is in", "Server")
@@ -195,6 +203,7 @@ class Options:
             num_blocks=self.num_gpu_blocks_override,
             threads=self.threads,
             prefix_caching=self.enable_prefix_caching,
+            step_time_target_s=self.step_time_target,
         )
 
 

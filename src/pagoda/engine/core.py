@@ -23,6 +23,7 @@ from pagoda.weights.source import TensorSource
 _log = logging.getLogger(__name__)
 _CUDA_SEQS, _CPU_SEQS = 256, 64
 _CUDA_STEP_TOKENS, _CPU_STEP_TOKENS = 8192, 512
+_CPU_STEP_TIME_TARGET_S = 0.05
 
 
 class EngineCore:
@@ -45,6 +46,7 @@ class EngineCore:
                 max_model_len=max_model_len,
                 vocab_size=self.spec.vocab_size,
                 prefix_caching=config.prefix_caching,
+                step_time_target_s=step_time_target_s(config),
             )
         )
         self._refused: list[Delta] = []
@@ -96,6 +98,7 @@ class EngineCore:
         started = time.monotonic()
         try:
             result = self._executor.launch(plan).wait()
+            computed_s = time.monotonic() - started
         except EngineError as error:
             outcome = self._scheduler.fail(plan, error.message)
         except Exception:
@@ -107,6 +110,7 @@ class EngineCore:
             raise
         else:
             outcome = self._scheduler.apply(plan, result)
+            self._scheduler.observe(plan, computed_s)
         self._steps += 1
         self._last_step_s = time.monotonic() - started
         return deltas + outcome
@@ -149,6 +153,13 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
         threads=config.threads,
         dtype=config.dtype,
     )
+
+
+def step_time_target_s(config: EngineConfig) -> float | None:
+    """The longest pause that a prompt may cause to running streams; None: no such limit."""
+    if config.step_time_target_s is None:
+        return None if config.device == "cuda" else _CPU_STEP_TIME_TARGET_S
+    return config.step_time_target_s or None
 
 
 def fit_context(config: EngineConfig, limits: Limits, capacity: Capacity) -> int:

@@ -15,6 +15,7 @@ import msgspec
 from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
 from pagoda.sched.outcome import NO_LOGITS, Outcome
+from pagoda.sched.pace import Load, Pace
 from pagoda.sched.state import Sequence, Turn
 from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan, StepResult
 
@@ -23,12 +24,15 @@ _ORDER = attrgetter("order")
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
+    """`step_time_target_s`: how long a step may take that has running streams; None: only the token budget counts."""
+
     num_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     vocab_size: int
     prefix_caching: bool = True
+    step_time_target_s: float | None = None
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +56,7 @@ class _Flight:
     plan: StepPlan
     turns: list[Turn]
     published: list[int]
+    load: Load
 
 
 class Scheduler:
@@ -64,6 +69,9 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # both lists by (priority, arrival)
         self._running: list[Sequence] = []
         self._flight: _Flight | None = None
+        self._pace = Pace(config.step_time_target_s)
+        self._load = Load()  # of the step that is being planned
+        self._last: _Flight | None = None
         self._arrivals = 0
         self._steps = 0
         self._preemptions = 0
@@ -109,6 +117,7 @@ class Scheduler:
         """The next step, or None when there is nothing to do."""
         if self._flight is not None:
             raise ValueError("the step before has no result yet")
+        self._load = Load()
         turns = self._continue_running(self._config.max_num_batched_tokens)
         published = [block for turn in turns for block in self._publish(turn)]
         budget = self._config.max_num_batched_tokens - sum(turn.count for turn in turns)
@@ -117,8 +126,15 @@ class Scheduler:
             return None
         self._steps += 1
         plan = self._batch.plan(self._steps, turns)
-        self._flight = _Flight(plan, turns, published)
+        self._flight = _Flight(plan, turns, published, self._load)
         return plan
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """How long the last step took. It decides only how prompts are cut, so answers never depend on it."""
+        if self._last is None or self._last.plan is not plan:
+            raise ValueError("this is not the last step")
+        self._pace.observe(self._last.load, seconds)
+        self._last = None
 
     def apply(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Take in a step's result: at most one delta for each request that took part."""
@@ -179,12 +195,16 @@ class Scheduler:
         lacks_one = [seq for seq in self._running if len(seq.known) - seq.computed == 1]
         lacks_more = [seq for seq in self._running if len(seq.known) - seq.computed > 1]
         turns = []
-        for seq in lacks_one + lacks_more:
-            if budget == 0:
-                break
-            count = min(len(seq.known) - seq.computed, budget)
-            if seq.slot >= 0 and self._make_room(seq, count):
+        for seq in lacks_one:
+            if budget > 0 and seq.slot >= 0 and self._make_room(seq, 1):
+                turns.append(_turn(seq, 1))
+                self._load.add_stream(seq.computed)
+                budget -= 1
+        for seq in lacks_more:
+            count = min(len(seq.known) - seq.computed, budget, self._pace.prompt_tokens(self._load, seq.computed))
+            if count > 0 and seq.slot >= 0 and self._make_room(seq, count):
                 turns.append(_turn(seq, count))
+                self._load.add_prompt(seq.computed, count)
                 budget -= count
         return [turn for turn in turns if turn.seq.slot >= 0]
 
@@ -217,13 +237,15 @@ class Scheduler:
         while self._waiting and budget > 0 and self._free_slots:
             seq = self._waiting[0]
             cached = self._cached_prefix(seq)
+            most = min(budget, self._pace.prompt_tokens(self._load, len(cached) * BLOCK_SIZE))
             fresh = _blocks(len(seq.known)) - len(cached)
-            if fresh + self._pool.free_among(cached) + promised > self._pool.free:
+            if most == 0 or fresh + self._pool.free_among(cached) + promised > self._pool.free:
                 break
             del self._waiting[0]
             self._seat(seq, cached)
-            count = min(len(seq.known) - seq.computed, budget)
+            count = min(len(seq.known) - seq.computed, most)
             self._make_room(seq, count)
+            self._load.add_prompt(seq.computed, count)
             turn = _turn(seq, count)
             turns.append(turn)
             published += self._publish(turn)
@@ -261,7 +283,7 @@ class Scheduler:
         flight = self._flight
         if flight is None or flight.plan is not plan:
             raise ValueError("this is not the step in flight")
-        self._flight = None
+        self._flight, self._last = None, flight
         return flight
 
     def _drop(self, seq: Sequence) -> None:

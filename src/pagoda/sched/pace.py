@@ -1,0 +1,109 @@
+"""Learns what a step costs in seconds, and how many prompt tokens fit into one beside running streams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+
+from pagoda.types import BLOCK_SIZE
+
+_UNLIMITED = 2**31
+_SWEEPS = 4
+_TRUSTED_AFTER = 4  # steps
+_OUTLIER = 3.0
+_STREAM_MEMORY, _PROMPT_MEMORY = 0.98, 0.9
+
+
+@dataclass(slots=True)
+class Load:
+    """What makes a step long: tokens of streams, tokens of prompts, and pairs of a token and one that it attends to."""
+
+    streams: int = 0
+    prompts: int = 0
+    pairs: float = 0.0
+
+    def add_stream(self, context: int, count: int = 1) -> None:
+        self.streams += count
+        self.pairs += count * (context + count / 2)
+
+    def add_prompt(self, context: int, count: int) -> None:
+        self.prompts += count
+        self.pairs += count * (context + count / 2)
+
+
+class LinearCost:
+    """Seconds as a sum of costs that are never negative, fitted to what was measured; old steps fade.
+
+    Least squares of the relative error by coordinate descent from the last solution. What the measurements leave
+    open stays as it was, and at first the cost is all put on the first feature that can carry it.
+    """
+
+    def __init__(self, features: int, memory: float) -> None:
+        self._memory = memory
+        self._moments = [[0.0] * features for _ in range(features)]
+        self._products = [0.0] * features
+        self.costs = [0.0] * features
+        self.steps = 0
+
+    def predict(self, *features: float) -> float:
+        return sum(cost * value for cost, value in zip(self.costs, features, strict=True))
+
+    def learn(self, seconds: float, *features: float) -> None:
+        if self.steps >= _TRUSTED_AFTER:  # another process took the core: it must not shrink chunks for long
+            seconds = min(seconds, _OUTLIER * self.predict(*features))
+        if seconds <= 0:
+            return
+        self.steps += 1
+        scaled = [value / seconds for value in features]
+        for i, (row, x) in enumerate(zip(self._moments, scaled, strict=True)):
+            row[:] = [self._memory * moment + x * y for moment, y in zip(row, scaled, strict=True)]
+            self._products[i] = self._memory * self._products[i] + x
+        for _ in range(_SWEEPS):
+            self._sweep()
+
+    def _sweep(self) -> None:
+        costs = self.costs
+        for i, row in enumerate(self._moments):
+            if row[i] > 0:
+                explained = sum(moment * cost for moment, cost in zip(row, costs, strict=True))
+                costs[i] = max(0.0, costs[i] + (self._products[i] - explained) / row[i])
+
+
+class Pace:
+    """Keeps steps with running streams below `target_s`, or twice what the streams need alone where that is longer.
+
+    Steps of streams alone and steps with prompts are fitted apart: their tokens differ in cost, and a long time of
+    one kind must not wash out what is known of the other. The order of features decides what is believed at first:
+    that a stream's further token is cheap, and that each prompt token has its full price.
+    """
+
+    def __init__(self, target_s: float | None) -> None:
+        self._target_s = target_s
+        self._of_streams = LinearCost(3, _STREAM_MEMORY)
+        self._of_prompts = LinearCost(4, _PROMPT_MEMORY)
+
+    def observe(self, load: Load, seconds: float) -> None:
+        if load.prompts:
+            self._of_prompts.learn(seconds, load.prompts, load.pairs, load.streams, 1)
+        else:
+            self._of_streams.learn(seconds, 1, load.streams, load.pairs)
+
+    def streams_s(self, load: Load) -> float:
+        """Predicted time of a step of streams alone; 0 when none was seen yet."""
+        return self._of_streams.predict(1, load.streams, load.pairs)
+
+    def prompt_tokens(self, load: Load, context: int) -> int:
+        """How many tokens of a prompt, the first at position `context`, may join a step that has this load so far.
+
+        Sums of whole blocks, and at least one block for each step: prompts never starve.
+        """
+        if self._target_s is None or not load.streams or not self._of_prompts.steps:
+            return _UNLIMITED
+        each, per_pair, _, _ = self._of_prompts.costs
+        target_s = max(self._target_s, 2 * self.streams_s(load))
+        room_s = max(0.0, target_s - self._of_prompts.predict(load.prompts, load.pairs, load.streams, 1))
+        # room_s = n * linear + n * n / 2 * per_pair, solved for n
+        linear = each + per_pair * context
+        slope = linear + sqrt(linear * linear + 2 * per_pair * room_s)
+        most = load.prompts + min(_UNLIMITED, int(2 * room_s / slope) if slope > 0 else _UNLIMITED)
+        return max(most - most % BLOCK_SIZE, BLOCK_SIZE) - load.prompts
