@@ -64,7 +64,8 @@ PG_INLINE void join(Running& r, float* acc, const float* part, int dim, float to
     return;
   }
   float highest = r.top > top ? r.top : top;
-  F scale = exp(F{r.top - highest, top - highest});
+  const float below[8] = {r.top - highest, top - highest};
+  F scale = exp(load(below));
   r = {highest, r.total * scale[0] + total * scale[1]};
   for (int d = 0; d < dim; d += 8) store(acc + d, load(acc + d) * scale[0] + load(part + d) * scale[1]);
 }

@@ -1,0 +1,85 @@
+// Vectors of 8 lanes in AVX2 with FMA and F16C, and with VNNI's byte products if PG_VNNI is set.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <immintrin.h>
+
+namespace pagoda {
+namespace PG_NS {
+
+typedef float F __attribute__((vector_size(32), aligned(4)));
+typedef int32_t I __attribute__((vector_size(32), aligned(4)));
+typedef uint8_t B __attribute__((vector_size(32), aligned(1)));
+
+PG_INLINE F load(const float* p) { return *reinterpret_cast<const F*>(p); }
+PG_INLINE void store(float* p, F v) { *reinterpret_cast<F*>(p) = v; }
+PG_INLINE B load_bytes(const uint8_t* p) { return *reinterpret_cast<const B*>(p); }
+PG_INLINE F splat(float x) { return F{x, x, x, x, x, x, x, x}; }
+PG_INLINE I splat_i(int32_t x) { return I{x, x, x, x, x, x, x, x}; }
+PG_INLINE F to_float(I v) { return __builtin_convertvector(v, F); }
+
+PG_INLINE F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+PG_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
+PG_INLINE F bits_to_float(I v) { return (F)v; }
+PG_INLINE F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+PG_INLINE F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+PG_INLINE F load_f16(const uint16_t* p) { return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+PG_INLINE void store_f16(uint16_t* p, F v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
+PG_INLINE F load_bf16(const uint16_t* p) {
+  return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+PG_INLINE F load_u8(const uint8_t* p) { return to_float((I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+PG_INLINE F load_i8(const uint8_t* p) { return to_float((I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+PG_INLINE F round(F v) { return (F)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+PG_INLINE I to_int(F v) { return (I)_mm256_cvtps_epi32((__m256)v); }
+template <int N> PG_INLINE B shr(B v) { return (B)_mm256_srli_epi16((__m256i)v, N); }  // bits cross bytes: mask after
+template <int N> PG_INLINE B shl(B v) { return (B)_mm256_slli_epi16((__m256i)v, N); }
+PG_INLINE B look_up(const int8_t* table, B places) {  // of 16 entries; places 0 to 15
+  return (B)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table)), (__m256i)places);
+}
+
+// Sums of products of 4 consecutive bytes per lane. `Dot<P>` adds up codes (unsigned, from the weights) times
+// activations (signed, 4 of them for all lanes); P is how many such steps fit into 16 bits on AVX2.
+template <int P> struct Dot {
+#if defined(PG_VNNI)
+  I sum = {};
+  template <int V> inline __attribute__((always_inline)) void add(B q, const int8_t* a) {
+    int32_t four; memcpy(&four, a, 4);
+    sum = (I)_mm256_dpbusd_epi32((__m256i)sum, (__m256i)q, _mm256_set1_epi32(four));
+  }
+#else
+  I sum = {};
+  __m256i part;
+  template <int V> inline __attribute__((always_inline)) void add(B q, const int8_t* a) {
+    int32_t four; memcpy(&four, a, 4);
+    __m256i p = _mm256_maddubs_epi16((__m256i)q, _mm256_set1_epi32(four));
+    part = V % P == 0 ? p : _mm256_add_epi16(part, p);
+    if (V % P == P - 1) sum += (I)_mm256_madd_epi16(part, _mm256_set1_epi16(1));
+  }
+#endif
+};
+
+// Signed 8-bit weights: with VNNI they are shifted to unsigned (the caller subtracts 128 times the activation sum),
+// else their sign moves over to the activations.
+#if defined(PG_VNNI)
+constexpr int kSignedOffset = 128;
+#else
+constexpr int kSignedOffset = 0;
+#endif
+struct DotSigned {
+  I sum = {};
+  template <int V> inline __attribute__((always_inline)) void add(B q, const int8_t* a) {
+#if defined(PG_VNNI)
+    int32_t four; memcpy(&four, a, 4);
+    sum = (I)_mm256_dpbusd_epi32((__m256i)sum, _mm256_xor_si256((__m256i)q, _mm256_set1_epi8(-128)), _mm256_set1_epi32(four));
+#else
+    int32_t four; memcpy(&four, a, 4);
+    __m256i signs = _mm256_sign_epi8(_mm256_set1_epi32(four), (__m256i)q);
+    __m256i p = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)q), signs);
+    sum += (I)_mm256_madd_epi16(p, _mm256_set1_epi16(1));
+#endif
+  }
+};
+
+}  // namespace PG_NS
+}  // namespace pagoda
