@@ -138,6 +138,7 @@ class Harness:
         self.cancelled: set[str] = set()
         self.steps = 0
         self.plan_sizes: list[int] = []
+        self.drafts: dict[str, list[int]] = {}  # fed behind the known tokens in the last step
 
     def add(self, request: Request) -> None:
         self.requests[request.request_id] = request
@@ -216,9 +217,14 @@ class Harness:
         for r, name in enumerate(names):
             first, count = int(plan.positions[r]), int(plan.starts[r + 1] - plan.starts[r])
             known = self.known(name)
-            assert count > 0 and first + count <= len(known)
             fed = plan.tokens[plan.starts[r] : plan.starts[r + 1]].tolist()
-            assert fed == known[first : first + count], "wrong tokens"
+            drafts = fed[len(known) - first :]
+            assert count > 0 and fed == [*known, *drafts][first : first + count], "wrong tokens"
+            assert not drafts or self.config.speculation, "drafts that nobody asked for"
+            ids = self.ids[name] = self.ids[name][: len(known)]
+            for token in drafts:  # true for as long as they are in the cache; `_hear` cuts what was refused
+                ids.append(hash((ids[-1], token)))
+            self.drafts[name] = drafts
             cells = self._cells_of(plan, r, first, first + count)
             places = set(zip(cells[0].tolist(), cells[1].tolist(), strict=True))
             assert len(places) == count and not places & written, "two writers of one place"
@@ -256,13 +262,14 @@ class Harness:
     def _sample(self, plan: StepPlan, r: int, name: str, prefix: int, position: int) -> int | None:
         """Choose by the plan's arrays alone, after comparing them with what the request says."""
         request, params = self.requests[name], self.requests[name].params
-        assert position == len(self.known(name)), "sampled in the middle"
+        fed = [*self.known(name), *self.drafts[name]]
+        assert len(self.known(name)) <= position <= len(fed), "sampled in the middle"
         told = (plan.temperature, plan.top_p, plan.min_p, plan.presence, plan.frequency, plan.repetition)
         asked = [params.temperature, params.top_p, params.min_p]
         asked += [params.presence_penalty, params.frequency_penalty, params.repetition_penalty]
         assert [float(a[r]) for a in told] == [float(np.float32(value)) for value in asked]
         assert plan.top_k[r] == max(params.top_k, 0)
-        outputs = self.known(name)[len(request.prompt_token_ids) :]
+        outputs = fed[len(request.prompt_token_ids) : position]
         own = slice(plan.history_start[r], plan.history_start[r + 1])
         history = dict(zip(plan.history_ids[own].tolist(), plan.history_counts[own].tolist(), strict=True))
         assert len(history) == own.stop - own.start and history == penalty_history(request, outputs)
@@ -284,6 +291,7 @@ class Harness:
             assert name not in self.cancelled and told.finish_reason is None, "a delta after the end"
             assert delta.token_ids or delta.finish_reason, "an empty delta"
             first = not told.tokens
+            del self.ids[name][len(self.known(name)) :]
             told.tokens += delta.token_ids
             for token in delta.token_ids:
                 self.ids[name].append(hash((self.ids[name][-1], token)))

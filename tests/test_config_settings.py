@@ -92,7 +92,7 @@ def test_spellings(line: str, name: str, value: Any) -> None:
         ("--dtype bfloat17", "bfloat16"),
         ("--load-format pt", "safetensors"),
         ("--enable-lora", "LoRA"),
-        ("--speculative-config {}", "speculative"),
+        ("--speculative-model x", "--speculative-config"),
         ("--pipeline-parallel-size 2", "several devices"),
         ("--enable-prefix-caching=maybe", "true or false"),
         ("--override-generation-config nonsense", "JSON"),

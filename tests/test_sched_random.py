@@ -127,6 +127,8 @@ def check_undisturbed(mix: Mix) -> Counter[str]:
     assert stats.generation_tokens == sum(len(told.tokens) for told in harness.told.values())
     assert stats.prefix_hits_tokens <= stats.prefix_queries_tokens
     counts = Counter(preempted=stats.preemptions, hits=stats.prefix_hits_tokens)
+    right = counts["right"] = stats.spec_decode_num_accepted_tokens
+    counts["wrong"] = stats.spec_decode_num_draft_tokens - right
     counts.update(told.finish_reason for told in harness.told.values() if told.finish_reason)
     return counts
 

@@ -8,6 +8,20 @@ from typing import Any
 
 import msgspec
 
+from pagoda.errors import ConfigError
+
+
+class Speculation(msgspec.Struct, frozen=True, kw_only=True):
+    """Drafts by prompt lookup: up to `num_tokens` that followed the last `lookup_max` to `lookup_min` tokens before.
+
+    `always` tries them wherever they can be found, else only where what was measured says that it pays.
+    """
+
+    num_tokens: int = 8
+    lookup_max: int = 4
+    lookup_min: int = 2
+    always: bool = False
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine process needs to know, resolved: the model is local, None means `auto` (choose what fits).
@@ -28,6 +42,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     prefix_caching: bool = True
     step_time_target_s: float | None = None  # 0: no target
+    speculation: Speculation | None = Speculation()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +182,14 @@ class Options:
         "Scheduling",
         low=0,
     )
+    speculative_config: Mapping[str, Any] = _option(
+        {},
+        'Guess tokens from the text so far, and keep those that the model would choose: {"method": "ngram", '
+        '"num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2} does it always; without it, it '
+        'is done where it pays; {"num_speculative_tokens": 0} never does it. Answers are the same in all cases',
+        "Scheduling",
+        aliases=("-sc",),
+    )
     enable_prefix_caching: bool = _option(True, "Reuse the cache of prompts that begin alike", "Scheduling")
 
     host: str = _option("127.0.0.1", "Address to listen on; 0.0.0.0 for every network this machine is in", "Server")
@@ -204,10 +227,42 @@ class Options:
             threads=self.threads,
             prefix_caching=self.enable_prefix_caching,
             step_time_target_s=self.step_time_target,
+            speculation=speculation_from(self.speculative_config),
         )
 
 
 _DTYPE = {"half": "float16", "float": "float32"}
+
+
+_MOST_DRAFTS, _MOST_LOOKUP = 64, 32
+_NGRAM = """Give '{"method": "ngram", "num_speculative_tokens": 5}', or leave it out"""
+
+
+def speculation_from(given: Mapping[str, Any]) -> Speculation | None:
+    """What --speculative-config says; ConfigError where it cannot be done."""
+    if not given:
+        return Speculation()
+    values = dict(given)
+    method = values.pop("method", "ngram")
+    if method != "ngram":
+        raise ConfigError(f"--speculative-config: the method {method} is not here yet", remedy=_NGRAM)
+    count = _whole(values, "num_speculative_tokens", 5, 0, _MOST_DRAFTS)
+    low, high = values.get("prompt_lookup_min"), values.get("prompt_lookup_max")
+    lookup_max = _whole(values, "prompt_lookup_max", 5 if low is None else low, 1, _MOST_LOOKUP)
+    lookup_min = _whole(values, "prompt_lookup_min", 5 if high is None else high, 1, lookup_max)
+    if values:
+        raise ConfigError(f"--speculative-config: {', '.join(values)} is not known to the method ngram", remedy=_NGRAM)
+    return Speculation(num_tokens=count, lookup_max=lookup_max, lookup_min=lookup_min, always=True) if count else None
+
+
+def _whole(values: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
+    value = values.pop(name, None)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(
+            f"--speculative-config: {name} is {value}, and must be a whole number from {low} to {high}", remedy=_NGRAM
+        )
+    return value
 
 
 def declared() -> tuple[Setting, ...]:

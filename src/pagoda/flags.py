@@ -78,8 +78,8 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
         {"reasoning_parser": None, "enable_reasoning": False, "reasoning_parser_plugin": None},
     ),
     (
-        "speculative decoding is not here yet",
-        {"speculative_config": None, "speculative_model": None, "spec_method": None, "num_speculative_tokens": None},
+        "drafts come from the text so far only, see --speculative-config",
+        {"speculative_model": None, "spec_method": None, "num_speculative_tokens": None},
     ),
     (
         "images, sound and video are not here yet",
@@ -145,7 +145,6 @@ _ALIASES = MappingProxyType(
         "pipeline_parallel_size": ("-pp",),
         "data_parallel_size": ("-dp",),
         "enable_expert_parallel": ("-ep",),
-        "speculative_config": ("-sc",),
     }
 )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pagoda.config import Options, Setting, declared
+from pagoda.config import Options, Setting, declared, speculation_from
 from pagoda.errors import ConfigError
 from pagoda.flags import REFUSED_VALUES, not_yet, without_effect
 
@@ -266,6 +266,7 @@ def _not_a_choice(setting: Setting, text: str, where: str) -> ConfigError:
 def check(settings: Settings) -> None:
     """Refuse what is well written and cannot be done on this machine; before the port and the model are touched."""
     options = settings.options
+    speculation_from(options.speculative_config)
     size, quantization = options.tensor_parallel_size, options.quantization
     if size > 1:
         raise ConfigError(

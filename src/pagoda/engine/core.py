@@ -47,6 +47,7 @@ class EngineCore:
                 vocab_size=self.spec.vocab_size,
                 prefix_caching=config.prefix_caching,
                 step_time_target_s=step_time_target_s(config),
+                speculation=config.speculation,
             )
         )
         self._refused: list[Delta] = []

@@ -60,17 +60,19 @@ class Batch:
                 row_target += (seq.known[place] for place in turn.scoring)
                 row_top += [seq.params.prompt_logprobs or 0] * len(turn.scoring)
             if turn.samples:
-                rows.append(len(tokens) - 1)
-                row_request.append(r)
-                row_target.append(-1)
-                row_top.append(-1 if seq.params.logprobs is None else seq.params.logprobs)
+                sampled = turn.sampled_rows
+                rows += range(len(tokens) - 1, len(tokens) - 1 + sampled)
+                row_request += [r] * sampled
+                row_target += [-1] * sampled
+                row_top += [-1 if seq.params.logprobs is None else seq.params.logprobs] * sampled
+                tokens += turn.drafts
         seqs = [turn.seq for turn in turns]
         slots = _ints([seq.slot for seq in seqs])
         floats = self._floats.take(slots, axis=1)
         return StepPlan(
             step=step,
             slots=slots,
-            starts=_ints([0, *accumulate([turn.count for turn in turns])]),
+            starts=_ints([0, *accumulate([turn.count + len(turn.drafts) for turn in turns])]),
             positions=_ints([seq.computed for seq in seqs]),
             tokens=_ints(tokens),
             block_tables=self.block_tables,

@@ -31,37 +31,55 @@ class Outcome:
         self._pool_tokens = pool_tokens
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self.accepted_drafts = 0
 
     def read(self, turns: list[Turn], result: StepResult) -> Iterator[tuple[Sequence, Delta | None]]:
         """Each request of the step with its delta, None where it gained nothing that is told."""
         rows = _Rows(result)
         start = 0
         for turn in turns:
-            end = start + len(turn.scoring) + turn.samples
             if turn.seq.alive:
-                yield turn.seq, self._advance(turn, rows, start, end)
+                yield turn.seq, self._advance(turn, rows, start)
             else:
                 yield turn.seq, None
-            start = end
+            start += len(turn.scoring) + turn.sampled_rows
 
-    def _advance(self, turn: Turn, rows: _Rows, start: int, end: int) -> Delta | None:
+    def _advance(self, turn: Turn, rows: _Rows, start: int) -> Delta | None:
         seq = turn.seq
         seq.computed += turn.count
-        if not all(rows.ok[start:end]):
+        sampled = start + len(turn.scoring)
+        if not all(rows.ok[start : sampled + turn.samples]):
             return Delta(request_id=seq.request_id, finish_reason="error", error=NO_LOGITS)
         if seq.prompt_scores is not None:
             top = seq.params.prompt_logprobs or 0
-            seq.prompt_scores += (rows.logprob(row, top) for row in range(start, start + len(turn.scoring)))
+            seq.prompt_scores += (rows.logprob(row, top) for row in range(start, sampled))
         if seq.computed < len(seq.known):
             return None
         delta = Delta(request_id=seq.request_id)
         if turn.samples:
-            self._append(seq, rows, end - 1, delta)
+            self._append(seq, rows, sampled, delta)
+            self._accept(turn, rows, sampled, delta)
         else:
             delta.finish_reason = "length"
         if not seq.started:
             self._start(seq, delta)
         return delta
+
+    def _accept(self, turn: Turn, rows: _Rows, row: int, delta: Delta) -> None:
+        """Go on while a draft is the token that was sampled in its place: the row behind it is as if it had been fed.
+
+        A row without usable logits is left to the next step, that computes it as the last token.
+        """
+        seq = turn.seq
+        for draft in turn.drafts:
+            if delta.finish_reason is not None or rows.tokens[row] != draft or not rows.ok[row + 1]:
+                break
+            row += 1
+            seq.computed += 1
+            self.accepted_drafts += 1
+            self._append(seq, rows, row, delta)
+        if seq.drafter is not None:
+            seq.drafter.hear(delta.token_ids)
 
     def _append(self, seq: Sequence, rows: _Rows, row: int, delta: Delta) -> None:
         token = rows.tokens[row]
@@ -69,9 +87,9 @@ class Outcome:
         if seq.history is not None:
             seq.history.add(token)
         self.generation_tokens += 1
-        delta.token_ids = [token]
+        delta.token_ids.append(token)
         if seq.params.logprobs is not None:
-            delta.logprobs = [rows.logprob(row, seq.params.logprobs)]
+            delta.logprobs = [*(delta.logprobs or ()), rows.logprob(row, seq.params.logprobs)]
         delta.finish_reason = self._finish_reason(seq, token)
         if delta.finish_reason == "stop" and not _is_eos(seq, token):
             delta.stop_reason = token

@@ -8,7 +8,8 @@ from math import sqrt
 from pagoda.types import BLOCK_SIZE
 
 _UNLIMITED = 2**31
-_SWEEPS = 4
+_SWEEPS = 40
+_SETTLED = 0.003
 _TRUSTED_AFTER = 4  # steps
 _OUTLIER = 3.0
 _STREAM_MEMORY, _PROMPT_MEMORY = 0.98, 0.9
@@ -59,14 +60,19 @@ class LinearCost:
             row[:] = [self._memory * moment + x * y for moment, y in zip(row, scaled, strict=True)]
             self._products[i] = self._memory * self._products[i] + x
         for _ in range(_SWEEPS):
-            self._sweep()
+            if self._sweep():
+                break
 
-    def _sweep(self) -> None:
-        costs = self.costs
+    def _sweep(self) -> bool:
+        """Put each cost where it fits best beside the others; True when none moved by much."""
+        costs, settled = self.costs, True
         for i, row in enumerate(self._moments):
             if row[i] > 0:
                 explained = sum(moment * cost for moment, cost in zip(row, costs, strict=True))
-                costs[i] = max(0.0, costs[i] + (self._products[i] - explained) / row[i])
+                before = costs[i]
+                costs[i] = max(0.0, before + (self._products[i] - explained) / row[i])
+                settled = settled and abs(costs[i] - before) <= _SETTLED * before
+        return settled
 
 
 class Pace:
@@ -91,6 +97,11 @@ class Pace:
     def streams_s(self, load: Load) -> float:
         """Predicted time of a step of streams alone; 0 when none was seen yet."""
         return self._of_streams.predict(1, load.streams, load.pairs)
+
+    def stream_token_s(self, context: int) -> float:
+        """What one token more costs in a step of streams, at position `context` of its request."""
+        _, each, per_pair = self._of_streams.costs
+        return each + per_pair * context
 
     def prompt_tokens(self, load: Load, context: int) -> int:
         """How many tokens of a prompt, the first at position `context`, may join a step that has this load so far.

@@ -12,8 +12,10 @@ from operator import attrgetter
 
 import msgspec
 
+from pagoda.config import Speculation
 from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
+from pagoda.sched.draft import Speculator
 from pagoda.sched.outcome import NO_LOGITS, Outcome
 from pagoda.sched.pace import Load, Pace
 from pagoda.sched.state import Sequence, Turn
@@ -33,6 +35,7 @@ class SchedulerConfig:
     vocab_size: int
     prefix_caching: bool = True
     step_time_target_s: float | None = None
+    speculation: Speculation | None = None
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +50,9 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int
     prompt_tokens: int
     generation_tokens: int
+    spec_decode_num_drafts: int = 0
+    spec_decode_num_draft_tokens: int = 0
+    spec_decode_num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -70,6 +76,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._flight: _Flight | None = None
         self._pace = Pace(config.step_time_target_s)
+        self._speculator = Speculator(config.speculation, self._pace) if config.speculation else None
         self._load = Load()  # of the step that is being planned
         self._last: _Flight | None = None
         self._arrivals = 0
@@ -119,11 +126,13 @@ class Scheduler:
             raise ValueError("the step before has no result yet")
         self._load = Load()
         turns = self._continue_running(self._config.max_num_batched_tokens)
-        published = [block for turn in turns for block in self._publish(turn)]
+        published = [block for turn in turns for block in self._publish(turn.seq, turn.count)]
         budget = self._config.max_num_batched_tokens - sum(turn.count for turn in turns)
         self._admit_waiting(budget, turns, published)
         if not turns:
             return None
+        if self._speculator is not None and not self._load.prompts:
+            self._speculate(self._speculator, turns, budget)
         self._steps += 1
         plan = self._batch.plan(self._steps, turns)
         self._flight = _Flight(plan, turns, published, self._load)
@@ -147,6 +156,8 @@ class Scheduler:
                     self._drop(seq)
                     if delta.error == NO_LOGITS:
                         self._pool.unpublish(seq.blocks)  # they may be why, and must not be served again
+            if delta is not None and delta.error is None:
+                self._publish(seq, 0)  # drafts that were right may have filled a block
             if not seq.alive:
                 self._release(seq)
         return deltas
@@ -175,6 +186,9 @@ class Scheduler:
             preemptions=self._preemptions,
             prompt_tokens=self._outcome.prompt_tokens,
             generation_tokens=self._outcome.generation_tokens,
+            spec_decode_num_drafts=self._speculator.drafts if self._speculator else 0,
+            spec_decode_num_draft_tokens=self._speculator.draft_tokens if self._speculator else 0,
+            spec_decode_num_accepted_tokens=self._outcome.accepted_drafts,
         )
 
     def check(self) -> None:
@@ -233,7 +247,7 @@ class Scheduler:
         if not self._waiting:
             return
         # One block more than known for each running request: else it would soon push out who came in.
-        promised = sum(_blocks(len(seq.known)) + 1 - len(seq.blocks) for seq in self._running)
+        promised = sum(max(0, _blocks(len(seq.known)) + 1 - len(seq.blocks)) for seq in self._running)
         while self._waiting and budget > 0 and self._free_slots:
             seq = self._waiting[0]
             cached = self._cached_prefix(seq)
@@ -248,7 +262,7 @@ class Scheduler:
             self._load.add_prompt(seq.computed, count)
             turn = _turn(seq, count)
             turns.append(turn)
-            published += self._publish(turn)
+            published += self._publish(seq, count)
             promised += _blocks(len(seq.known)) + 1 - len(seq.blocks)
             budget -= count
 
@@ -262,6 +276,7 @@ class Scheduler:
         seq.slot = self._free_slots.pop()
         self._batch.seat(seq)
         self._batch.add_blocks(seq, cached)
+        seq.offered = len(cached)
         seq.computed = len(cached) * BLOCK_SIZE
         insort(self._running, seq, key=_ORDER)
         if seq.cached_tokens < 0:
@@ -270,12 +285,33 @@ class Scheduler:
                 self._prefix_queries_tokens += len(seq.known)
                 self._prefix_hits_tokens += seq.computed
 
-    def _publish(self, turn: Turn) -> list[int]:
-        """Make the blocks that this turn fills findable at once: a request behind it in the same step may read them."""
-        seq = turn.seq
-        first, end = seq.computed // BLOCK_SIZE, (seq.computed + turn.count) // BLOCK_SIZE
-        if first == end or not self._config.prefix_caching:
+    def _speculate(self, speculator: Speculator, turns: list[Turn], budget: int) -> None:
+        """Let streams try tokens ahead, with what the step has left over: nobody loses a block or a token for it."""
+        most_streams = speculator.most_streams()
+        if most_streams is not None and len(turns) > most_streams:
+            return
+        for turn in turns:
+            seq = turn.seq
+            if not (turn.samples and seq.samples_alike):
+                continue
+            if seq.drafter is None:
+                seq.drafter = speculator.new_drafter()
+            spare = max(0, self._pool.free - len(self._running))
+            places = (len(seq.blocks) + spare) * BLOCK_SIZE - len(seq.known)
+            most = max(0, min(budget, places, seq.end - len(seq.known) - 1))
+            drafts = speculator.draft(seq.drafter, seq.known, most, self._load)
+            if drafts:
+                self._make_room(seq, turn.count + len(drafts))
+                turn.drafts = drafts
+                self._load.add_stream(len(seq.known), len(drafts))
+                budget -= len(drafts)
+
+    def _publish(self, seq: Sequence, count: int) -> list[int]:
+        """Make the blocks findable that `count` more tokens fill: a request behind in the same step may read them."""
+        first, end = seq.offered, (seq.computed + count) // BLOCK_SIZE
+        if first >= end or not self._config.prefix_caching:
             return []
+        seq.offered = end
         hashes = seq.hash_blocks(end)
         return [seq.blocks[i] for i in range(first, end) if self._pool.publish(seq.blocks[i], hashes[i])]
 

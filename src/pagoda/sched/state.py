@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from pagoda.sched.blocks import chain_hashes, root_hash
+from pagoda.sched.draft import Drafter
 from pagoda.types import BLOCK_SIZE, Float32, Int32, Request, SamplingParams, TokenLogprob
 
 Bias = tuple[Int32, Float32]
@@ -49,11 +51,13 @@ class Sequence:
         "blocks",
         "cached_tokens",
         "computed",
+        "drafter",
         "end",
         "hashes",
         "history",
         "known",
         "mask",
+        "offered",
         "order",
         "params",
         "prompt_len",
@@ -79,6 +83,7 @@ class Sequence:
         self.computed = 0
         self.blocks: list[int] = []
         self.hashes: list[bytes] = []
+        self.offered = 0  # how many of its blocks were made findable, or could be
         self.slot = -1
         self.alive = True
         self.cached_tokens = -1  # not looked up yet
@@ -92,6 +97,7 @@ class Sequence:
         self._first_bias = _bias(params, self.stop_ids) if params.min_tokens else None
         self.mask = _mask(params.allowed_token_ids, vocab_size)
         self.history = _history(request)
+        self.drafter: Drafter | None = None
 
     @property
     def output_len(self) -> int:
@@ -100,6 +106,11 @@ class Sequence:
     @property
     def bias(self) -> Bias | None:
         return self._first_bias if len(self.known) < self._min_len else self._bias
+
+    @property
+    def samples_alike(self) -> bool:
+        """True if what sampling does to the logits no longer depends on how many tokens there are, or which."""
+        return self.history is None and (self._first_bias is None or len(self.known) >= self._min_len)
 
     def reusable_len(self) -> int:
         """How many known tokens may come from the cache: the next logits wanted must still be computed."""
@@ -124,12 +135,20 @@ class Sequence:
 
 @dataclass(slots=True)
 class Turn:
-    """A request's part in one step: it computes `count` tokens, scores given ones, and may sample one."""
+    """A request's part in one step: it computes `count` tokens, scores given ones, and may sample one.
+
+    `drafts` are fed behind the known tokens; each gives a row to sample too, that counts if the draft was right.
+    """
 
     seq: Sequence
     count: int
     scoring: range
     samples: bool
+    drafts: Seq[int] = ()
+
+    @property
+    def sampled_rows(self) -> int:
+        return 1 + len(self.drafts) if self.samples else 0
 
 
 def _bias(params: SamplingParams, forbidden: frozenset[int]) -> Bias | None:

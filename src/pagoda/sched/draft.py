@@ -1,0 +1,97 @@
+"""Guesses a request's next tokens by looking up where its last ones occurred before, and how far it pays to try them.
+
+Nothing here can change an answer: guesses are fed behind the last token, and only those that equal what the model
+samples at their place are kept.
+"""
+
+from __future__ import annotations
+
+from pagoda.config import Speculation
+from pagoda.sched.pace import Load, Pace
+
+_READ_AT_ONCE = 1024  # tokens: a long prompt is read over several steps, none of which waits for it
+_FIRST_RATE, _RATE_WEIGHT = 0.3, 0.2
+_MOST_STREAMS = 2
+_LEAST_GAIN = 1.05
+
+
+class Drafter:
+    """One request's tokens by what came before them, and how often its guesses came true, fed or not."""
+
+    def __init__(self, config: Speculation) -> None:
+        self._sizes = range(config.lookup_max, config.lookup_min - 1, -1)
+        self._place_after: dict[tuple[int, ...], int] = {}
+        self._read = 0
+        self._guess: list[int] = []
+        self.rate = _FIRST_RATE
+
+    def guess(self, known: list[int], count: int) -> list[int]:
+        """The `count` tokens that followed the longest end of `known` when it was last seen; [] when it is new."""
+        self._read_on(known)
+        self._guess = self._look_up(known, count) if self._read == len(known) else []
+        return self._guess
+
+    def hear(self, tokens: list[int]) -> None:
+        """The tokens that came in place of the last guess."""
+        for guessed, token in zip(self._guess, tokens, strict=False):
+            self.rate += _RATE_WEIGHT * ((guessed == token) - self.rate)
+            if guessed != token:
+                break
+        self._guess = []
+
+    def _read_on(self, known: list[int]) -> None:
+        end = min(len(known), self._read + _READ_AT_ONCE)
+        for place in range(self._read, end):
+            for size in self._sizes:
+                if size <= place:
+                    self._place_after[tuple(known[place - size : place])] = place
+        self._read = end
+
+    def _look_up(self, known: list[int], count: int) -> list[int]:
+        for size in self._sizes:
+            place = self._place_after.get(tuple(known[-size:]))
+            if place is not None:
+                period = len(known) - place  # what runs into the end goes round: a repetition goes on
+                return [known[place + i % period] for i in range(count)]
+        return []
+
+
+class Speculator:
+    """Chooses how many guessed tokens a stream tries in a step, and counts them."""
+
+    def __init__(self, config: Speculation, pace: Pace) -> None:
+        self._config = config
+        self._pace = pace
+        self.drafts = 0
+        self.draft_tokens = 0
+
+    def most_streams(self) -> int | None:
+        """More streams than this share the cost of a step better than guesses do; None: no such limit."""
+        return None if self._config.always else _MOST_STREAMS
+
+    def draft(self, drafter: Drafter, known: list[int], most: int, load: Load) -> list[int]:
+        """At most `most` tokens to try behind `known` in a step that has this load so far."""
+        guess = drafter.guess(known, self._config.num_tokens)
+        most = min(most, len(guess))
+        draft = guess[: most if self._config.always else self._worth(drafter.rate, len(known), most, load)]
+        if draft:
+            self.drafts += 1
+            self.draft_tokens += len(draft)
+        return draft
+
+    def new_drafter(self) -> Drafter:
+        return Drafter(self._config)
+
+    def _worth(self, rate: float, context: int, most: int, load: Load) -> int:
+        """How many tokens make the step yield the most in its time."""
+        step_s, each_s = self._pace.streams_s(load), self._pace.stream_token_s(context)
+        if step_s <= 0:
+            return 0
+        tokens, likely, best, best_count = 1.0, 1.0, _LEAST_GAIN, 0
+        for count in range(1, most + 1):
+            likely *= rate
+            tokens += likely
+            gain = tokens / (1 + count * each_s / step_s)
+            if gain > best:
+                best, best_count = gain, count
+        return best_count
