@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
 from sched_fake import Harness, harness, request, solo
@@ -17,13 +18,16 @@ TARGET_S = 0.05
 class Machine:
     """A harness with a clock: a step takes what a machine would, with noise, and the scheduler is told."""
 
-    def __init__(self, speed: float = 1.0, *, noise: float = 0.1, target_s: float | None = TARGET_S) -> None:
+    def __init__(
+        self, speed: float = 1.0, *, noise: float = 0.1, target_s: float | None = TARGET_S, **config: Any
+    ) -> None:
         self.h: Harness = harness(
             num_blocks=1024,
             max_num_seqs=32,
             max_num_batched_tokens=512,
             max_model_len=4096,
             step_time_target_s=target_s,
+            **config,
         )
         self.speed, self.noise, self.rng = speed, noise, Random(1)
         self.clock_s = 0.0

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from sched_fake import VOCAB, Harness, harness, request, solo
+from test_sched_pace import Machine
 from test_sched_random import RNG, SETTINGS, Mix, check_disturbed, check_undisturbed, draw_mix
 
 from pagoda.config import Options, Speculation, speculation_from
@@ -46,7 +47,7 @@ def test_nothing_leaks_when_requests_are_cancelled_and_steps_fail(rng: Random) -
     check_disturbed(draw_repetitive(rng, disturbed=True))
 
 
-def test_hundreds_of_mixes(mixes: int = 300) -> None:
+def test_hundreds_of_mixes(mixes: int = 150) -> None:
     seen: Counter[str] = Counter()
     for seed in range(mixes):
         seen += check_undisturbed(draw_repetitive(Random(f"calm {seed}"), disturbed=False))
@@ -200,6 +201,32 @@ def test_before_anything_was_measured_nothing_is_tried() -> None:
     load = Load()
     load.add_stream(100)
     assert Speculator(Speculation(), Pace(None)).draft(Drafter(ALWAYS), [4, 5, 6] * 10, 8, load) == []
+
+
+def test_by_itself_it_is_quicker_where_text_repeats_and_never_slower() -> None:
+    for allowed, low, high in [((7,), 0.0, 0.6), ((7, 8), 0.0, 1.03), (tuple(range(VOCAB)), 0.97, 1.03)]:
+        seconds = {}
+        for speculation in (Speculation(), None):
+            m = Machine(target_s=None, speculation=speculation)
+            for name in "abc":
+                m.h.add(request(name, 40, seed=ord(name), max_tokens=300, allowed_token_ids=allowed))
+                m.run()
+                told = m.h.told[name]
+                assert told.tokens == solo(m.h.requests[name], m.h.config).tokens
+            seconds[speculation] = m.clock_s
+        ratio = seconds[Speculation()] / seconds[None]
+        print(f"{len(allowed)} tokens to choose from: {ratio:.3f} of the time without drafts")
+        assert low <= ratio <= high
+
+
+def test_by_itself_it_is_off_with_many_streams() -> None:
+    h = harness(speculation=Speculation())
+    for i in range(3):
+        h.add(request(f"r{i}", 20, first=i, max_tokens=20, allowed_token_ids=(7,)))
+    while planned := h.plan():
+        h.finish(*planned)
+        h.scheduler.observe(planned[0], 0.01)
+    assert h.scheduler.stats().spec_decode_num_drafts == 0
 
 
 # the option
