@@ -114,5 +114,5 @@ def test_python_table_of_guide_3() -> None:
     }
     options = resolve([], {"VLLM_MODEL_PATH": "/root/models/Qwen"}, ("VLLM_CONFIG", table)).options
     assert (options.model, options.max_num_seqs, options.max_model_len) == ("/root/models/Qwen", 32, 8192)
-    with pytest.raises(ConfigError, match="GGUF"):
-        resolve([], {}, ("VLLM_CONFIG", {**table, "dtype": "int8"}))
+    settings = resolve([], {}, ("VLLM_CONFIG", {**table, "dtype": "int8"}))
+    assert settings.options.engine_config("/root/models/Qwen").quantization == "int8"

@@ -88,7 +88,7 @@ def test_spellings(line: str, name: str, value: Any) -> None:
         ("--max-model-len 8q", "8192"),
         ("--max-model-len 0", "1 or more"),
         ("--gpu-memory-utilization 1.5", "0.01 to 1"),
-        ("--dtype int8", "GGUF"),
+        ("--dtype fp8", "int8 or int4"),
         ("--dtype bfloat17", "bfloat16"),
         ("--load-format pt", "safetensors"),
         ("--enable-lora", "LoRA"),
@@ -180,10 +180,9 @@ def test_a_mistyped_variable_is_named() -> None:
     ("line", "needle"),
     [
         ("-tp 2", "only 1"),
-        ("--quantization awq_marlin", "GGUF"),
-        ("--quantization gptq", "GGUF"),
         ("--quantization squeezellm", "dead"),
-        ("--quantization int8", "GGUF"),
+        ("--quantization fp8", "int8 or int4"),
+        ("--dtype int8 --quantization int4", "contradict"),
         ("--quantization something", "not supported"),
     ],
 )
@@ -193,7 +192,8 @@ def test_what_this_machine_cannot_do_is_refused(line: str, needle: str) -> None:
 
 
 def test_what_it_can_do_is_not() -> None:
-    check(options("-tp 1 --quantization gguf --dtype half"))
+    for line in ("gguf --dtype half", "awq", "awq_marlin", "gptq", "gptq_marlin", "int8", "int4", "int4 --dtype int4"):
+        check(options("-tp 1 --quantization " + line))
 
 
 def test_engine_config_carries_the_engine_options() -> None:
@@ -203,6 +203,14 @@ def test_engine_config_carries_the_engine_options() -> None:
     assert (config.model, config.dtype, config.max_model_len, config.max_num_seqs) == ("/m", "float16", 8000, 4)
     assert (config.max_num_batched_tokens, config.memory_share, config.kv_cache_bytes) == (64, 0.3, 1 << 20)
     assert (config.num_blocks, config.threads, config.device, config.prefix_caching) == (9, 2, "cpu", False)
+
+
+def test_weights_are_quantized_on_load_under_either_name() -> None:
+    for line in ("--dtype int8", "--quantization int8", "-q int8 --dtype int8"):
+        config = options(line).options.engine_config("/m")
+        assert (config.quantization, config.dtype) == ("int8", "auto")
+    config = options("-q int4 --dtype half").options.engine_config("/m")
+    assert (config.quantization, config.dtype) == ("int4", "float16")
 
 
 def test_help_and_page_hold_every_option() -> None:

@@ -72,21 +72,26 @@ def floats(x: npt.NDArray[np.float32]) -> Tensor:
     return Tensor("x", x.shape, "F32", np.ascontiguousarray(x, np.float32).view(np.uint8).ravel())
 
 
-def products(isa: str, x: npt.NDArray[np.float32], parts: list[Tensor], threads: int = 2) -> npt.NDArray[np.float32]:
+def products(
+    isa: str, x: npt.NDArray[np.float32], parts: list[Tensor], threads: int = 2, becomes: str = ""
+) -> npt.NDArray[np.float32]:
     """x [m, k] times the stacked parts, by a program that embeds x and lets the head multiply it."""
-    return head_of(isa, floats(x), parts, threads)
+    return head_of(isa, floats(x), parts, threads, becomes=becomes)
 
 
-def head_of(isa: str, embedded: Tensor, parts: list[Tensor], threads: int = 2) -> npt.NDArray[np.float32]:
-    """The rows of the embedding times the stacked parts."""
+def head_of(
+    isa: str, embedded: Tensor, parts: list[Tensor], threads: int = 2, *, becomes: str = "", embedded_becomes: str = ""
+) -> npt.NDArray[np.float32]:
+    """The rows of the embedding times the stacked parts; what float ones become if they are quantized on load."""
     lib = Native(threads, isa)
     m, k = embedded.shape
-    embed = lib.weight([(embedded.data, m, k, embedded.type)])
-    weight = lib.weight([(t.data, t.shape[0], k, t.type) for t in parts])
+    embed = lib.weight([(embedded.data, m, k, embedded.type)], [embedded_becomes or embedded.type])
+    weight = lib.weight([(t.data, t.shape[0], k, t.type) for t in parts], [becomes or t.type for t in parts])
     columns = sum(t.shape[0] for t in parts)
     inv_freq = np.ones(8)
     dims = Dims(1, 1, 1, 16, max(columns, m), 128, 16, 64, 16, 0, 1.0, inv_freq.ctypes.data)
-    flags = native.LOGIT_ROWS | (0 if all(t.type in FLOAT for t in parts) else native.QUANTIZE)
+    is_float = all((becomes or t.type) in FLOAT for t in parts)
+    flags = native.LOGIT_ROWS | (0 if is_float else native.QUANTIZE)
     lib.program(
         dims,
         [BufferShape(k, 0), BufferShape(k, 1)],

@@ -41,6 +41,10 @@ bool runs(int32_t type, int64_t k) {
   return l.block > 0 && k % (l.header ? kSuper * kBlock : kBlock) == 0;
 }
 
+bool quantizes(const pg_part& p) {
+  return p.quantize == 0 || (is_float(p.type) && (p.quantize == PG_Q8_0 || p.quantize == PG_Q5_1 || p.quantize == PG_Q4_1));
+}
+
 // 16 panels a chunk.
 struct Repack : Job {
   Repack(const pg_part& from, uint8_t* to, int64_t panels) : from(from), to(to), panels(panels), phase((panels + 15) / 16) {}
@@ -102,14 +106,14 @@ int32_t pg_weight(pg_context* c, const pg_part* parts, int32_t n) {
     w.k = parts[0].k;
     for (int i = 0; i < n; i++) {
       const pg_part& p = parts[i];
-      if (!runs(p.type, p.k) || p.k != w.k || p.rows <= 0) {
+      if (!quantizes(p) || !runs(panel_type(p), p.k) || p.k != w.k || p.rows <= 0) {
         c->error = "a matrix of a type or shape that cannot run";
         return -1;
       }
-      const int64_t panels = (p.rows + kPanel - 1) / kPanel, stride = panel_bytes(p.type, p.k);
+      const int64_t panels = (p.rows + kPanel - 1) / kPanel, stride = panel_bytes(panel_type(p), p.k);
       w.pages.emplace_back(panels * stride);
       uint8_t* data = w.pages.back().data();
-      w.parts.push_back({p.type, p.rows, w.rows, w.panels, stride, data});
+      w.parts.push_back({panel_type(p), p.rows, w.rows, w.panels, stride, data});
       w.rows += p.rows, w.panels += panels;
       c->team.run(std::make_shared<Repack>(p, data, panels));
     }

@@ -53,6 +53,8 @@ constexpr int64_t panel_bytes(int32_t type, int64_t k) {
   return blocks * l.block + (l.header ? blocks / kSuper * l.header : 0);
 }
 
+constexpr int32_t panel_type(const pg_part& from) { return from.quantize ? from.quantize : from.type; }
+
 struct Part {  // stacked along the rows of a weight
   int32_t type;
   int64_t rows;        // as stored; panels are padded with zero rows

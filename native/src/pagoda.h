@@ -32,6 +32,7 @@ struct pg_part {  // one stored matrix [rows, k], row-major blocks
   const uint8_t* data;
   int64_t rows, k;
   int32_t type;
+  int32_t quantize;  // 0, or what a float matrix becomes when it is repacked: PG_Q8_0, PG_Q5_1 or PG_Q4_1
 };
 
 struct pg_buffer {

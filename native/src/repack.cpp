@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "layout.h"
+#include "quantize.h"
 
 namespace pagoda {
 namespace {
@@ -138,6 +139,14 @@ template <> struct Decode<PG_IQ4_XS> {
     nibbles(p + 8 + 16 * i, c);
   }
 };
+// A float type on its way to Q8_0, Q5_1 or Q4_1.
+template <int Type, int To> struct Quantize {
+  static constexpr int row_bytes = kBlock * float_bytes(Type), tail_fields = To == PG_Q8_0 ? 1 : 2, tail_width = 2, head_fields = 0;
+  static void block(const uint8_t* row, int64_t b, Codes& c, uint8_t* tail, uint8_t*) {
+    const quantize::Floats x = quantize::block_of<Type>(row + b * row_bytes);
+    To == PG_Q8_0 ? quantize::to_q8_0(x, c.q, tail) : quantize::to_line(x, To == PG_Q5_1 ? 31.0f : 15.0f, c.q, tail);
+  }
+};
 
 // Bit planes of the 8 vectors of codes, by type: see layout.h.
 void put_nibbles(const uint8_t (*v)[32], uint8_t* to) {
@@ -171,8 +180,7 @@ template <int Type> int put_planes(const uint8_t (*v)[32], uint8_t* to) {
   }
 }
 
-template <int Type> void repack_panel(const pg_part& from, int64_t panel, uint8_t* to) {
-  using D = Decode<Type>;
+template <int Type, typename D = Decode<Type>> void repack_panel(const pg_part& from, int64_t panel, uint8_t* to) {
   constexpr Layout layout = layout_of(Type);
   constexpr int depth = layout.header ? 256 : 32;
   const int64_t row_bytes = from.k / depth * D::row_bytes;
@@ -205,8 +213,21 @@ template <typename T> void transpose_panel(const pg_part& from, int64_t panel, u
 
 using RepackPanel = void (*)(const pg_part&, int64_t, uint8_t*);
 
-RepackPanel repacker(int32_t type) {
-  switch (type) {
+template <int To> RepackPanel quantizer(int32_t from) {
+  switch (from) {
+    case PG_F32: return repack_panel<To, Quantize<PG_F32, To>>;
+    case PG_F16: return repack_panel<To, Quantize<PG_F16, To>>;
+    default: return repack_panel<To, Quantize<PG_BF16, To>>;
+  }
+}
+
+RepackPanel repacker(const pg_part& from) {
+  switch (from.quantize) {
+    case PG_Q8_0: return quantizer<PG_Q8_0>(from.type);
+    case PG_Q5_1: return quantizer<PG_Q5_1>(from.type);
+    case PG_Q4_1: return quantizer<PG_Q4_1>(from.type);
+  }
+  switch (from.type) {
     case PG_F32: return transpose_panel<uint32_t>;
     case PG_F16: case PG_BF16: return transpose_panel<uint16_t>;
     case PG_Q4_0: return repack_panel<PG_Q4_0>;
@@ -227,8 +248,8 @@ RepackPanel repacker(int32_t type) {
 }  // namespace
 
 void repack(const pg_part& from, uint8_t* to, int64_t first, int64_t last) {
-  RepackPanel one = repacker(from.type);
-  const int64_t stride = panel_bytes(from.type, from.k);
+  RepackPanel one = repacker(from);
+  const int64_t stride = panel_bytes(panel_type(from), from.k);
   for (int64_t p = first; p < last; p++) one(from, p, to + p * stride);
 }
 

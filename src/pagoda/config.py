@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -21,6 +22,15 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     lookup_max: int = 4
     lookup_min: int = 2
     always: bool = False
+
+
+QUANTIZE_ON_LOAD = ("int8", "int4")
+"""Values of --quantization that make 8 or 4 bits of float weights while they are loaded."""
+
+QUANTIZATION_METHODS: Mapping[str, str] = MappingProxyType(
+    {"gguf": "gguf", "awq": "awq", "awq_marlin": "awq", "auto_awq": "awq", "gptq": "gptq", "gptq_marlin": "gptq"}
+)
+"""Values of --quantization that say how a checkpoint was made -> the method. They choose nothing, and must be true."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,12 +112,17 @@ class Options:
     )
     dtype: str = _option(
         "auto",
-        "Type of float computation where there is a choice; quantized weights run in their own bits",
+        "Type of float computation where there is a choice; quantized weights run in their own bits. int8 and int4 are "
+        "the same as --quantization int8 and int4",
         "Model",
-        choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
+        choices=("auto", "half", "float16", "bfloat16", "float", "float32", *QUANTIZE_ON_LOAD),
     )
     quantization: str | None = _option(
-        None, "How the weights are quantized; read from the model, so it need not be given", "Model", aliases=("-q",)
+        None,
+        "int8 or int4: make 8 or 4 bits of float weights while they are loaded. awq, gptq, gguf (and awq_marlin, "
+        "gptq_marlin): how the model is quantized; read from the model, so it need not be given",
+        "Model",
+        aliases=("-q",),
     )
     load_format: str = _option("auto", "File format of the weights", "Model", choices=("auto", "safetensors", "gguf"))
     max_model_len: int | None = _option(
@@ -217,7 +232,8 @@ class Options:
         return EngineConfig(
             model=model_path,
             device=self.device,
-            dtype=_DTYPE.get(self.dtype, self.dtype),
+            dtype="auto" if self.dtype in QUANTIZE_ON_LOAD else _DTYPE.get(self.dtype, self.dtype),
+            quantization=self.dtype if self.dtype in QUANTIZE_ON_LOAD else self.quantization,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,

@@ -148,8 +148,7 @@ _ALIASES = MappingProxyType(
     }
 )
 
-_AWQ = ("AWQ and GPTQ weights are not supported yet", "Use a GGUF file of the model (Q4_K_M is of similar size)")
-_ON_LOAD = ("Quantizing while loading is not supported yet", "Use a GGUF file of the model, such as its Q8_0 one")
+_ON_LOAD = ("of the ways to quantize while loading there are int8 and int4", "Give int8 or int4")
 _PICKLE = (
     "PyTorch's .bin and .pt files can run code when they are read, and are not read yet",
     "Use the model's safetensors or GGUF files",
@@ -157,7 +156,6 @@ _PICKLE = (
 
 REFUSED_VALUES: Mapping[tuple[str, str], tuple[str, str]] = MappingProxyType(
     {
-        ("dtype", "int8"): _ON_LOAD,
         ("dtype", "fp8"): _ON_LOAD,
         ("load_format", "pt"): _PICKLE,
         ("load_format", "bin"): _PICKLE,
@@ -166,8 +164,7 @@ REFUSED_VALUES: Mapping[tuple[str, str], tuple[str, str]] = MappingProxyType(
             "SqueezeLLM is dead: vLLM dropped it and nobody publishes such models",
             "Use a GGUF file of the model (Q4_K_M is of similar size)",
         ),
-        **{("quantization", name): _AWQ for name in ("awq", "awq_marlin", "gptq", "gptq_marlin", "auto_awq")},
-        **{("quantization", name): _ON_LOAD for name in ("int8", "fp8", "bitsandbytes", "experts_int8")},
+        **{("quantization", name): _ON_LOAD for name in ("fp8", "bitsandbytes", "experts_int8")},
     }
 )
 

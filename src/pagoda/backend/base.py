@@ -18,7 +18,8 @@ class Limits:
 
     `memory_share` is the share of the machine's (CPU: free; GPU: total) memory that weights, cache and activations
     may use together; None lets the executor take what it sensibly can. `dtype` is the type of float computation
-    where a backend has a choice ("auto", "float32", "float16", "bfloat16").
+    where a backend has a choice ("auto", "float32", "float16", "bfloat16"). `quantization` "int8" or "int4" makes 8 or
+    4 bits of float matrices while they are loaded; anything else leaves the weights as they are stored.
     """
 
     max_model_len: int
@@ -29,6 +30,7 @@ class Limits:
     num_blocks: int | None = None
     threads: int | None = None
     dtype: str = "auto"
+    quantization: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,13 @@ from pagoda.arch.registry import load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Limits, Progress
 from pagoda.backend.select import load_executor
-from pagoda.config import EngineConfig
+from pagoda.config import QUANTIZE_ON_LOAD, EngineConfig
 from pagoda.engine.messages import EngineStats, ModelInfo
 from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
 from pagoda.sched.scheduler import Scheduler, SchedulerConfig
 from pagoda.types import BLOCK_SIZE, Delta, Request
 from pagoda.weights.open import open_source
+from pagoda.weights.quantization import check_quantization
 from pagoda.weights.source import TensorSource
 
 _log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class EngineCore:
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
         started = time.monotonic()
         self._source = open_source(config.model)
+        check_quantization(self._source, config.quantization)
         self.spec = load_spec(self._source)
         limits = resolve_limits(config, self.spec)
         self._executor = load_executor(config.device, self.spec, self._source, limits, progress)
@@ -153,6 +155,7 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
         num_blocks=config.num_blocks,
         threads=config.threads,
         dtype=config.dtype,
+        quantization=config.quantization,
     )
 
 
@@ -179,12 +182,13 @@ def fit_context(config: EngineConfig, limits: Limits, capacity: Capacity) -> int
     )
 
 
-def weight_types(source: TensorSource) -> str:
+def weight_types(source: TensorSource, quantization: str | None = None) -> str:
     """The types that the weights are stored in, largest share first; those under one percent are left out."""
     sizes: Counter[str] = Counter()
     for tensor in source.tensors.values():
         sizes[tensor.type] += tensor.nbytes
-    return ", ".join(name for name, size in sizes.most_common() if size * 100 >= sizes.total())
+    types = ", ".join(name for name, size in sizes.most_common() if size * 100 >= sizes.total())
+    return f"{types} as {quantization}" if quantization in QUANTIZE_ON_LOAD else types
 
 
 def _describe(
@@ -210,7 +214,7 @@ def _describe(
         kv_bytes=capacity.kv_bytes,
         activation_bytes=capacity.activation_bytes,
         device=capacity.device,
-        weight_types=weight_types(source),
+        weight_types=weight_types(source, config.quantization),
         eos_token_ids=spec.eos_token_ids,
         load_s=time.monotonic() - started,
     )

@@ -10,7 +10,7 @@ from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Done, Limits, Progress
 from pagoda.backend.cpu.library import Native, matrix_bytes
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
-from pagoda.backend.cpu.program import Program, buffer_bytes
+from pagoda.backend.cpu.program import Program, buffer_bytes, panel_type
 from pagoda.types import StepPlan
 from pagoda.weights.source import Tensor, TensorSource
 
@@ -33,12 +33,13 @@ class CpuExecutor:
             spec,
             limits,
             free_bytes=free_memory_bytes(),
-            weight_bytes=weight_bytes(tensors),
+            weight_bytes=weight_bytes(tensors, limits.quantization),
             activation_bytes=buffer_bytes(spec, limits.max_num_batched_tokens),
         )
         lib = Native(threads)
         try:
-            Program(lib, spec, tensors, progress).finish(limits.max_num_batched_tokens, blocks)
+            program = Program(lib, spec, tensors, progress, limits.quantization)
+            program.finish(limits.max_num_batched_tokens, blocks)
         except BaseException:
             lib.close()
             raise
@@ -58,6 +59,10 @@ class CpuExecutor:
         self._lib.close()
 
 
-def weight_bytes(tensors: Mapping[str, Tensor]) -> int:
+def weight_bytes(tensors: Mapping[str, Tensor], quantization: str | None = None) -> int:
     """What the tensors take once they are repacked; vectors are kept in float32."""
-    return sum(matrix_bytes(t.type, *t.shape) if len(t.shape) == 2 else t.shape[0] * 4 for t in tensors.values())
+    total = 0
+    for slot, t in tensors.items():
+        matrix = len(t.shape) == 2
+        total += matrix_bytes(panel_type(slot, t, quantization), *t.shape) if matrix else t.shape[0] * 4
+    return total

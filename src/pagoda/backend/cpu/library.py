@@ -24,7 +24,9 @@ ADD, QUANTIZE, LOGIT_ROWS = 1, 2, 4
 
 
 class Part(c.Structure):
-    _fields_ = [("data", c.c_void_p), ("rows", c.c_int64), ("k", c.c_int64), ("type", c.c_int32)]
+    _fields_ = [
+        ("data", c.c_void_p), ("rows", c.c_int64), ("k", c.c_int64), ("type", c.c_int32), ("quantize", c.c_int32),
+    ]  # fmt: skip
 
 
 class BufferShape(c.Structure):
@@ -122,9 +124,17 @@ class Native:
         self.isa, self.threads = isa, threads
         self._vocab = 0
 
-    def weight(self, parts: Sequence[tuple[npt.NDArray[np.uint8], int, int, str]]) -> int:
-        """Repack matrices of one k, stacked along rows: (bytes, rows, k, type) each. Returns the weight's id."""
-        array = (Part * len(parts))(*(Part(data.ctypes.data, rows, k, TYPES[kind]) for data, rows, k, kind in parts))
+    def weight(
+        self, parts: Sequence[tuple[npt.NDArray[np.uint8], int, int, str]], panel_types: Sequence[str] = ()
+    ) -> int:
+        """Repack matrices of one k, stacked along rows: (bytes, rows, k, type) each. Returns the weight's id.
+
+        `panel_types`, if given, is what each becomes: its own type, or Q8_0, Q5_1 or Q4_1 for a float one.
+        """
+        array = (Part * len(parts))()
+        for i, (data, rows, k, kind) in enumerate(parts):
+            becomes = panel_types[i] if panel_types else kind
+            array[i] = Part(data.ctypes.data, rows, k, TYPES[kind], 0 if becomes == kind else TYPES[becomes])
         return self._checked(self._lib.pg_weight(self._handle, array, len(parts)), ModelError)
 
     def vector(self, values: npt.NDArray[np.float32]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ from pagoda.arch.spec import Layer, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
+from pagoda.config import QUANTIZE_ON_LOAD
 from pagoda.errors import ModelError
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.source import Tensor
@@ -18,14 +20,27 @@ from pagoda.weights.source import Tensor
 MAX_ROWS = 32
 """Rows of logits that go through the head at a time; more are taken in turns."""
 
+FLOATS = ("F32", "F16", "BF16")
+
+_INT4 = MappingProxyType({"embed": "Q8_0", "head": "Q8_0", "v": "Q5_1", "down": "Q5_1"})
+"""What int4 makes of the matrices that suffer most from rounding; Q4_1 of the others."""
+
 X, H, QKV, ATT, GATE_UP, MLP, LAST, LAST_NORMED = range(8)
 
 
 class Program:
     """Builds the operations of one model into `lib`. Buffers: see the constants above."""
 
-    def __init__(self, lib: Native, spec: ModelSpec, tensors: Mapping[str, Tensor], progress: Progress | None) -> None:
+    def __init__(
+        self,
+        lib: Native,
+        spec: ModelSpec,
+        tensors: Mapping[str, Tensor],
+        progress: Progress | None,
+        quantization: str | None = None,
+    ) -> None:
         self._lib, self._spec, self._tensors = lib, spec, tensors
+        self._panel_types = {s: panel_type(s, t, quantization) for s, t in tensors.items() if len(t.shape) == 2}
         self._progress = progress or (lambda phase, share: None)
         self._ops: list[Op] = []
         _check(spec)
@@ -55,7 +70,8 @@ class Program:
 
     def _matrix(self, *slots: str) -> int:
         tensors = [_runnable(self._tensors[s]) for s in slots]
-        return self._lib.weight([(t.data, t.shape[0], t.shape[1], t.type) for t in tensors])
+        parts = [(t.data, t.shape[0], t.shape[1], t.type) for t in tensors]
+        return self._lib.weight(parts, [self._panel_types[s] for s in slots])
 
     def _vector(self, *slots: str) -> int:
         values = np.concatenate([dequantize(self._tensors[s]).ravel() for s in slots])
@@ -123,8 +139,7 @@ class Program:
             slots = [f"{prefix}.{s}" if prefix else s for s in fused.get(short, (short,))]
             if name == "head" and self._spec.tied:
                 slots = ["embed"]
-            stored = [self._tensors[s] for s in slots if s in self._tensors]
-            if any(len(t.shape) == 2 and _runnable_type(t) not in ("F32", "F16", "BF16") for t in stored):
+            if any(self._panel_types.get(s, "F32") not in FLOATS for s in slots):
                 found.add(number)
         return found
 
@@ -148,8 +163,13 @@ def buffer_bytes(spec: ModelSpec, max_tokens: int) -> int:
     return total + MAX_ROWS * spec.vocab_size * 4 + max_tokens * spec.rope.dim * 4
 
 
-def _runnable_type(tensor: Tensor) -> str:
-    return tensor.type if tensor.type in native.TYPES else "F32"
+def panel_type(slot: str, tensor: Tensor, quantization: str | None) -> str:
+    """What a matrix is once it is repacked. `quantization` int8 or int4 makes 8 or 4 bits of float ones."""
+    kind = tensor.type if tensor.type in native.TYPES else "F32"
+    if quantization not in QUANTIZE_ON_LOAD or kind not in FLOATS or tensor.shape[1] % 32:
+        return kind
+    part = slot.rpartition(".")[2]
+    return "Q8_0" if quantization == "int8" else _INT4.get(part, "Q4_1")
 
 
 def _runnable(tensor: Tensor) -> Tensor:
