@@ -18,10 +18,10 @@ template <int N, typename Body> PG_INLINE void unroll(Body&& body) {
 
 constexpr bool is_five_bit(int t) { return t == PG_Q5_0 || t == PG_Q5_1 || t == PG_Q5_K; }
 constexpr bool is_iq4(int t) { return t == PG_IQ4_NL || t == PG_IQ4_XS; }
-constexpr bool is_signed(int t) { return t == PG_Q8_0 || is_iq4(t); }  // codes are signed bytes
+constexpr bool is_signed(int t) { return t == PG_Q8_0 || t == PG_U8G || is_iq4(t); }  // codes are signed bytes
 constexpr bool has_halves(int t) { return t == PG_Q6_K || t == PG_Q2_K || t == PG_Q3_K; }  // a scale for each 16
 constexpr int plane_bytes(int t) {
-  return t == PG_Q8_0 ? 256 : t == PG_Q2_K ? 64 : t == PG_Q3_K ? 96 : is_five_bit(t) ? 160 : t == PG_Q6_K ? 192 : 128;
+  return t == PG_Q8_0 || t == PG_U8G ? 256 : t == PG_Q2_K ? 64 : t == PG_Q3_K ? 96 : is_five_bit(t) ? 160 : t == PG_Q6_K ? 192 : 128;
 }
 // Steps that 16-bit sums hold: 2 * step * largest code * 127 must stay below 32768.
 constexpr int period(int t) { return t == PG_Q6_K ? 2 : is_five_bit(t) || has_halves(t) ? 4 : 8; }
@@ -37,7 +37,7 @@ alignas(16) constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -
 
 // Vector V of the codes of the block at p.
 template <int Type, int V> PG_INLINE B codes(const uint8_t* p) {
-  if constexpr (Type == PG_Q8_0) return load_bytes(p + 32 * V);
+  if constexpr (Type == PG_Q8_0 || Type == PG_U8G) return load_bytes(p + 32 * V);
   else if constexpr (Type == PG_Q2_K || Type == PG_Q3_K) {
     B low = down<2 * (V % 4)>(load_bytes(p + 32 * (V / 4)), 3);
     if constexpr (Type == PG_Q3_K) return low | down<V - 2>(load_bytes(p + 64), 4);
@@ -55,13 +55,16 @@ template <int Type, int V> PG_INLINE B codes(const uint8_t* p) {
 struct Scales {
   F d, m;
 };
-template <int Type> constexpr bool has_min() { return !is_signed(Type) || kSignedOffset != 0; }
+template <int Type> constexpr bool has_min() { return !is_signed(Type) || Type == PG_U8G || kSignedOffset != 0; }
 template <int Type, int G> PG_INLINE Scales scales(const uint8_t* block, const uint8_t* header) {
   const uint8_t* p = block + plane_bytes(Type);
   const uint16_t *p16 = (const uint16_t*)p, *h16 = (const uint16_t*)header;
   if constexpr (Type == PG_Q4_0) { F d = load_f16(p16); return {d, d * -8.0f}; }
   else if constexpr (Type == PG_Q5_0) { F d = load_f16(p16); return {d, d * -16.0f}; }
   else if constexpr (Type == PG_Q8_0 || Type == PG_IQ4_NL) { F d = load_f16(p16); return {d, d * -(float)kSignedOffset}; }
+  // exact in float32: a scale has 11 bits, the distance of its zero point at most 9
+  else if constexpr (Type == PG_U4G) { F d = load_f16(p16); return {d, -(d * load_u8(p + 16))}; }
+  else if constexpr (Type == PG_U8G) { F d = load_f16(p16); return {d, d * (splat(128.0f - kSignedOffset) - load_u8(p + 16))}; }
   else if constexpr (Type == PG_IQ4_XS) { F d = load_f16(h16) * load_i8(p); return {d, d * -(float)kSignedOffset}; }
   else if constexpr (Type == PG_Q4_1 || Type == PG_Q5_1) return {load_f16(p16), load_f16(p16 + 8)};
   else if constexpr (Type == PG_Q4_K || Type == PG_Q5_K)
@@ -74,34 +77,42 @@ template <int Type, int G> PG_INLINE Scales scales(const uint8_t* block, const u
   }
 }
 
-// One panel times M rows. The order of every sum is fixed by K alone, so a row's result does not depend on M.
-template <int Type, int M> PG_INLINE void quantized_panel(const uint8_t* w, const Rows& a, int64_t row, F* out) {
+// P panels times M rows. The order of every sum is fixed by K alone, so a row's result does not depend on M or P.
+template <int Type, int M, int P>
+PG_INLINE void quantized_panels(const uint8_t* first, int64_t stride, const Rows& a, int64_t row, F (*out)[M]) {
   constexpr Layout layout = layout_of(Type);
   constexpr int groups = has_halves(Type) ? 2 : 1, steps = 8 / groups;
   const int64_t blocks = a.k / kBlock;
   const int8_t* q = a.q + row * a.k;
   const float *d = a.d + row * blocks, *s = (groups == 2 ? a.h : a.s) + row * blocks * groups;
-  const uint8_t* header = w;
-  F acc[M] = {};
+  const uint8_t *w = first, *header = first;  // of the first panel; the others lie `stride` behind each other
+  F acc[P][M] = {};
   for (int64_t b = 0; b < blocks; b++) {
     if (layout.header && b % kSuper == 0) header = w, w += layout.header;
+    for (int p = P; p < 2 * P; p++)  // what the next pass reads: the hardware does not see through the strides
+      for (int line = 0; line < layout.block; line += 64) __builtin_prefetch(w + p * stride + line);
     unroll<groups>([&](auto g) __attribute__((always_inline)) {
-      std::conditional_t<is_signed(Type), DotSigned, Dot<period(Type)>> dot[M];
+      std::conditional_t<is_signed(Type), DotSigned, Dot<period(Type)>> dot[P][M];
       unroll<steps>([&](auto v) __attribute__((always_inline)) {
         constexpr int V = g.value * steps + v.value;
-        B code = codes<Type, V>(w);
-        for (int i = 0; i < M; i++) dot[i].template add<V>(code, q + i * a.k + b * kBlock + 4 * V);
+        B code[P];
+        for (int p = 0; p < P; p++) code[p] = codes<Type, V>(w + p * stride);
+        for (int i = 0; i < M; i++)
+          for (int p = 0; p < P; p++) dot[p][i].template add<V>(code[p], q + i * a.k + b * kBlock + 4 * V);
       });
-      Scales scale = scales<Type, g.value>(w, header);
-      for (int i = 0; i < M; i++) {
-        acc[i] = fma(to_float(dot[i].sum), scale.d * splat(d[i * blocks + b]), acc[i]);
-        if constexpr (has_min<Type>())
-          acc[i] = fma(scale.m, splat(s[(i * blocks + b) * groups + g.value]), acc[i]);
+      for (int p = 0; p < P; p++) {
+        Scales scale = scales<Type, g.value>(w + p * stride, header + p * stride);
+        for (int i = 0; i < M; i++) {
+          acc[p][i] = fma(to_float(dot[p][i].sum), scale.d * splat(d[i * blocks + b]), acc[p][i]);
+          if constexpr (has_min<Type>())
+            acc[p][i] = fma(scale.m, splat(s[(i * blocks + b) * groups + g.value]), acc[p][i]);
+        }
       }
     });
     w += layout.block;
   }
-  for (int i = 0; i < M; i++) out[i] = acc[i];
+  for (int p = 0; p < P; p++)
+    for (int i = 0; i < M; i++) out[p][i] = acc[p][i];
 }
 
 template <int Type> PG_INLINE F load_float(const uint8_t* p) {
@@ -131,46 +142,52 @@ PG_INLINE void put(const Part& part, int64_t panel, int64_t row, const Out& out,
   for (int i = 0; i < lanes; i++) to[i] = out.add ? to[i] + v[i] : v[i];
 }
 
+// Rows of activations and panels in one pass, as many as there are registers for: with several panels, an activation that was loaded serves them all.
+#if defined(PG_VNNI)
+constexpr int kTile = 6, kQuantizedPanels = 2;
+#else
+constexpr int kTile = 4, kQuantizedPanels = 1;
+#endif
+template <int Type> constexpr int panels_at_once(int m) {
+  return is_float(Type) ? (m == 1 ? 4 : 2) : m > 4 ? kQuantizedPanels : 1;
+}
+
+template <int Type, int M, int P>
+PG_INLINE void panels(const Part& part, int64_t panel, const Rows& a, int64_t row, const Out& out) {
+  F v[P][M];
+  const uint8_t* w = part.data + panel * part.stride;
+  if constexpr (is_float(Type)) float_panels<Type, M, P>(w, part.stride, a, row, v);
+  else quantized_panels<Type, M, P>(w, part.stride, a, row, v);
+  for (int p = 0; p < P; p++)
+    for (int i = 0; i < M; i++) put(part, panel + p, row + i, out, v[p][i]);
+}
+
 template <int Type, int M>
 void tile(const Part& part, int64_t first, int64_t last, const Rows& a, int64_t row, const Out& out) {
+  constexpr int P = panels_at_once<Type>(M);
   int64_t p = first;
-  if constexpr (is_float(Type)) {
-    constexpr int P = M == 1 ? 4 : 2;
-    for (; p + P <= last; p += P) {
-      F v[P][M];
-      float_panels<Type, M, P>(part.data + p * part.stride, part.stride, a, row, v);
-      for (int n = 0; n < P; n++)
-        for (int i = 0; i < M; i++) put(part, p + n, row + i, out, v[n][i]);
-    }
-    for (; p < last; p++) {
-      F v[1][M];
-      float_panels<Type, M, 1>(part.data + p * part.stride, part.stride, a, row, v);
-      for (int i = 0; i < M; i++) put(part, p, row + i, out, v[0][i]);
-    }
-  } else {
-    for (; p < last; p++) {
-      F v[M];
-      quantized_panel<Type, M>(part.data + p * part.stride, a, row, v);
-      for (int i = 0; i < M; i++) put(part, p, row + i, out, v[i]);
-    }
-  }
+  for (; p + P <= last; p += P) panels<Type, M, P>(part, p, a, row, out);
+  for (; p < last; p++) panels<Type, M, 1>(part, p, a, row, out);
+}
+
+// The tile of n <= M rows.
+template <int Type, int M>
+void tile_of(int64_t n, const Part& part, int64_t first, int64_t last, const Rows& a, int64_t row, const Out& out) {
+  if constexpr (M > 1)
+    if (n < M) return tile_of<Type, M - 1>(n, part, first, last, a, row, out);
+  tile<Type, M>(part, first, last, a, row, out);
 }
 
 // Panels [first, last) times rows [r0, r1). A few panels stay in the first-level cache while all rows go over them;
-// the rows are split evenly into tiles of at most 4.
+// the rows are split evenly into tiles of at most kTile.
 template <int Type>
 void product(const Part& part, int64_t first, int64_t last, const Rows& a, int64_t r0, int64_t r1, const Out& out) {
-  const int64_t rows = r1 - r0, tiles = (rows + 3) / 4, step = rows <= 4 ? last - first : is_float(Type) ? 4 : 1;
+  const int64_t rows = r1 - r0, tiles = (rows + kTile - 1) / kTile, step = rows <= kTile ? last - first : panels_at_once<Type>(kTile);
   for (int64_t p = first; p < last; p += step) {
     const int64_t end = p + step < last ? p + step : last;
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t from = r0 + rows * t / tiles, n = r0 + rows * (t + 1) / tiles - from;
-      switch (n) {
-        case 1: tile<Type, 1>(part, p, end, a, from, out); break;
-        case 2: tile<Type, 2>(part, p, end, a, from, out); break;
-        case 3: tile<Type, 3>(part, p, end, a, from, out); break;
-        default: tile<Type, 4>(part, p, end, a, from, out);
-      }
+      tile_of<Type, kTile>(n, part, p, end, a, from, out);
     }
   }
 }
@@ -189,10 +206,11 @@ template <int Type> void row_of(const Part& part, int64_t k, int64_t row, float*
       unroll<8>([&](auto v) {
         Scales scale = scales<Type, v.value / steps>(w, header);
         B code = codes<Type, v.value>(w);
+        const float offset = scale.d[lane] * (is_signed(Type) ? kSignedOffset : 0), least = scale.m[lane] + offset;
         for (int j = 0; j < 4; j++) {
           uint8_t c = code[4 * lane + j];
           float value = is_signed(Type) ? (float)(int8_t)c : (float)c;
-          out[b * kBlock + 4 * v.value + j] = scale.d[lane] * value + (is_signed(Type) ? 0.0f : scale.m[lane]);
+          out[b * kBlock + 4 * v.value + j] = scale.d[lane] * value + least;
         }
       });
     }
@@ -216,6 +234,8 @@ template <int Type> void row_of(const Part& part, int64_t k, int64_t row, float*
     case PG_Q5_K: call(PG_Q5_K); break;      \
     case PG_IQ4_NL: call(PG_IQ4_NL); break;  \
     case PG_IQ4_XS: call(PG_IQ4_XS); break;  \
+    case PG_U4G: call(PG_U4G); break;        \
+    case PG_U8G: call(PG_U8G); break;        \
     default: call(PG_Q6_K);                  \
   }
 
