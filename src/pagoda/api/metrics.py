@@ -89,6 +89,10 @@ class _EngineCollector:
         yield self._gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1", usage)
         yield self._gauge("gpu_cache_usage_perc", "The same under its older name", usage)
         yield self._counter("num_preemptions", "Sequences put back to make room", now.preemptions)
+        yield self._counter("spec_decode_num_drafts", "Drafts that were checked", now.spec_decode_num_drafts)
+        drafted, accepted = now.spec_decode_num_draft_tokens, now.spec_decode_num_accepted_tokens
+        yield self._counter("spec_decode_num_draft_tokens", "Tokens of those drafts", drafted)
+        yield self._counter("spec_decode_num_accepted_tokens", "Those that were right", accepted)
         yield self._counter("prompt_tokens", "Prompt tokens computed or found in the cache", now.prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated", now.generation_tokens)
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up", now.prefix_queries_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import logging
 import signal
 import socket
@@ -25,6 +26,12 @@ _POLL_S = 0.01
 _log = logging.getLogger(__name__)
 
 
+def _environment(config: EngineConfig) -> dict[str, str]:
+    """Ours; numpy's own threads are for the reference executor only: elsewhere they would cost memory and do nothing."""
+    threads = {} if config.device == "reference" else {"OPENBLAS_NUM_THREADS": "1"}
+    return {**os.environ, **threads}
+
+
 class Link(asyncio.Protocol):
     """Starts the process on construction, without a running loop, so that it loads while the server still imports.
 
@@ -41,6 +48,7 @@ class Link(asyncio.Protocol):
                 stdin=subprocess.DEVNULL,
                 stdout=_STDERR,
                 process_group=0,
+                env=_environment(config),
             )
         with contextlib.suppress(BrokenPipeError):  # dead already; `lost` will tell
             ours.sendall(frame(config))
