@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:
-    """Ours; numpy's own threads are for the reference executor only: elsewhere they would cost memory and do nothing."""
+    """Ours; numpy's own threads serve the reference executor only, elsewhere they would just take memory."""
     threads = {} if config.device == "reference" else {"OPENBLAS_NUM_THREADS": "1"}
     return {**os.environ, **threads}
 
