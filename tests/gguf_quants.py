@@ -21,7 +21,7 @@ def encode(values: Array, type: str) -> npt.NDArray[np.uint8]:
     """The bytes of a float array stored as `type`, flat; the last axis must be whole blocks."""
     values = np.ascontiguousarray(values, dtype=np.float32)
     if type in ENCODERS:
-        data = ENCODERS[type](values.reshape(-1, 32 if type == "IQ4_NL" else 256))
+        data = ENCODERS[type](values.reshape(-1, 32 if type in SMALL else 256))
     else:
         data = gguf.quants.quantize(np.atleast_1d(values), gguf.GGMLQuantizationType[type])
     return np.ascontiguousarray(data).view(np.uint8).reshape(-1)
@@ -127,6 +127,20 @@ def _iq4_xs(x: Array) -> Array:
     return _bytes(d, high, low, _halves(q))
 
 
+def _grouped(x: Array, top: int) -> tuple[Array, Array, Array]:
+    """d, zero point and codes 0 .. top: value = d * (code - zero)."""
+    low, high = np.minimum(x.min(axis=1, keepdims=True), 0), np.maximum(x.max(axis=1, keepdims=True), 0)
+    d = ((high - low) / top).astype(np.float16).astype(np.float32)
+    zero = _round(_div(-low, d), 0, top)
+    return d, zero, _round(_div(x, d) + zero, 0, top)
+
+
+def _u4g(x: Array) -> Array:
+    d, zero, q = _grouped(x, 15)
+    return _bytes(d, zero, _halves(q.reshape(-1, 2, 16)))
+
+
+SMALL = ("IQ4_NL", "U4G", "U8G")
 ENCODERS: dict[str, Callable[[Array], Array]] = {
     "Q2_K": _q2_k,
     "Q3_K": _q3_k,
@@ -135,4 +149,6 @@ ENCODERS: dict[str, Callable[[Array], Array]] = {
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
+    "U4G": _u4g,
+    "U8G": lambda x: _bytes(*_grouped(x, 255)),
 }

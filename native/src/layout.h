@@ -7,8 +7,8 @@
 //   crumbs    2 planes: vectors 4i .. 4i+3 in bit pairs 0-1, 2-3, 4-5, 6-7 of plane i
 //   bits      1 plane: vector v in bit v
 // Behind the planes follow the block's scales and minima, 8 of each. The 256-deep types put their shared f16 scales in
-// front of each group of 8 blocks. value = d * code + m (d, m per row and block, or per half block of 16). Q8_0 has signed
-// bytes for codes; the nibbles of IQ4 types number the entries of a table of signed bytes.
+// front of each group of 8 blocks. value = d * code + m (d, m per row and block, or per half block of 16). Q8_0 and U8G have
+// signed bytes for codes; the nibbles of IQ4 types number the entries of a table of signed bytes.
 // Float panels are [k][8 rows].
 #pragma once
 #include <cstdint>
@@ -38,6 +38,8 @@ constexpr Layout layout_of(int32_t type) {
     case PG_Q4_K: return {32, 128 + 16};
     case PG_Q5_K: return {32, 160 + 16};
     case PG_Q6_K: return {16, 192 + 16};
+    case PG_U4G: return {0, 128 + 24};
+    case PG_U8G: return {0, 256 + 24};
     case PG_IQ4_XS: return {16, 128 + 8};
     default: return {0, 0};
   }

@@ -5,10 +5,11 @@
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Storage types of weights: the ids of the GGUF specification.
+// Storage types of weights: the ids of the GGUF specification, and from 100 our own (see weights/ggml.py).
 enum pg_type : int32_t {
   PG_F32 = 0, PG_F16 = 1, PG_Q4_0 = 2, PG_Q4_1 = 3, PG_Q5_0 = 6, PG_Q5_1 = 7, PG_Q8_0 = 8, PG_Q2_K = 10, PG_Q3_K = 11,
   PG_Q4_K = 12, PG_Q5_K = 13, PG_Q6_K = 14, PG_IQ4_NL = 20, PG_IQ4_XS = 23, PG_BF16 = 30,
+  PG_U4G = 100, PG_U8G = 101,
 };
 
 enum pg_op_kind : int32_t {

@@ -139,6 +139,22 @@ template <> struct Decode<PG_IQ4_XS> {
     nibbles(p + 8 + 16 * i, c);
   }
 };
+template <> struct Decode<PG_U4G> {
+  static constexpr int row_bytes = 19, tail_fields = 2, tail_width = 2, head_fields = 0;
+  static void block(const uint8_t* row, int64_t b, Codes& c, uint8_t* tail, uint8_t*) {
+    const uint8_t* p = row + b * 19;
+    memcpy(tail, p, 3), nibbles(p + 3, c);
+  }
+};
+template <> struct Decode<PG_U8G> {
+  static constexpr int row_bytes = 35, tail_fields = 2, tail_width = 2, head_fields = 0;
+  static void block(const uint8_t* row, int64_t b, Codes& c, uint8_t* tail, uint8_t*) {
+    const uint8_t* p = row + b * 35;
+    memcpy(tail, p, 3);
+    for (int i = 0; i < 32; i++) c.q[i] = p[3 + i] ^ 128;
+  }
+};
+
 // A float type on its way to Q8_0, Q5_1 or Q4_1.
 template <int Type, int To> struct Quantize {
   static constexpr int row_bytes = kBlock * float_bytes(Type), tail_fields = To == PG_Q8_0 ? 1 : 2, tail_width = 2, head_fields = 0;
@@ -171,7 +187,7 @@ void put_bits(const uint8_t (*v)[32], int shift, uint8_t* to) {
 
 template <int Type> int put_planes(const uint8_t (*v)[32], uint8_t* to) {
   switch (Type) {
-    case PG_Q8_0: memcpy(to, v, 256); return 256;
+    case PG_Q8_0: case PG_U8G: memcpy(to, v, 256); return 256;
     case PG_Q2_K: put_crumbs(v, 0, to); return 64;
     case PG_Q3_K: put_crumbs(v, 0, to), put_bits(v, 2, to + 64); return 96;
     case PG_Q5_0: case PG_Q5_1: case PG_Q5_K: put_nibbles(v, to), put_bits(v, 4, to + 128); return 160;
@@ -197,8 +213,10 @@ template <int Type, typename D = Decode<Type>> void repack_panel(const pg_part& 
       for (int f = 0; f < D::head_fields; f++, to += 16)
         for (int r = 0; r < kPanel; r++) memcpy(to + 2 * r, heads[r] + 2 * f, 2);
     to += put_planes<Type>(vectors, to);
-    for (int f = 0; f < D::tail_fields; f++, to += D::tail_width * kPanel)
-      for (int r = 0; r < kPanel; r++) memcpy(to + D::tail_width * r, tails[r] + D::tail_width * f, D::tail_width);
+    for (int f = 0; f < D::tail_fields; f++) {
+      const int width = f == 1 && (Type == PG_U4G || Type == PG_U8G) ? 1 : D::tail_width;  // zero points are bytes
+      for (int r = 0; r < kPanel; r++, to += width) memcpy(to, tails[r] + D::tail_width * f, width);
+    }
   }
 }
 
@@ -241,6 +259,8 @@ RepackPanel repacker(const pg_part& from) {
     case PG_Q5_K: return repack_panel<PG_Q5_K>;
     case PG_IQ4_NL: return repack_panel<PG_IQ4_NL>;
     case PG_IQ4_XS: return repack_panel<PG_IQ4_XS>;
+    case PG_U4G: return repack_panel<PG_U4G>;
+    case PG_U8G: return repack_panel<PG_U8G>;
     default: return repack_panel<PG_Q6_K>;
   }
 }

@@ -119,13 +119,6 @@ def _refuse_unsupported(config: Fields) -> None:
     activation = config.get("hidden_act") or "silu"
     if activation not in ("silu", "swish"):
         raise config.error("hidden_act", f"is {activation!r}; this architecture is supported with silu only")
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise ModelError(
-            f"the checkpoint is quantized ({method or 'unknown method'}), which is not supported yet in safetensors",
-            remedy="Use the original checkpoint or a GGUF file of the model",
-        )
 
 
 def _attention(fields: Fields, heads: int, kv_heads: int, head_dim: int, parts: Parts) -> Attention:

@@ -16,7 +16,7 @@ from pagoda.weights.source import Tensor
 class BlockType(NamedTuple):
     """A storage type: `elements` values along the last axis are kept in `bytes` bytes.
 
-    `id` is the number of the type in a GGUF file, -1 for types that only safetensors has.
+    `id` is the number of the type in a GGUF file, -1 for types that GGUF does not have.
     """
 
     name: str
@@ -72,6 +72,8 @@ BLOCKS: dict[str, BlockType] = {
         ("F8_E4M3", -1, 1, 1),
         ("F8_E5M2", -1, 1, 1),
         ("F8_E8M0", -1, 1, 1),
+        ("U4G", -1, 32, 19),  # of no file: what AWQ and GPTQ become, see weights/grouped.py
+        ("U8G", -1, 32, 35),
     )
 }
 
@@ -215,12 +217,21 @@ def _iq4_xs(b: Blocks) -> Float32:
     return _float(scale, 2) * _IQ4_VALUES[_halves(b["q"].reshape(-1, 8, 16))]
 
 
+def _u4g(b: Blocks) -> Float32:
+    return _float(b["d"], 2) * _float(_halves(b["q"]).astype(np.int16) - b["z"].astype(np.int16)[:, None, None])
+
+
+def _u8g(b: Blocks) -> Float32:
+    return _float(b["d"], 1) * _float(b["q"].astype(np.int16) - b["z"].astype(np.int16)[:, None])
+
+
 def _layout(*fields: tuple[str, str] | tuple[str, str, int]) -> np.dtype[Any]:
     return np.dtype(list(fields))
 
 
-_D, _M = ("d", "<f2"), ("m", "<f2")
-# Fields in file order: d scale, m minimum (or its scale), s small scales, q low bits of the numbers, h high bits.
+_D, _M, _Z = ("d", "<f2"), ("m", "<f2"), ("z", "u1")
+# Fields in file order: d scale, m minimum (or its scale), z zero point, s small scales, q low bits of the numbers,
+# h high bits.
 _CODECS: dict[str, tuple[np.dtype[Any], Callable[[Blocks], Float32]]] = {
     "F32": (np.dtype("<f4"), _float),
     "F16": (np.dtype("<f2"), _float),
@@ -237,4 +248,6 @@ _CODECS: dict[str, tuple[np.dtype[Any], Callable[[Blocks], Float32]]] = {
     "Q6_K": (_layout(("q", "u1", 128), ("h", "u1", 64), ("s", "i1", 16), _D), _q6_k),
     "IQ4_NL": (_layout(_D, ("q", "u1", 16)), _iq4_nl),
     "IQ4_XS": (_layout(_D, ("h", "u1", 2), ("s", "u1", 4), ("q", "u1", 128)), _iq4_xs),
+    "U4G": (_layout(_D, _Z, ("q", "u1", 16)), _u4g),
+    "U8G": (_layout(_D, _Z, ("q", "u1", 32)), _u8g),
 }

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from types import MappingProxyType
 
 from pagoda.errors import ModelError
-from pagoda.weights.files import reading, sniff, wrong_kind
+from pagoda.weights.awq import awq_tensors
+from pagoda.weights.files import Checkpoint, reading, sniff, wrong_kind
 from pagoda.weights.gguf import SPLIT_NAME, open_gguf
+from pagoda.weights.gptq import gptq_tensors
+from pagoda.weights.quantization import method_of
 from pagoda.weights.safetensors import INDEX, open_safetensors
 from pagoda.weights.source import TensorSource
 
+_UNPACK = MappingProxyType({"awq": awq_tensors, "gptq": gptq_tensors})
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SIDECARS = ("mmproj", "mtp-", "imatrix")  # in names of GGUF files that go with a model and are none
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
@@ -29,13 +34,27 @@ def open_source(path: str) -> TensorSource:
         if place.is_dir():
             return _open_directory(place)
     if place.name == INDEX:
-        return open_safetensors(place)
+        return _unpacked(open_safetensors(place))
     kind = sniff(place)
     if kind == "gguf":
         return open_gguf(place)
     if kind == "safetensors":
-        return open_safetensors(place)
+        return _unpacked(open_safetensors(place))
     raise wrong_kind(place, kind)
+
+
+def _unpacked(source: Checkpoint) -> Checkpoint:
+    """A quantized checkpoint with its packed matrices as tensors like all others."""
+    method = method_of(source)
+    if method is None:
+        return source
+    if method not in _UNPACK:
+        raise ModelError(
+            f"{source.path} is quantized with {method}, which cannot be read yet",
+            remedy=f"Take a version quantized with {' or '.join(_UNPACK)}, one in floats, or a GGUF file of the model",
+        )
+    source.tensors = _UNPACK[method](source.path, source.config["quantization_config"], source.tensors)
+    return source
 
 
 def _missing(path: str) -> ModelError:
@@ -52,7 +71,7 @@ def _missing(path: str) -> ModelError:
 def _open_directory(folder: Path) -> TensorSource:
     kinds = {file.name: sniff(file) for file in sorted(folder.iterdir()) if _is_candidate(file)}
     if INDEX in kinds or any(kind == "safetensors" and name.endswith(".safetensors") for name, kind in kinds.items()):
-        return open_safetensors(folder)
+        return _unpacked(open_safetensors(folder))
     ggufs = [name for name, kind in kinds.items() if kind == "gguf"]
     if ggufs:
         return open_gguf(folder / _choose(folder, ggufs))

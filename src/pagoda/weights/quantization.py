@@ -13,7 +13,9 @@ def method_of(source: TensorSource) -> str | None:
     if source.metadata:
         return "gguf"
     table = source.config.get("quantization_config")
-    return str(table.get("quant_method", "")).lower() or None if isinstance(table, dict) else None
+    if table is None:
+        return None
+    return str((isinstance(table, dict) and table.get("quant_method")) or "an unknown method").lower()
 
 
 def check_quantization(source: TensorSource, asked: str | None) -> None:

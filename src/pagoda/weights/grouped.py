@@ -1,0 +1,119 @@
+"""Matrices of AWQ and GPTQ as tensors of one storage type: whole numbers with a scale and a zero point by group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pagoda.errors import ModelError
+from pagoda.weights.ggml import dequantize, nbytes
+from pagoda.weights.source import Tensor
+
+BLOCK = 32
+Bytes = npt.NDArray[np.uint8]
+
+
+class MadeTensor(Tensor):
+    """A tensor whose data is made each time it is read, and not kept: a model is converted one matrix at a time."""
+
+    __slots__ = ("_make",)
+    _make: Callable[[], Bytes]
+
+    def __init__(self, name: str, shape: tuple[int, ...], type: str, make: Callable[[], Bytes]) -> None:
+        for field, value in (("name", name), ("shape", shape), ("type", type), ("_make", make)):
+            object.__setattr__(self, field, value)
+
+    @property
+    def data(self) -> Bytes:
+        return self._make()
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.type, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """A matrix [out, in]: value = scale * (code - zero), the scale and zero those of the input's group.
+
+    `codes` gives [out, in / 32, 16 or 32] bytes: of 4 bits, byte i holds inputs i (low half) and i + 16 of its block.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_of: npt.NDArray[np.int32]  # [in]
+    scales: Tensor  # [groups, out]
+    zeros: Callable[[], Bytes]  # [groups, out]
+    codes: Callable[[], Bytes]
+
+    def tensor(self) -> Tensor:
+        """In blocks where each block of inputs has one group and an f16 scale, else in float32: always exact."""
+        blocks = self.group_of.reshape(-1, BLOCK)
+        whole = self.scales.type == "F16" and bool((blocks == blocks[:, :1]).all())
+        type = {4: "U4G", 8: "U8G"}[self.bits] if whole else "F32"
+        return MadeTensor(self.name, self.shape, type, partial(_blocks if whole else _floats, self))
+
+
+def _blocks(m: Grouped) -> Bytes:
+    group_of = m.group_of[::BLOCK]
+    layout = np.dtype([("d", "<f2"), ("z", "u1"), ("q", "u1", BLOCK * m.bits // 8)])
+    out = np.empty((m.shape[0], len(group_of)), layout)
+    out["d"] = m.scales.data.view("<f2").reshape(m.scales.shape)[group_of].T
+    out["z"] = m.zeros()[group_of].T
+    out["q"] = m.codes()
+    return out.reshape(-1).view(np.uint8)
+
+
+def _floats(m: Grouped) -> Bytes:
+    codes = m.codes()
+    if m.bits == 4:
+        codes = np.stack((codes & 15, codes >> 4), axis=2)
+    distance = codes.reshape(m.shape).astype(np.float32) - m.zeros()[m.group_of].T
+    return np.ascontiguousarray(dequantize(m.scales)[m.group_of].T * distance).reshape(-1).view(np.uint8)
+
+
+def group_size(table: Mapping[str, Any], *keys: str) -> int:
+    """Inputs of a group, by the first of these keys that is there; -1 for all of a row."""
+    size = next((table[key] for key in keys if key in table), None)
+    if not isinstance(size, int) or (size < 1 and size != -1):
+        raise ModelError(f"quantization_config in config.json has the {keys[0]} {size!r}, which is no group size")
+    return size
+
+
+def part(tensors: dict[str, Tensor], name: str, type: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that a quantized matrix is made of, proven to be what it must be. `type` "float" is any float type."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise ModelError(f"the checkpoint lacks the tensor {name}", remedy="Download the model again")
+    kinds = ("F16", "BF16", "F32") if type == "float" else (type,)
+    if tensor.type not in kinds or tensor.shape != shape:
+        raise ModelError(
+            f"the tensor {name} is {tensor.type} {list(tensor.shape)}, and {kinds[0]} {list(shape)} was expected by "
+            "the bits and the group size in config.json"
+        )
+    return tensor
+
+
+def unpack(words: Tensor, bits: int, places: tuple[int, ...] = ()) -> Bytes:
+    """The numbers in rows of 32-bit words, lowest bits first; number `places[i]` of a word becomes its i-th."""
+    packed = words.data.reshape(words.shape[0], -1)
+    numbers = np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), -1) if bits == 4 else packed
+    if places:
+        numbers = numbers.reshape(len(numbers), -1, len(places))[:, :, places]
+    return np.ascontiguousarray(numbers).reshape(len(packed), -1)
+
+
+def matrix_shape(name: str, tensor: Tensor, per_row: int, per_column: int) -> tuple[int, int]:
+    """[out, in] of a packed matrix [in / per_row, out / per_column]."""
+    if tensor.type != "I32" or len(tensor.shape) != 2:
+        raise ModelError(f"the tensor {name} is {tensor.type} {list(tensor.shape)}, not a matrix of packed I32")
+    inputs, outputs = tensor.shape[0] * per_row, tensor.shape[1] * per_column
+    if inputs % BLOCK or not inputs or not outputs:
+        raise ModelError(f"the matrix {name} has {inputs} inputs; quantized ones need a multiple of {BLOCK}")
+    return outputs, inputs
