@@ -3,9 +3,12 @@
 
     python bench/cpu.py --llama BUILD/bin --model smollm2-q4_1.gguf --out bench/results/NAME.json
 
+Other servers can join: --peer "NAME=COMMAND ... {port}", started the same way, serving the model under the name m.
+
 In process: decode of one stream (128 tokens behind a prompt of 128) and prefill of 512 tokens, through llama-bench and
-through the engine's core. Over HTTP: `load.py` with 1 and 16 parallel requests (prompt 128, output 128) against
-llama-server (split and unified cache) and `pagoda serve`. Both sides get --threads threads. Needs aiohttp.
+through the engine's core. Over HTTP: `load.py` with 1, 16 and 32 parallel requests (prompt 128, output 128), and 16
+requests that share a prefix of 512 tokens (32 output), against llama-server (split and unified cache), the peers and
+`pagoda serve`. Both sides get --threads threads. Needs aiohttp and psutil.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -22,6 +26,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 HERE = Path(__file__).parent
 CORE = """
@@ -45,6 +51,11 @@ prefill = max(512 / run(512, 1)[0] for _ in range(3))
 decode = max(127 / run(128, 128)[1] for _ in range(3))
 print(json.dumps({"prefill_512": prefill, "decode": decode, "device": core.info.device}))
 """
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def llama_bench(a: argparse.Namespace) -> dict[str, Any]:
@@ -77,54 +88,74 @@ def first_token(port: int, started: float, process: subprocess.Popen[bytes]) -> 
             time.sleep(0.01)
 
 
-def serve(a: argparse.Namespace, command: list[str], streams: list[int]) -> dict[str, Any]:
+def load(a: argparse.Namespace, workload: str, repeats: int) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(HERE / "load.py"), "--base-url", f"http://127.0.0.1:{a.port}/v1", "--model", "m",
+         "--workloads", workload, "--concurrency", "1,16,32", "--repeats", str(repeats)],
+        capture_output=True, check=True,
+    )  # fmt: skip
+    results: dict[str, Any] = json.loads(done.stdout)["results"]
+    return {name: value["median"] for name, value in results.items()}
+
+
+def resident_mib(process: subprocess.Popen[bytes]) -> int:
+    """Peak resident memory of the process and its children, MiB."""
+    total = 0
+    for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+        status = Path(f"/proc/{one.pid}/status").read_text()
+        total += int(status.split("VmHWM:")[1].split()[0]) // 1024
+    return total
+
+
+def serve(a: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        cold = first_token(a.port, started, process)
-        load = subprocess.run(
-            [sys.executable, str(HERE / "load.py"), "--base-url", f"http://127.0.0.1:{a.port}/v1", "--model", "m",
-             "--workloads", "throughput", "--concurrency", ",".join(map(str, streams)), "--repeats", str(a.repeats)],
-            capture_output=True, check=True,
-        )  # fmt: skip
-        results = json.loads(load.stdout)["results"]
-        out = {"first_token_s": cold}
-        for name, value in results.items():
-            out[name] = value["median"]["out_tok_s"]
-            out[name + "_ttft_ms"] = value["median"]["ttft_ms_p50"]
-            if value["median"]["failed"]:
-                out[name + "_failed"] = value["median"]["failed"]
+        out: dict[str, Any] = {"first_token_s": first_token(a.port, started, process)}
+        for name, value in load(a, "throughput", a.repeats).items():
+            out[name] = value["out_tok_s"]
+            out[name + "_ttft_ms"], out[name + "_itl_p99_ms"] = value["ttft_ms_p50"], value["itl_ms_p99"]
+            if value["failed"]:
+                out[name + "_failed"] = value["failed"]
+        out["resident_mib"] = resident_mib(process)
+        out |= {name + "_s": value["wall_s"] for name, value in load(a, "prefix", 1).items()}
         return out
     finally:
         os.killpg(process.pid, 15)
-        process.wait(30)
+        process.wait(60)
 
 
 def servers(a: argparse.Namespace) -> dict[str, list[str]]:
     llama = [
         f"{a.llama}/llama-server", "-m", a.model, "-t", str(a.threads), "--host", "127.0.0.1", "--port", str(a.port),
-        "--alias", "m", "-np", "16",
+        "--alias", "m", "-np", "32",
     ]  # fmt: skip
     pagoda = [
         sys.executable, "-m", "pagoda.entrypoints.openai.api_server", "--model", a.model, "--port", str(a.port),
         "--served-model-name", "m", "--threads", str(a.threads),
     ]  # fmt: skip
+    named = (peer.split("=", 1) for peer in a.peer)
     return {
-        "llama.cpp split": [*llama, "-c", "12288"],
-        "llama.cpp unified": [*llama, "--kv-unified", "-c", "10240"],
+        "llama.cpp split": [*llama, "-c", "24576"],
+        "llama.cpp unified": [*llama, "--kv-unified", "-c", "20480"],
+        **{name: shlex.split(command.replace("{port}", str(a.port))) for name, command in named},
         "pagoda": pagoda,
     }
 
 
 def table(results: dict[str, Any]) -> str:
-    rows = ["| measure | " + " | ".join(results["servers"]) + " | ratio to the best peer |", "|---|---|---|---|---|"]
+    names = list(results["servers"])
+    rows = ["| measure | " + " | ".join(names) + " | pagoda to the best peer |", "|---|" + "---|" * (len(names) + 1)]
     for key, name in (("prefill_512", "prefill, 512 tokens, tok/s"), ("decode", "decode, one stream, tok/s")):
         peer, ours = results["core"]["llama.cpp"][key], results["core"]["pagoda"][key]
-        rows.append(f"| {name} | {peer:.0f} | | {ours:.0f} | {ours / peer:.2f} |")
-    for key in ("throughput_c1", "throughput_c16", "first_token_s"):
+        gap = " |" * (len(names) - 1)
+        rows.append(f"| {name} | {peer:.0f}{gap} {ours:.0f} | {ours / peer:.2f} |")
+    for key in ("throughput_c1", "throughput_c16", "throughput_c32", "prefix_cold_s", "first_token_s", "resident_mib"):
         values = [s[key] for s in results["servers"].values()]
-        best = min(values[:-1]) if key == "first_token_s" else max(values[:-1])
-        rows.append(f"| {key} | " + " | ".join(f"{v:.2f}" for v in values) + f" | {values[-1] / best:.2f} |")
+        less = key.endswith(("_s", "_mib"))
+        best = min(values[:-1]) if less else max(values[:-1])
+        ratio = best / values[-1] if less else values[-1] / best
+        rows.append(f"| {key} | " + " | ".join(f"{v:.2f}" for v in values) + f" | {ratio:.2f} |")
     return "\n".join(rows)
 
 
@@ -135,6 +166,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--port", type=int, default=18300)
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND", help="another server")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     rounds: dict[str, list[dict[str, Any]]] = {"llama.cpp": [], "pagoda": []}
@@ -147,14 +179,14 @@ def main() -> None:
     }
     results: dict[str, Any] = {
         "model": Path(a.model).name,
-        "machine": platform.processor() or platform.machine(),
+        "machine": cpu_name(),
         "device": rounds["pagoda"][0]["device"],
         "threads": a.threads,
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip(),
         "core": core,
-        "servers": {name: serve(a, command, [1, 16]) for name, command in servers(a).items()},
+        "servers": {name: serve(a, command) for name, command in servers(a).items()},
     }
     print(table(results))
     if a.out:
