@@ -70,55 +70,94 @@ PG_INLINE void join(Running& r, float* acc, const float* part, int dim, float to
   for (int d = 0; d < dim; d += 8) store(acc + d, load(acc + d) * scale[0] + load(part + d) * scale[1]);
 }
 
-// One segment [start, start + 512) for N consecutive query vectors.
+// What one segment gives to a query: weighted values [dim], then their maximum and total (0: nothing to attend).
+constexpr int partial_width(int dim) { return dim + 2; }
+
+// The segment [start, start + 512) for N consecutive query vectors, from `first`.
 template <int N>
-PG_INLINE void segment(const AttentionJob& job, int first, int start, const float* q, float* scores, float* part, float* acc, Running* running) {
-  const int dim = job.cache->head_dim;
+PG_INLINE void segment(const AttentionJob& job, int first, int start, const float* q, float* scores, float* partials) {
+  const int dim = job.cache->head_dim, width = partial_width(dim);
   const int last = job.position + (first + N - 1) / job.group;  // position of the last of these queries
+  for (int n = 0; n < N; n++) partials[(first + n) * width + dim + 1] = 0.0f;
   if (start > last) return;
   const int end = last + 1 < start + kSegment ? last + 1 : start + kSegment;
   const int blocks = (end - start + kTokens - 1) / kTokens;
   const int32_t* table = job.table + start / kTokens;
   for (int b = 0; b < blocks; b++)
     block_scores<N>(q + first * dim, job.cache->at(job.layer, table[b], job.kv_head), dim, scores + b * kTokens);
-  float top[N] = {}, total[N] = {};
+  float acc[N * kMaxHeadDim];
+  memset(acc, 0, N * dim * sizeof(float));
   for (int n = 0; n < N; n++) {
     const int limit = job.position + (first + n) / job.group + 1 - start;
-    if (limit > 0) soften(scores + n * kSegment, blocks * kTokens, limit, top[n], total[n]);
+    float* tail = partials + (first + n) * width + dim;
+    if (limit > 0) soften(scores + n * kSegment, blocks * kTokens, limit, tail[0], tail[1]);
     else memset(scores + n * kSegment, 0, blocks * kTokens * sizeof(float));
   }
-  memset(part, 0, N * dim * sizeof(float));
   for (int b = 0; b < blocks; b++) {
     const int count = end - start - b * kTokens < kTokens ? end - start - b * kTokens : kTokens;
     const uint16_t* block = job.cache->at(job.layer, table[b], job.kv_head);
-    block_values<N>(scores + b * kTokens, block + kTokens * dim, dim, count, part);
+    block_values<N>(scores + b * kTokens, block + kTokens * dim, dim, count, acc);
   }
-  for (int n = 0; n < N; n++)
-    if (total[n] > 0.0f || total[n] != total[n]) join(running[first + n], acc + (first + n) * dim, part + n * dim, dim, top[n], total[n]);
+  for (int n = 0; n < N; n++) memcpy(partials + (first + n) * width, acc + n * dim, dim * sizeof(float));
 }
 
-void attention(const AttentionJob& job, float* scratch) {
-  const int dim = job.cache->head_dim, queries = job.tokens * job.group;
-  float *q = scratch, *acc = q + kQueryVectors * dim, *part = acc + kQueryVectors * dim;
-  float* scores = part + kQueryVectors * dim;
-  Running running[kQueryVectors] = {};
-  for (int n = 0; n < queries; n++)
+PG_INLINE void segment_of_all(const AttentionJob& job, int start, const float* q, float* scores, float* partials) {
+  const int queries = job.tokens * job.group;
+  for (int n = 0; n < queries;) {
+    if (queries - n >= 4) segment<4>(job, n, start, q, scores, partials), n += 4;
+    else if (queries - n == 3) segment<3>(job, n, start, q, scores, partials), n += 3;
+    else if (queries - n == 2) segment<2>(job, n, start, q, scores, partials), n += 2;
+    else segment<1>(job, n, start, q, scores, partials), n += 1;
+  }
+}
+
+PG_INLINE void scale_queries(const AttentionJob& job, float* q) {
+  const int dim = job.cache->head_dim;
+  for (int n = 0; n < job.tokens * job.group; n++)
     for (int d = 0; d < dim; d += 8)
       store(q + n * dim + d, load(job.q + n / job.group * job.q_stride + n % job.group * dim + d) * job.scale);
-  const int last = job.position + job.tokens - 1;
-  for (int start = 0; start <= last; start += kSegment) {
-    for (int n = 0; n < queries;) {
-      if (queries - n >= 4) segment<4>(job, n, start, q, scores, part, acc, running), n += 4;
-      else if (queries - n == 3) segment<3>(job, n, start, q, scores, part, acc, running), n += 3;
-      else if (queries - n == 2) segment<2>(job, n, start, q, scores, part, acc, running), n += 2;
-      else segment<1>(job, n, start, q, scores, part, acc, running), n += 1;
-    }
+}
+
+PG_INLINE void join_segment(const AttentionJob& job, const float* partials, Running* running, float* acc) {
+  const int dim = job.cache->head_dim, width = partial_width(dim);
+  for (int n = 0; n < job.tokens * job.group; n++) {
+    const float *part = partials + n * width, top = part[dim], total = part[dim + 1];
+    if (total > 0.0f || total != total) join(running[n], acc + n * dim, part, dim, top, total);
   }
-  for (int n = 0; n < queries; n++) {
+}
+
+PG_INLINE void write_out(const AttentionJob& job, const Running* running, const float* acc) {
+  const int dim = job.cache->head_dim;
+  for (int n = 0; n < job.tokens * job.group; n++) {
     float* to = job.out + n / job.group * job.out_stride + n % job.group * dim;
     const float scale = 1.0f / running[n].total;
     for (int d = 0; d < dim; d += 8) store(to + d, load(acc + n * dim + d) * scale);
   }
+}
+
+void attention(const AttentionJob& job, float* scratch) {
+  const int dim = job.cache->head_dim;
+  float *q = scratch, *acc = q + kQueryVectors * dim, *partials = acc + kQueryVectors * dim;
+  float* scores = partials + kQueryVectors * partial_width(dim);
+  Running running[kQueryVectors] = {};
+  scale_queries(job, q);
+  for (int start = 0; start <= job.position + job.tokens - 1; start += kSegment) {
+    segment_of_all(job, start, q, scores, partials);
+    join_segment(job, partials, running, acc);
+  }
+  write_out(job, running, acc);
+}
+
+void attention_segment(const AttentionJob& job, int index, float* partials, float* scratch) {
+  float *q = scratch, *scores = q + kQueryVectors * job.cache->head_dim;
+  scale_queries(job, q);
+  segment_of_all(job, index * kSegment, q, scores, partials);
+}
+
+void attention_join(const AttentionJob& job, const float* partials, int64_t stride, int segments, float* scratch) {
+  Running running[kQueryVectors] = {};
+  for (int i = 0; i < segments; i++) join_segment(job, partials + i * stride, running, scratch);
+  write_out(job, running, scratch);
 }
 
 void store_kv(const KvCache& cache, int layer, int64_t block, int head, int offset, const float* k, const float* v) {

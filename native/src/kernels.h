@@ -25,6 +25,7 @@ struct Out {
 constexpr int kTokens = 16;       // tokens of a KV block
 constexpr int kSegment = 512;     // tokens attended at a time, cut at absolute positions
 constexpr int kQueryVectors = 32; // query vectors of one attention job
+constexpr int kMaxHeadDim = 512;
 
 struct KvCache {
   uint16_t* data;  // f16; [layer][block][kv head] of K [head_dim][16], then V [16][head_dim]
@@ -57,6 +58,10 @@ struct Kernels {
   void (*rotate)(float* head, const float* cos, const float* sin, int dim, bool interleaved);
   void (*store_kv)(const KvCache&, int layer, int64_t block, int head, int offset, const float* k, const float* v);
   void (*attention)(const AttentionJob&, float* scratch);
+  // The same in parts, with the same bits: segment `index` of a job into partials [queries][head_dim + 2], ...
+  void (*attention_segment)(const AttentionJob&, int index, float* partials, float* scratch);
+  // ... and the segments, `stride` floats from one to the next, joined in order.
+  void (*attention_join)(const AttentionJob&, const float* partials, int64_t stride, int segments, float* scratch);
   // Largest value; NaN if any is NaN.
   float (*row_max)(const float* x, int64_t n);
   // out = exp((x - top) * scale); returns the sum. out may be null.
@@ -64,12 +69,15 @@ struct Kernels {
 };
 
 // Floats of scratch that `attention` needs.
-constexpr int64_t attention_scratch(int head_dim) { return kQueryVectors * (int64_t)(kSegment + 3 * head_dim); }
+constexpr int64_t attention_scratch(int head_dim) { return kQueryVectors * (int64_t)(kSegment + 3 * head_dim + 2); }
 
 const Kernels* kernels_generic();
 #if defined(__x86_64__)
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+#elif defined(__aarch64__)
+const Kernels* kernels_neon();
+const Kernels* kernels_dotprod();
 #endif
 
 }  // namespace pagoda

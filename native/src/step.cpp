@@ -46,7 +46,7 @@ class StepJob : public Job {
   }
 
  private:
-  enum Extra : int32_t { kRopeTables = 100, kFinishRows, kSample };  // phases besides pg_op_kind
+  enum Extra : int32_t { kRopeTables = 100, kJoin, kFinishRows, kSample };  // phases besides pg_op_kind
 
   struct Item {
     Item(int32_t kind, const pg_op* op, int64_t first, int64_t rows, int64_t step, int64_t total)
@@ -75,6 +75,8 @@ class StepJob : public Job {
     } else {
       add(op.kind, &op, rows, first);
     }
+    if (op.kind == PG_ATTENTION && !joins_.empty())
+      items_.emplace_back(kJoin, &op, first, rows, 1, (int64_t)joins_.size() * c_.dims.kv_heads);
     if (op.kind == PG_ATTENTION && op.flags & PG_QUANTIZE) add(kFinishRows, &op, rows);
     if (op.kind == PG_HEAD) add(kSample, &op, rows, first, 1);
   }
@@ -83,6 +85,7 @@ class StepJob : public Job {
     if (item.kind == PG_MATMUL) return multiply(item, chunk, c_.buffers[item.op->out].row(0), c_.buffers[item.op->out].width);
     if (item.kind == PG_HEAD) return multiply(item, chunk, logits(0), c_.dims.vocab);
     if (item.kind == PG_ATTENTION) return attention(*item.op, chunk, thread);
+    if (item.kind == kJoin) return join(*item.op, chunk, thread);
     for (int64_t row = chunk * item.step; row < std::min(item.rows, (chunk + 1) * item.step); row++)
       if (item.kind == kRopeTables) rope_table(row);
       else if (item.kind == kSample) sample(item.first, row, thread);
@@ -176,7 +179,14 @@ class StepJob : public Job {
   // to read, come first, so that the threads end together.
   struct Tokens {
     int request, from, count;
+    int segment = -1;      // -1: all of them
+    int64_t partials = 0;  // where its results go, per KV head, in widths of a job
   };
+  struct Join {
+    Tokens tokens;
+    int segments;
+  };
+
   void list_attention() {
     const int width = std::max(1, kQueryVectors / (c_.dims.heads / c_.dims.kv_heads));
     for (int r = 0; r < st_.requests; r++) {
@@ -184,17 +194,48 @@ class StepJob : public Job {
       for (int tile = (int)ceil_div(tokens, width) - 1; tile >= 0; tile--)
         attention_.push_back({r, tile * width, std::min(width, tokens - tile * width)});
     }
+    if ((int64_t)attention_.size() * c_.dims.kv_heads < 4 * threads_ && threads_ > 1) split_attention();
+  }
+
+  // Few jobs: cut those with a long context into segments, so that all threads have work.
+  void split_attention() {
+    std::vector<Tokens> whole;
+    whole.swap(attention_);
+    int64_t partials = 0;
+    for (Tokens t : whole) {
+      const int segments = (int)ceil_div(st_.positions[t.request] + t.from + t.count, kSegment);
+      if (segments == 1) { attention_.push_back(t); continue; }
+      t.partials = partials;
+      joins_.push_back({t, segments});
+      for (t.segment = 0; t.segment < segments; t.segment++, t.partials = partials += c_.dims.kv_heads) attention_.push_back(t);
+    }
+    partials_.resize(partials * partial_stride());
+  }
+
+  int64_t partial_stride() const { return (int64_t)kQueryVectors * (c_.dims.head_dim + 2); }
+
+  AttentionJob job(const pg_op& op, const Tokens& t, int head) const {
+    const pg_dims& d = c_.dims;
+    const Buffer &in = c_.buffers[op.in], &out = c_.buffers[op.out];
+    const int group = d.heads / d.kv_heads;
+    const int64_t row = st_.starts[t.request] + t.from, column = (int64_t)head * group * d.head_dim;
+    return {&c_.kv, table_of(t.request), op.layer, head, group, t.count, st_.positions[t.request] + t.from,
+            in.row(row) + column, in.width, out.row(row) + column, out.width, op.f};
   }
 
   void attention(const pg_op& op, int64_t chunk, int thread) {
-    const pg_dims& d = c_.dims;
-    const Buffer &in = c_.buffers[op.in], &out = c_.buffers[op.out];
-    const Tokens t = attention_[chunk / d.kv_heads];
-    const int head = (int)(chunk % d.kv_heads), group = d.heads / d.kv_heads;
-    const int64_t row = st_.starts[t.request] + t.from, column = (int64_t)head * group * d.head_dim;
-    c_.kernels->attention({&c_.kv, table_of(t.request), op.layer, head, group, t.count, st_.positions[t.request] + t.from,
-                           in.row(row) + column, in.width, out.row(row) + column, out.width, op.f},
-                          c_.attention_scratch[thread].data());
+    const Tokens& t = attention_[chunk / c_.dims.kv_heads];
+    const int head = (int)(chunk % c_.dims.kv_heads);
+    float* scratch = c_.attention_scratch[thread].data();
+    if (t.segment < 0) return c_.kernels->attention(job(op, t, head), scratch);
+    c_.kernels->attention_segment(job(op, t, head), t.segment, &partials_[(t.partials + head) * partial_stride()], scratch);
+  }
+
+  void join(const pg_op& op, int64_t chunk, int thread) {
+    const Join& j = joins_[chunk / c_.dims.kv_heads];
+    const int head = (int)(chunk % c_.dims.kv_heads);
+    c_.kernels->attention_join(job(op, j.tokens, head), &partials_[(j.tokens.partials + head) * partial_stride()],
+                               c_.dims.kv_heads * partial_stride(), j.segments, c_.attention_scratch[thread].data());
   }
 
   void sample(int64_t first, int64_t l, int thread) {
@@ -207,6 +248,8 @@ class StepJob : public Job {
   const pg_step st_;
   const int threads_;
   std::vector<Tokens> attention_;
+  std::vector<Join> joins_;
+  std::vector<float> partials_;
   std::deque<Item> items_;
 };
 

@@ -184,9 +184,9 @@ def _check(spec: ModelSpec) -> None:
     first = spec.layers[0]
     if any(layer.attention != first.attention or layer.mlp.size != first.mlp.size for layer in spec.layers):
         raise ModelError("the CPU backend needs all layers of one shape", remedy="Try --device reference")
-    if first.attention.head_dim % 16:
+    if first.attention.head_dim % 16 or first.attention.head_dim > 512:
         raise ModelError(
-            f"the CPU backend needs a head size that is a multiple of 16, not {first.attention.head_dim}",
+            f"the CPU backend needs a head size that is a multiple of 16 up to 512, not {first.attention.head_dim}",
             remedy="Try --device reference",
         )
     if first.attention.window is not None:
