@@ -1,6 +1,7 @@
 # make serve    install, and serve the default model at http://localhost:8000
 # make test     install with the test tools, and run the tests
 # make check    what CI runs: lint, format, types, floors, tests
+# make test-arm compile the native library for ARM, and test its kernels under qemu
 # make bench    measure, beside llama.cpp: make bench ARGS="--llama FOLDER --model FILE.gguf"
 # make docs     write the pages that are made from code
 
@@ -25,6 +26,16 @@ check: $(VENV)/installed $(VENV)/test-tools
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest
+
+ARM_QEMU ?= $(shell command -v qemu-aarch64-static || command -v qemu-aarch64)
+test-arm:
+	@command -v aarch64-linux-gnu-g++ >/dev/null && test -n "$(ARM_QEMU)" || { \
+		echo "This needs a cross compiler and qemu. Debian, Ubuntu: sudo apt-get install g++-aarch64-linux-gnu qemu-user-static"; exit 1; }
+	cmake -S . -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+	cmake --build build/arm --parallel --target pagoda_cpu kernels_test
+	$(ARM_QEMU) -cpu max build/arm/native/kernels_test neon-dotprod
+	$(ARM_QEMU) -cpu cortex-a57 build/arm/native/kernels_test neon
 
 bench: $(VENV)/installed $(VENV)/test-tools
 	$(BIN)/python bench/cpu.py $(ARGS)
@@ -52,5 +63,5 @@ $(VENV)/test-tools: pyproject.toml | $(VENV)/installed
 	@$(PIP) --editable '.[test]'
 	@touch $@
 
-.PHONY: serve test check bench docs clean
+.PHONY: serve test test-arm check bench docs clean
 .DELETE_ON_ERROR:

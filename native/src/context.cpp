@@ -4,6 +4,9 @@
 #include <algorithm>
 #include <new>
 #include <sys/mman.h>
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 
 using namespace pagoda;
 
@@ -31,6 +34,10 @@ const Kernels* find_kernels(const std::string& isa) {
   const bool vnni = avx2 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
   if (isa == "avx512") return vnni ? kernels_avx512() : nullptr;
   if (isa == "avx2") return avx2 ? kernels_avx2() : nullptr;
+#endif
+#if defined(__aarch64__)
+  if (isa == "neon-dotprod") return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? kernels_dotprod() : nullptr;
+  if (isa == "neon") return kernels_neon();
 #endif
   return isa == "generic" ? kernels_generic() : nullptr;
 }
@@ -81,11 +88,13 @@ Buffer make_buffer(const pg_buffer& from, const pg_dims& d) {
 
 extern "C" {
 
-const char* pg_best_isa() {
-  for (const char* isa : {"avx512", "avx2"})
-    if (find_kernels(isa)) return isa;
-  return "generic";
+const char* pg_isa(int32_t i) {
+  for (const char* isa : {"avx512", "avx2", "neon-dotprod", "neon", "generic"})
+    if (find_kernels(isa) && i-- == 0) return isa;
+  return nullptr;
 }
+
+const char* pg_best_isa() { return pg_isa(0); }
 
 pg_context* pg_create(int32_t threads, const char* isa) {
   const Kernels* k = find_kernels(isa);

@@ -52,13 +52,13 @@ PG_INLINE I splat_i(int32_t x) { I4 v = {x, x, x, x}; return {v, v}; }
 PG_INLINE F to_float(I v) { return {__builtin_convertvector(v.low, F4), __builtin_convertvector(v.high, F4)}; }
 PG_INLINE F bits_to_float(I v) { return {(F4)v.low, (F4)v.high}; }
 PG_INLINE I float_to_bits(F v) { return {(I4)v.low, (I4)v.high}; }
-PG_INLINE F load(const float* p) { F v; memcpy(&v, p, sizeof v); return v; }
-PG_INLINE void store(float* p, F v) { memcpy(p, &v, sizeof v); }
-PG_INLINE B load_bytes(const uint8_t* p) { B v; memcpy(&v, p, sizeof v); return v; }
+// Half by half: a copy of the whole would go through memory.
+template <typename V> PG_INLINE V load_half(const void* p) { V v; memcpy(&v, p, sizeof v); return v; }
+PG_INLINE F load(const float* p) { return {load_half<F4>(p), load_half<F4>(p + 4)}; }
+PG_INLINE void store(float* p, F v) { memcpy(p, &v.low, sizeof v.low), memcpy(p + 4, &v.high, sizeof v.high); }
+PG_INLINE B load_bytes(const uint8_t* p) { return {load_half<B16>(p), load_half<B16>(p + 16)}; }
 PG_INLINE I load_u16(const uint16_t* p) {
-  U4 low, high;
-  memcpy(&low, p, 8), memcpy(&high, p + 4, 8);
-  return {__builtin_convertvector(low, I4), __builtin_convertvector(high, I4)};
+  return {__builtin_convertvector(load_half<U4>(p), I4), __builtin_convertvector(load_half<U4>(p + 4), I4)};
 }
 PG_INLINE F load_bf16(const uint16_t* p) { return bits_to_float(load_u16(p) << 16); }
 PG_INLINE F load_u8(const uint8_t* p) { I4 a = {p[0], p[1], p[2], p[3]}, b = {p[4], p[5], p[6], p[7]}; return to_float(pair(a, b)); }

@@ -1,0 +1,184 @@
+// The kernels of every instruction set this machine has: products and attention against plain double arithmetic, the
+// rest against the generic table. An argument names the instruction set that has to be found the best.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <initializer_list>
+#include <random>
+#include <vector>
+
+#include "context.h"
+
+using namespace pagoda;
+
+namespace {
+
+std::mt19937 rng(1);
+int failures = 0;
+
+std::vector<float> normal(int64_t n, float scale = 1.0f) {
+  std::normal_distribution<float> distribution(0.0f, scale);
+  std::vector<float> v(n);
+  for (float& x : v) x = distribution(rng);
+  return v;
+}
+
+void check(bool good, const char* isa, const char* what, int detail = 0) {
+  if (good) return;
+  std::printf("FAILED: %s %s %d\n", isa, what, detail);
+  failures++;
+}
+
+bool close(float a, double b, double size, double bound = 1e-5) { return std::abs(a - b) <= bound * size; }
+
+bool all_close(const std::vector<float>& a, const std::vector<float>& b) {
+  for (size_t i = 0; i < a.size(); i++)
+    if (!close(a[i], b[i], std::abs(b[i]) + 1e-6)) return false;
+  return true;
+}
+
+struct Codes {  // quantized activations
+  Codes(const Kernels& t, const std::vector<float>& x) : q(x.size()), d(x.size() / 32), s(d.size()), h(2 * d.size()) {
+    t.quantize(x.data(), x.size(), q.data(), d.data(), s.data(), h.data());
+  }
+  std::vector<int8_t> q;
+  std::vector<float> d, s, h;
+};
+
+// Random panels: any bytes are codes; the f16 scales behind or in front of them are made small and finite.
+std::vector<uint8_t> random_panels(int32_t type, int64_t panels, int64_t k) {
+  std::vector<uint8_t> w(panels * panel_bytes(type, k));
+  if (type == PG_F32) {
+    const std::vector<float> values = normal(w.size() / 4);
+    memcpy(w.data(), values.data(), w.size());
+    return w;
+  }
+  for (uint8_t& b : w) b = (uint8_t)rng();
+  const auto small = [&](uint8_t* p, int64_t halves) {  // 2^-5 to 2^-3 as f16, about 1 as bf16, of either sign
+    for (int64_t i = 0; i < halves; i++) {
+      const uint16_t bits = (rng() & 0x8000) | (type == PG_BF16 ? 0x3f00 + rng() % 256 : 0x2800 + rng() % 2048);
+      memcpy(p + 2 * i, &bits, 2);
+    }
+  };
+  if (is_float(type)) return small(w.data(), w.size() / 2), w;
+  const Layout l = layout_of(type);
+  const int tail = type == PG_Q4_1 || type == PG_Q5_1 ? 32 : 16;
+  uint8_t* p = w.data();
+  for (int64_t b = 0; b < panels * k / kBlock; b++, p += l.block) {
+    if (l.header && b % kSuper == 0) small(p, l.header / 2), p += l.header;
+    if (!l.header) small(p + l.block - tail, tail / 2);
+  }
+  return w;
+}
+
+void test_product(const Kernels& t, int32_t type) {
+  const int64_t k = 512, rows = 30, panels = 4;
+  const std::vector<uint8_t> w = random_panels(type, panels, k);
+  const Part part = {type, rows, 0, 0, panel_bytes(type, k), w.data()};
+  const int m = 7;  // tiles of 3 and 4; m = 1 and 2 below
+  const std::vector<float> x = normal(m * k);
+  const Codes codes(*kernels_generic(), x);
+  const Rows a = {x.data(), codes.q.data(), codes.d.data(), codes.s.data(), codes.h.data(), k};
+  std::vector<float> out(m * panels * 8), bias = normal(panels * 8);
+  for (auto [from, to] : {std::pair<int, int>{0, 7}, {0, 1}, {1, 3}})
+    t.matmul(part, 0, panels, a, from, to, {out.data(), panels * 8, bias.data(), false});
+  std::vector<float> row(k), same(k);
+  for (int64_t r = 0; r < rows; r++) {
+    kernels_generic()->dequantize_row(part, k, r, row.data());
+    t.dequantize_row(part, k, r, same.data());
+    check(all_close(same, row), t.name, "dequantize, type", type);
+    for (int i = 0; i < m; i++) {
+      double expected = 0, size = 0;
+      for (int64_t j = 0; j < k; j++) {
+        const double v = is_float(type) ? x[i * k + j] : (double)codes.q[i * k + j] * codes.d[(i * k + j) / 32];
+        expected += v * row[j], size += std::abs(v * row[j]);
+      }
+      check(close(out[i * panels * 8 + r], expected + bias[r], size), t.name, "product, type", type);
+    }
+  }
+}
+
+void test_attention(const Kernels& t) {
+  const int dim = 64, group = 3, tokens = 5, position = 700, length = position + tokens, blocks = (length + 15) / 16;
+  std::vector<uint16_t> memory((int64_t)blocks * 2 * kTokens * dim);
+  const KvCache cache = {memory.data(), blocks, 1, dim};
+  std::vector<int32_t> table(blocks);
+  for (int b = 0; b < blocks; b++) table[b] = (b * 7) % blocks == 0 && b ? b : blocks - 1 - b;
+  const std::vector<float> keys = normal(length * dim), values = normal(length * dim), q = normal(tokens * group * dim);
+  for (int i = 0; i < length; i++)
+    t.store_kv(cache, 0, table[i / 16], 0, i % 16, &keys[i * dim], &values[i * dim]);
+  std::vector<float> out(q.size()), scratch(attention_scratch(dim));
+  t.attention({&cache, table.data(), 0, 0, group, tokens, position, q.data(), group * dim, out.data(), group * dim, 0.125f}, scratch.data());
+  for (int n = 0; n < tokens * group; n++) {
+    std::vector<double> sum(dim), weights(position + n / group + 1);
+    double total = 0;
+    for (size_t i = 0; i < weights.size(); i++) {
+      double score = 0;
+      for (int d = 0; d < dim; d++) score += (double)q[n * dim + d] * keys[i * dim + d];
+      total += weights[i] = std::exp(score * 0.125);
+      for (int d = 0; d < dim; d++) sum[d] += weights[i] * values[i * dim + d];
+    }
+    // keys and values are stored in f16: 11 bits
+    for (int d = 0; d < dim; d++) check(close(out[n * dim + d], sum[d] / total, 1.0, 2e-3), t.name, "attention", n);
+  }
+}
+
+void test_rows(const Kernels& t) {
+  const Kernels& g = *kernels_generic();
+  const int64_t n = 1056;
+  std::vector<float> x = normal(n, 3.0f), y = normal(n), a(n), b(n);
+  x[5] = 0.0f, x[6] = -90.0f;
+  t.norm(x.data(), y.data(), n, 1e-5f, a.data()), g.norm(x.data(), y.data(), n, 1e-5f, b.data());
+  check(all_close(a, b), t.name, "norm");
+  t.silu(x.data(), y.data(), n, a.data()), g.silu(x.data(), y.data(), n, b.data());
+  check(all_close(a, b), t.name, "silu");
+  a = b = x;
+  t.rotate(a.data(), y.data(), y.data() + 100, 64, false), g.rotate(b.data(), y.data(), y.data() + 100, 64, false);
+  check(all_close(a, b), t.name, "rotate");
+  const Codes c(t, x), d(g, x);
+  check(c.q == d.q, t.name, "codes");
+  check(all_close(c.d, d.d) && all_close(c.s, d.s) && all_close(c.h, d.h), t.name, "scales");
+  check(t.row_max(x.data(), n - 3) == g.row_max(x.data(), n - 3), t.name, "row_max");
+  const double p = t.exp_row(x.data(), n - 3, 10.0f, 1.5f, a.data()), e = g.exp_row(x.data(), n - 3, 10.0f, 1.5f, b.data());
+  check(std::abs(p - e) <= 1e-5 * e, t.name, "sum of exponents");
+  for (int64_t i = 0; i < n - 3; i++) {
+    const double exact = std::exp((double)((x[i] - 10.0f) * 1.5f));
+    check(close(a[i], exact < 1.7e-38 ? 0.0 : exact, exact), t.name, "exponent", (int)i);
+  }
+  y[n - 1] = NAN;
+  check(std::isnan(t.row_max(y.data(), n)), t.name, "row_max of NaN");
+}
+
+void test_halves(const Kernels& t) {  // every f16 number, by a panel of them
+  std::vector<uint16_t> all(65536);
+  for (int i = 0; i < 65536; i++) all[i] = (uint16_t)i;
+  const Part part = {PG_F16, 8, 0, 0, 65536 * 2, reinterpret_cast<const uint8_t*>(all.data())};
+  for (int r = 0; r < 8; r++) {
+    std::vector<float> row(8192);
+    t.dequantize_row(part, 8192, r, row.data());
+    for (int i = 0; i < 8192; i++) {
+      const int h = 8 * i + r, exponent = h >> 10 & 31;
+      const double m = exponent ? 1024 + (h & 1023) : h & 1023;
+      const double v = std::ldexp(h & 0x8000 ? -m : m, (exponent ? exponent : 1) - 25);
+      const bool good = exponent < 31 ? row[i] == v : h & 1023 ? std::isnan(row[i]) : std::isinf(row[i]) && (row[i] < 0) == (h >> 15);
+      check(good, t.name, "f16", h);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count > 1) check(!strcmp(pg_isa(0), arguments[1]), pg_isa(0), "is not the best expected");
+  for (int i = 0; pg_isa(i); i++) {
+    pg_context* c = pg_create(2, pg_isa(i));
+    const Kernels& t = *c->kernels;
+    check(!strcmp(t.name, pg_isa(i)), t.name, "has another name");
+    for (int32_t type = 0; type < 64; type++)
+      if (is_float(type) || layout_of(type).block) test_product(t, type);
+    test_attention(t), test_rows(t), test_halves(t);
+    std::printf("%s: checked\n", t.name);
+    pg_destroy(c);
+  }
+  return failures != 0;
+}
