@@ -6,7 +6,7 @@
 Other servers can join: --peer "NAME=COMMAND ... {port}", started the same way, serving the model under the name m.
 
 In process: decode of one stream (128 tokens behind a prompt of 128) and prefill of 512 tokens, through llama-bench and
-through the engine's core. Over HTTP: `load.py` with 1, 16 and 32 parallel requests (prompt 128, output 128), and 16
+through the engine's core without speculation. Over HTTP: `load.py` with 1, 16 and 32 parallel requests (prompt 128, output 128), and 16
 requests that share a prefix of 512 tokens (32 output), against llama-server (split and unified cache), the peers and
 `pagoda serve`. Both sides get --threads threads. Needs aiohttp and psutil.
 """
@@ -36,7 +36,7 @@ from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.types import Request, SamplingParams
 import random
-core = EngineCore(EngineConfig(model=sys.argv[1], threads=int(sys.argv[2])))
+core = EngineCore(EngineConfig(model=sys.argv[1], threads=int(sys.argv[2]), speculation=None))
 rng = random.Random(time.time_ns())
 def run(prompt, out):
     ids = [rng.randrange(1000, 40000) for _ in range(prompt)]
