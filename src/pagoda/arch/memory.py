@@ -14,6 +14,7 @@ from pagoda.weights.source import Tensor
 AUTO_CACHE_BYTES = 4 << 30
 FLOAT32_BYTES = 4
 DEFAULT_SHARE = 0.9
+MOST_SHARE = 0.98
 
 
 class Limits(Protocol):
@@ -104,38 +105,49 @@ def fit(
     enough = 1 if limits.max_model_len >= spec.max_position else one
     if enough <= wanted <= fitting:
         return wanted
-    asked = limits.num_blocks is not None or limits.kv_cache_bytes is not None
-    blocks = max(wanted, enough) if asked else one
+    if wanted < min(enough, fitting + 1):
+        raise MemoryShort(
+            f"the KV cache that was asked for holds {wanted * BLOCK_SIZE} tokens, fewer than one request may have",
+            remedy=_any_of([*_length(wanted, limits), "more --kv-cache-memory-bytes or --num-gpu-blocks-override"]),
+        )
+    blocks = max(wanted, one)
     need = {
         "weights": weight_bytes,
         "activations": activation_bytes,
         f"a KV cache of {blocks * BLOCK_SIZE} tokens": blocks * kv_bytes_per_block(spec, kv_itemsize),
     }
-    raise _short(limits, need, free_bytes, share, min(fitting, wanted) if asked else fitting, asked)
+    raise _short(limits, need, free_bytes, share, fitting)
 
 
-def _short(
-    limits: Limits, need: Mapping[str, int], free_bytes: int, share: float, fitting: int, asked: bool
-) -> MemoryShort:
+def _short(limits: Limits, need: Mapping[str, int], free_bytes: int, share: float, fitting: int) -> MemoryShort:
     total = sum(need.values())
-    parts = ", ".join(f"{_size(size)} for {name}" for name, size in need.items())
+    parts = ", ".join(f"{size_text(size)} for {name}" for name, size in need.items())
     message = (
-        f"the model needs {_size(total)} of memory ({parts}); "
-        f"{_size(int(free_bytes * share))} may be used, {share:.0%} of the {_size(free_bytes)} that is free"
+        f"the model needs {size_text(total)} of memory ({parts}); "
+        f"{size_text(int(free_bytes * share))} may be used, {share:.0%} of the {size_text(free_bytes)} that is free"
     )
-    cures = []
-    length = min(fitting * BLOCK_SIZE, limits.max_model_len)
-    if length:
-        cures.append(f"--max-model-len {length}")
-    if asked:
-        cures.append("a smaller or no --kv-cache-memory-bytes and --num-gpu-blocks-override")
+    cures = _length(fitting, limits)
+    if fitting and limits.num_blocks is not None:
+        cures.append(f"--num-gpu-blocks-override {fitting}")
+    elif fitting and limits.kv_cache_bytes is not None:
+        cures.append("a smaller --kv-cache-memory-bytes")
     needed_share = math.ceil(100 * total / free_bytes) / 100 if free_bytes else math.inf
-    if share < needed_share <= 0.98:
+    if share < needed_share <= MOST_SHARE:
         cures.append(f"--gpu-memory-utilization {needed_share:.2f}")
-    if not cures:
-        cures.append("a smaller model, or a smaller quantization of this one, or fewer --max-num-batched-tokens")
-    return MemoryShort(message, remedy="What fits: " + ", or ".join(cures))
+    hopeless = ["a smaller model", "a smaller quantization of this one", "fewer --max-num-batched-tokens"]
+    return MemoryShort(message, remedy=_any_of(cures or hopeless))
 
 
-def _size(size_bytes: int) -> str:
+def _length(fitting: int, limits: Limits) -> list[str]:
+    """The longest context that `fitting` blocks hold, as an option, where it is shorter than the one asked for."""
+    length = fitting * BLOCK_SIZE
+    return [f"--max-model-len {length}"] if 0 < length < limits.max_model_len else []
+
+
+def _any_of(cures: list[str]) -> str:
+    return "What would fit: " + ", or ".join(cures)
+
+
+def size_text(size_bytes: int) -> str:
+    """A size for people."""
     return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"

@@ -15,6 +15,7 @@ COMMANDS = MappingProxyType(
     {
         "serve": "answer requests over the OpenAI API",
         "chat": "talk to a model in this terminal",
+        "check": "is a model complete, sound and supported?",
         "version": "print the version",
     }
 )

@@ -45,7 +45,7 @@ def open_safetensors(path: Path) -> Checkpoint:
     config = _config(folder)
     tensors: dict[str, Tensor] = {}
     for name, expected in sorted(shards.items()):
-        shard = _read(folder / name)
+        shard = read_shard(folder / name)
         if twice := tensors.keys() & shard.keys():
             raise ModelError(f"{folder / name} repeats the tensor {min(twice)} of another shard", remedy=DOWNLOAD_AGAIN)
         if missing := expected - shard.keys():
@@ -107,7 +107,8 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, its header proven against its size; no data is read."""
     file = map_file(path, "safetensors")
     length = int.from_bytes(file.raw[:8], "little")
     if length > _MAX_HEADER_BYTES:
