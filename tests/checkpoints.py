@@ -30,6 +30,8 @@ _TINY: Mapping[str, Any] = MappingProxyType(
 )
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+# A small base and a long context spread the ramp over several pairs, so that each of these parameters shows.
+_YARN_RAMP = {"rope_theta": 100.0, "beta_fast": 4.0, "beta_slow": 0.5, "original_max_position_embeddings": 128}
 _QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
 
 
@@ -50,7 +52,8 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "llama-dynamic": {"model_type": "llama", **_rope(rope_type="dynamic", factor=2.0)},
         "llama-llama3": {"model_type": "llama", **_rope(**_LLAMA3, original_max_position_embeddings=64)},
         "llama-yarn": {"model_type": "llama", **_rope(**_YARN)},
-        "llama-yarn-betas": {"model_type": "llama", **_rope(**_YARN, beta_fast=8.0, beta_slow=2.0, truncate=False)},
+        "llama-yarn-betas": {"model_type": "llama", **_rope(**{**_YARN, **_YARN_RAMP})},
+        "llama-yarn-smooth": {"model_type": "llama", **_rope(**{**_YARN, **_YARN_RAMP}, truncate=False)},
         "llama-yarn-mscale": {"model_type": "llama", **_rope(**_YARN, mscale=1.0, mscale_all_dim=0.5)},
         "llama-yarn-attention": {"model_type": "llama", **_rope(**_YARN, attention_factor=1.3)},
         "mistral": {"model_type": "mistral", "sliding_window": None},

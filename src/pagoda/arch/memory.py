@@ -105,10 +105,12 @@ def fit(
     enough = 1 if limits.max_model_len >= spec.max_position else one
     if enough <= wanted <= fitting:
         return wanted
-    if wanted < min(enough, fitting + 1):
+    asked = limits.num_blocks is not None or limits.kv_cache_bytes is not None
+    if asked and wanted < enough:
+        cures = [*_length(min(wanted, fitting), limits), "more --kv-cache-memory-bytes or --num-gpu-blocks-override"]
         raise MemoryShort(
             f"the KV cache that was asked for holds {wanted * BLOCK_SIZE} tokens, fewer than one request may have",
-            remedy=_any_of([*_length(wanted, limits), "more --kv-cache-memory-bytes or --num-gpu-blocks-override"]),
+            remedy=_any_of(cures),
         )
     blocks = max(wanted, one)
     need = {

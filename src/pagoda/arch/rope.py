@@ -68,12 +68,15 @@ def from_config(config: Fields, head_dim: int, max_position: int) -> tuple[Rope,
     Old: `rope_theta` and `rope_scaling`. New (transformers 5): both inside `rope_parameters`.
     """
     recipe = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(recipe, Mapping) or any(isinstance(v, Mapping) for v in recipe.values()):
+    if not isinstance(recipe, Mapping):
+        raise ModelError(f"{config.where}: rope parameters are {recipe!r}, must be a table")
+    if any(isinstance(v, Mapping) for v in recipe.values()):
         raise ModelError(f"{config.where}: rope parameters that differ from layer to layer are not supported")
     table = Fields(recipe, f"{config.where} (rope parameters)")
     base = table.number("rope_theta", config.number("rope_theta", 10000.0))
     share = table.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
-    freq = frequencies(int(head_dim * share), base)
+    dim = int(head_dim * share)
+    freq = frequencies(dim, base)
     attention_factor = 1.0
     match recipe.get("rope_type") or recipe.get("type") or "default":
         case "default" | "dynamic":
@@ -94,7 +97,7 @@ def from_config(config: Fields, head_dim: int, max_position: int) -> tuple[Rope,
             max_position = max(max_position, int(yarn.original_length * yarn.factor))
         case kind:
             raise ModelError(f"{config.where}: rope type {kind!r} is not supported (supported: {', '.join(SUPPORTED)})")
-    return Rope(2 * len(freq), tuple(freq.tolist()), attention_factor), max_position
+    return Rope(dim, tuple(freq.tolist()), attention_factor), max_position
 
 
 def _original_length(config: Fields, table: Fields, max_position: int) -> int:
