@@ -62,7 +62,17 @@ def test_logits_of_a_sharded_checkpoint(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["llama", "llama-tied", "llama-biases", "llama-wide-heads", "llama-llama3", "mistral", "qwen2", "qwen2-tied", "qwen3"],
+    [
+        "llama",
+        "llama-tied",
+        "llama-biases",
+        "llama-wide-heads",
+        "llama-llama3",
+        "mistral",
+        "qwen2",
+        "qwen2-tied",
+        "qwen3",
+    ],
 )
 def test_logits_of_gguf_equal_transformers(case: str, tmp_path: Path) -> None:
     model = make_model(case)
