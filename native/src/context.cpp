@@ -54,9 +54,9 @@ bool quantizes(const pg_part& p) {
 
 // 16 panels a chunk.
 struct Repack : Job {
-  Repack(const pg_part& from, uint8_t* to, int64_t panels) : from(from), to(to), panels(panels), phase((panels + 15) / 16) {}
-  void work(int) override {
-    phase.share([&](int64_t i) { repack(from, to, 16 * i, std::min(panels, 16 * i + 16)); });
+  Repack(const pg_part& from, uint8_t* to, int64_t panels, int threads) : from(from), to(to), panels(panels), phase((panels + 15) / 16, threads) {}
+  void work(int thread) override {
+    phase.share(thread, [&](int64_t i) { repack(from, to, 16 * i, std::min(panels, 16 * i + 16)); }, [] {});
   }
   const pg_part from;
   uint8_t* const to;
@@ -124,7 +124,7 @@ int32_t pg_weight(pg_context* c, const pg_part* parts, int32_t n) {
       uint8_t* data = w.pages.back().data();
       w.parts.push_back({panel_type(p), p.rows, w.rows, w.panels, stride, data});
       w.rows += p.rows, w.panels += panels;
-      c->team.run(std::make_shared<Repack>(p, data, panels));
+      c->team.run(std::make_shared<Repack>(p, data, panels, c->team.size()));
     }
     c->weights.push_back(std::move(w));
     return (int32_t)c->weights.size() - 1;

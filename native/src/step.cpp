@@ -11,6 +11,8 @@ using namespace pagoda;
 
 namespace {
 
+constexpr int64_t kSerialRows = 2;
+constexpr int64_t kChunkBytes = 32 << 10;  // of weights, at least: a chunk costs two atomic operations
 constexpr int64_t kRowBytes = 192 << 10;  // activations that stay in the second-level cache while weights pass
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -20,7 +22,9 @@ struct Cut {
   Cut(const Weight& w, int64_t rows, int threads) {
     const int64_t at_once = std::max<int64_t>(16, kRowBytes / w.k);
     row_blocks = ceil_div(rows, at_once);
-    step = std::max<int64_t>(1, w.panels / (threads * (row_blocks > 2 ? 4 : 8)));
+    const int64_t fair = w.panels / (threads * (row_blocks > 2 ? 4 : 8));
+    const int64_t small = rows > 4 ? 1 : ceil_div(kChunkBytes, w.parts[0].stride);
+    step = std::max({(int64_t)1, fair, std::min(small, ceil_div(w.panels, threads))});
     chunks = ceil_div(w.panels, step);
   }
   int64_t row_blocks, step, chunks;
@@ -30,6 +34,7 @@ class StepJob : public Job {
  public:
   StepJob(pg_context& c, const pg_step& st) : c_(c), st_(st), threads_(c.team.size()) {
     list_attention();
+    add_phase({kStart, nullptr, 0, 0, 1}, 1);
     add(kRopeTables, nullptr, st.tokens_count);
     size_t gather = c.ops.size();
     for (size_t i = 0; i < c.ops.size(); i++) {
@@ -42,25 +47,40 @@ class StepJob : public Job {
   }
 
   void work(int thread) override {
-    for (Item& item : items_) item.phase.share([&](int64_t chunk) { run(item, chunk, thread); });
+    for (Item& item : items_)
+      item.phase.share(thread, [&](int64_t chunk) { run(item.task, chunk, thread); }, [&] { run_tail(item, thread); });
   }
 
  private:
-  enum Extra : int32_t { kRopeTables = 100, kJoin, kFinishRows, kSample };  // phases besides pg_op_kind
+  enum Extra : int32_t { kStart = 100, kRopeTables, kJoin, kFinishRows, kSample };  // tasks besides pg_op_kind
 
-  struct Item {
-    Item(int32_t kind, const pg_op* op, int64_t first, int64_t rows, int64_t step, int64_t total)
-        : kind(kind), op(op), first(first), rows(rows), step(step), phase(total) {}
+  struct Task {
     int32_t kind;
     const pg_op* op;
     int64_t first;  // row of logits that is row 0 of the buffers
     int64_t rows, step;
+  };
+  // A phase, and the small tasks behind it that its last thread does at once: to hand them over would take longer.
+  struct Item {
+    Item(const Task& task, int64_t chunks, int threads) : task(task), phase(chunks, threads) {}
+    Task task;
     Phase phase;
+    size_t tail_begin = 0, tail_end = 0;  // in tails_
   };
 
-  void add(int32_t kind, const pg_op* op, int64_t rows, int64_t first = 0, int64_t step = 0) {
-    if (!step) step = std::max<int64_t>(1, rows / (threads_ * 4));
-    items_.emplace_back(kind, op, first, rows, step, ceil_div(rows, step));
+  void add_phase(const Task& task, int64_t chunks) { items_.emplace_back(task, chunks, threads_); }
+
+  // A task that goes row by row.
+  void add(int32_t kind, const pg_op* op, int64_t rows, int64_t first = 0) {
+    if (rows <= kSerialRows) {
+      tails_.push_back({kind, op, first, rows, rows});
+      Item& last = items_.back();
+      if (!last.tail_end) last.tail_begin = tails_.size() - 1;
+      last.tail_end = tails_.size();
+      return;
+    }
+    const int64_t step = kind == kSample ? 1 : std::max<int64_t>(1, rows / (threads_ * 4));
+    add_phase({kind, op, first, rows, step}, ceil_div(rows, step));
   }
 
   void add(const pg_op& op, int64_t first) {
@@ -69,34 +89,45 @@ class StepJob : public Job {
     if (rows <= 0) return;
     if (op.kind == PG_MATMUL || op.kind == PG_HEAD) {
       const Cut cut(c_.weights[op.weight], rows, threads_);
-      items_.emplace_back(op.kind, &op, first, rows, cut.step, cut.row_blocks * cut.chunks);
+      add_phase({op.kind, &op, first, rows, cut.step}, cut.row_blocks * cut.chunks);
     } else if (op.kind == PG_ATTENTION) {
-      items_.emplace_back(op.kind, &op, first, rows, 1, (int64_t)attention_.size() * c_.dims.kv_heads);
+      add_phase({op.kind, &op, first, rows, 1}, (int64_t)attention_.size() * c_.dims.kv_heads);
     } else {
       add(op.kind, &op, rows, first);
     }
     if (op.kind == PG_ATTENTION && !joins_.empty())
-      items_.emplace_back(kJoin, &op, first, rows, 1, (int64_t)joins_.size() * c_.dims.kv_heads);
+      add_phase({kJoin, &op, first, rows, 1}, (int64_t)joins_.size() * c_.dims.kv_heads);
     if (op.kind == PG_ATTENTION && op.flags & PG_QUANTIZE) add(kFinishRows, &op, rows);
-    if (op.kind == PG_HEAD) add(kSample, &op, rows, first, 1);
+    if (op.kind == PG_HEAD) add(kSample, &op, rows, first);
   }
 
-  void run(Item& item, int64_t chunk, int thread) {
-    if (item.kind == PG_MATMUL) return multiply(item, chunk, c_.buffers[item.op->out].row(0), c_.buffers[item.op->out].width);
-    if (item.kind == PG_HEAD) return multiply(item, chunk, logits(0), c_.dims.vocab);
-    if (item.kind == PG_ATTENTION) return attention(*item.op, chunk, thread);
-    if (item.kind == kJoin) return join(*item.op, chunk, thread);
-    for (int64_t row = chunk * item.step; row < std::min(item.rows, (chunk + 1) * item.step); row++)
-      if (item.kind == kRopeTables) rope_table(row);
-      else if (item.kind == kSample) sample(item.first, row, thread);
-      else run_row(item, row);
+  void run(const Task& task, int64_t chunk, int thread) {
+    switch (task.kind) {
+      case kStart: return;
+      case PG_MATMUL: return multiply(task, chunk, c_.buffers[task.op->out].row(0), c_.buffers[task.op->out].width);
+      case PG_HEAD: return multiply(task, chunk, logits(0), c_.dims.vocab);
+      case PG_ATTENTION: return attention(*task.op, chunk, thread);
+      case kJoin: return join(*task.op, chunk, thread);
+    }
+    run_rows(task, chunk * task.step, std::min(task.rows, (chunk + 1) * task.step), thread);
   }
 
-  void run_row(const Item& item, int64_t row) {
-    const pg_op& op = *item.op;
+  void run_tail(const Item& item, int thread) {
+    for (size_t i = item.tail_begin; i < item.tail_end; i++) run_rows(tails_[i], 0, tails_[i].rows, thread);
+  }
+
+  void run_rows(const Task& task, int64_t from, int64_t to, int thread) {
+    for (int64_t row = from; row < to; row++)
+      if (task.kind == kRopeTables) rope_table(row);
+      else if (task.kind == kSample) sample(task.first, row, thread);
+      else run_row(task, row);
+  }
+
+  void run_row(const Task& task, int64_t row) {
+    const pg_op& op = *task.op;
     const Kernels& k = *c_.kernels;
     float *in = op.in >= 0 ? c_.buffers[op.in].row(row) : nullptr, *out = op.out >= 0 ? c_.buffers[op.out].row(row) : nullptr;
-    switch (item.kind) {
+    switch (task.kind) {
       case PG_EMBED: {
         const Weight& w = c_.weights[op.weight];
         k.dequantize_row(w.parts[0], w.k, st_.tokens[row], out);
@@ -104,7 +135,7 @@ class StepJob : public Job {
       }
       case PG_NORM: k.norm(in, vector(op.vector), c_.buffers[op.in].width, op.f, out); break;
       case PG_GATHER:
-        memcpy(out, c_.buffers[op.in].row(st_.rows[item.first + row]), c_.buffers[op.in].width * sizeof(float));
+        memcpy(out, c_.buffers[op.in].row(st_.rows[task.first + row]), c_.buffers[op.in].width * sizeof(float));
         break;
       case PG_SILU: k.silu(in, in + c_.buffers[op.out].width, c_.buffers[op.out].width, out); break;
       case PG_ROPE: return rope(op, row);
@@ -142,16 +173,16 @@ class StepJob : public Job {
     }
   }
 
-  void multiply(const Item& item, int64_t chunk, float* to, int64_t stride) {
-    const pg_op& op = *item.op;
+  void multiply(const Task& task, int64_t chunk, float* to, int64_t stride) {
+    const pg_op& op = *task.op;
     const Weight& w = c_.weights[op.weight];
     const Buffer& in = c_.buffers[op.in];
     const Rows a = {in.row(0), reinterpret_cast<int8_t*>(in.q.data()), reinterpret_cast<float*>(in.d.data()),
                     reinterpret_cast<float*>(in.s.data()), reinterpret_cast<float*>(in.h.data()), w.k};
     const Out out = {to, stride, vector(op.vector), (op.flags & PG_ADD) != 0};
-    const Cut cut(w, item.rows, threads_);
+    const Cut cut(w, task.rows, threads_);
     const int64_t block = chunk / cut.chunks, from = chunk % cut.chunks * cut.step, end = std::min(w.panels, from + cut.step);
-    const int64_t r0 = item.rows * block / cut.row_blocks, r1 = item.rows * (block + 1) / cut.row_blocks;
+    const int64_t r0 = task.rows * block / cut.row_blocks, r1 = task.rows * (block + 1) / cut.row_blocks;
     for (const Part& p : w.parts) {
       const int64_t p0 = std::max<int64_t>(0, from - p.first_panel), p1 = std::min(ceil_div(p.rows, kPanel), end - p.first_panel);
       if (p0 < p1) c_.kernels->matmul(p, p0, p1, a, r0, r1, out);
@@ -251,6 +282,7 @@ class StepJob : public Job {
   std::vector<Join> joins_;
   std::vector<float> partials_;
   std::deque<Item> items_;
+  std::vector<Task> tails_;
 };
 
 bool valid(const pg_context& c, const pg_step& st) {

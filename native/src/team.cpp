@@ -39,12 +39,9 @@ void Signal::wake() {
   if (sleepers.load() > 0) futex(word, FUTEX_WAKE_PRIVATE, INT_MAX);
 }
 
-void Phase::finish_one() {
-  if ((int64_t)done_.word.fetch_add(1) + 1 == total_) done_.wake();
-}
-
-void Phase::wait() {
-  for (uint32_t seen; (seen = done_.word.load(std::memory_order_acquire)) != total_;) done_.wait_while(seen);
+void Phase::open() {
+  over_.word.store(1);
+  over_.wake();
 }
 
 Team::Team(int threads) : size_(threads) {

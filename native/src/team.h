@@ -18,25 +18,38 @@ struct alignas(64) Signal {
   void wake();  // after a change of word
 };
 
-// Chunks [0, total) that threads take one by one.
+// Chunks [0, total), at least one. Each thread begins in a stretch of its own, so that what it reads lies in a row,
+// and then helps the others.
 class Phase {
  public:
-  explicit Phase(int64_t total = 0) : total_(total) {}
-  // Body(chunk) for the chunks this thread gets; returns when all chunks of all threads are done.
-  template <typename Body> void share(Body body) {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < total_;) {
-      body(i);
-      finish_one();
+  Phase(int64_t total, int threads) : total_(total), lanes_(threads < kLanes ? threads : kLanes) {}
+  // Body(chunk) for the chunks this thread gets; the thread that finishes the last one calls `after`. Returns when all
+  // of it is done.
+  template <typename Body, typename After> void share(int thread, Body body, After after) {
+    for (int n = 0; n < lanes_; n++) {
+      const int lane = (thread + n) % lanes_;
+      const int64_t begin = total_ * lane / lanes_, end = total_ * (lane + 1) / lanes_;
+      for (int64_t i; (i = begin + next_[lane].count.fetch_add(1, std::memory_order_relaxed)) < end;) {
+        body(i);
+        if (finished_.count.fetch_add(1, std::memory_order_acq_rel) + 1 == total_) {
+          after();
+          open();
+        }
+      }
     }
-    wait();
+    over_.wait_while(0);
   }
 
  private:
-  void finish_one();
-  void wait();
+  static constexpr int kLanes = 8;
+  struct alignas(64) Counter {
+    std::atomic<int64_t> count{0};
+  };
+  void open();
   const int64_t total_;
-  alignas(64) std::atomic<int64_t> next_{0};
-  Signal done_;
+  const int lanes_;
+  Counter next_[kLanes], finished_;
+  Signal over_;
 };
 
 // `work` is run by every thread that comes while the job is posted, perhaps after the job is over: it may touch what
