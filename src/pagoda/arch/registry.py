@@ -17,7 +17,7 @@ from pagoda.errors import ModelError
 from pagoda.weights.source import Tensor, TensorSource
 
 # every other module of this folder is an architecture
-_HELPERS = frozenset({"decoder", "fields", "memory", "names", "registry", "rope", "spec"})
+_HELPERS = frozenset({"decoder", "fields", "memory", "names", "registry", "rope", "sharding", "spec"})
 
 
 class Architecture(Protocol):

@@ -16,6 +16,7 @@ COMMANDS = MappingProxyType(
         "serve": "answer requests over the OpenAI API",
         "chat": "talk to a model in this terminal",
         "check": "is a model complete, sound and supported?",
+        "plan": "does a model fit in the memory, and with which context?",
         "version": "print the version",
     }
 )

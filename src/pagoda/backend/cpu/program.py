@@ -43,7 +43,7 @@ class Program:
         self._panel_types = {s: panel_type(s, t, quantization) for s, t in tensors.items() if len(t.shape) == 2}
         self._progress = progress or (lambda phase, share: None)
         self._ops: list[Op] = []
-        _check(spec)
+        check_spec(spec)
         self._weights()
 
     def _weights(self) -> None:
@@ -180,7 +180,8 @@ def _runnable(tensor: Tensor) -> Tensor:
     return Tensor(tensor.name, tensor.shape, "F32", values.view(np.uint8).ravel())
 
 
-def _check(spec: ModelSpec) -> None:
+def check_spec(spec: ModelSpec) -> None:
+    """ModelError where the kernels lack something that the model needs."""
     first = spec.layers[0]
     if any(layer.attention != first.attention or layer.mlp.size != first.mlp.size for layer in spec.layers):
         raise ModelError("the CPU backend needs all layers of one shape", remedy="Try --device reference")

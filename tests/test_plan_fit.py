@@ -1,0 +1,251 @@
+"""`pagoda plan`: the guides' cases, and the same figures as the engine then says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import engine_tiny
+import pytest
+
+from pagoda.arch.registry import load_spec
+from pagoda.arch.sharding import kv_bytes_per_block, parallel_sizes, weight_bytes
+from pagoda.backend.cpu.machine import free_memory_bytes
+from pagoda.cli.main import main
+from pagoda.config import EngineConfig
+from pagoda.deploy.machines import Machine, parse_gpus, parse_memory
+from pagoda.deploy.plan import Plan, make_plan
+from pagoda.deploy.plan_model import planned_model
+from pagoda.engine.core import EngineCore
+from pagoda.errors import ConfigError, ModelError
+from pagoda.weights.files import Checkpoint
+
+GIB = 1 << 30
+COMMON = {
+    "model_type": "qwen3",
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "torch_dtype": "bfloat16",
+}
+QWEN3_32B = {
+    **COMMON,
+    "hidden_size": 5120,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "intermediate_size": 25600,
+    "tie_word_embeddings": False,
+}
+QWEN3_4B = {
+    **COMMON,
+    "hidden_size": 2560,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "intermediate_size": 9728,
+    "tie_word_embeddings": True,
+}
+AWQ = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}}
+QWEN25_VL_7B = {
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+    "max_position_embeddings": 128000,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vision_config": {"depth": 32},
+    "torch_dtype": "bfloat16",
+}
+
+
+def write(folder: Path, config: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def plan(path: Path, machine: Machine, gpus: int | None = None, **options: Any) -> Plan:
+    return make_plan(planned_model(path), EngineConfig(model=str(path), **options), machine, gpus)
+
+
+def test_32b_awq_on_two_cards_of_16_gib(tmp_path: Path) -> None:
+    folder = write(tmp_path, {**QWEN3_32B, **AWQ})
+    made = plan(folder, parse_gpus("2x16GiB"), max_model_len=26624, memory_share=0.95)
+    assert made.fits and made.gpus == 2 and made.context == 26624
+    # 31.2 billion weights of layers at 4.156 bits, two matrices of the vocabulary in 16
+    assert made.weight_bytes == pytest.approx((31_205_621_760 * 4.15625 / 8 + 2 * 777_912_320 * 2) / 2, rel=1e-3)
+    assert made.kv_bytes_per_token == 262_144 // 2
+    assert made.parallel()[26624] >= 1
+    same = plan(write(tmp_path, QWEN3_32B), parse_gpus("2x16GiB"), quantization="awq", max_model_len=26624)
+    assert same.weight_bytes == made.weight_bytes
+
+
+def test_32b_without_quantization_does_not_fit_and_4_bits_are_proposed(tmp_path: Path) -> None:
+    made = plan(write(tmp_path, QWEN3_32B), parse_gpus("2x16GiB"), max_model_len=26624, memory_share=0.95)
+    assert not made.fits
+    assert made.weight_bytes == pytest.approx(32_762_123_264, rel=1e-3)  # half of them, in 16 bits
+    assert {"quantization": "awq"} in made.cures and {"quantization": "int4"} in made.cures
+    assert {"tensor-parallel-size": "8"} in made.cures
+    for cure in made.cures:
+        size = int(cure.get("tensor-parallel-size", 2))
+        options = {"max_model_len": 26624, "memory_share": 0.95, "quantization": cure.get("quantization")}
+        assert plan(tmp_path, Machine("GPUs", 16 * GIB, size), size, **options).fits
+
+
+def test_4b_beside_other_jobs(tmp_path: Path) -> None:
+    """0.3 of 24 GiB are 7.2 GiB, and its weights have 7.5; in 8 or 4 bits, or with a larger share, it fits."""
+    folder = write(tmp_path, QWEN3_4B)
+    made = plan(folder, parse_gpus("24GiB"), memory_share=0.3, max_model_len=4096)
+    assert not made.fits and made.weight_bytes == pytest.approx(2 * 4_022_468_096, rel=1e-3)
+    assert {"quantization": "int8"} in made.cures
+    share = next(cure["gpu-memory-utilization"] for cure in made.cures if "gpu-memory-utilization" in cure)
+    assert 0.3 < float(share) < 0.5
+    assert plan(folder, parse_gpus("24GiB"), memory_share=float(share), max_model_len=4096).fits
+    assert plan(folder, parse_gpus("24GiB"), memory_share=0.3, max_model_len=4096, quantization="int8").fits
+    assert plan(folder, parse_gpus("a100-80"), memory_share=0.3, max_model_len=4096).fits
+
+
+def test_a_vision_model_says_what_is_not_planned(tmp_path: Path) -> None:
+    model = planned_model(write(tmp_path, QWEN25_VL_7B))
+    assert model.parameters == 7_615_616_512
+    assert any("image encoder is not planned" in note for note in model.notes)
+    made = plan(tmp_path, parse_gpus("4090"), memory_share=0.8, max_model_len=4096)
+    assert made.fits and made.kv_bytes_per_token == 57_344
+
+
+def test_a_vision_model_with_its_language_part_apart(tmp_path: Path) -> None:
+    inner = {k: v for k, v in QWEN25_VL_7B.items() if k not in ("vision_config", "torch_dtype")}
+    outer = {"model_type": "qwen2_5_vl", "vision_config": {}, "text_config": {**inner, "model_type": "qwen2_5_vl_text"}}
+    assert planned_model(write(tmp_path, outer)).parameters == 7_615_616_512
+
+
+def test_the_plan_is_what_the_engine_takes(smollm2_path: str) -> None:
+    for options in (
+        {},
+        {"max_model_len": 2048, "max_num_seqs": 4},
+        {"memory_share": 0.02, "max_num_batched_tokens": 64},
+    ):
+        made = plan(Path(smollm2_path), Machine("this CPU", free_memory_bytes()), **options)
+        core = EngineCore(EngineConfig(model=smollm2_path, threads=1, **options))
+        try:
+            info = core.info
+        finally:
+            core.close()
+        assert made.fits
+        assert made.weight_bytes == pytest.approx(info.weight_bytes, rel=0.03)
+        assert made.activation_bytes == pytest.approx(info.activation_bytes, rel=0.03)
+        assert made.kv_bytes == pytest.approx(info.kv_bytes, rel=0.03)
+        assert made.context == pytest.approx(info.max_model_len, rel=0.03)
+
+
+def test_config_alone_says_the_same_as_the_weights(tmp_path: Path) -> None:
+    folder = Path(engine_tiny.write(tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
+    machine = Machine("this CPU", GIB)
+    for quantization in (None, "int8", "int4"):
+        whole = plan(folder, machine, quantization=quantization)
+        alone = plan(folder / "config.json", machine, quantization=quantization)
+        core = EngineCore(EngineConfig(model=str(folder), threads=1, quantization=quantization))
+        assert whole.weight_bytes == alone.weight_bytes
+        assert whole.weight_bytes == pytest.approx(core.info.weight_bytes, rel=0.03)
+        core.close()
+
+
+def test_a_cpu_that_is_too_small(tmp_path: Path) -> None:
+    folder = write(tmp_path, QWEN3_4B)
+    made = plan(folder, Machine("a CPU", 8 * GIB), max_model_len=8192)
+    assert not made.fits and {"quantization": "int4"} in made.cures
+    assert plan(folder, Machine("a CPU", 8 * GIB), max_model_len=8192, quantization="int4").fits
+    long = plan(folder, Machine("a CPU", 10 * GIB), max_model_len=40960)
+    length = int(next(cure["max-model-len"] for cure in long.cures if "max-model-len" in cure))
+    assert plan(folder, Machine("a CPU", 10 * GIB), max_model_len=length).fits
+    assert not plan(folder, Machine("a CPU", 10 * GIB), max_model_len=length + 17).fits
+
+
+def test_sizes_that_can_share_a_model() -> None:
+    big, small = (load_spec(Checkpoint("", {}, config, {})) for config in (QWEN3_32B, QWEN3_4B))
+    assert parallel_sizes(big, 8) == [1, 2, 4, 8]
+    assert parallel_sizes(big, 8, 128) == [1, 2, 4, 8]
+    assert parallel_sizes(small, 8, 128) == [1, 2, 4]  # 76 groups do not divide by 8
+    assert kv_bytes_per_block(big, 8) * 8 == kv_bytes_per_block(big, 1)
+    assert kv_bytes_per_block(big, 16) == kv_bytes_per_block(big, 8)  # each KV head is on two GPUs
+
+
+def test_weights_that_are_not_divided() -> None:
+    spec = load_spec(Checkpoint("", {}, QWEN3_4B, {}))
+    stored = {slot: 2 * 16**3 * len(shape) for slot, shape in spec.slots().items()}
+    assert weight_bytes(spec, stored, 1) == sum(stored.values())
+    norms = sum(size for slot, size in stored.items() if "norm" in slot)
+    assert weight_bytes(spec, stored, 2) - norms == pytest.approx((sum(stored.values()) - norms) / 2, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "gib"),
+    [("2x16GiB", 2, 16), ("h200", 1, 140.4), ("4x4090", 4, 24), ("NVIDIA RTX 4090", 1, 24), ("a100-80", 1, 80),
+     ("2 x A100 80GB", 2, 80), ("24G", 1, 24), ("1x24GB", 1, 22.35), ("2×16GiB".replace("×", "x"), 2, 16)],
+)  # fmt: skip
+def test_gpus_by_name_and_size(text: str, count: int, gib: float) -> None:
+    machine = parse_gpus(text)
+    assert machine.count == count and machine.memory_bytes / GIB == pytest.approx(gib, rel=0.01)
+
+
+@pytest.mark.parametrize("text", ["", "x", "0xh200", "banana", "2x", "-1x16GiB", "9999x16PiB"])
+def test_gpus_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_gpus(text)
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-3G", "0", "1e99G", "3 XB"])
+def test_memory_that_is_none(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_memory(text, "--ram")
+
+
+def test_wishes_that_cannot_be(tmp_path: Path) -> None:
+    folder = write(tmp_path, {**QWEN3_32B, **AWQ})
+    with pytest.raises(ConfigError, match="Sizes that work: 1, 2, 4"):
+        plan(folder, Machine("6 GPUs", 16 * GIB, 6), 3)
+    with pytest.raises(ConfigError, match="Leave --quantization out"):
+        plan(folder, parse_gpus("2x16GiB"), quantization="int8")
+    with pytest.raises(ConfigError, match="40960"):
+        plan(folder, parse_gpus("2x16GiB"), max_model_len=50000)
+    with pytest.raises(ModelError, match="no file or directory"):
+        planned_model(tmp_path / "nothing")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        (tmp_path / "empty").mkdir()
+        planned_model(tmp_path / "empty")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path, QWEN3_32B)
+    words = ["plan", str(folder), "--gpu", "2x16GiB", "--max-model-len", "26624", "--gpu-memory-utilization", "0.95"]
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "too much" in out
+    assert f"pagoda serve {folder} --max-model-len 26624" in out and "--quantization awq" in out
+    assert main([*words, "--quantization", "awq"]) == 0
+    out = capsys.readouterr().out
+    assert "[####" in out and "\x1b" not in out
+    assert "--tensor-parallel-size 2" in out and "1 of 26624 tokens" in out
+    assert main([*words, "-q", "awq", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] and told["gpus"] == 2 and told["max_model_len"] == 26624
+    assert told["weight_bytes"] + told["kv_bytes"] + told["activation_bytes"] < told["usable_bytes"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["plan"], ["plan", "x", "--gpu"], ["plan", "x", "--gpu", "h200", "--ram", "1G"], ["plan", "x", "--what"],
+     ["plan", "x", "-tp", "2"]],
+)  # fmt: skip
+def test_wrong_usage(words: list[str]) -> None:
+    assert main(words) == 78
