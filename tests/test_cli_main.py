@@ -57,7 +57,7 @@ def test_version(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> 
         (("serve", "--config", "/nowhere.json"), 78, "/nowhere.json"),
         (("serve", "--config"), 78, "FILE"),
         (("serve", "/nowhere/model", "--port", "0"), 65, "/nowhere"),
-        (("serve", "nobody/never-there", "--port", "0"), 65, "hf download nobody/never-there"),
+        (("serve", "nobody/never-there", "--port", "0"), 65, "pagoda pull nobody/never-there"),
         (("chat", "/nowhere/model"), 65, "/nowhere"),
         (("chat", "--threads", "2"), 78, "needs a model"),
         (("chat", "--url", "localhost"), 78, "http://"),
@@ -68,6 +68,7 @@ def test_errors_are_a_sentence_and_a_cure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], code: int, needle: str
 ) -> None:
     monkeypatch.setenv("HF_HOME", "/nowhere")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     got, out, err = run(capsys, *words)
     assert got == code
     assert needle in err

@@ -124,6 +124,12 @@ class Options:
         "Model",
         aliases=("-q",),
     )
+    revision: str | None = _option(
+        None, "Branch, tag or commit of a model that is named as on a hub; it is fetched on first use", "Model"
+    )
+    download_dir: str | None = _option(
+        None, "Folder in which such models are kept, in Hugging Face's layout (default: its cache)", "Model"
+    )
     load_format: str = _option("auto", "File format of the weights", "Model", choices=("auto", "safetensors", "gguf"))
     max_model_len: int | None = _option(
         None,

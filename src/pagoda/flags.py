@@ -96,8 +96,12 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
         {"structured_outputs_config": None, "guided_decoding_backend": None},
     ),
     (
-        "models are not downloaded yet; give a folder, or a model that is in the Hugging Face or ModelScope cache",
-        {"download_dir": None, "revision": None, "code_revision": None, "tokenizer_revision": None, "hf_token": None},
+        "a model is one revision, and code of models is never run",
+        {"code_revision": None, "tokenizer_revision": None},
+    ),
+    (
+        "a token on the command line is seen by all users of the machine; set the variable HF_TOKEN",
+        {"hf_token": None},
     ),
     (
         "embedding and classifying models are not here yet",

@@ -13,8 +13,9 @@ from pagoda.flags import not_yet, without_effect
 SERVE_HELP = """\
 Usage: pagoda serve [MODEL] [options]
 
-Answers requests for MODEL over the OpenAI API. MODEL is a folder with safetensors, a .gguf file, or the hub name of
-a model that is in the Hugging Face or ModelScope cache. Without it the small default model is served.
+Answers requests for MODEL over the OpenAI API. MODEL is a folder with safetensors, a .gguf file, or a name as on
+Hugging Face or ModelScope (owner/name, owner/name:Q4_K_M), which is fetched on first use. Without it the small default
+model is served.
 
 Examples:
   pagoda serve
@@ -66,7 +67,12 @@ _FOLDERS = """\
 | `PAGODA_CONFIG` | the file of `--config` |
 | `PAGODA_CACHE` | folder for what Pagoda fetches (default: `$XDG_CACHE_HOME/pagoda` or `~/.cache/pagoda`) |
 | `PAGODA_DEBUG` | `1` prints a traceback with an error |
-| `HF_HOME`, `HF_HUB_CACHE`, `MODELSCOPE_CACHE` | caches in which a hub name is looked up |
+| `HF_HOME`, `HF_HUB_CACHE`, `MODELSCOPE_CACHE` | caches in which a hub name is looked up, and kept |
+| `HF_ENDPOINT`, `MODELSCOPE_ENDPOINT` | another address of the hub, such as `https://hf-mirror.com` |
+| `HF_TOKEN`, `MODELSCOPE_API_TOKEN` | for private and gated models; sent to the hub itself only |
+| `HF_HUB_OFFLINE` | `1`: nothing is fetched |
+| `VLLM_USE_MODELSCOPE` | `1`: ModelScope is asked first |
+| `HTTPS_PROXY`, `NO_PROXY`, `SSL_CERT_FILE` | the way to the hubs |
 
 ## Exit codes
 
@@ -74,9 +80,11 @@ _FOLDERS = """\
 |---|---|
 | 0 | done |
 | 65 | the model's files are missing, broken or not supported |
+| 69 | no hub could be reached |
 | 70 | an error inside Pagoda |
+| 74 | the disk is full, or cannot be written |
 | 75 | it does not fit in memory; the message says what would |
-| 77 | the address cannot be used: no permission, or it is not one of this machine |
+| 77 | the address cannot be used: no permission, or it is not one of this machine; or a hub refuses the model |
 | 78 | an option, variable or config file is wrong |
 | 98 | the port is taken; the message says by whom, as far as the system tells |
 | 130 | stopped with Ctrl-C |

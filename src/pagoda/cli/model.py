@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 from pagoda.cli.screen import ProgressLine
 from pagoda.config import Options
 from pagoda.deploy.default_model import default_model_path
-from pagoda.deploy.find_model import check_format, find_model
+from pagoda.deploy.find_model import cached_model, check_format, find_model
+from pagoda.deploy.hub import offline, split_name
+from pagoda.deploy.pull import wanted
 from pagoda.errors import BadRequest, ConfigError
 
 SAMPLING = (
@@ -23,9 +27,9 @@ SAMPLING = (
 
 
 def local_model(options: Options) -> str:
-    """The model's path; the default model is fetched where none was named."""
+    """The model's path; a hub name is fetched on first use, like the default model."""
     if options.model is not None:
-        path = find_model(options.model, os.environ)
+        path = _found_or_fetched(options, options.model)
     else:
         progress = ProgressLine()
         try:
@@ -34,6 +38,23 @@ def local_model(options: Options) -> str:
             progress.clear()
     check_format(path, options.load_format, options.quantization)
     return path
+
+
+def _found_or_fetched(options: Options, name: str) -> str:
+    """A path, or what the caches have; else it is fetched, unless that is forbidden."""
+    environ = dict(os.environ)
+    if options.download_dir is not None:
+        environ["HF_HUB_CACHE"] = options.download_dir
+    if Path(name).expanduser().exists() or split_name(name) is None:
+        return find_model(name, environ)
+    cached = cached_model(name, environ, options.revision)
+    if cached is not None:
+        return cached
+    if offline(environ):
+        return find_model(name, environ)
+    from pagoda.cli.pull import fetch
+
+    return str(fetch(replace(wanted(name), revision=options.revision), environ).model)
 
 
 def sampling_defaults(options: Options, of_model: Mapping[str, float | int]) -> dict[str, float | int]:

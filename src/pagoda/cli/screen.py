@@ -18,9 +18,10 @@ class ProgressLine:
         self._live = self._out.isatty()
         self._shown = ""
 
-    def __call__(self, phase: str, share: float) -> None:
+    def __call__(self, phase: str, share: float, note: str = "") -> None:
         full = round(WIDTH * max(0.0, min(1.0, share)))
-        line = f"{phase:<12} [{'#' * full}{'.' * (WIDTH - full)}] {share:4.0%}" if self._live else f"loading: {phase}"
+        bar = f"{phase:<12} [{'#' * full}{'.' * (WIDTH - full)}] {share:4.0%} {note}".rstrip()
+        line = bar if self._live else f"loading: {phase}"
         if line != self._shown:
             self._out.write(f"{_ERASE_LINE}{line}" if self._live else f"{line}\n")
             self._out.flush()

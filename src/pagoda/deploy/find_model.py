@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from pagoda.deploy.choose import pick_gguf
+from pagoda.deploy.hub import split_name
+from pagoda.deploy.layout import hf_folder
 from pagoda.errors import ConfigError, ModelError
 
-# Owner and name; two dots in a row would let a name climb out of the cache.
-_HUB_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(safetensors|gguf)$")
 
 
 def find_model(name: str, environ: Mapping[str, str]) -> str:
@@ -21,16 +24,60 @@ def find_model(name: str, environ: Mapping[str, str]) -> str:
         if not os.access(path, os.R_OK):
             raise ModelError(f"{path} is not readable by this user", remedy=f"Allow it: sudo chmod -R a+rX {path}")
         return str(path)
-    if _HUB_NAME.fullmatch(name) and not name.endswith(".gguf"):
-        for folder in _cached(name, environ):
-            return str(folder)
+    split = split_name(name)
+    if split is None:
+        raise ModelError(f"There is no file or folder {path}", remedy=_similar(path))
+    found = cached_model(name, environ) or next((str(f) for f in _cached(split[0], environ) if _has_config(f)), None)
+    if found is None:
         raise ModelError(
-            f"{name} is neither a folder here nor in the Hugging Face or ModelScope cache, "
-            "and Pagoda does not download models yet",
-            remedy=f"Fetch it with: hf download {name} --local-dir ./{name.split('/')[1]}  "
-            f"then: pagoda serve ./{name.split('/')[1]}",
+            f"{name} is neither a folder here nor in the Hugging Face or ModelScope cache",
+            remedy=f"Fetch it, where there is a network: pagoda pull {name}",
         )
-    raise ModelError(f"There is no file or folder {path}", remedy=_similar(path))
+    return found
+
+
+def cached_model(name: str, environ: Mapping[str, str], revision: str | None = None) -> str | None:
+    """The path of a model of which all weights are in a cache: a folder, or the GGUF file that was named."""
+    split = split_name(name)
+    if split is None:
+        return None
+    repo, part = split
+    for folder in _cached(repo, environ, revision):
+        if part is None and is_complete(folder):
+            return str(folder)
+        if part is not None and folder.is_dir():
+            try:
+                pieces = pick_gguf([str(p.relative_to(folder)) for p in folder.rglob("*.gguf")], part, repo)
+            except ModelError:
+                continue
+            if _all_pieces(pieces):
+                return str(folder / pieces[0])
+    return None
+
+
+def is_complete(folder: Path) -> bool:
+    """True if the folder has a model's weights, in all their pieces."""
+    names = [p.name for p in folder.iterdir() if p.exists()] if folder.is_dir() else []
+    tensors = [name for name in names if name.endswith(".safetensors")]
+    if "config.json" not in names or not tensors:
+        return _all_pieces([name for name in names if name.endswith(".gguf")])
+    if "model.safetensors.index.json" in names:
+        try:
+            index = json.loads((folder / "model.safetensors.index.json").read_bytes())["weight_map"]
+            return set(index.values()) <= set(names)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+    return _all_pieces(tensors)
+
+
+def _all_pieces(names: list[str]) -> bool:
+    """True if there is a file, and no numbered piece of one is missing."""
+    pieces: dict[str, int] = {}
+    for name in names:
+        pieces[_SHARD.sub(r"-of-\1", name)] = pieces.get(_SHARD.sub(r"-of-\1", name), 0) + 1
+    return bool(names) and all(
+        count == int(match[1]) for name, count in pieces.items() if (match := re.search(r"-of-(\d{5})$", name))
+    )
 
 
 def check_format(path: str, load_format: str, quantization: str | None) -> None:
@@ -43,33 +90,31 @@ def check_format(path: str, load_format: str, quantization: str | None) -> None:
             raise ConfigError(f"{flag} {wanted}: the weights in {path} are {found}", remedy=f"Leave {flag} out")
 
 
-def _cached(name: str, environ: Mapping[str, str]) -> Iterator[Path]:
-    """Folders of the caches that hold this model, complete enough to be opened, the best first."""
-    owner, short = name.split("/")
-    home = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    hf_home = environ.get("HF_HOME") or f"{home}/huggingface"
-    hub = Path(environ.get("HF_HUB_CACHE") or f"{hf_home}/hub") / f"models--{owner}--{short}"
+def _cached(repo: str, environ: Mapping[str, str], revision: str | None = None) -> Iterator[Path]:
+    """Folders of the caches that may hold this model, the best first."""
+    owner, short = repo.split("/")
     scope = Path(environ.get("MODELSCOPE_CACHE") or os.path.expanduser("~/.cache/modelscope"))
-    folders = [*_snapshots(hub), *_snapshots(scope / "models" / f"{owner}--{short}")]
+    yield from _snapshots(hf_folder(repo, environ), revision)
+    yield from _snapshots(scope / "models" / f"{owner}--{short}", revision)
     for base in (scope, scope / "models", scope / "hub", scope / "hub" / "models"):
-        folders += [base / owner / short.replace(".", "___"), base / owner / short]
-    yield from (folder for folder in folders if _has_model(folder))
+        if revision in (None, "master"):
+            yield base / owner / short.replace(".", "___")
+            yield base / owner / short
 
 
-def _snapshots(repo: Path) -> list[Path]:
-    """The snapshots of a cached repository: the one `main` points at first, then the newest."""
+def _snapshots(repo: Path, revision: str | None) -> list[Path]:
+    """The snapshots of a cached repository: the one `main` points at first, then the newest; or that of `revision`."""
     try:
         found = sorted((repo / "snapshots").iterdir(), key=lambda p: p.stat().st_mtime, reverse=True)
-        main = (repo / "refs" / "main").read_text().strip() if (repo / "refs" / "main").exists() else ""
+        ref = repo / "refs" / (revision or "main")
+        named = ref.read_text().strip() if ref.is_file() else revision
     except OSError:
         return []
-    return sorted(found, key=lambda p: p.name != main)
+    return [p for p in found if p.name == named] if revision else sorted(found, key=lambda p: p.name != named)
 
 
-def _has_model(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    return (folder / "config.json").exists() or any(folder.glob("*.gguf"))
+def _has_config(folder: Path) -> bool:
+    return (folder / "config.json").exists()
 
 
 def _similar(path: Path) -> str:
