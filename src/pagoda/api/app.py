@@ -66,6 +66,7 @@ class Guarded:
 
     async def _reply(self, request: Request) -> Reply:
         endpoint = self._endpoint
+        shape = endpoint.dialect.error
         try:
             if self._server.local:
                 check_host(request.headers, self._server.allowed_origins)
@@ -74,16 +75,16 @@ class Guarded:
             self._check_method(request)
             return await endpoint.handler(self._server, request)
         except Unauthorized as error:
-            return page(401) if endpoint.sign_in and wants_page(request) else error_response(error)
+            return page(401) if endpoint.sign_in and wants_page(request) else error_response(error, body=shape)
         except MethodNotAllowed as error:
-            return error_response(error, {"allow": ", ".join(endpoint.methods)})
+            return error_response(error, {"allow": ", ".join(endpoint.methods)}, shape)
         except PagodaError as error:
-            return error_response(error)
+            return error_response(error, body=shape)
         except ClientGone:
             raise
         except Exception:
             log.exception("%s %s failed", request.method, typed_path(request.scope))
-            return error_response(EngineError("the server failed on this request; its log says why"))
+            return error_response(EngineError("the server failed on this request; its log says why"), body=shape)
 
     def _check_method(self, request: Request) -> None:
         methods = self._endpoint.methods

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from starlette.responses import Response
 
-from pagoda.api.replies import ChatChunk, ErrorReply
+from pagoda.api.replies import ChatChunk
 from pagoda.api.shape import JSON
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ table{border-collapse:collapse;margin:.5rem 0 1rem 1rem}td{padding:.1rem .8rem .
 def openapi(endpoints: Sequence[Endpoint], version: str) -> dict[str, Any]:
     """The whole description; every schema is the struct that the server itself decodes or encodes."""
     structs: list[type] = [kind for each in endpoints for kind in (each.body, each.reply) if kind is not None]
-    kinds: list[type] = [*dict.fromkeys([*structs, ErrorReply, ChatChunk])]
+    errors = [each.dialect.error_kind for each in endpoints]
+    kinds: list[type] = [*dict.fromkeys([*structs, *errors, ChatChunk])]
     schemas, components = msgspec.json.schema_components(kinds, ref_template=_REF)
     schema_of = dict(zip(kinds, schemas, strict=True))
     paths: dict[str, Any] = {}
@@ -53,7 +54,7 @@ def _operation(each: Endpoint, method: str, schema_of: dict[type, dict[str, Any]
         good["content"] = {JSON: {"schema": schema_of[each.reply]}}
     if each.reply is not None and each.reply.__name__ == "ChatReply":
         good["content"]["text/event-stream"] = {"schema": schema_of[ChatChunk]}
-    bad = {"description": "What is wrong", "content": {JSON: {"schema": schema_of[ErrorReply]}}}
+    bad = {"description": "What is wrong", "content": {JSON: {"schema": schema_of[each.dialect.error_kind]}}}
     name = each.path.strip("/").replace("/", "_").replace("{", "").replace(":path}", "") or "root"
     operation: dict[str, Any] = {
         "operationId": f"{method.lower()}_{name.replace('.', '_')}",

@@ -8,7 +8,21 @@ from dataclasses import dataclass
 import msgspec
 from starlette.requests import Request
 
-from pagoda.api import chat, completions, docs, models, status, tokens
+from pagoda.api import anthropic, chat, completions, docs, models, ollama, ollama_models, status, tokens
+from pagoda.api.anthropic_protocol import ANTHROPIC, CountBody, CountReply, MessagesBody, MessagesReply
+from pagoda.api.dialect import OPENAI, Dialect
+from pagoda.api.ollama_protocol import (
+    OLLAMA,
+    OllamaChatBody,
+    OllamaChatReply,
+    OllamaGenerateBody,
+    OllamaGenerateReply,
+    OllamaModels,
+    OllamaNameBody,
+    OllamaShow,
+    OllamaStatus,
+    OllamaVersion,
+)
 from pagoda.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from pagoda.api.replies import (
     ChatReply,
@@ -33,7 +47,7 @@ class Endpoint:
     """One route. `path` is without `/v1` (see `paths`); `shown` is how clients are told to write it.
 
     A `public` one answers without an API key. The `sign_in` one is still shown to browsers without a key, as the body
-    of a 401: it is where people type it. No methods means any.
+    of a 401: it is where people type it. No methods means any. Errors are written in the route's `dialect`.
     """
 
     path: str
@@ -45,6 +59,7 @@ class Endpoint:
     public: bool = False
     openai: bool = False
     sign_in: bool = False
+    dialect: Dialect = OPENAI
 
     @property
     def shown(self) -> str:
@@ -62,6 +77,8 @@ def endpoints() -> tuple[Endpoint, ...]:
             "/completions", ("POST",), completions.completions, "Go on with a text or with token ids",
             CompletionBody, CompletionReply, openai=True,
         ),
+        *_anthropic(),
+        *_ollama(),
         Endpoint("/models", ("GET",), models.list_models, "List what is served", reply=ModelList, openai=True),
         Endpoint(
             "/models/{model:path}", ("GET",), models.get_model, "Describe one served model",
@@ -74,9 +91,56 @@ def endpoints() -> tuple[Endpoint, ...]:
         Endpoint("/ping", ("GET", "POST"), status.health, "The same as /health", reply=StatusReply, public=True),
         Endpoint("/version", ("GET",), status.version, "Pagoda's version", reply=VersionReply),
         Endpoint("/metrics", ("GET",), status.metrics, "Prometheus metrics under vLLM's names"),
-        Endpoint("/", ("GET",), status.root, "A page for browsers, JSON for programs", reply=Welcome, sign_in=True),
+        Endpoint("/", ("GET",), ollama_models.root, "A page, JSON for programs", reply=Welcome, sign_in=True),
         Endpoint("/docs", ("GET",), docs_page, "This list"),
         Endpoint("/openapi.json", ("GET",), openapi_json, "The OpenAPI 3.1 description"),
+    )  # fmt: skip
+
+
+def _anthropic() -> tuple[Endpoint, ...]:
+    return (
+        Endpoint(
+            "/messages", ("POST",), anthropic.messages, "Anthropic: answer messages, whole or streamed",
+            MessagesBody, MessagesReply, openai=True, dialect=ANTHROPIC,
+        ),
+        Endpoint(
+            "/messages/count_tokens", ("POST",), anthropic.count_tokens, "Anthropic: count a prompt's tokens",
+            CountBody, CountReply, openai=True, dialect=ANTHROPIC,
+        ),
+    )  # fmt: skip
+
+
+def _ollama() -> tuple[Endpoint, ...]:
+    told = ollama_models
+    not_here = (("create", "POST"), ("copy", "POST"), ("push", "POST"), ("delete", "DELETE"))
+    return (
+        Endpoint(
+            "/api/chat", ("POST",), ollama.chat, "Ollama: answer messages",
+            OllamaChatBody, OllamaChatReply, dialect=OLLAMA,
+        ),
+        Endpoint(
+            "/api/generate", ("POST",), ollama.generate, "Ollama: answer a prompt",
+            OllamaGenerateBody, OllamaGenerateReply, dialect=OLLAMA,
+        ),
+        Endpoint("/api/tags", ("GET",), told.tags, "Ollama: what is served", reply=OllamaModels, dialect=OLLAMA),
+        Endpoint("/api/ps", ("GET",), told.ps, "Ollama: what is loaded", reply=OllamaModels, dialect=OLLAMA),
+        Endpoint(
+            "/api/show", ("POST",), told.show, "Ollama: describe a served model",
+            OllamaNameBody, OllamaShow, dialect=OLLAMA,
+        ),
+        Endpoint(
+            "/api/pull", ("POST",), told.pull, "Ollama: success for what is served",
+            OllamaNameBody, OllamaStatus, dialect=OLLAMA,
+        ),
+        Endpoint("/api/version", ("GET",), told.version, "Ollama: its version", reply=OllamaVersion, dialect=OLLAMA),
+        *(
+            Endpoint(f"/api/{name}", ("POST",), told.embed, "Ollama: not for this model", dialect=OLLAMA)
+            for name in ("embed", "embeddings")
+        ),
+        *(
+            Endpoint(f"/api/{name}", (method,), told.manage, "Ollama: not on this server", dialect=OLLAMA)
+            for name, method in not_here
+        ),
     )  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import msgspec
 from starlette.responses import Response
 
 from pagoda.api.replies import ErrorDetail, ErrorReply, to_json
@@ -17,8 +18,12 @@ def error_reply(error: PagodaError) -> ErrorReply:
     return ErrorReply(error=detail)
 
 
-def error_response(error: PagodaError, headers: Mapping[str, str] | None = None) -> Response:
-    """The error as an HTTP response, with the headers that go with its kind."""
+def error_response(
+    error: PagodaError,
+    headers: Mapping[str, str] | None = None,
+    body: Callable[[ErrorDetail], msgspec.Struct] | None = None,
+) -> Response:
+    """The error as an HTTP response, with the headers that go with its kind; `body` puts it in another dialect."""
     more = dict(headers or {})
     if isinstance(error, Overloaded):
         more["retry-after"] = str(error.retry_after_s)
@@ -27,4 +32,5 @@ def error_response(error: PagodaError, headers: Mapping[str, str] | None = None)
     if error.status in (408, 413):
         # Part of the body may still be on its way; it must not be read as the next request.
         more["connection"] = "close"
-    return Response(to_json(error_reply(error)), error.status, more, JSON)
+    reply = error_reply(error)
+    return Response(to_json(reply if body is None else body(reply.error)), error.status, more, JSON)
