@@ -17,6 +17,7 @@ COMMANDS = MappingProxyType(
         "chat": "talk to a model in this terminal",
         "check": "is a model complete, sound and supported?",
         "plan": "does a model fit in the memory, and with which context?",
+        "doctor": "is this machine fit to serve?",
         "pull": "fetch a model from Hugging Face or ModelScope",
         "list": "the models that are on this machine",
         "rm": "remove models from the caches",
