@@ -185,13 +185,19 @@ def main() -> None:
         "machine": cpu_name(),
         "device": rounds["pagoda"][0]["device"],
         "threads": a.threads,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
         "core": core,
-        "servers": {} if a.core else {name: serve(a, command) for name, command in servers(a).items()},
+        "servers": {},
     }
+    for name, command in () if a.core else servers(a).items():
+        results["servers"][name] = serve(a, command)
+        save(a, results)
+    save(a, results)
     print(table(results))
+
+
+def save(a: argparse.Namespace, results: dict[str, Any]) -> None:
+    """After every server, so that a run that is cut off keeps what it measured."""
     if a.out:
         a.out.write_text(json.dumps(results, indent=1) + "\n")
 
