@@ -6,9 +6,9 @@
 Other servers can join: --peer "NAME=COMMAND ... {port}", started the same way, serving the model under the name m.
 
 In process: decode of one stream (128 tokens behind a prompt of 128) and prefill of 512 tokens, through llama-bench and
-through the engine's core without speculation. Over HTTP: `load.py` with 1, 16 and 32 parallel requests (prompt 128, output 128), and 16
-requests that share a prefix of 512 tokens (32 output), against llama-server (split and unified cache), the peers and
-`pagoda serve`. Both sides get --threads threads. Needs aiohttp and psutil.
+through the engine's core without speculation. Over HTTP: `load.py` with 1, 16 and 32 parallel requests (prompt 128,
+output 128), and 16 requests that share a prefix of 512 tokens (32 output), against llama-server (split and unified
+cache), the peers and `pagoda serve`. Both sides get --threads threads. Needs aiohttp and psutil.
 """
 
 from __future__ import annotations
