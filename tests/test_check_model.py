@@ -105,6 +105,14 @@ def pickles_only(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + bytes(100))
 
 
+def garbage(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 20)
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
 def no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
@@ -172,9 +180,11 @@ def change(folder: Path, **values: object) -> None:
         (pointer, "files", "git-lfs pointer for 4.00 GiB", "lfs pull"),
         (web_page, "files", "web server's answer", "proxy"),
         (pickles_only, "weights", "pytorch_model.bin", "save_pretrained"),
+        (garbage, "files", "is damaged", "Download it again"),
+        (no_weights, "weights", "holds no weights", "safetensors"),
         (no_config, "config", "config.json is missing", "config.json"),
         (broken_config, "config", "not JSON", "Download"),
-        (foreign_architecture, "architecture", "'mamba2' is not supported", "qwen3"),
+        (foreign_architecture, "architecture", "'mamba2' is not supported", "another model"),
         (foreign_quantization, "weights", "bitsandbytes", "awq or gptq"),
         (other_shapes, "weights", "has shape", ""),
         (no_tokenizer, "tokenizer", "no tokenizer.json", "tokenizer.json"),

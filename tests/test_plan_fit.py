@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import engine_tiny
 import pytest
+from hub import REPO, Hub, running
 
 from pagoda.arch.registry import load_spec
 from pagoda.arch.sharding import kv_bytes_per_block, parallel_sizes, weight_bytes
 from pagoda.backend.cpu.machine import free_memory_bytes
 from pagoda.cli.main import main
 from pagoda.config import EngineConfig
+from pagoda.deploy import hub as hubs
 from pagoda.deploy.machines import Machine, parse_gpus, parse_memory
 from pagoda.deploy.plan import Plan, make_plan
 from pagoda.deploy.plan_model import planned_model
+from pagoda.deploy.plan_remote import remote_config
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
 from pagoda.weights.files import Checkpoint
@@ -240,6 +244,41 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     told = json.loads(capsys.readouterr().out)
     assert told["fits"] and told["gpus"] == 2 and told["max_model_len"] == 26624
     assert told["weight_bytes"] + told["kv_bytes"] + told["activation_bytes"] < told["usable_bytes"]
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    for name in ("HF_HOME", "MODELSCOPE_CACHE", "PAGODA_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    with running({"config.json": json.dumps(QWEN3_4B).encode(), "model.safetensors": bytes(100)}) as hub:
+        monkeypatch.setattr(hubs, "HUGGING_FACE", hub.url)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
+        yield hub
+
+
+def test_of_a_remote_model_config_alone_is_fetched(remote: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", REPO, "--gpu", "4090", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["parameters"] == 4_022_468_096 and told["command"].startswith(f"pagoda serve {REPO} ")
+    assert "nothing else was fetched" in told["notes"][0]
+    assert [seen.path for seen in remote.seen] == [f"/{REPO}/resolve/main/config.json"]
+
+
+def test_a_remote_model_by_modelscope(remote: Hub) -> None:
+    found = remote_config(REPO, {"MODELSCOPE_ENDPOINT": remote.url}, "modelscope")
+    assert found is not None and found[0] == QWEN3_4B
+
+
+def test_a_remote_model_that_nobody_has(
+    remote: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "acme/other"]) == 65
+    assert "cannot be fetched" in capsys.readouterr().err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    seen = len(remote.seen)
+    assert main(["plan", REPO]) == 65
+    assert "pagoda pull" in capsys.readouterr().err and len(remote.seen) == seen
 
 
 @pytest.mark.parametrize(

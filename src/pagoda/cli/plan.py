@@ -14,7 +14,7 @@ from pagoda.cli.inputs import load, split
 from pagoda.cli.screen import size, table
 from pagoda.config import declared
 from pagoda.deploy.find_model import find_model
-from pagoda.errors import ConfigError
+from pagoda.errors import ConfigError, ModelError
 from pagoda.settings import COMMAND_LINE, DEFAULT, Settings, check
 
 if TYPE_CHECKING:
@@ -26,11 +26,13 @@ HELP = """\
 Usage: pagoda plan MODEL [options]
 
 Says before anything is loaded what MODEL takes of the memory, the longest context and the number of requests at once
-that fit, and what would make it fit if it does not. MODEL is a folder, a .gguf file, or a config.json alone.
+that fit, and what would make it fit if it does not. MODEL is a folder, a .gguf file, a config.json alone, or a hub
+name, of which only config.json is fetched.
 The exit code is 0 if it fits, else 1.
 
 Examples:
   pagoda plan ./qwen3-0.6b
+  pagoda plan Qwen/Qwen3-32B-AWQ --gpu 2x4090
   pagoda plan ./qwen3-4b --ram 24GiB --quantization int4
   pagoda plan ./qwen3-32b/config.json --gpu "2x16GiB" --quantization awq --max-model-len 26624 \\
       --gpu-memory-utilization 0.95
@@ -56,13 +58,11 @@ def run(words: list[str]) -> int:
     if settings.options.model is None:
         raise ConfigError("pagoda plan needs a model", remedy="Write: pagoda plan FOLDER")
     from pagoda.deploy.plan import make_plan
-    from pagoda.deploy.plan_model import planned_model
 
     machine = _machine(given)
     if not machine.count:
         check(settings)
-    path = find_model(settings.options.model, os.environ)
-    model = planned_model(Path(path))
+    path, model = _model(settings.options.model)
     asked = settings.origins["tensor_parallel_size"] != DEFAULT
     gpus = settings.options.tensor_parallel_size if asked else None
     plan = make_plan(model, settings.options.engine_config(path), machine, gpus)
@@ -71,6 +71,23 @@ def run(words: list[str]) -> int:
     else:
         print(_text(settings, model, plan))
     return 0 if plan.fits else 1
+
+
+def _model(name: str) -> tuple[str, PlannedModel]:
+    """A model that is here, or else what its hub's config.json alone tells."""
+    from pagoda.deploy.plan_model import model_of_config, planned_model
+
+    try:
+        path = find_model(name, os.environ)
+    except ModelError:
+        from pagoda.deploy.plan_remote import remote_config
+
+        remote = remote_config(name, os.environ)
+        if remote is None:
+            raise
+        config, host = remote
+        return name, model_of_config(config, (f"planned from {host}'s config.json; nothing else was fetched",), name)
+    return path, planned_model(Path(path))
 
 
 def _machine(given: dict[str, str]) -> Machine:

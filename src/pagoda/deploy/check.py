@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pagoda.arch.memory import size_text
-from pagoda.arch.registry import bind, load_spec, supported
+from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.deploy.check_deep import deep_findings
 from pagoda.deploy.check_files import holes, scan, shards
@@ -114,7 +114,8 @@ def _architecture(source: TensorSource) -> tuple[ModelSpec | None, list[Finding]
     try:
         spec = load_spec(source)
     except ModelError as error:
-        cure = error.remedy or f"Models of these kinds can be served: {', '.join(supported())}"
+        unknown = "not supported" in error.message
+        cure = error.remedy or ("Take another model, or a newer Pagoda" if unknown else DOWNLOAD_AGAIN)
         return None, [problem("architecture", error.message, cure)]
     findings = [ok("architecture", f"{spec.model_type}, {len(spec.layers)} layers, context {spec.max_position}")]
     if "vision_config" in source.config:

@@ -75,6 +75,8 @@ def _file(seen: Files, file: Path) -> Finding | None:
         return problem("files", f"{file} is empty", DOWNLOAD_AGAIN)
     wrong = kind == "answer" and file.suffix in (".json", ".safetensors", ".gguf", ".bin", ".model")
     wrong = wrong or (file.suffix in (".safetensors", ".gguf") and kind not in ("gguf", "safetensors", "empty"))
+    if wrong and kind == "other":
+        return problem("files", f"{file} is damaged: it does not begin as such a file does", DOWNLOAD_AGAIN)
     return of_error("files", wrong_kind(file, kind)) if wrong else None
 
 
@@ -147,6 +149,8 @@ def _promised(seen: Files, findings: list[Finding]) -> Mapping[str, set[str]]:
         return {SINGLE: set()}
     if INDEX in seen.kinds:
         return _indexed(seen, present, findings)
+    if not present:
+        return {}
     numbered = [match for name in present if (match := _PART.fullmatch(name))]
     if len(present) == 1 and not numbered:
         return {present[0]: set()}

@@ -71,9 +71,14 @@ def _from_config(path: Path, notes: tuple[str, ...]) -> PlannedModel:
         raise ModelError(f"{path} is not JSON", remedy="Download it again") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object", remedy="Download it again")
+    return model_of_config(config, notes, str(path.parent))
+
+
+def model_of_config(config: dict[str, Any], notes: tuple[str, ...], path: str = "") -> PlannedModel:
+    """The model that a config.json describes; `path` is where its weights would be."""
     if "vision_config" in config or config.get("model_type") in _LANGUAGE_PARTS:
         config, notes = _language_part(config), (*notes, NO_IMAGES)
-    source = Checkpoint(str(path.parent), {}, config, {})
+    source = Checkpoint(path, {}, config, {})
     spec, method = load_spec(source), method_of(source)
     if method not in _SERVED:
         notes = (*notes, f"weights in {method} can be planned, but not served yet")
