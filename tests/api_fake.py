@@ -53,11 +53,11 @@ class ByteTokenizer:
 
 
 class PlainTemplate:
-    """`role: content` lines; keeps what it was given."""
+    """`role: content` lines and an opening of the answer; keeps what it was given. `source` is only looked at."""
 
-    source = "{{ messages }}"
-
-    def __init__(self) -> None:
+    def __init__(self, source: str = "{{ messages }}", opening: str = "") -> None:
+        self.source = self.all_source = source
+        self.opening = opening
         self.seen: list[dict[str, Any]] = []
 
     def encode(
@@ -76,7 +76,7 @@ class PlainTemplate:
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         if continue_final_message:
             text = text[:-1]
-        return [IM_START, *text.encode(), *(b"assistant: " if add_generation_prompt else b"")]
+        return [IM_START, *text.encode(), *((b"assistant: " + self.opening.encode()) if add_generation_prompt else b"")]
 
 
 def model_info(**changes: Any) -> ModelInfo:

@@ -8,54 +8,51 @@ from contextlib import aclosing
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 
+from pagoda.api.answers import ROLE, Answer
 from pagoda.api.body import parse, read_body
 from pagoda.api.generation import Gathered, Generation
 from pagoda.api.logprobs import TokenNames, chat_logprobs, prompt_logprobs
-from pagoda.api.messages import chat_prompt
 from pagoda.api.protocol import ChatBody
-from pagoda.api.replies import (
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatDelta,
-    ChatLogprobs,
-    ChatMessage,
-    ChatReply,
-    Usage,
-)
+from pagoda.api.replies import ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatReply, Usage
 from pagoda.api.sampling import sampling_params
 from pagoda.api.server import Server
 from pagoda.api.stream import DONE, EventStream, Reply, answer, event
-from pagoda.types import Delta
-
-ROLE = "assistant"
+from pagoda.api.turns import Turn, new_answer, prepare_turn
+from pagoda.types import Delta, TokenLogprob
 
 
 async def chat_completions(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), ChatBody)
     model = server.served.resolve(body.model)
     params = sampling_params(body, server.default_params, server.vocab_size)
-    prompt = server.truncate(await chat_prompt(server, body), body.truncate_prompt_tokens)
+    turn = await prepare_turn(server, body)
     generation = server.start(
-        "chatcmpl", [prompt], params, model=model, cache_salt=body.cache_salt or "", priority=body.priority or 0
+        "chatcmpl",
+        [turn.prompt],
+        params,
+        model=model,
+        cache_salt=body.cache_salt or "",
+        priority=body.priority or 0,
+        shown=turn.shown,
     )
-    chat = _Chat(server, body, generation)
+    chat = _Chat(server, body, turn, generation)
     if body.stream:
         reply: Reply = EventStream(generation, chat.events(), server.aborted)
     else:
         reply = await answer(generation, chat.whole(), request.receive, server.aborted)
-    server.dress(reply, ignored, generation)
+    server.dress(reply, [*ignored, *turn.ignored], generation)
     return reply
 
 
 class _Chat:
     """Renders one call, whole or as a stream."""
 
-    def __init__(self, server: Server, body: ChatBody, generation: Generation) -> None:
+    def __init__(self, server: Server, body: ChatBody, turn: Turn, generation: Generation) -> None:
         self._body = body
         self._generation = generation
         self._names = TokenNames(server.tokenizer, body.return_tokens_as_token_ids)
         self._prefix = _echo(body)
+        self._answers = [new_answer(server, turn) for _ in generation.requests]
 
     async def whole(self) -> ChatReply:
         generation = self._generation
@@ -63,23 +60,29 @@ class _Chat:
         async with aclosing(generation.deltas()) as deltas:
             async for index, delta in deltas:
                 parts[index].take(delta)
+                self._read(index, delta)
         first = parts[0].prompt_logprobs
         return ChatReply(
             id=generation.id,
             created=generation.created,
             model=generation.model,
-            choices=[self._choice(index, part) for index, part in enumerate(parts)],
+            choices=[self._choice(index, *both) for index, both in enumerate(zip(parts, self._answers, strict=True))],
             usage=generation.usage(),
             prompt_logprobs=UNSET if first is None else prompt_logprobs(self._names, first),
             prompt_token_ids=self._prompt_ids(),
         )
 
-    def _choice(self, index: int, part: Gathered) -> ChatChoice:
+    def _read(self, index: int, delta: Delta) -> list[ChatDelta]:
+        made = self._answers[index].read(delta)
+        self._generation.reasoning_tokens = sum(each.reasoning_tokens for each in self._answers)
+        return made
+
+    def _choice(self, index: int, part: Gathered, said: Answer) -> ChatChoice:
         return ChatChoice(
             index=index,
-            message=ChatMessage(role=ROLE, content=self._prefix + part.text),
+            message=said.message(self._prefix),
             logprobs=chat_logprobs(self._names, part.logprobs) if self._body.logprobs else None,
-            finish_reason=part.finish_reason,
+            finish_reason=said.finish_reason(part.finish_reason),
             stop_reason=part.stop_reason,
             token_ids=part.token_ids if self._body.return_token_ids else UNSET,
         )
@@ -88,39 +91,41 @@ class _Chat:
         return self._generation.requests[0].prompt_token_ids if self._body.return_token_ids else UNSET
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Role, content, finish; usage if asked for; [DONE]."""
+        """Role, reasoning, content and calls, finish; usage if asked for; [DONE]."""
         options = self._body.stream_options
         for index in range(len(self._generation.requests)):
             yield self._chunk(index, ChatDelta(role=ROLE, content=""), prompt_token_ids=self._prompt_ids())
             if self._prefix:
                 yield self._chunk(index, ChatDelta(content=self._prefix))
+        waiting = [_Tokens() for _ in self._generation.requests]
         async with aclosing(self._generation.deltas()) as deltas:
             async for index, delta in deltas:
-                if delta.text or (delta.token_ids and (self._body.logprobs or self._body.return_token_ids)):
-                    yield self._content(index, delta)
+                waiting[index].take(delta)
+                for made in self._read(index, delta):
+                    yield self._chunk(index, made, *self._details(waiting[index]))
                 if delta.finish_reason is not None:
-                    yield self._finish(index, delta)
+                    yield self._finish(index, delta, waiting[index])
         if options is not None and options.include_usage:
             yield event(self._bare([], self._generation.usage()))
         yield DONE
 
-    def _content(self, index: int, delta: Delta) -> bytes:
-        logprobs: ChatLogprobs | UnsetType = UNSET
-        if self._body.logprobs:
-            logprobs = chat_logprobs(self._names, delta.logprobs or [])
-        return self._chunk(
-            index,
-            ChatDelta(content=delta.text),
-            logprobs=logprobs,
-            token_ids=delta.token_ids if self._body.return_token_ids else UNSET,
+    def _details(self, tokens: _Tokens) -> tuple[ChatLogprobs | UnsetType, list[int] | UnsetType]:
+        """What is told of the tokens since the last chunk, as far as the client asked for it."""
+        ids, logprobs = tokens.give()
+        return (
+            chat_logprobs(self._names, logprobs) if self._body.logprobs and ids else UNSET,
+            ids if self._body.return_token_ids and ids else UNSET,
         )
 
-    def _finish(self, index: int, delta: Delta) -> bytes:
+    def _finish(self, index: int, delta: Delta, tokens: _Tokens) -> bytes:
+        logprobs, ids = self._details(tokens)
         choice = ChatChunkChoice(
             index=index,
             delta=ChatDelta(),
-            finish_reason=delta.finish_reason,
+            logprobs=logprobs,
+            finish_reason=self._answers[index].finish_reason(delta.finish_reason or "stop"),
             stop_reason=UNSET if delta.stop_reason is None else delta.stop_reason,
+            token_ids=ids,
         )
         return event(self._bare([choice], self._running_usage()))
 
@@ -128,9 +133,9 @@ class _Chat:
         self,
         index: int,
         delta: ChatDelta,
-        *,
         logprobs: ChatLogprobs | UnsetType = UNSET,
         token_ids: list[int] | UnsetType = UNSET,
+        *,
         prompt_token_ids: list[int] | UnsetType = UNSET,
     ) -> bytes:
         choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, token_ids=token_ids)
@@ -155,6 +160,23 @@ class _Chat:
             usage=usage,
             prompt_token_ids=prompt_token_ids,
         )
+
+
+class _Tokens:
+    """Tokens whose text is not out yet: they are told of with the next chunk."""
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+
+    def take(self, delta: Delta) -> None:
+        self._ids += delta.token_ids
+        self._logprobs += delta.logprobs or []
+
+    def give(self) -> tuple[list[int], list[TokenLogprob]]:
+        given = self._ids, self._logprobs
+        self._ids, self._logprobs = [], []
+        return given
 
 
 def _echo(body: ChatBody) -> str:

@@ -23,9 +23,20 @@ class ShuttingDown(Overloaded):
 
 
 class Generation:
-    """Yields (index, delta) of all sequences; sequence `i` of prompt `p` has the index `p * n + i`."""
+    """Yields (index, delta) of all sequences; sequence `i` of prompt `p` has the index `p * n + i`.
 
-    def __init__(self, server: Server, id: str, model: str, requests: Sequence[Request], n: int) -> None:
+    The special tokens in `shown` are part of the text. Whoever reads the text counts `reasoning_tokens`.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        id: str,
+        model: str,
+        requests: Sequence[Request],
+        n: int,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         self.id = id
         self.model = model
         self.created = int(time.time())
@@ -33,6 +44,7 @@ class Generation:
         self.prompt_tokens = sum(len(request.prompt_token_ids) for request in requests[::n])
         self.sequence_prompt_tokens = self.prompt_tokens * n
         self.completion_tokens = [0] * len(requests)
+        self.reasoning_tokens = 0
         self.finish_reasons: list[str | None] = [None] * len(requests)
         self.started = time.monotonic()
         self.first_token_s: float | None = None
@@ -40,6 +52,7 @@ class Generation:
         self._last_token = [0.0] * len(requests)
         self._server = server
         self._n = n
+        self._shown = shown
         self._closed = False
 
     @property
@@ -54,7 +67,7 @@ class Generation:
             completion_tokens=completion_tokens,
             total_tokens=self.prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self.cached_tokens),
-            completion_tokens_details=CompletionTokensDetails(),
+            completion_tokens_details=CompletionTokensDetails(reasoning_tokens=self.reasoning_tokens),
         )
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
@@ -92,7 +105,7 @@ class Generation:
 
     async def _sequence(self, index: int) -> AsyncGenerator[Delta, None]:
         request = self.requests[index]
-        output = TextOutput(self._server.tokenizer, request)
+        output = TextOutput(self._server.tokenizer, request, self._shown)
         async with aclosing(self._server.engine.generate(request)) as stream:
             async for raw in stream:
                 delta = output.feed(raw)

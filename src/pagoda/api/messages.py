@@ -11,6 +11,9 @@ from pagoda.errors import BadRequest
 
 MAX_MESSAGES = 10_000
 _HIDDEN_PARTS = ("thinking", "reasoning", "redacted_thinking")
+_SWITCHES = ("enable_thinking", "thinking")
+"""What templates call the switch for thinking."""
+_NO_EFFORT = ("none", "minimal")
 _REASONING_NAMES = ("reasoning_content", "reasoning", "thinking", "reasoning_text")
 
 
@@ -34,7 +37,7 @@ async def chat_prompt(server: Server, body: ChatBody | TokenizeBody) -> list[int
             tools=body.tools if getattr(body, "tool_choice", None) != "none" else None,
             add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
             continue_final_message=body.continue_final_message,
-            template_kwargs={**server.default_template_kwargs, **template_kwargs(body)},
+            template_kwargs=all_kwargs(server, body),
         )
 
     return encode() if sum(map(len, texts)) < INLINE_CHARS else await asyncio.to_thread(encode)
@@ -82,22 +85,28 @@ def _texts(content: object) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
+def all_kwargs(server: Server, body: ChatBody | TokenizeBody) -> dict[str, Any]:
+    """The template's variables, the request's before the server's."""
+    return {**server.default_template_kwargs, **template_kwargs(body)}
+
+
 def template_kwargs(body: ChatBody | TokenizeBody) -> dict[str, Any]:
     """The template's variables: as given, and the switches for thinking under all the names that clients use."""
     given = dict(body.chat_template_kwargs or {})
-    if not isinstance(body, ChatBody):
-        return given
-    effort = body.reasoning_effort or (body.reasoning or {}).get("effort")
-    kind = (body.thinking or {}).get("type")
-    switches = (
-        body.enable_thinking,
-        None if kind is None else kind != "disabled",
-        None if body.think is None else body.think not in (False, "none"),
-        None if effort is None else effort != "none",
-    )
+    switches: list[bool | None] = [given.get(name) for name in _SWITCHES if isinstance(given.get(name), bool)]
+    if isinstance(body, ChatBody):
+        effort = body.reasoning_effort or (body.reasoning or {}).get("effort")
+        kind = (body.thinking or {}).get("type")
+        switches += [
+            body.enable_thinking,
+            None if kind is None else kind != "disabled",
+            None if body.think is None else body.think not in (False, "none"),
+            None if effort is None else effort not in _NO_EFFORT,
+        ]
+        if isinstance(effort, str):
+            given.setdefault("reasoning_effort", effort)
     switch = next((value for value in switches if value is not None), None)
     if switch is not None:
-        given.setdefault("enable_thinking", switch)
-    if isinstance(effort, str):
-        given.setdefault("reasoning_effort", effort)
+        for name in _SWITCHES:
+            given.setdefault(name, switch)
     return given

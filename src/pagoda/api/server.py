@@ -18,6 +18,7 @@ from pagoda.api.metrics import Metrics
 from pagoda.api.names import ServedNames
 from pagoda.errors import BadRequest, ContextLengthExceeded, Overloaded
 from pagoda.observe import log_request
+from pagoda.text.reply import find_format
 from pagoda.types import Delta, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ class Server:
     """One served model. `names` are those that clients ask for, the first one being its own; `root` is its path.
 
     `default_params` and `eos_token_ids` come from the model's generation_config.json. `local` says that the server
-    listens on this machine only: then the Host and Origin of requests are checked.
+    listens on this machine only: then the Host and Origin of requests are checked. The parsers are vLLM's names for
+    how the model writes reasoning and tool calls; None finds it in the chat template.
     """
 
     engine: Engine
@@ -81,14 +83,19 @@ class Server:
     root_path: str = ""
     max_queued: int | None = None
     log_requests: bool = False
+    reasoning_parser: str | None = None
+    tool_call_parser: str | None = None
     version: str = "0"
 
     def __post_init__(self) -> None:
         self.served = ServedNames(self.names, self.root)
+        template = "" if self.chat_template is None else self.chat_template.all_source
+        self.format = find_format(template, self.reasoning_parser, self.tool_call_parser)
         self.created = int(time.time())
         self.draining = False
         self.aborted = asyncio.Event()
         self.metrics = Metrics(self.names[0], lambda: self.engine)
+        self._special_tokens: dict[frozenset[str], frozenset[int]] = {}
         self._live: set[Generation] = set()
         self._live_sequences = 0
         self._live_prompt_tokens = 0
@@ -122,6 +129,13 @@ class Server:
         if self.draining:
             return "shutting down"
         return "ready" if self.engine.ready else "loading"
+
+    def special_tokens(self, texts: frozenset[str]) -> frozenset[int]:
+        """The special tokens among these texts."""
+        if texts not in self._special_tokens:
+            ids = self.tokenizer.special_ids
+            self._special_tokens[texts] = frozenset(i for i in ids if self.tokenizer.token_text(i) in texts)
+        return self._special_tokens[texts]
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt. Raises ContextLengthExceeded early where its beginning alone is too long."""
@@ -157,8 +171,12 @@ class Server:
         model: str | None = None,
         cache_salt: str = "",
         priority: int = 0,
+        shown: frozenset[int] = frozenset(),
     ) -> Generation:
-        """Admit one call: `params.n` sequences for each prompt. Whoever calls this must close the Generation."""
+        """Admit one call: `params.n` sequences for each prompt. Whoever calls this must close the Generation.
+
+        The special tokens in `shown` become part of the text.
+        """
         if self.draining:
             raise ShuttingDown("the server is shutting down")
         generation_id = f"{kind}-{secrets.token_hex(16)}"
@@ -176,7 +194,7 @@ class Server:
             for index, prompt in enumerate(prompts)
             for i in range(params.n)
         ]
-        generation = Generation(self, generation_id, model or self.names[0], requests, params.n)
+        generation = Generation(self, generation_id, model or self.names[0], requests, params.n, shown)
         self._admit(generation)
         return generation
 

@@ -31,6 +31,7 @@ class ChatTemplate:
     """A model's template, and the one for requests with tools where it has its own. Safe between threads.
 
     `special_tokens` are the texts (`bos_token`, ...) that templates refer to. A rendering may take `deadline_s`.
+    `all_source` is the text of both.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class ChatTemplate:
     ) -> None:
         environment = ChatEnvironment()
         self.source = source
+        self.all_source = source if tool_source is None else source + tool_source
         self._special_tokens = dict(special_tokens or {})
         self._deadline_s = deadline_s
         self._plain = _Compiled(environment, source, origin)

@@ -14,12 +14,19 @@ class Detokenizer:
     """The text of an output. All `add`s and the `finish` together give what decoding the ids at once gives.
 
     The prompt matters in two ways: after visible text the first token keeps its leading space, and a character that
-    the prompt left unfinished is completed by the output. No text of the prompt itself is ever returned.
+    the prompt left unfinished is completed by the output. No text of the prompt itself is ever returned. The special
+    tokens in `shown` are text like any other.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
-        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._hidden = tokenizer.special_ids - shown if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         tail = self._tail(prompt_ids)
         self._strip = tokenizer.strip_first and not tail

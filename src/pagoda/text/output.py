@@ -15,13 +15,14 @@ class TextOutput:
 
     Text that could still become a stop string is held back until that is decided or the output ends. When a stop
     string is complete, `feed` returns the last delta (finish_reason "stop", its tokens cut to those needed) and
-    `finished` is True: the caller then cancels the request in the engine.
+    `finished` is True: the caller then cancels the request in the engine. The special tokens in `shown` are text,
+    for whoever reads the answer by them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+    def __init__(self, tokenizer: Tokenizer, request: Request, shown: frozenset[int] = frozenset()) -> None:
         params = request.params
         before = [*request.prompt_token_ids, *request.output_token_ids]
-        self._detokenizer = Detokenizer(tokenizer, before, params.skip_special_tokens)
+        self._detokenizer = Detokenizer(tokenizer, before, params.skip_special_tokens, shown)
         self._stops = StopStrings(params.stop) if params.stop else None
         self._include_stop = params.include_stop_str_in_output
         self._eos_token_ids = frozenset(request.eos_token_ids)

@@ -1,0 +1,137 @@
+"""Splits what a model thinks from what it answers, by the marks that its family writes around its reasoning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from pagoda.errors import ConfigError
+from pagoda.text.parts import Markers, Part, Trimmer
+
+_MAX_BLANK_CHARS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningFormat:
+    """The marks of a family. `opened`: the reasoning begins without its first mark, whatever the prompt says."""
+
+    start: str
+    end: str
+    opened: bool = False
+
+    def is_open(self, prompt: str) -> bool:
+        """Whether an answer to a prompt with this end begins as reasoning."""
+        shown = prompt.rstrip()
+        return shown.endswith(self.start) or (self.opened and not shown.endswith(self.end))
+
+    def is_open_in(self, text: str) -> bool:
+        """Whether a message that is to be continued breaks off in its reasoning."""
+        return text.rfind(self.start) > text.rfind(self.end)
+
+    @property
+    def closing(self) -> str:
+        """What ends a reasoning that the prompt has opened, so that the model answers at once."""
+        return f"\n{self.end}\n\n"
+
+
+_THINK = ReasoningFormat("<think>", "</think>")
+HARMONY = ReasoningFormat("<|channel|>analysis<|message|>", "<|end|>")
+"""gpt-oss: the channels of its messages say what is reasoning; see `tool_parsers.harmony`."""
+
+_FORMATS: Mapping[str, ReasoningFormat] = MappingProxyType(
+    {
+        "openai_gptoss": HARMONY,
+        "qwen3": _THINK,
+        "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
+        "seed_oss": ReasoningFormat("<seed:think>", "</seed:think>"),
+        "granite": ReasoningFormat("Here is my thought process:", "Here is my response:"),
+        "deepseek_r1": ReasoningFormat("<think>", "</think>", opened=True),
+        "step3": ReasoningFormat("<think>", "</think>", opened=True),
+        **dict.fromkeys(
+            "deepseek_v3 ernie45 glm45 glm47 holo2 kimi_k2 mimo minimax_m2 nemotron_v3 olmo3 step3p5".split(), _THINK
+        ),
+    }
+)
+_FOUND_BY_TEMPLATE = ("openai_gptoss", "qwen3", "mistral", "seed_oss", "granite")
+
+
+def find_reasoning(template: str, name: str | None = None) -> ReasoningFormat | None:
+    """The format that the chat template mentions, or the one named with --reasoning-parser; None: there is none."""
+    if name == "none":
+        return None
+    if name is not None and name != "auto":
+        if name not in _FORMATS:
+            known = ", ".join((*_FORMATS, "none"))
+            raise ConfigError(
+                f"--reasoning-parser {name} is not known", remedy=f"Leave it out to find it by itself, or give: {known}"
+            )
+        return _FORMATS[name]
+    formats = (_FORMATS[each] for each in _FOUND_BY_TEMPLATE)
+    # Phi's templates have <|end|> too, and do not think.
+    return next(
+        (each for each in formats if each.start in template or (each.end in template and each is not HARMONY)), None
+    )
+
+
+class ThinkSplitter:
+    """Reasoning first, if the answer begins with it (or `opened` says that it has begun), then content.
+
+    Marks and the blank space around them are left out. Only at the beginning can there be a first mark: later it is
+    text like any other. One pass, and no more is held back than what may become a mark.
+    """
+
+    def __init__(self, form: ReasoningFormat, *, opened: bool) -> None:
+        self._form = form
+        self._ends = Markers((form.end,))
+        self._reasoning = Trimmer()
+        self._buffer = ""
+        self._step = self._inside if opened else self._before
+        self.thinking = opened
+
+    def feed(self, text: str) -> list[Part]:
+        """What of the answer is certain with this further text."""
+        self._buffer += text
+        return self._step() if self._buffer else []
+
+    def finish(self) -> list[Part]:
+        """What was held back when the answer ended."""
+        rest, self._buffer = self._buffer, ""
+        if self.thinking:
+            return [Part("reasoning", self._reasoning.feed(rest))]
+        return [Part("content", rest)]
+
+    def _before(self) -> list[Part]:
+        text = self._buffer.lstrip()
+        if text.startswith(self._form.start):
+            self._buffer = text[len(self._form.start) :]
+            self.thinking = True
+            self._step = self._inside
+            return self._inside()
+        if self._form.start.startswith(text) and len(self._buffer) <= _MAX_BLANK_CHARS:
+            return []
+        self._step = self._content
+        return self._content()
+
+    def _inside(self) -> list[Part]:
+        found = self._ends.search(self._buffer)
+        cut = len(self._buffer) - self._ends.held(self._buffer) if found is None else found.start()
+        reasoning = [Part("reasoning", self._reasoning.feed(self._buffer[:cut]))]
+        self._buffer = self._buffer[cut:]
+        if found is None:
+            return reasoning
+        self._buffer = self._buffer[len(self._form.end) :]
+        self.thinking = False
+        self._step = self._behind
+        return reasoning + self._behind()
+
+    def _behind(self) -> list[Part]:
+        self._buffer = self._buffer.lstrip("\n")
+        if not self._buffer:
+            return []
+        self._step = self._content
+        return self._content()
+
+    def _content(self) -> list[Part]:
+        text, self._buffer = self._buffer, ""
+        return [Part("content", text)]

@@ -1,0 +1,201 @@
+"""Tool calls through the API: the rules of deltas, tool_choice, and the openai package putting the calls together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from api_fake import Client, FakeEngine, PlainTemplate, events, make_server, on_port
+
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
+    for name in ("get_weather", "now")
+]
+HERMES = "{{ tools }}<think></think><tool_call>\n{}</tool_call>"
+WEATHER = '{"city": "Zürich", "note": "a \\"b\\" }"}'
+TWO = (
+    "<think>\nTwo calls.\n</think>\n\nI'll look.\n"
+    f'<tool_call>\n{{"name": "get_weather", "arguments": {WEATHER}}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+)
+
+
+def serving(text: str, source: str = HERMES, opening: str = "") -> Client:
+    return Client(make_server(FakeEngine(text), chat_template=PlainTemplate(source, opening)))
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    with serving(TWO) as made:
+        yield made
+
+
+def prompt_of(client: Client) -> str:
+    made = client.server.engine
+    assert isinstance(made, FakeEngine)
+    return bytes(made.requests[-1].prompt_token_ids[1:]).decode()
+
+
+def test_whole_reply(client: Client) -> None:
+    choice = client.chat(tools=TOOLS).json()["choices"][0]
+    message = choice["message"]
+    calls = message["tool_calls"]
+    assert [(call["type"], call["function"]) for call in calls] == [
+        ("function", {"name": "get_weather", "arguments": WEATHER}),
+        ("function", {"name": "now", "arguments": "{}"}),
+    ]
+    assert message["content"] == "I'll look." and message["reasoning"] == "Two calls."
+    assert choice["finish_reason"] == "tool_calls"
+    ids = [call["id"] for call in calls]
+    ids += [call["id"] for call in client.chat(tools=TOOLS).json()["choices"][0]["message"]["tool_calls"]]
+    assert len(set(ids)) == 4
+
+
+def test_content_is_null_only_beside_calls() -> None:
+    with serving('<tool_call>{"name": "now"}</tool_call>') as client:
+        assert client.chat(tools=TOOLS).json()["choices"][0]["message"]["content"] is None
+    with serving("") as client:
+        assert client.chat(tools=TOOLS).json()["choices"][0]["message"] == {"role": "assistant", "content": ""}
+
+
+def test_stream_has_heads_then_arguments_one_call_at_a_time(client: Client) -> None:
+    got = events(client.chat(tools=TOOLS, stream=True))
+    choices = [chunk["choices"][0] for chunk in got[:-1]]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    assert choices[-1]["delta"] == {} and choices[-1]["finish_reason"] == "tool_calls"
+    assert all(choice["finish_reason"] is None for choice in choices[:-1])
+    assert all(len(choice["delta"]) == 1 or "reasoning" in choice["delta"] for choice in choices[1:-1])
+    pieces = [choice["delta"]["tool_calls"] for choice in choices if "tool_calls" in choice["delta"]]
+    assert all(len(piece) == 1 for piece in pieces)
+    arguments: list[str] = []
+    for (piece,) in pieces:
+        if "id" in piece:
+            assert list(piece) == ["index", "id", "type", "function"] and piece["type"] == "function"
+            assert piece["index"] == len(arguments) and piece["function"]["arguments"] == ""
+            arguments.append("")
+        else:
+            assert list(piece) == ["index", "function"] and list(piece["function"]) == ["arguments"]
+            assert piece["index"] == len(arguments) - 1 and piece["function"]["arguments"]
+            arguments[-1] += piece["function"]["arguments"]
+    assert arguments == [WEATHER, "{}"]
+    assert len(pieces) > 20, "arguments must come as they are written"
+    content = "".join(choice["delta"].get("content", "") for choice in choices)
+    assert content == "I'll look."
+
+
+def test_openai_stream_helper_assembles_the_calls() -> None:
+    engine = FakeEngine(TWO)
+    server = make_server(engine, chat_template=PlainTemplate(HERMES))
+    with on_port(server, engine) as url, openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0) as api:
+        asked: dict[str, Any] = {"model": "fake-model", "messages": [{"role": "user", "content": "?"}], "tools": TOOLS}
+        with api.chat.completions.stream(**asked) as stream:
+            final = stream.get_final_completion()
+        whole = api.chat.completions.create(**asked)
+    for choice in (final.choices[0], whole.choices[0]):
+        calls = choice.message.tool_calls or []
+        assert [(call.function.name, call.function.arguments) for call in calls if call.type == "function"] == [
+            ("get_weather", WEATHER),
+            ("now", "{}"),
+        ]
+        assert [call.id.count("call_") for call in calls] == [1, 1]
+        assert choice.message.content == "I'll look." and choice.finish_reason == "tool_calls"
+
+
+def test_without_tools_calls_are_text(client: Client) -> None:
+    cases: list[dict[str, Any]] = [{}, {"tools": []}, {"tools": TOOLS, "tool_choice": "none"}]
+    for fields in cases:
+        choice = client.chat(**fields).json()["choices"][0]
+        assert "tool_calls" not in choice["message"] and "<tool_call>" in choice["message"]["content"]
+        assert choice["finish_reason"] == "stop"
+
+
+def test_only_the_first_call_unless_parallel(client: Client) -> None:
+    calls = client.chat(tools=TOOLS, parallel_tool_calls=False).json()["choices"][0]["message"]["tool_calls"]
+    assert [call["function"]["name"] for call in calls] == ["get_weather"]
+    got = events(client.chat(tools=TOOLS, parallel_tool_calls=False, stream=True))
+    assert {call["index"] for c in got[:-1] for call in c["choices"][0]["delta"].get("tool_calls", [])} == {0}
+
+
+def test_cut_off_in_a_call_is_length() -> None:
+    with serving('<tool_call>{"name": "now", "arguments": {"a": 1') as client:
+        choice = client.chat(tools=TOOLS, max_tokens=47).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"a": 1'
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{"type": "function", "function": {"name": "now"}}, {"type": "function", "name": "now"}],
+)
+def test_a_named_function_is_called(choice: dict[str, Any]) -> None:
+    with serving(' {"zone": "UTC"}}\n</tool_call>', opening="<think>\n") as client:
+        reply = client.chat(tools=TOOLS, tool_choice=choice).json()["choices"][0]
+        prompt = prompt_of(client)
+        assert client.chat(tools=TOOLS, tool_choice=choice, stream=True).status_code == 200
+        template = client.server.chat_template
+        assert isinstance(template, PlainTemplate) and template.seen[-1]["kwargs"]["enable_thinking"] is False
+    assert prompt.endswith('<think>\n\n</think>\n\n<tool_call>\n{"name": "now", "arguments":')
+    assert reply["message"]["tool_calls"][0]["function"] == {"name": "now", "arguments": '{"zone": "UTC"}'}
+    assert (reply["finish_reason"], reply["message"]["content"]) == ("tool_calls", None)
+
+
+def test_required_begins_a_call_of_any_function() -> None:
+    with serving('now", "arguments": {}}\n</tool_call>') as client:
+        reply = client.chat(tools=TOOLS, tool_choice="required").json()["choices"][0]
+        assert prompt_of(client).endswith('assistant: <tool_call>\n{"name": "')
+        client.chat(tools=TOOLS[:1], tool_choice="required")
+        assert prompt_of(client).endswith('{"name": "get_weather", "arguments":')
+    assert reply["message"]["tool_calls"][0]["function"]["name"] == "now"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"tool_choice": "required"}, "tool_choice", "no tools"),
+        ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice", "must be auto"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "'g'"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "must be a word or"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools", "tools[0].function.name"),
+    ],
+)
+def test_wrong_tools_are_refused_by_name(client: Client, fields: dict[str, Any], param: str, words: str) -> None:
+    response = client.chat(**fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param) and words in error["message"]
+
+
+def test_an_unknown_family_can_not_be_made_to_call() -> None:
+    with serving("x", "{{ tools }}") as client:
+        error = client.chat(tools=TOOLS, tool_choice="required").json()["error"]
+        assert error["param"] == "tool_choice" and "--tool-call-parser" in error["message"]
+        assert client.chat(tools=TOOLS).json()["choices"][0]["message"]["content"] == "x"
+
+
+def test_tools_that_the_template_has_no_place_for_are_told_of() -> None:
+    with serving("x", "{{ messages }}") as client:
+        assert client.chat(tools=TOOLS).headers["x-pagoda-ignored"] == "tools"
+        assert "x-pagoda-ignored" not in client.chat(tools=[]).headers
+
+
+def test_tools_of_other_types_are_left_out(client: Client) -> None:
+    response = client.chat(tools=[{"type": "web_search"}, *TOOLS])
+    assert response.status_code == 200
+    template = client.server.chat_template
+    assert isinstance(template, PlainTemplate) and template.seen[-1]["tools"] == TOOLS
+
+
+def test_mistral_ids_have_nine_letters() -> None:
+    with serving('[TOOL_CALLS][{"name": "now", "arguments": {}}]', "{{ tools }}[TOOL_CALLS]") as client:
+        (call,) = client.chat(tools=TOOLS).json()["choices"][0]["message"]["tool_calls"]
+    assert len(call["id"]) == 9 and call["id"].isalnum()
+
+
+def test_parser_named_on_the_command_line() -> None:
+    template = PlainTemplate("{{ tools }}")
+    engine = FakeEngine('{"name": "now", "parameters": {"a": 1}}')
+    with Client(make_server(engine, chat_template=template, tool_call_parser="llama3_json")) as client:
+        (call,) = client.chat(tools=TOOLS).json()["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"a": 1}
