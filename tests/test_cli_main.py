@@ -47,6 +47,12 @@ def test_version(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> 
     assert run(capsys, *words)[:2] == (0, f"{__version__}\n")
 
 
+def test_version_tells_the_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGODA_CPU_ISA", "generic")
+    code, out, _ = run(capsys, "version", "--verbose")
+    assert code == 0 and "generic by PAGODA_CPU_ISA" in out
+
+
 @pytest.mark.parametrize(
     ("words", "code", "needle"),
     [

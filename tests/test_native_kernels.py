@@ -18,18 +18,7 @@ FLOAT = ("F32", "F16", "BF16")
 QUANTIZED = tuple(t for t in native.TYPES if t not in FLOAT)
 
 
-def machine_isas() -> list[str]:
-    found = []
-    for isa in ("generic", "avx2", "avx512"):
-        try:
-            Native(1, isa).close()
-        except ConfigError:
-            continue
-        found.append(isa)
-    return found
-
-
-ISAS = machine_isas()
+ISAS = native.isas()[::-1]  # the plain one first, the best last
 
 
 def stored(rng: np.random.Generator, rows: int, k: int, kind: str) -> Tensor:

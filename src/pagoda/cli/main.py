@@ -21,7 +21,7 @@ COMMANDS = MappingProxyType(
         "pull": "fetch a model from Hugging Face or ModelScope",
         "list": "the models that are on this machine",
         "rm": "remove models from the caches",
-        "version": "print the version",
+        "version": "print the version (--verbose: and the CPU kernels)",
     }
 )
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command in ("-v", "--version", "version"):
         print(__version__)
-        return 0
+        return guarded(_describe) if "--verbose" in words else 0
     return guarded(lambda: _run(command, words))
 
 
@@ -78,6 +78,13 @@ def guarded(action: Callable[[], int]) -> int:
         print(f"pagoda: an error of Pagoda itself: {type(error).__name__}: {error}", file=sys.stderr)
         print("  Run it again with PAGODA_DEBUG=1 to see where, and report that", file=sys.stderr)
         return PagodaError.exit_code
+
+
+def _describe() -> int:
+    from pagoda.backend.cpu.library import describe
+
+    print(f"CPU kernels: {describe()}")
+    return 0
 
 
 def _run(command: str, words: list[str]) -> int:

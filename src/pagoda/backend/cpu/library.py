@@ -101,6 +101,24 @@ def _load() -> c.CDLL:
     return lib
 
 
+def isas() -> list[str]:
+    """The instruction sets this machine can run, the best first."""
+    find = _load().pg_isa
+    find.restype, find.argtypes = c.c_char_p, [c.c_int32]
+    found: list[str] = []
+    while (name := find(len(found))) is not None:
+        found.append(name.decode())
+    return found
+
+
+def describe() -> str:
+    """Which kernels a model loaded now would run, and which this machine has."""
+    chosen, found = os.environ.get("PAGODA_CPU_ISA"), isas()
+    if chosen and chosen not in found:
+        return f"{chosen} by PAGODA_CPU_ISA, which this processor cannot run (available: {', '.join(found)})"
+    return f"{chosen or found[0]}{' by PAGODA_CPU_ISA' if chosen else ''} (available: {', '.join(found)})"
+
+
 def matrix_bytes(kind: str, rows: int, k: int) -> int:
     """Bytes of a repacked matrix; a type that the kernels do not know is widened to float32."""
     known = int(_load().pg_matrix_bytes(TYPES.get(kind, -1), rows, k))
