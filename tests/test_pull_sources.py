@@ -214,6 +214,7 @@ def test_two_at_once(hub: Hub, tmp_path: Path) -> None:
     with owned(lock, REPO), pytest.raises(ModelError, match=f"is being fetched by process {os.getpid()}"):
         get(hub, tmp_path)
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    lock.parent.mkdir(parents=True)
     lock.write_text(f'{{"pid": {int(dead.stdout)}, "host": "{os.uname().nodename}", "started": 5}}')
     check_published(hub, get(hub, tmp_path).folder)
 
@@ -295,6 +296,53 @@ print(snapshot_download({REPO!r}))
         code = f"from huggingface_hub import snapshot_download as get; print(get({REPO!r}, local_dir={folder!r}))"
         self.run(hub, tmp_path, code)
         assert hub.sent_bytes() == hub.total_bytes()
+
+
+class TestRealModelScope:
+    """modelscope speaks with our hub, and reads what we wrote. Runs where that package is installed."""
+
+    def run(self, hub: Hub, home: Path) -> Path:
+        pytest.importorskip("modelscope")
+        code = f"from modelscope import snapshot_download; print(snapshot_download({REPO!r}))"
+        variables = {**os.environ, **environ(hub, home), "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return Path(done.stdout.strip().splitlines()[-1])
+
+    def test_it_downloads_from_the_hub_and_we_find_it(self, hub: Hub, tmp_path: Path) -> None:
+        folder = self.run(hub, tmp_path)
+        check_published(hub, folder)
+        assert get(hub, tmp_path, "modelscope").folder == folder
+        assert hub.sent_bytes() == hub.total_bytes()
+
+    def test_it_finds_what_we_wrote(self, hub: Hub, tmp_path: Path) -> None:
+        folder = get(hub, tmp_path, "modelscope").folder
+        assert self.run(hub, tmp_path) == folder
+        assert hub.sent_bytes() == hub.total_bytes()
+
+
+def test_a_model_where_modelscope_2_keeps_it(hub: Hub, tmp_path: Path) -> None:
+    theirs = tmp_path / "ms" / "models" / "acme--tiny-1.5" / "snapshots" / "master"
+    theirs.mkdir(parents=True)
+    for name in ("config.json", BIG):
+        (theirs / name).write_bytes(hub.files[name])
+    assert get(hub, tmp_path, "modelscope").folder == theirs
+    check_published(hub, theirs)
+    assert hub.sent_bytes() == len(hub.files["tokenizer.json"])
+
+
+def test_proxies(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    variables = {**environ(hub, tmp_path), "HF_ENDPOINT": "http://hub.invalid"}
+    monkeypatch.setenv("http_proxy", hub.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    check_published(hub, pull(Wanted(REPO, source="hf"), variables, Report()).folder)
+    assert hub.seen[0].headers["host"] == "hub.invalid"
+    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1080")
+    with pytest.raises(Unreachable, match="SOCKS is not spoken here"):
+        pull(Wanted(REPO, source="hf"), variables, Report())
+    get(hub, tmp_path)
 
 
 def test_the_hash_names_the_partial_file(hub: Hub, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -51,8 +50,6 @@ def remove(model: CachedModel) -> None:
                 continue
             except OSError as error:
                 raise ModelError(f"{folder} cannot be removed: {error.strerror}", remedy=f"rm -r {folder}") from None
-    with contextlib.suppress(OSError):
-        lock.parent.rmdir()
 
 
 def _hugging_face(cache: Path) -> Iterator[CachedModel]:
@@ -70,6 +67,8 @@ def _hugging_face(cache: Path) -> Iterator[CachedModel]:
 
 def _modelscope(base: Path) -> Iterator[CachedModel]:
     for owner in _folders(base):
+        if "--" in owner.name and any(is_complete(snapshot) for snapshot in _folders(owner / "snapshots")):
+            yield _model(owner.name.replace("--", "/", 1), "modelscope", (owner,), "")
         for folder in _folders(owner):
             name = folder.name.removeprefix(".pagoda-")
             target = owner / name

@@ -75,6 +75,7 @@ def request(
             asked.add_unredirected_header("Cookie", f"{endpoint.cookie}={endpoint.token}")
     if span is not None:
         asked.add_header("Range", f"bytes={span[0]}-{span[1] - 1}")
+    _check_proxy(url)
     try:
         answer = urllib.request.build_opener(_Redirects()).open(asked, timeout=timeout_s)
     except urllib.error.HTTPError as error:
@@ -83,6 +84,17 @@ def request(
     if not isinstance(answer, http.client.HTTPResponse):
         raise SourceFailed(f"{url} is not an address on the web", remedy="Give one that begins with https://")
     return answer
+
+
+def _check_proxy(url: str) -> None:
+    parts = urllib.parse.urlsplit(url)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all", "")
+    if proxy.startswith("socks") and not urllib.request.proxy_bypass(parts.hostname or ""):
+        raise Unreachable(
+            f"{parts.netloc} is behind the proxy {urllib.parse.urlsplit(proxy).hostname}, and SOCKS is not spoken here",
+            remedy="Set HTTPS_PROXY to an http:// address; most SOCKS programs offer one, too",
+        )
 
 
 def get_json(endpoint: Endpoint, url: str, tries: int = 3) -> tuple[Any, str | None]:

@@ -54,6 +54,12 @@ def modelscope_folder(repo: str, environ: Mapping[str, str]) -> Path:
     return modelscope_cache(environ) / owner / name.replace(".", "___")
 
 
+def modelscope_snapshot(repo: str, revision: str, environ: Mapping[str, str]) -> Path:
+    """Where modelscope 2 puts a model itself; it looks in `modelscope_folder` first, which older versions read, too."""
+    root = Path(environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
+    return root / "models" / repo.replace("/", "--") / "snapshots" / revision
+
+
 def layout_for(listing: Listing, local_dir: Path | None, environ: Mapping[str, str]) -> Layout:
     """The folder the user named, or the cache of the tool that belongs to the source."""
     if local_dir is not None:
@@ -61,6 +67,9 @@ def layout_for(listing: Listing, local_dir: Path | None, environ: Mapping[str, s
     if listing.source.protocol == "huggingface":
         return HubCache(hf_folder(listing.repo, environ))
     folder = modelscope_folder(listing.repo, environ)
+    newer = modelscope_snapshot(listing.repo, listing.commit, environ)
+    if newer.is_dir() and not folder.exists():
+        folder = newer
     return PlainFolder(folder, folder.parent / f".pagoda-{folder.name}")
 
 

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pagoda.deploy.failures import disk_failed
@@ -25,7 +25,12 @@ def owned(path: Path, what: str) -> Iterator[None]:
     mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _take(path, mine, what)
+        try:
+            _take(path, mine, what)
+        except FileNotFoundError:
+            # The owner before has just taken the empty folder away.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _take(path, mine, what)
     except OSError as error:
         raise disk_failed(error, path.parent) from None
     done = threading.Event()
@@ -37,6 +42,8 @@ def owned(path: Path, what: str) -> Iterator[None]:
         done.set()
         beat.join()
         path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.parent.rmdir()
 
 
 def _take(path: Path, mine: str, what: str) -> None:
