@@ -145,6 +145,18 @@ class Options:
     default_chat_template_kwargs: Mapping[str, Any] = _option(
         {}, 'Template variables for all chats, such as {"enable_thinking": false}', "Model"
     )
+    reasoning_parser: str | None = _option(
+        None,
+        "How the model writes its reasoning, under vLLM's names; found in the chat template, so it need not be given. "
+        "none: reasoning stays in the answer's text",
+        "Model",
+    )
+    tool_call_parser: str | None = _option(
+        None,
+        "How the model writes tool calls, under vLLM's names; found in the chat template, so it need not be given. "
+        "none: calls stay in the answer's text",
+        "Model",
+    )
     generation_config: str = _option(
         "auto",
         "Where default sampling parameters come from: auto (the model's generation_config.json) or vllm (neutral)",

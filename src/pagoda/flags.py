@@ -46,6 +46,8 @@ _ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
         "num_scheduler_steps": (None, "every step is scheduled"),
         "preemption_mode": (None, "a request that has to wait is computed again from its prefix"),
         "enable_server_load_tracking": (False, "the load is always measured, see /metrics"),
+        "enable_auto_tool_choice": (False, "always on: tool calls are found wherever a request has tools"),
+        "enable_reasoning": (False, "always on: reasoning is split off where the model's chat template has it"),
         "disable_uvicorn_access_log": (False, "there is no access log"),
     }
 )
@@ -70,12 +72,8 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
         {"enable_lora": False, "lora_modules": (), "max_loras": 1, "max_lora_rank": 16, "max_cpu_loras": None},
     ),
     (
-        "tool calls are not here yet",
-        {"enable_auto_tool_choice": False, "tool_call_parser": None, "tool_parser_plugin": None, "tool_server": None},
-    ),
-    (
-        "reasoning is not returned apart from the answer yet",
-        {"reasoning_parser": None, "enable_reasoning": False, "reasoning_parser_plugin": None},
+        "code of others is not loaded into the server, and tools run at the client",
+        {"tool_parser_plugin": None, "reasoning_parser_plugin": None, "tool_server": None},
     ),
     (
         "drafts come from the text so far only, see --speculative-config",

@@ -88,6 +88,8 @@ def make_server(options: Options, path: str, engine: EngineClient) -> Server:
         chat_template=load_chat_template(path, source.metadata, options.chat_template),
         default_params=sampling_defaults(options, defaults.params),
         default_template_kwargs=options.default_chat_template_kwargs,
+        reasoning_parser=options.reasoning_parser,
+        tool_call_parser=options.tool_call_parser,
         eos_token_ids=defaults.eos_token_ids,
         api_keys=options.api_key,
         allowed_origins=options.allowed_origins,
