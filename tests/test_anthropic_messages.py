@@ -158,7 +158,7 @@ def test_blocks_of_an_agents_turn(client: Client) -> None:
     ]
     body = {"messages": messages, "tools": tools, "tool_choice": {"type": "auto"}, "max_tokens": 9}
     response = client.post("/v1/messages", body)
-    assert response.status_code == 200 and response.headers["x-pagoda-ignored"] == "tools.web_search"
+    assert response.status_code == 200 and response.headers["x-pagoda-ignored"].endswith("tools.web_search")
     assert seen(client)["messages"][1:] == [
         {
             "role": "assistant",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
@@ -26,6 +28,15 @@ class Dialect:
 
 
 OPENAI = Dialect(ErrorReply, lambda detail: ErrorReply(error=detail), event)
+
+
+def arguments_object(text: str) -> dict[str, Any]:
+    """A call's arguments. What is no object is wrapped as Anthropic says how: the tool's own check then shows it."""
+    try:
+        parsed = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        parsed = None
+    return parsed if isinstance(parsed, dict) else {"INVALID_JSON": text}
 
 
 class DialectStream(EventStream):

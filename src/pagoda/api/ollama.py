@@ -7,37 +7,41 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pagoda.api.answers import Answer
 from pagoda.api.body import parse, read_body
-from pagoda.api.dialect import DialectStream
+from pagoda.api.dialect import DialectStream, arguments_object
 from pagoda.api.generation import Gathered, Generation
 from pagoda.api.logprobs import TokenNames, chat_logprobs
-from pagoda.api.messages import chat_prompt
 from pagoda.api.ollama_options import chat_body, ignored_options, no_images, params_of, resolve
 from pagoda.api.ollama_protocol import (
     OLLAMA,
     OllamaCall,
     OllamaChatBody,
     OllamaChatReply,
+    OllamaFunction,
     OllamaGenerateBody,
     OllamaGenerateReply,
     OllamaMessage,
     OllamaMetrics,
+    OllamaToolCall,
     line,
     timestamp,
 )
-from pagoda.api.replies import ChatLogprob, to_json
+from pagoda.api.replies import ChatMessage, to_json
 from pagoda.api.server import Server
 from pagoda.api.shape import JSON
 from pagoda.api.stream import Reply, answer
+from pagoda.api.turns import Turn, new_answer, prepare_turn
 from pagoda.errors import BadRequest
-from pagoda.types import Delta, SamplingParams
+from pagoda.text.reply import ReplyFormat, ReplyReader
+from pagoda.types import Delta, SamplingParams, TokenLogprob
 
-Render = Callable[[str, str, str, bool], OllamaMetrics]
-"""Model, time, text, done -> one reply: that is all in which the two routes' answers differ."""
+Render = Callable[[str, OllamaMessage, bool], OllamaMetrics]
+"""Model, message, done -> one reply: that is all in which the two routes' answers differ."""
 
 
 async def chat(server: Server, request: Request) -> Reply:
@@ -47,8 +51,8 @@ async def chat(server: Server, request: Request) -> Reply:
         return _loaded(server, body, _chat_reply)
     asked = chat_body(server, body, body.messages, body.tools)
     params = params_of(server, asked)
-    prompt = await chat_prompt(server, asked)
-    return await _generate(server, request, body, prompt, params, ignored, _chat_reply)
+    turn = await prepare_turn(server, asked)
+    return await _generate(server, request, body, turn, params, ignored, _chat_reply)
 
 
 async def generate(server: Server, request: Request) -> Reply:
@@ -62,10 +66,9 @@ async def generate(server: Server, request: Request) -> Reply:
     params = params_of(server, asked)
     if body.raw or server.chat_template is None:
         plain = body.prompt if body.raw or not body.system else f"{body.system}\n\n{body.prompt}"
-        prompt = await server.encode(plain)
-    else:
-        prompt = await chat_prompt(server, asked)
-    return await _generate(server, request, body, prompt, params, ignored, _generate_reply)
+        return await _generate(server, request, body, await server.encode(plain), params, ignored, _generate_reply)
+    turn = await prepare_turn(server, asked)
+    return await _generate(server, request, body, turn, params, ignored, _generate_reply)
 
 
 def _refuse(body: OllamaGenerateBody) -> None:
@@ -83,17 +86,19 @@ def _refuse(body: OllamaGenerateBody) -> None:
         raise no_images()
 
 
-def _chat_reply(model: str, moment: str, text: str, done: bool) -> OllamaChatReply:
-    return OllamaChatReply(model=model, created_at=moment, message=OllamaMessage(content=text), done=done)
+def _chat_reply(model: str, message: OllamaMessage, done: bool) -> OllamaChatReply:
+    return OllamaChatReply(model=model, created_at=timestamp(), message=message, done=done)
 
 
-def _generate_reply(model: str, moment: str, text: str, done: bool) -> OllamaGenerateReply:
-    return OllamaGenerateReply(model=model, created_at=moment, response=text, done=done)
+def _generate_reply(model: str, message: OllamaMessage, done: bool) -> OllamaGenerateReply:
+    return OllamaGenerateReply(
+        model=model, created_at=timestamp(), response=message.content, thinking=message.thinking, done=done
+    )
 
 
 def _loaded(server: Server, body: OllamaCall, render: Render) -> Response:
     """The answer to nothing. The model is here as long as the server is, whatever keep_alive says."""
-    reply = render(body.model or server.names[0], timestamp(), "", True)
+    reply = render(body.model or server.names[0], OllamaMessage(content=""), True)
     reply.done_reason = "unload" if body.keep_alive == 0 else "load"
     return Response(line(reply), media_type=OLLAMA.media_type) if body.stream else _json(reply)
 
@@ -106,13 +111,21 @@ async def _generate(
     server: Server,
     request: Request,
     body: OllamaCall,
-    prompt: list[int],
+    turn: Turn | list[int],
     params: SamplingParams,
     ignored: list[str],
     render: Render,
 ) -> Reply:
-    generation = server.start("ollama", [prompt], params, model=server.served.resolve(body.model))
-    answering = _Answer(server, body, generation, render)
+    """`turn` may be the bare ids of a prompt; then the answer is bare text too."""
+    model = server.served.resolve(body.model)
+    if isinstance(turn, Turn):
+        generation = server.start("ollama", [turn.prompt], params, model=model, shown=turn.shown)
+        said = new_answer(server, turn)
+        ignored = [*ignored, *turn.ignored]
+    else:
+        generation = server.start("ollama", [turn], params, model=model)
+        said = Answer(ReplyReader(ReplyFormat(None, None)))
+    answering = _Answering(server, body, generation, said, render)
     if body.stream:
         reply: Reply = DialectStream(OLLAMA, generation, answering.lines(), server.aborted)
     else:
@@ -121,45 +134,67 @@ async def _generate(
     return reply
 
 
-class _Answer:
+class _Answering:
     """Renders one call, whole or as a stream."""
 
-    def __init__(self, server: Server, body: OllamaCall, generation: Generation, render: Render) -> None:
+    def __init__(self, server: Server, body: OllamaCall, generation: Generation, said: Answer, render: Render) -> None:
         self._model = body.model or generation.model
         self._wants_logprobs = body.logprobs or bool(body.top_logprobs)
         self._names = TokenNames(server.tokenizer)
         self._generation = generation
+        self._said = said
         self._render = render
+        self._logprobs: list[TokenLogprob] = []
 
     async def whole(self) -> OllamaMetrics:
         gathered = Gathered()
         async with aclosing(self._generation.deltas()) as deltas:
             async for _, delta in deltas:
                 gathered.take(delta)
-        reply = self._last(gathered.text, gathered.finish_reason)
-        if self._wants_logprobs:
-            reply.logprobs = chat_logprobs(self._names, gathered.logprobs).content
-        return reply
+                self._read(delta)
+        said = self._said.message()
+        thinking = said.reasoning_content
+        message = OllamaMessage(content=said.content or "", thinking=thinking, tool_calls=_tool_calls(said))
+        return self._last(message, gathered.finish_reason)
 
     async def lines(self) -> AsyncGenerator[bytes, None]:
-        """A line for each piece of text, then one with the reason and the metrics."""
+        """A line for each piece of text, one with the calls, then one with the reason and the metrics."""
         async with aclosing(self._generation.deltas()) as deltas:
             async for _, delta in deltas:
-                if delta.text or (delta.token_ids and self._wants_logprobs):
-                    reply = self._render(self._model, timestamp(), delta.text, False)
-                    reply.logprobs = self._logprobs(delta) if self._wants_logprobs else UNSET
-                    yield line(reply)
+                for message in self._read(delta):
+                    yield self._line(message)
                 if delta.finish_reason is not None:
-                    yield line(self._last("", delta.finish_reason))
+                    calls = _tool_calls(self._said.message())
+                    if calls is not UNSET:
+                        yield self._line(OllamaMessage(content="", tool_calls=calls))
+                    yield line(self._last(OllamaMessage(content=""), delta.finish_reason))
 
-    def _logprobs(self, delta: Delta) -> list[ChatLogprob]:
-        return chat_logprobs(self._names, delta.logprobs or []).content
+    def _read(self, delta: Delta) -> list[OllamaMessage]:
+        """The pieces of thinking and of text that this delta makes certain; calls are told whole, at the end."""
+        self._logprobs += delta.logprobs or []
+        made = self._said.read(delta)
+        self._generation.reasoning_tokens = self._said.reasoning_tokens
+        return [
+            OllamaMessage(content=piece.content or "", thinking=piece.reasoning_content)
+            for piece in made
+            if piece.tool_calls is UNSET
+        ]
 
-    def _last(self, text: str, finish_reason: str) -> OllamaMetrics:
+    def _line(self, message: OllamaMessage) -> bytes:
+        return line(self._with_logprobs(self._render(self._model, message, False)))
+
+    def _with_logprobs(self, reply: OllamaMetrics) -> OllamaMetrics:
+        """With those of the tokens that no line has told of so far."""
+        if self._wants_logprobs:
+            reply.logprobs = chat_logprobs(self._names, self._logprobs).content
+            self._logprobs = []
+        return reply
+
+    def _last(self, message: OllamaMessage, finish_reason: str) -> OllamaMetrics:
         generation = self._generation
         total_s = time.monotonic() - generation.started
         first_s = total_s if generation.first_token_s is None else generation.first_token_s
-        reply = self._render(self._model, timestamp(), text, True)
+        reply = self._with_logprobs(self._render(self._model, message, True))
         reply.done_reason = finish_reason
         reply.total_duration = _ns(total_s)
         reply.load_duration = 0
@@ -168,6 +203,20 @@ class _Answer:
         reply.eval_count = sum(generation.completion_tokens)
         reply.eval_duration = _ns(total_s - first_s)
         return reply
+
+
+def _tool_calls(message: ChatMessage) -> list[OllamaToolCall] | UnsetType:
+    if message.tool_calls is UNSET:
+        return UNSET
+    return [
+        OllamaToolCall(
+            id=call.id,
+            function=OllamaFunction(
+                index=index, name=call.function.name, arguments=arguments_object(call.function.arguments)
+            ),
+        )
+        for index, call in enumerate(message.tool_calls)
+    ]
 
 
 def _ns(seconds: float) -> int:

@@ -137,7 +137,8 @@ def _details(server: Server, name: str) -> OllamaDetails:
 
 
 def _capabilities(server: Server) -> list[str]:
-    return ["completion"]
+    thinking = ["thinking"] if server.format.reasoning is not None else []
+    return ["completion", *(["tools"] if server.format.tools is not None else []), *thinking]
 
 
 def _parameters(server: Server) -> str:
