@@ -175,6 +175,14 @@ def test_a_cpu_that_is_too_small(tmp_path: Path) -> None:
     assert not plan(folder, Machine("a CPU", 10 * GIB), max_model_len=length + 17).fits
 
 
+def test_without_a_context_a_short_one_counts(tmp_path: Path) -> None:
+    made = plan(write(tmp_path, QWEN3_4B), parse_gpus("24GiB"), memory_share=0.3)
+    assert not made.fits and made.wanted_context == 2048
+    share = float(next(cure["gpu-memory-utilization"] for cure in made.cures if "gpu-memory-utilization" in cure))
+    cured = plan(tmp_path, parse_gpus("24GiB"), memory_share=share)
+    assert cured.fits and 2048 <= cured.context < 40960
+
+
 def test_sizes_that_can_share_a_model() -> None:
     big, small = (load_spec(Checkpoint("", {}, config, {})) for config in (QWEN3_32B, QWEN3_4B))
     assert parallel_sizes(big, 8) == [1, 2, 4, 8]

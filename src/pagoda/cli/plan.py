@@ -114,7 +114,7 @@ def _text(settings: Settings, model: PlannedModel, plan: Plan) -> str:
         return "\n".join(parts)
     need, usable = size(plan.needed_bytes), size(plan.usable_bytes)
     where = " of each GPU" if plan.gpus > 1 else ""
-    wanted = f"with a context of {plan.limits.max_model_len} tokens"
+    wanted = f"with a context of {plan.wanted_context} tokens"
     parts += [f"It does not fit {wanted}: {need}{where} would be needed, and {usable} may be used."]
     if plan.cures:
         parts += ["With one of these it does:", ""]
@@ -166,7 +166,7 @@ def picture(plan: Plan, color: bool) -> str:
     """The memory as a bar: what is taken by what, what is left, and where the limit is when it is too much."""
     cache = plan.kv_bytes or plan.needed_bytes - plan.weight_bytes - plan.activation_bytes - plan.overhead_bytes
     sizes = (plan.weight_bytes, cache, plan.activation_bytes, plan.overhead_bytes)
-    width = min(_BAR, shutil.get_terminal_size().columns - 4)
+    width = min(_BAR, max(16, shutil.get_terminal_size().columns - 4))
     total = max(plan.machine.memory_bytes, sum(sizes), 1)
     bar, end, at = "", 0, 0
     for (_, mark, code), count_bytes in zip(_PARTS, sizes, strict=True):

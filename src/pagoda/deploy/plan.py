@@ -20,7 +20,8 @@ from pagoda.types import BLOCK_SIZE
 from pagoda.weights.ggml import BLOCKS, nbytes
 from pagoda.weights.source import Tensor
 
-_CONTEXTS = (2048, 8192, 32768, 131072)
+_SHORT_CONTEXT = 2048
+_CONTEXTS = (_SHORT_CONTEXT, 8192, 32768, 131072)
 _MOST_SHARE_GPU = 0.95
 _FLOATS = ("F32", "F16", "BF16")
 _BITS = {"int8": 8, "int4": 4, "U8G": 8, "U4G": 4}
@@ -31,7 +32,8 @@ class Plan:
     """Bytes are those of each GPU, or of the CPU's free memory.
 
     `blocks` is what the engine would take for its cache, `most_blocks` what would fit; `context` is the longest
-    context it would serve, `longest_context` what would fit at most. `cures`: options with which it fits.
+    context it would serve, `longest_context` what would fit at most; `wanted_context` is what was asked for, else a
+    short one. `cures`: options with which it fits.
     """
 
     machine: Machine
@@ -46,6 +48,7 @@ class Plan:
     limits: Limits
     context: int
     longest_context: int
+    wanted_context: int
     fits: bool
     parallel_sizes: tuple[int, ...] = ()
     quantization: str | None = None
@@ -66,7 +69,7 @@ class Plan:
     @property
     def needed_bytes(self) -> int:
         """With the cache that is planned, or where nothing fits, with that of one request."""
-        cache = self.kv_bytes or memory.blocks_for(self.limits.max_model_len) * self.block_bytes
+        cache = self.kv_bytes or memory.blocks_for(self.wanted_context) * self.block_bytes
         return self.weight_bytes + self.activation_bytes + self.overhead_bytes + cache
 
     def parallel(self) -> dict[int, int]:
@@ -156,6 +159,7 @@ def _filled(
         limits=limits,
         context=min(limits.max_model_len, blocks * BLOCK_SIZE),
         longest_context=min(model.spec.max_position, most * BLOCK_SIZE),
+        wanted_context=config.max_model_len or min(_SHORT_CONTEXT, model.spec.max_position),
         fits=blocks > 0,
         quantization=config.quantization,
     )
@@ -224,5 +228,5 @@ def _more_gpus(model: PlannedModel, config: EngineConfig, machine: Machine) -> I
 
 def _share_that_fits(plan: Plan) -> float:
     need = plan.weight_bytes + plan.activation_bytes + plan.overhead_bytes
-    need += memory.blocks_for(plan.limits.max_model_len) * plan.block_bytes
+    need += memory.blocks_for(plan.wanted_context) * plan.block_bytes
     return math.ceil(100 * need / plan.machine.memory_bytes) / 100 if plan.machine.memory_bytes else math.inf
