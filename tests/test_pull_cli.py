@@ -137,7 +137,7 @@ def test_words() -> None:
 def test_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 2.0, 20.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    meter, progress = Meter(), Progress(total_bytes=2**30, started_s=0)
+    meter, progress = Meter(), Progress(total_bytes=2**30)
     assert meter(progress) == "0 MiB of 1.0 GiB"
     progress.done_bytes = progress.bytes_got = 2**29
     assert meter(progress) == "512 MiB of 1.0 GiB, 536.9 MB/s, 0:01 left"

@@ -94,6 +94,13 @@ def test_each_change_of_source_is_said(hub: Hub, tmp_path: Path, monkeypatch: py
     assert caught.value.exit_code == 65
 
 
+@pytest.mark.parametrize("revision", [None, "main", "master"])
+def test_the_first_branch_of_each_hub(hub: Hub, tmp_path: Path, revision: str | None) -> None:
+    for source, branch in (("huggingface", "main"), ("modelscope", "master")):
+        place = Source(source, Endpoint(hub.url))
+        assert list_files(place, REPO, revision).revision == branch
+
+
 def test_order_of_sources() -> None:
     def names(choice: str, **variables: str) -> list[str]:
         return [source.name for source in sources(choice, variables)]

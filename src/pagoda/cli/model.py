@@ -12,7 +12,6 @@ from pagoda.config import Options
 from pagoda.deploy.default_model import default_model_path
 from pagoda.deploy.find_model import cached_model, check_format, find_model
 from pagoda.deploy.hub import offline, split_name
-from pagoda.deploy.pull import wanted
 from pagoda.errors import BadRequest, ConfigError
 
 SAMPLING = (
@@ -53,6 +52,7 @@ def _found_or_fetched(options: Options, name: str) -> str:
     if offline(environ):
         return find_model(name, environ)
     from pagoda.cli.pull import fetch
+    from pagoda.deploy.pull import wanted
 
     return str(fetch(replace(wanted(name), revision=options.revision), environ).model)
 

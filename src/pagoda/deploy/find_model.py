@@ -97,7 +97,7 @@ def _cached(repo: str, environ: Mapping[str, str], revision: str | None = None) 
     yield from _snapshots(hf_folder(repo, environ), revision)
     yield from _snapshots(scope / "models" / f"{owner}--{short}", revision)
     for base in (scope, scope / "models", scope / "hub", scope / "hub" / "models"):
-        if revision in (None, "master"):
+        if revision in (None, "main", "master"):
             yield base / owner / short.replace(".", "___")
             yield base / owner / short
 

@@ -135,11 +135,12 @@ def hf_home(environ: Mapping[str, str]) -> Path:
 
 
 def list_files(source: Source, repo: str, revision: str | None) -> Listing:
-    """What the hub has of this model."""
+    """What the hub has of this model. The first branch has another name on each hub."""
+    usual = revision in (None, "main", "master")
     if source.protocol == "huggingface":
-        listing = _hugging_face(source, repo, revision or "main")
+        listing = _hugging_face(source, repo, "main" if usual or revision is None else revision)
     else:
-        listing = _modelscope(source, repo, revision or "master")
+        listing = _modelscope(source, repo, "master" if usual or revision is None else revision)
     _check_paths(listing)
     return listing
 

@@ -41,7 +41,6 @@ class Progress:
     total_bytes: int = 0
     done_bytes: int = 0
     bytes_got: int = 0
-    started_s: float = field(default_factory=time.monotonic)
 
 
 Show = Callable[[Progress], None]
