@@ -131,13 +131,13 @@ def test_cut_off_in_a_call_is_length() -> None:
     [{"type": "function", "function": {"name": "now"}}, {"type": "function", "name": "now"}],
 )
 def test_a_named_function_is_called(choice: dict[str, Any]) -> None:
-    with serving(' {"zone": "UTC"}}\n</tool_call>', opening="<think>\n") as client:
+    with serving('"zone": "UTC"}}\n</tool_call>', opening="<think>\n") as client:
         reply = client.chat(tools=TOOLS, tool_choice=choice).json()["choices"][0]
         prompt = prompt_of(client)
         assert client.chat(tools=TOOLS, tool_choice=choice, stream=True).status_code == 200
         template = client.server.chat_template
         assert isinstance(template, PlainTemplate) and template.seen[-1]["kwargs"]["enable_thinking"] is False
-    assert prompt.endswith('<think>\n\n</think>\n\n<tool_call>\n{"name": "now", "arguments":')
+    assert prompt.endswith('<think>\n\n</think>\n\n<tool_call>\n{"name": "now", "arguments": {')
     assert reply["message"]["tool_calls"][0]["function"] == {"name": "now", "arguments": '{"zone": "UTC"}'}
     assert (reply["finish_reason"], reply["message"]["content"]) == ("tool_calls", None)
 
@@ -147,7 +147,7 @@ def test_required_begins_a_call_of_any_function() -> None:
         reply = client.chat(tools=TOOLS, tool_choice="required").json()["choices"][0]
         assert prompt_of(client).endswith('assistant: <tool_call>\n{"name": "')
         client.chat(tools=TOOLS[:1], tool_choice="required")
-        assert prompt_of(client).endswith('{"name": "get_weather", "arguments":')
+        assert prompt_of(client).endswith('{"name": "get_weather", "arguments": {')
     assert reply["message"]["tool_calls"][0]["function"]["name"] == "now"
 
 

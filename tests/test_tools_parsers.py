@@ -243,8 +243,8 @@ def test_a_call_that_was_begun_is_a_call_with_that_name(name: str) -> None:
         "qwen3_coder": "<parameter=city>\nParis\n</parameter>\n</function>",
         "glm45": "<arg_key>city</arg_key><arg_value>Paris</arg_value></tool_call>",
         "minimax_m2": '<parameter name="city">Paris</parameter></invoke></minimax:tool_call>',
-        "openai": '{"city": "Paris"}',
-    }.get(name, '{"city": "Paris"}}')
+        "openai": '"city": "Paris"}',
+    }.get(name, '"city": "Paris"}}')
     reader = ReplyReader(find_format("", "none", name), schemas=SCHEMAS, begun=begun)
     parts = join_parts([*reader.feed(rest), *reader.finish()])
     assert parts[:2] == [Part("call", "get_weather"), Part("arguments", '{"city": "Paris"}')]

@@ -23,7 +23,8 @@ Schemas = Mapping[str, Mapping[str, Any]]
 class ToolFormat:
     """`blocks`, `noise`, `bare`: see `CallScanner`. `inside`: further special tokens that calls are made of.
 
-    `required` and `named` are how an answer that must be a call begins, of any function or of {name}.
+    `required` and `named` are how an answer that must be a call begins, of any function or of {name}; a named one
+    goes as far as to make it a call for certain.
     """
 
     required: str
@@ -58,7 +59,7 @@ def _tagged(required: str, named: str) -> ToolFormat:
 
 def _listed(mark: str, *noise: str) -> ToolFormat:
     begun = mark + '[{"name": "'
-    return ToolFormat(begun, begun + '{name}", "arguments":', {mark: listed_calls}, noise)
+    return ToolFormat(begun, begun + '{name}", "arguments": {', {mark: listed_calls}, noise)
 
 
 def _mistral(required: str, named: str) -> ToolFormat:
@@ -86,13 +87,13 @@ _NAME = '{"name": "'
 
 _FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
     {
-        "hermes": _tagged("<tool_call>\n" + _NAME, "<tool_call>\n" + _NAME + '{name}", "arguments":'),
+        "hermes": _tagged("<tool_call>\n" + _NAME, "<tool_call>\n" + _NAME + '{name}", "arguments": {'),
         "qwen3_coder": _tagged("<tool_call>\n<function=", "<tool_call>\n<function={name}>\n"),
         "glm45": _tagged("<tool_call>", "<tool_call>{name}\n"),
-        "mistral": _mistral("[" + _NAME, "[" + _NAME + '{name}", "arguments":'),
-        "mistral_args": _mistral("", "{name}[ARGS]"),
+        "mistral": _mistral("[" + _NAME, "[" + _NAME + '{name}", "arguments": {'),
+        "mistral_args": _mistral("", "{name}[ARGS]{"),
         "llama3_json": ToolFormat(
-            _NAME, _NAME + '{name}", "parameters":', {"<|python_tag|>": bare_objects}, bare=bare_objects
+            _NAME, _NAME + '{name}", "parameters": {', {"<|python_tag|>": bare_objects}, bare=bare_objects
         ),
         "pythonic": ToolFormat("[", "[{name}(", bare=pythonic_calls),
         "llama4_pythonic": ToolFormat(
@@ -104,11 +105,11 @@ _FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
             {"<|tool_call_start|>": pythonic_calls},
             noise=("<|tool_call_end|>",),
         ),
-        "deepseek_v3": _deepseek(_DEEPSEEK_V3, _DEEPSEEK_V3 + "{name}\n```json\n"),
-        "deepseek_v31": _deepseek("", "{name}" + _DEEPSEEK_SEPARATOR),
+        "deepseek_v3": _deepseek(_DEEPSEEK_V3, _DEEPSEEK_V3 + "{name}\n```json\n{"),
+        "deepseek_v31": _deepseek("", "{name}" + _DEEPSEEK_SEPARATOR + "{"),
         "kimi_k2": ToolFormat(
             _KIMI,
-            _KIMI + "{name}:0<|tool_call_argument_begin|>",
+            _KIMI + "{name}:0<|tool_call_argument_begin|>{",
             {"<|tool_call_begin|>": kimi_call},
             noise=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_end|>"),
             inside=("<|tool_call_argument_begin|>",),
