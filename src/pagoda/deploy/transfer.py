@@ -227,9 +227,9 @@ class Transfer:
 
 
 def _some(answer: http.client.HTTPResponse, limit: int) -> bytes:
-    """Up to `limit` bytes: what comes until that many are there or half a second is over."""
+    """Up to `limit` bytes: what comes in a moment. What is held here is lost if the process is killed."""
     parts: list[bytes] = []
-    until_s = time.monotonic() + 0.5
+    until_s = time.monotonic() + 0.05
     try:
         while limit > 0 and time.monotonic() < until_s and (data := answer.read1(limit)):
             parts.append(data)
