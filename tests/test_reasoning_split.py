@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from api_fake import Client, FakeEngine, PlainTemplate, events, make_server
+from api_fake import EOS, IM_START, ByteTokenizer, Client, FakeEngine, PlainTemplate, events, make_server
 
 from pagoda.errors import ConfigError
+from pagoda.text.output import TextOutput
 from pagoda.text.parts import Part, join_parts
 from pagoda.text.reasoning import HARMONY, ReasoningFormat, ThinkSplitter, find_reasoning
 from pagoda.text.reply import ReplyFormat, ReplyReader, find_format
+from pagoda.types import Delta, Request, SamplingParams
 
 THINK = ReasoningFormat("<think>", "</think>")
 QWEN = "{{ messages }}{% if enable_thinking is false %}<think>\n\n</think>{% endif %}"
@@ -179,3 +181,15 @@ def test_continued_message_goes_on_with_its_reasoning() -> None:
 def test_marks_are_seen_even_if_they_are_special_tokens() -> None:
     with Client(make_server(FakeEngine("x"), chat_template=PlainTemplate("<|im_start|>"))) as client:
         assert client.server.special_tokens(frozenset(("<|im_start|>", "</think>"))) == {258}
+
+
+def test_special_tokens_that_an_answer_is_read_by_are_in_its_text() -> None:
+    request = Request(request_id="r", prompt_token_ids=[65], params=SamplingParams())
+    ids = [IM_START, 66, 259, EOS]
+
+    def text(**more: Any) -> str:
+        output = TextOutput(ByteTokenizer(), request, **more)  # type: ignore[arg-type]
+        return output.feed(Delta(request_id="r", token_ids=ids)).text
+
+    assert text() == "B"
+    assert text(shown=frozenset((IM_START, 7))) == "<|im_start|>B"
