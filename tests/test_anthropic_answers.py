@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import anthropic
 import pytest
-from api_fake import on_port
+from api_fake import EOS, on_port
 from test_ollama_answers import CALLS, TEXT, thinker
 
 from pagoda.api.dialect import arguments_object
@@ -60,12 +60,32 @@ def test_a_turn_with_results_goes_on(client: anthropic.Anthropic) -> None:
         if block.type == "tool_use"
     ]
     assert len(results) == 2
-    turn = [
+    turn: list[anthropic.types.MessageParam] = [
         *HI,
         anthropic.types.AssistantMessageParam(role="assistant", content=first.content),
         anthropic.types.UserMessageParam(role="user", content=results),
     ]
     check(client.messages.create(model="fake-model", max_tokens=500, messages=turn, tools=TOOLS))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [anthropic.types.ToolChoiceAnyParam(type="any"), anthropic.types.ToolChoiceToolParam(type="tool", name="add")],
+)
+def test_a_call_can_be_required(choice: anthropic.types.ToolChoiceParam) -> None:
+    server, engine = thinker()
+    call_text = '<tool_call>\n{"name": "add", "arguments": {"a": 3}}\n</tool_call>'
+    assert server.format.tools is not None
+    begun = server.format.tools.opening("add")  # the prompt ends with it
+    assert call_text.startswith(begun)
+    engine.tokens = [*call_text.removeprefix(begun).encode(), EOS]
+    with on_port(server, engine) as base:
+        client = anthropic.Anthropic(base_url=base, api_key="x", max_retries=0, timeout=10)
+        message = client.messages.create(
+            model="fake-model", max_tokens=99, messages=HI, tools=TOOLS, tool_choice=choice
+        )
+    (call,) = message.content
+    assert call.type == "tool_use" and (call.name, call.input) == ("add", {"a": 3})
 
 
 @pytest.mark.parametrize("text", ['{"a": ', "[1]", "nonsense"])

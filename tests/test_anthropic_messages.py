@@ -124,17 +124,21 @@ def test_parameters(client: Client, engine: FakeEngine) -> None:
 
 def test_system_in_each_form_and_without_its_billing_line(client: Client) -> None:
     text = {"type": "text", "text": "Be kind.", "cache_control": {"type": "ephemeral"}}
-    for system in (
-        "Be kind.",
-        f"{BILLING}\nBe kind.",
-    ):
+    billing = {"type": "text", "text": BILLING}
+    plain = [{"type": "text", "text": "Be kind."}]
+    forms: list[tuple[Any, Any]] = [
+        ("Be kind.", "Be kind."),
+        (f"{BILLING}\nBe kind.", "Be kind."),
+        ([text], plain),
+        ([billing, text], plain),
+        ([{"type": "text", "text": BILLING + "\n"}, text], plain),
+    ]
+    for system, expected in forms:
         ask(client, system=system)
-        assert seen(client)["messages"][0] == {"role": "system", "content": "Be kind."}
-    for system in ([text], [{"type": "text", "text": BILLING}, text], [{"type": "text", "text": BILLING + "\n"}, text]):
+        assert seen(client)["messages"][0] == {"role": "system", "content": expected}
+    nothing: list[Any] = [None, "", [], BILLING, [billing]]
+    for system in nothing:
         ask(client, system=system)
-        assert seen(client)["messages"][0] == {"role": "system", "content": [{"type": "text", "text": "Be kind."}]}
-    for nothing in (None, "", [], BILLING):
-        ask(client, system=nothing)
         assert [message["role"] for message in seen(client)["messages"]] == ["user"]
 
 

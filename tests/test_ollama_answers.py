@@ -91,9 +91,9 @@ def test_what_the_model_can_is_told(client: Client) -> None:
 def test_the_package() -> None:
     server, engine = thinker()
     with on_port(server, engine) as base:
-        for stream in (False, True):
-            got = ollama.Client(host=base).chat("fake-model", HI, tools=TOOLS, stream=stream, think=True)
-            replies = list(got) if stream else [got]
+        client = ollama.Client(host=base)
+        whole = client.chat("fake-model", HI, tools=TOOLS, think=True)
+        for replies in ([whole], list(client.chat("fake-model", HI, tools=TOOLS, think=True, stream=True))):
             calls = [call for reply in replies for call in reply.message.tool_calls or []]
             assert [call.function.arguments for call in calls] == [{"a": 1, "b": "ö"}, {"a": 2}]
             assert "".join(reply.message.thinking or "" for reply in replies) == "Let me see."

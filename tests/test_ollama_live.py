@@ -38,7 +38,7 @@ def test_chat(client: ollama.Client) -> None:
 def test_generate(client: ollama.Client) -> None:
     assert client.generate("fake-model", "Hi").response == TEXT
     parts = list(client.generate("fake-model", "Hi", stream=True, options={"num_predict": 5}))
-    assert "".join(part.response for part in parts) == "Hello" and parts[-1].done_reason == "length"
+    assert "".join(part.response or "" for part in parts) == "Hello" and parts[-1].done_reason == "length"
     assert client.generate("fake-model").done_reason == "load"
 
 
@@ -77,7 +77,7 @@ def test_an_error_in_a_stream_is_raised() -> None:
 
 
 def test_lines_come_one_by_one_without_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(EventStream.__init__.__kwdefaults__, "heartbeat_s", 0.02)
+    monkeypatch.setitem(EventStream.__init__.__kwdefaults__ or {}, "heartbeat_s", 0.02)
     engine = FakeEngine(text="some words", delay_s=0.05)
     times = []
     with on_port(make_server(engine), engine) as base:
