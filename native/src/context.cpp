@@ -103,7 +103,6 @@ pg_context* pg_create(int32_t threads, const char* isa) {
 
 void pg_destroy(pg_context* c) { delete c; }
 const char* pg_error(pg_context* c) { return c->error.c_str(); }
-int32_t pg_threads(pg_context* c) { return c->team.size(); }
 
 int64_t pg_matrix_bytes(int32_t type, int64_t rows, int64_t k) {
   return runs(type, k) ? (rows + kPanel - 1) / kPanel * panel_bytes(type, k) : -1;

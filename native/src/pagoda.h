@@ -84,7 +84,6 @@ const char* pg_best_isa();
 pg_context* pg_create(int32_t threads, const char* isa);
 void pg_destroy(pg_context*);
 const char* pg_error(pg_context*);
-int32_t pg_threads(pg_context*);
 // Repack one or more matrices with the same k, stacked along rows. Returns its id, or -1 (see pg_error).
 int32_t pg_weight(pg_context*, const pg_part* parts, int32_t n_parts);
 int32_t pg_vector(pg_context*, const float* data, int64_t n);

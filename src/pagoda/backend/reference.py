@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Literal
 
@@ -25,6 +26,8 @@ Index = npt.NDArray[np.intp]
 
 TILE = 16
 """Rows per matrix product. Always the same, so that a row's result does not depend on how many come with it."""
+
+_log = logging.getLogger(__name__)
 
 
 class ReferenceExecutor:
@@ -98,7 +101,9 @@ class ReferenceExecutor:
             try:
                 return Done(self.run(plan))
             except (IndexError, ValueError, MemoryError) as error:
-                raise EngineError(f"the step failed: {error}") from error
+                # numpy's own words are for the log: the text of an EngineError reaches clients
+                _log.exception("step %d failed", plan.step)
+                raise EngineError("the step failed") from error
 
     def close(self) -> None:
         self.caches = []
