@@ -1,0 +1,225 @@
+"""The operations of a decoder step on tensors: what each means, in plain PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight
+from pagoda.types import BLOCK_SIZE
+
+_TILE = 16
+"""Rows of a matrix product on a CPU: always the same, so that a row's bits do not depend on how many come with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step on the device: R requests, T tokens, L rows of logits. Token arrays are in the order of the requests.
+
+    Request r owns tokens starts[r]:starts[r + 1]. A padded batch (CUDA graphs) has tokens with the cell -1, which
+    write nothing and whose results are not looked at, and requests without tokens.
+    """
+
+    tokens: Tensor  # int32 [T]
+    positions: Tensor  # int32 [T], absolute
+    cells: Tensor  # int64 [T], block * BLOCK_SIZE + offset of the token's place in the cache
+    starts: Tensor  # int32 [R + 1]
+    contexts: Tensor  # int32 [R], keys that the last token of the request sees: its position + 1
+    block_tables: Tensor  # int32 [R, W]
+    rows: Tensor  # int32 [L], the tokens whose logits are wanted
+    max_query: int  # most tokens of one request; 1: all are decoding
+    max_context: int  # largest of `contexts`, or a bound of it
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The shape of attention in one layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    eps: float  # of the norms of q and k
+    interleaved: bool  # RoPE turns the pairs (2i, 2i + 1), else (i, i + dim / 2)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., n] / root mean square of its last axis, times weight [n]; computed in float32, returned as x's type."""
+    values = x.float()
+    scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+    return (values * scale * weight.float()).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), the sum rounded to x's type before it is normed."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos_sin: Tensor,
+    batch: Batch,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    shape: Heads,
+) -> Tensor:
+    """Split qkv [T, (heads + 2 * kv_heads) * head_dim], norm the heads of q and k where norms [head_dim] are given,
+    turn them by the angles of their positions, write k and v into the cache, return q [T, heads, head_dim].
+
+    `cos_sin` float32 [positions, dim]: cosines of the dim / 2 pairs, then sines; dim may be below head_dim.
+    `k_cache` and `v_cache` [num_blocks, BLOCK_SIZE, kv_heads, head_dim], in qkv's type or in FP8 (clamped, no scale).
+    """
+    a = shape
+    q, k, v = torch.split(torch.unflatten(qkv, -1, (-1, a.head_dim)), [a.heads, a.kv_heads, a.kv_heads], dim=1)
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm, a.eps), rms_norm(k, k_norm, a.eps)
+    table = cos_sin[batch.positions].unsqueeze(1)
+    q, k = _rotate(q, table, a.interleaved), _rotate(k, table, a.interleaved)
+    written = batch.cells >= 0
+    cells = batch.cells[written]
+    k_cache.flatten(0, 1)[cells] = _as_cached(k[written], k_cache.dtype)
+    v_cache.flatten(0, 1)[cells] = _as_cached(v[written], v_cache.dtype)
+    return q
+
+
+def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
+    dim = table.shape[-1]
+    cos, sin = table.chunk(2, dim=-1)
+    values = x[..., :dim].float()
+    first, second = (values[..., 0::2], values[..., 1::2]) if interleaved else values.chunk(2, dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    out = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat((out.to(x.dtype), x[..., dim:]), dim=-1)
+
+
+def _as_cached(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.clamp(-FP8_MAX, FP8_MAX).to(dtype) if dtype == FP8 else values.to(dtype)
+
+
+def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, shape: Heads) -> Tensor:
+    """Each token of q [T, heads, head_dim] over the keys of its request up to its own position (of `window` at most).
+
+    Scores and sums are float32. Returns q's shape and type. Keys and values of the step are in the cache already.
+    """
+    out = torch.zeros_like(q)
+    starts, contexts = batch.starts.tolist(), batch.contexts.tolist()
+    for r, context in enumerate(contexts):
+        first, last = starts[r], starts[r + 1]
+        if first == last:
+            continue
+        blocks = batch.block_tables[r, : -(-context // BLOCK_SIZE)]
+        keys = k_cache[blocks].flatten(0, 1)[:context].float()
+        values = v_cache[blocks].flatten(0, 1)[:context].float()
+        for token in range(first, last):
+            end = context - (last - 1 - token)
+            begin = 0 if shape.window is None else max(0, end - shape.window)
+            out[token] = _attend(q[token], keys[begin:end], values[begin:end], shape.scale)
+    return out
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    kv_heads = keys.shape[1]
+    grouped = torch.unflatten(q.float(), 0, (kv_heads, -1))
+    weights = torch.softmax(grouped @ keys.permute(1, 2, 0) * scale, dim=-1)
+    return (weights @ values.transpose(0, 1)).flatten(0, 1).to(q.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of gate_up [T, 2 * size], computed in float32."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def matmul(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] times the transpose of the weight, plus bias [out], in x's type; sums are float32."""
+    match weight:
+        case Dense():
+            y = _product(x, weight.data)
+        case W4():
+            y = matmul_w4(x, weight)
+        case W8():
+            y = matmul_w8(x, weight)
+        case I8():
+            y = matmul_i8(x, weight)
+        case F8():
+            y = matmul_f8(x, weight)
+    return y if bias is None else y + bias
+
+
+def matmul_w4(x: Tensor, weight: W4) -> Tensor:
+    """4-bit weights, floats otherwise."""
+    return _product(_ordered(x, weight.order), weight.floats().to(x.dtype))
+
+
+def matmul_w8(x: Tensor, weight: W8) -> Tensor:
+    """8-bit weights, floats otherwise."""
+    return _product(_ordered(x, weight.order), weight.floats().to(x.dtype))
+
+
+def matmul_i8(x: Tensor, weight: I8) -> Tensor:
+    """Whole numbers on both sides: exact sums, whatever comes with a row."""
+    codes, scale = quantize_rows(x)
+    sums = torch._int_mm(codes, weight.codes.t())
+    return (sums.float() * scale * weight.scales).to(x.dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes [T, n] and float32 scales [T, 1] of x [T, n]: largest magnitude 127, rounded to the nearest even."""
+    scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-10) / 127
+    return (x.float() / scale).round().to(torch.int8), scale
+
+
+def matmul_f8(x: Tensor, weight: F8) -> Tensor:
+    """FP8 on both sides, or on the side of the weight only."""
+    if weight.quantize_input:
+        size = x.shape[-1] if weight.block is None else weight.block[1]
+        codes, scales = quantize_f8(x, size, weight.input_scale)
+        x32 = codes.float() * scales.repeat_interleave(size, -1)[..., : x.shape[-1]]
+    else:
+        x32 = x.float()
+    return _product(x32, weight.floats()).to(x.dtype)
+
+
+def quantize_f8(x: Tensor, size: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """FP8 codes [T, n] and float32 scales [T, ceil(n / size)] of x [T, n]: the largest of each run of `size` is 448."""
+    values = torch.unflatten(F.pad(x.float(), (0, -x.shape[-1] % size)), -1, (-1, size))
+    scales = values.abs().amax(-1).clamp_min(1e-10) / FP8_MAX if scale is None else scale.expand(values.shape[:-1])
+    codes = (values / scales.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8).flatten(-2)
+    return codes[..., : x.shape[-1]], scales
+
+
+def grouped_matmul(x: Tensor, weight: Weight, starts: Tensor) -> Tensor:
+    """Rows starts[e]:starts[e + 1] of x [M, in] times expert e of a weight [experts, out, in]; starts int32 [E + 1]."""
+    bounds = starts.tolist()
+    out = x.new_zeros(len(x), weight.rows)
+    for e in range(len(bounds) - 1):
+        if bounds[e] < bounds[e + 1]:
+            out[bounds[e] : bounds[e + 1]] = matmul(x[bounds[e] : bounds[e + 1]], weight.expert(e))
+    return out
+
+
+def route(logits: Tensor, count: int, normalized: bool) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest experts of each token, from the router's logits [T, experts]: shares float32 [T, count],
+    of the softmax over all experts, divided by their sum where `normalized`; ids int64 [T, count].
+    """
+    shares, ids = torch.softmax(logits.float(), dim=-1).topk(count, dim=-1)
+    return (shares / shares.sum(-1, keepdim=True) if normalized else shares), ids
+
+
+def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else x[:, order]
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in] times the transpose of weight [out, in]."""
+    if x.is_cuda:
+        return F.linear(x, weight)
+    padded = F.pad(x, (0, 0, 0, -len(x) % _TILE))
+    return torch.cat([F.linear(tile, weight) for tile in torch.split(padded, _TILE)] or [x @ weight.t()])[: len(x)]
