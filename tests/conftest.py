@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+from api_fake import Client, FakeEngine, make_server
 
 from pagoda.deploy.default_model import default_model_path
 from pagoda.errors import ModelError
@@ -19,3 +21,14 @@ def smollm2_path() -> str:
         if os.environ.get("CI"):
             pytest.fail(str(error))
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def client(engine: FakeEngine) -> Iterator[Client]:
+    with Client(make_server(engine)) as made:
+        yield made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,17 +11,6 @@ from api_fake import TEXT, Client, FakeEngine, PlainTemplate, make_server
 HI = [{"role": "user", "content": "Hi"}]
 PROMPT_TOKENS = len("?user: Hi\nassistant: ")
 BILLING = "x-anthropic-billing-header: cc_version=2.1; cch=a1b2c;"
-
-
-@pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine()
-
-
-@pytest.fixture
-def client(engine: FakeEngine) -> Iterator[Client]:
-    with Client(make_server(engine)) as made:
-        yield made
 
 
 def ask(client: Client, **more: Any) -> Any:

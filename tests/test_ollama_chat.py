@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from api_fake import TEXT, Client, FakeEngine, PlainTemplate, make_server
 
 HI = [{"role": "user", "content": "Hi"}]
-
-
-@pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine()
-
-
-@pytest.fixture
-def client(engine: FakeEngine) -> Iterator[Client]:
-    with Client(make_server(engine)) as made:
-        yield made
 
 
 def chat(client: Client, **more: Any) -> Any:

@@ -32,16 +32,15 @@ from pagoda.api.anthropic_protocol import (
     ThinkingBlock,
     ThinkingDelta,
     ToolUseBlock,
-    named,
 )
 from pagoda.api.body import parse, read_body
-from pagoda.api.dialect import DialectStream, arguments_object
+from pagoda.api.dialect import arguments_object, named
 from pagoda.api.generation import Gathered, Generation
 from pagoda.api.replies import ChatDelta, ChatMessage, to_json
 from pagoda.api.sampling import sampling_params
 from pagoda.api.server import Server
 from pagoda.api.shape import JSON
-from pagoda.api.stream import Reply, answer
+from pagoda.api.stream import EventStream, Reply, answer
 from pagoda.api.turns import new_answer, prepare_turn
 from pagoda.errors import ModelNotFound
 from pagoda.types import Delta
@@ -56,7 +55,7 @@ async def messages(server: Server, request: Request) -> Reply:
     generation = server.start("msg", [turn.prompt], params, model=model, shown=turn.shown)
     message = _Message(generation, new_answer(server, turn))
     if body.stream:
-        reply: Reply = DialectStream(ANTHROPIC, generation, message.events(), server.aborted)
+        reply: Reply = EventStream(generation, message.events(), server.aborted, ANTHROPIC)
     else:
         reply = await answer(generation, message.whole(), request.receive, server.aborted)
     server.dress(reply, [*ignored, *turn.ignored, *ignored_tools(body)], generation)

@@ -6,9 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from pagoda.api.dialect import Dialect
+from pagoda.api.dialect import Dialect, named
 from pagoda.api.replies import ErrorDetail
-from pagoda.api.stream import event
 
 
 class CountBody(msgspec.Struct, kw_only=True):
@@ -142,11 +141,6 @@ _ERROR_TYPES = (
     ("BadRequestError", "invalid_request_error"),
     ("ServiceUnavailableError", "overloaded_error"),
 )
-
-
-def named(body: msgspec.Struct) -> bytes:
-    """One event under the name that is its type."""
-    return b"event: %b\n%b" % (str(body.__struct_config__.tag).encode(), event(body))
 
 
 def _error(detail: ErrorDetail) -> AnthropicError:

@@ -10,13 +10,14 @@ from starlette.requests import Request
 
 from pagoda.api.answers import ROLE, Answer
 from pagoda.api.body import parse, read_body
+from pagoda.api.dialect import DONE, event
 from pagoda.api.generation import Gathered, Generation
 from pagoda.api.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from pagoda.api.protocol import ChatBody
 from pagoda.api.replies import ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatReply, Usage
 from pagoda.api.sampling import sampling_params
 from pagoda.api.server import Server
-from pagoda.api.stream import DONE, EventStream, Reply, answer, event
+from pagoda.api.stream import EventStream, Reply, answer
 from pagoda.api.turns import Turn, new_answer, prepare_turn
 from pagoda.types import Delta, TokenLogprob
 

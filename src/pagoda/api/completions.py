@@ -10,13 +10,14 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 
 from pagoda.api.body import parse, read_body
+from pagoda.api.dialect import DONE, event
 from pagoda.api.generation import Gathered, Generation
 from pagoda.api.logprobs import CompletionLogprobsBuilder, TokenNames, prompt_logprobs
 from pagoda.api.protocol import CompletionBody
 from pagoda.api.replies import CompletionChoice, CompletionLogprobs, CompletionReply, Usage
 from pagoda.api.sampling import sampling_params
 from pagoda.api.server import Server
-from pagoda.api.stream import DONE, EventStream, Reply, answer, event
+from pagoda.api.stream import EventStream, Reply, answer
 from pagoda.errors import BadRequest
 from pagoda.types import Delta, SamplingParams, TokenLogprob
 

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from starlette.types import Message, Receive, Scope, Send
 
-from pagoda.api.generation import Generation
 from pagoda.api.replies import ErrorDetail, ErrorReply
-from pagoda.api.stream import EventStream, event
+
+DONE = b"data: [DONE]\n\n"
+# Some clients split text at these characters as if they ended a line.
+_LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
+
+
+def event(body: msgspec.Struct) -> bytes:
+    """One event: a line of JSON and an empty line."""
+    line = msgspec.json.encode(body)
+    for character, escape in _LINE_ENDS:
+        if character in line:
+            line = line.replace(character, escape)
+    return b"data: %b\n\n" % line
+
+
+def named(body: msgspec.Struct) -> bytes:
+    """One event under the name that is its type."""
+    return b"event: %b\n%b" % (str(body.__struct_config__.tag).encode(), event(body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,37 +51,3 @@ def arguments_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         parsed = None
     return parsed if isinstance(parsed, dict) else {"INVALID_JSON": text}
-
-
-class DialectStream(EventStream):
-    """An EventStream whose own words, heartbeats and errors, are put into another dialect.
-
-    The events it is given must be in that dialect already, and none of them may begin with `:` or `data:`.
-    """
-
-    def __init__(
-        self, dialect: Dialect, generation: Generation, events: AsyncGenerator[bytes, None], aborted: asyncio.Event
-    ) -> None:
-        super().__init__(generation, events, aborted)
-        self._dialect = dialect
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def translated(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                kind = (b"content-type", self._dialect.media_type.encode())
-                message["headers"] = [kind, *(each for each in message["headers"] if each[0] != b"content-type")]
-            elif given := message["body"]:
-                message["body"] = self._translate(given)
-                if not message["body"]:
-                    return
-            await send(message)
-
-        await super().__call__(scope, receive, translated)
-
-    def _translate(self, data: bytes) -> bytes:
-        if data.startswith(b":"):
-            return self._dialect.heartbeat
-        if data.startswith(b"data: "):
-            detail = msgspec.json.decode(data.removeprefix(b"data: "), type=ErrorReply).error
-            return self._dialect.line(self._dialect.error(detail))
-        return data

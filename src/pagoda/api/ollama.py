@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from pagoda.api.answers import Answer
 from pagoda.api.body import parse, read_body
-from pagoda.api.dialect import DialectStream, arguments_object
+from pagoda.api.dialect import arguments_object
 from pagoda.api.generation import Gathered, Generation
 from pagoda.api.logprobs import TokenNames, chat_logprobs
 from pagoda.api.ollama_options import chat_body, ignored_options, no_images, params_of, resolve
@@ -34,7 +34,7 @@ from pagoda.api.ollama_protocol import (
 from pagoda.api.replies import ChatMessage, to_json
 from pagoda.api.server import Server
 from pagoda.api.shape import JSON
-from pagoda.api.stream import Reply, answer
+from pagoda.api.stream import EventStream, Reply, answer
 from pagoda.api.turns import Turn, new_answer, prepare_turn
 from pagoda.errors import BadRequest
 from pagoda.text.reply import ReplyFormat, ReplyReader
@@ -127,7 +127,7 @@ async def _generate(
         said = Answer(ReplyReader(ReplyFormat(None, None)))
     answering = _Answering(server, body, generation, said, render)
     if body.stream:
-        reply: Reply = DialectStream(OLLAMA, generation, answering.lines(), server.aborted)
+        reply: Reply = EventStream(generation, answering.lines(), server.aborted, OLLAMA)
     else:
         reply = await answer(generation, answering.whole(), request.receive, server.aborted)
     server.dress(reply, [*ignored, *ignored_options(body)], generation)

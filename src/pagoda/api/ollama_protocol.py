@@ -8,9 +8,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from pagoda.api.dialect import Dialect
+from pagoda.api.dialect import Dialect, event
 from pagoda.api.replies import ChatLogprob, ErrorDetail
-from pagoda.api.stream import event
 
 
 class OllamaCall(msgspec.Struct, kw_only=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pagoda.api.body import ClientGone
+from pagoda.api.dialect import OPENAI, Dialect
 from pagoda.api.generation import Generation, ShuttingDown
 from pagoda.api.shape import JSON, error_reply
 from pagoda.errors import EngineError, PagodaError
@@ -27,25 +28,11 @@ CLIENT_CLOSED = 499
 ABORT_EXTENSION = "pagoda.abort"
 """Extension of a scope: its `cut` is a function that ends the connection without waiting for unsent bytes."""
 
-DONE = b"data: [DONE]\n\n"
 _HEADERS = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
-# Some clients split text at these characters as if they ended a line.
-_LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
-
 T = TypeVar("T")
-
-
-def event(body: msgspec.Struct) -> bytes:
-    """One event: a line of JSON and an empty line."""
-    line = msgspec.json.encode(body)
-    for character, escape in _LINE_ENDS:
-        if character in line:
-            line = line.replace(character, escape)
-    return b"data: %b\n\n" % line
 
 
 async def attend(work: Coroutine[Any, Any, T], *guards: Coroutine[Any, Any, None]) -> T:
@@ -99,7 +86,10 @@ async def answer(
 
 
 class EventStream:
-    """An ASGI response that sends `events`, and closes their Generation whatever happens."""
+    """An ASGI response that sends `events`, and closes their Generation whatever happens.
+
+    The events are in the dialect already; heartbeats and errors are put into it here.
+    """
 
     status_code = 200
 
@@ -108,6 +98,7 @@ class EventStream:
         generation: Generation,
         events: AsyncGenerator[bytes, None],
         aborted: asyncio.Event,
+        dialect: Dialect = OPENAI,
         *,
         heartbeat_s: float = HEARTBEAT_S,
         stall_s: float = STALL_S,
@@ -116,6 +107,7 @@ class EventStream:
         self._generation = generation
         self._events = events
         self._aborted = aborted
+        self._dialect = dialect
         self._heartbeat_s = heartbeat_s
         self._stall_s = stall_s
         self._sent_at = time.monotonic()
@@ -124,7 +116,7 @@ class EventStream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = 200
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": _raw_headers(self.headers)})
+            await send({"type": "http.response.start", "status": 200, "headers": self._raw_headers()})
             status = await self._run(receive, send)
         except ClientGone:
             status = CLIENT_CLOSED
@@ -148,7 +140,7 @@ class EventStream:
         try:
             async with asyncio.timeout(LAST_WORD_S):
                 if failure is not None:
-                    await self._send(send, event(error_reply(failure)))
+                    await self._send(send, self._dialect.line(self._dialect.error(error_reply(failure).error)))
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             raise ClientGone from None
@@ -176,12 +168,14 @@ class EventStream:
                 await asyncio.sleep(min(1.0, self._stall_s / 4))
             elif (wait := self._sent_at + self._heartbeat_s - now) > 0:
                 await asyncio.sleep(wait)
+            elif self._dialect.heartbeat:
+                await self._send(send, self._dialect.heartbeat)
             else:
-                await self._send(send, b": keep-alive\n\n")
+                self._sent_at = now
 
-
-def _raw_headers(more: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    return [*_HEADERS, *((name.encode("latin-1"), value.encode("latin-1")) for name, value in more.items())]
+    def _raw_headers(self) -> list[tuple[bytes, bytes]]:
+        named = {"content-type": self._dialect.media_type, **self.headers}
+        return [*_HEADERS, *((name.encode("latin-1"), value.encode("latin-1")) for name, value in named.items())]
 
 
 async def _cut(scope: Scope) -> None:
