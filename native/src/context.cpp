@@ -23,6 +23,24 @@ Pages::~Pages() {
   if (data_) munmap(data_, bytes_);
 }
 
+// Pages are reserved in large pieces, and taken from the system only as they are written.
+uint8_t* Arena::take(int64_t bytes) {
+  constexpr int64_t piece = 256 << 20, huge = 2 << 20, line = 64;
+  used_ += bytes;
+  bytes = (bytes + line - 1) / line * line;
+  if (bytes > free_) {
+    pages_.emplace_back(std::max(bytes, piece) + huge);
+    uint8_t* data = pages_.back().data();
+    const int64_t skip = -reinterpret_cast<intptr_t>(data) & (huge - 1);
+    free_ = pages_.back().bytes() - skip;
+    madvise(data + skip, free_, MADV_HUGEPAGE);  // only advice: without it all is the same, but slower
+  }
+  const Pages& last = pages_.back();
+  uint8_t* at = last.data() + last.bytes() - free_;
+  free_ -= bytes;
+  return at;
+}
+
 }  // namespace pagoda
 
 namespace {
@@ -119,8 +137,7 @@ int32_t pg_weight(pg_context* c, const pg_part* parts, int32_t n) {
         return -1;
       }
       const int64_t panels = (p.rows + kPanel - 1) / kPanel, stride = panel_bytes(panel_type(p), p.k);
-      w.pages.emplace_back(panels * stride);
-      uint8_t* data = w.pages.back().data();
+      uint8_t* data = c->arena.take(panels * stride);
       w.parts.push_back({panel_type(p), p.rows, w.rows, w.panels, stride, data});
       w.rows += p.rows, w.panels += panels;
       c->team.run(std::make_shared<Repack>(p, data, panels, c->team.size()));
@@ -140,9 +157,7 @@ int32_t pg_vector(pg_context* c, const float* data, int64_t n) {
 }
 
 int64_t pg_weight_bytes(pg_context* c) {
-  int64_t total = 0;
-  for (auto& w : c->weights)
-    for (auto& p : w.pages) total += p.bytes();
+  int64_t total = c->arena.used();
   for (auto& v : c->vectors) total += (int64_t)v.size() * 4;
   return total;
 }

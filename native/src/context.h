@@ -26,9 +26,19 @@ class Pages {
   int64_t bytes_ = 0;
 };
 
+// Memory for repacked weights, one behind the other in huge pages: streams that cross fewer page borders are faster.
+class Arena {
+ public:
+  uint8_t* take(int64_t bytes);
+  int64_t used() const { return used_; }
+
+ private:
+  std::vector<Pages> pages_;
+  int64_t free_ = 0, used_ = 0;  // bytes left at the end of the last pages; bytes given out
+};
+
 struct Weight {
   std::vector<Part> parts;
-  std::vector<Pages> pages;
   int64_t rows = 0, k = 0, panels = 0;
 };
 
@@ -46,6 +56,7 @@ struct pg_context {
   pagoda::Team team;
   const pagoda::Kernels* kernels;
   std::string error;
+  pagoda::Arena arena;
   std::vector<pagoda::Weight> weights;
   std::vector<std::vector<float>> vectors;
   std::vector<pagoda::Buffer> buffers;
