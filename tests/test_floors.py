@@ -28,8 +28,8 @@ FLOORS = MappingProxyType(
 )
 GROUND = ("types", "errors", "config", "flags", "settings", "observe")
 # The command line starts fast by importing late; the choice of a backend must not load the others; the root exports
-# its public names lazily.
-MAY_IMPORT_LATE = ("pagoda.cli.", "pagoda.backend.select")
+# its public names lazily; an engine reads its tokenizer only when a request has a grammar.
+MAY_IMPORT_LATE = ("pagoda.cli.", "pagoda.backend.select", "pagoda.engine.grammars")
 
 
 def modules() -> dict[str, ast.Module]:

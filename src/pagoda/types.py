@@ -28,7 +28,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     `top_k` 0 or -1 means all tokens. `max_tokens` None means the rest of the context. `logprobs` k asks for the
     chosen token's log-probability and those of the k likeliest tokens (0: only the chosen token's), taken from the
-    model's raw logits, before temperature and penalties. `seed` None lets the server choose one.
+    model's raw logits, before temperature and penalties. `seed` None lets the server choose one. `grammar` is what the
+    output must match, as `text.grammar` writes it.
     """
 
     n: int = 1
@@ -49,6 +50,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
+    grammar: str = ""
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 

@@ -13,9 +13,11 @@ from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Limits, Progress
 from pagoda.backend.select import load_executor
 from pagoda.config import QUANTIZE_ON_LOAD, EngineConfig
+from pagoda.engine.grammars import Grammars
 from pagoda.engine.messages import EngineStats, ModelInfo
 from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
 from pagoda.sched.scheduler import Scheduler, SchedulerConfig
+from pagoda.sched.state import Grammar
 from pagoda.types import BLOCK_SIZE, Delta, Request
 from pagoda.weights.open import open_source
 from pagoda.weights.quantization import check_quantization
@@ -25,6 +27,7 @@ _log = logging.getLogger(__name__)
 _CUDA_SEQS, _CPU_SEQS = 256, 64
 _CUDA_STEP_TOKENS, _CPU_STEP_TOKENS = 8192, 512
 _CPU_STEP_TIME_TARGET_S = 0.05
+_IDLE_WAIT_S = 0.005
 
 
 class EngineCore:
@@ -52,6 +55,7 @@ class EngineCore:
                 speculation=config.speculation,
             )
         )
+        self._grammars = Grammars(config.model, self._source.metadata, self.spec)
         self._refused: list[Delta] = []
         self._steps = 0
         self._last_step_s = 0.0
@@ -63,21 +67,41 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._refused) or self._scheduler.has_work
+        return bool(self._refused or self._grammars) or self._scheduler.has_work
 
     def add(self, request: Request) -> None:
         """Queue a request. One that cannot be run ends with an error in the next step; nothing is raised."""
         try:
             self._check(request)
-            refusal = self._scheduler.add(request)
         except BadRequest as error:
-            refusal = Delta(request_id=request.request_id, finish_reason="error", error=error.message)
+            self._refuse(request, error.message)
+            return
+        if request.params.grammar:
+            self._grammars.start(request)
+        else:
+            self._schedule(request)
+
+    def _schedule(self, request: Request, grammar: Grammar | None = None) -> None:
+        try:
+            refusal = self._scheduler.add(request, grammar)
         except ValueError:
             _log.exception("request %s refused", request.request_id)
-            message = "the engine cannot take this request"
-            refusal = Delta(request_id=request.request_id, finish_reason="error", error=message)
-        if refusal is not None:
-            self._refused.append(refusal)
+            self._refuse(request, "the engine cannot take this request")
+        else:
+            if refusal is not None:
+                self._refused.append(refusal)
+
+    def _refuse(self, request: Request, error: str) -> None:
+        self._refused.append(Delta(request_id=request.request_id, finish_reason="error", error=error))
+
+    def _take_grammars(self) -> None:
+        """Schedule the requests whose grammars are ready; wait for one if there is nothing else to do."""
+        idle = not self._refused and not self._scheduler.has_work
+        for request, matcher in self._grammars.take(_IDLE_WAIT_S if idle else 0.0):
+            if isinstance(matcher, str):
+                self._refuse(request, matcher)
+            else:
+                self._schedule(request, matcher)
 
     def _check(self, request: Request) -> None:
         """The server has checked all this; an executor that trusts it would read outside its tables."""
@@ -90,10 +114,13 @@ class EngineCore:
     def cancel(self, request_id: str) -> None:
         """Forget a request; no delta follows."""
         self._refused = [delta for delta in self._refused if delta.request_id != request_id]
+        self._grammars.cancel(request_id)
         self._scheduler.cancel(request_id)
 
     def step(self) -> list[Delta]:
         """Compute one step. One that fails ends the requests that took part in it, not the engine."""
+        if self._grammars:
+            self._take_grammars()
         deltas, self._refused = self._refused, []
         plan = self._scheduler.plan()
         if plan is None:
@@ -122,6 +149,7 @@ class EngineCore:
         return EngineStats(scheduler=self._scheduler.stats(), steps=self._steps, last_step_s=self._last_step_s)
 
     def close(self) -> None:
+        self._grammars.close()
         self._executor.close()
         self._source.close()
 

@@ -90,14 +90,16 @@ class Batch:
             seed=self._seed[slots],
             **_history(seqs),
             **_bias(seqs),
-            **self._masks(seqs),
+            **self._masks(turns),
         )
 
-    def _masks(self, seqs: list[Sequence]) -> dict[str, npt.NDArray[Any]]:
-        masks = [seq.mask for seq in seqs if seq.mask is not None]
+    def _masks(self, turns: list[Turn]) -> dict[str, npt.NDArray[Any]]:
+        """A grammar is asked only where a token is sampled: its answer may take longer than all else here."""
+        each = [turn.seq.next_mask() if turn.samples else None for turn in turns]
+        masks = [mask for mask in each if mask is not None]
         place = count()
         return {
-            "mask_index": _ints([-1 if seq.mask is None else next(place) for seq in seqs]),
+            "mask_index": _ints([-1 if mask is None else next(place) for mask in each]),
             "masks": np.array(masks, np.uint32).reshape(len(masks), self._mask_words),
         }
 

@@ -49,7 +49,9 @@ class Outcome:
         seq.computed += turn.count
         sampled = start + len(turn.scoring)
         if not all(rows.ok[start : sampled + turn.samples]):
-            return Delta(request_id=seq.request_id, finish_reason="error", error=NO_LOGITS)
+            why = "" if seq.grammar is None else seq.grammar.error
+            error = f"the grammar of this request cannot be followed any further: {why}" if why else NO_LOGITS
+            return Delta(request_id=seq.request_id, finish_reason="error", error=error)
         if seq.prompt_scores is not None:
             top = seq.params.prompt_logprobs or 0
             seq.prompt_scores += (rows.logprob(row, top) for row in range(start, sampled))
@@ -91,13 +93,13 @@ class Outcome:
         if seq.params.logprobs is not None:
             delta.logprobs = [*(delta.logprobs or ()), rows.logprob(row, seq.params.logprobs)]
         delta.finish_reason = self._finish_reason(seq, token)
-        if delta.finish_reason == "stop" and not _is_eos(seq, token):
+        if delta.finish_reason == "stop" and token in seq.params.stop_token_ids and not _is_eos(seq, token):
             delta.stop_reason = token
         elif delta.finish_reason == "error":
             delta.error = f"the request grew past the {self._pool_tokens} tokens that the engine's memory holds"
 
     def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
-        if token in seq.stop_ids:
+        if token in seq.stop_ids or (seq.grammar is not None and seq.grammar.advance((token,))):
             return "stop"
         if len(seq.known) >= seq.end:
             return "length"

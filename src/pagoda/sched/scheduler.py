@@ -18,7 +18,7 @@ from pagoda.sched.blocks import BlockPool
 from pagoda.sched.draft import Speculator
 from pagoda.sched.outcome import NO_LOGITS, Outcome
 from pagoda.sched.pace import Load, Pace
-from pagoda.sched.state import Sequence, Turn
+from pagoda.sched.state import Grammar, Sequence, Turn
 from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan, StepResult
 
 _ORDER = attrgetter("order")
@@ -90,7 +90,7 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running or self._flight)
 
-    def add(self, request: Request) -> Delta | None:
+    def add(self, request: Request, grammar: Grammar | None = None) -> Delta | None:
         """Queue a request. One that could never run is not queued: its only delta is returned instead."""
         if request.request_id in self._live:
             raise ValueError(f"request {request.request_id} is already in the engine")
@@ -101,7 +101,7 @@ class Scheduler:
                 f"the request has {known_len} tokens, the engine takes 1 to {limit}; send fewer, or give it more memory"
             )
             return Delta(request_id=request.request_id, finish_reason="error", error=error)
-        seq = Sequence(request, self._arrivals, self._config.max_model_len, self._config.vocab_size)
+        seq = Sequence(request, self._arrivals, self._config.max_model_len, self._config.vocab_size, grammar)
         self._arrivals += 1
         self._live[seq.request_id] = seq
         insort(self._waiting, seq, key=_ORDER)

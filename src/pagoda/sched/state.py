@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,24 @@ from pagoda.sched.draft import Drafter
 from pagoda.types import BLOCK_SIZE, Float32, Int32, Request, SamplingParams, TokenLogprob
 
 Bias = tuple[Int32, Float32]
+Mask = npt.NDArray[np.uint32]
+
+
+class Grammar(Protocol):
+    """What one output must match, and where it is in that; `pagoda.text.matcher.Matcher` is one."""
+
+    @property
+    def error(self) -> str:
+        """Why nothing can follow any more, "" while all is well."""
+        ...
+
+    def mask(self) -> Mask:
+        """The tokens that may come next. The array may be filled anew by the next call."""
+        ...
+
+    def advance(self, token_ids: Seq[int]) -> bool:
+        """Take in what was sampled; True if the output is complete and nothing can follow."""
+        ...
 
 
 class History:
@@ -53,6 +72,7 @@ class Sequence:
         "computed",
         "drafter",
         "end",
+        "grammar",
         "hashes",
         "history",
         "known",
@@ -69,7 +89,9 @@ class Sequence:
         "stop_ids",
     )
 
-    def __init__(self, request: Request, arrival: int, max_model_len: int, vocab_size: int) -> None:
+    def __init__(
+        self, request: Request, arrival: int, max_model_len: int, vocab_size: int, grammar: Grammar | None = None
+    ) -> None:
         params = request.params
         self.request = request
         self.request_id = request.request_id
@@ -96,6 +118,7 @@ class Sequence:
         self._bias = _bias(params, frozenset())
         self._first_bias = _bias(params, self.stop_ids) if params.min_tokens else None
         self.mask = _mask(params.allowed_token_ids, vocab_size)
+        self.grammar = grammar
         self.history = _history(request)
         self.drafter: Drafter | None = None
 
@@ -110,7 +133,15 @@ class Sequence:
     @property
     def samples_alike(self) -> bool:
         """True if what sampling does to the logits no longer depends on how many tokens there are, or which."""
+        if self.grammar is not None:
+            return False
         return self.history is None and (self._first_bias is None or len(self.known) >= self._min_len)
+
+    def next_mask(self) -> Mask | None:
+        """The tokens that its next one may be; None: all."""
+        if self.grammar is None:
+            return self.mask
+        return self.grammar.mask() if self.mask is None else self.grammar.mask() & self.mask
 
     def reusable_len(self) -> int:
         """How many known tokens may come from the cache: the next logits wanted must still be computed."""
@@ -158,7 +189,7 @@ def _bias(params: SamplingParams, forbidden: frozenset[int]) -> Bias | None:
     return np.array(list(values), np.int32), np.array(list(values.values()), np.float32)
 
 
-def _mask(allowed: tuple[int, ...] | None, vocab_size: int) -> npt.NDArray[np.uint32] | None:
+def _mask(allowed: tuple[int, ...] | None, vocab_size: int) -> Mask | None:
     if allowed is None:
         return None
     bits = np.zeros(mask_words(vocab_size) * 32, np.uint8)

@@ -1,0 +1,121 @@
+"""Which tokens may come next under a grammar: llguidance over our own tokenizer's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+
+from pagoda.errors import BadRequest
+from pagoda.text.tokenizer import Tokenizer
+
+Mask = npt.NDArray[np.uint32]
+
+_MAX_ERROR_CHARS = 400
+# What one grammar may cost: about 20 ms to build its expressions, 4 ms and 2.5 ms in the worst step, 64 MB of states.
+_LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=50_000,
+    step_max_items=50_000,
+    max_lexer_states=32_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+
+
+class _Tokens:
+    """What llguidance reads of a tokenizer."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(
+        self, tokens: Sequence[bytes], special_ids: Sequence[int], eos: int, encode: Callable[[str], list[int]]
+    ) -> None:
+        self.tokens = tokens
+        self.special_token_ids = special_ids
+        self.eos_token_id = eos
+        self._encode = encode
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+
+
+class Vocabulary:
+    """The tokens of a model by their bytes, b"" for ids that stand for no text.
+
+    `encode` gives forced text the tokens that the model knows it by; without it they are the longest that fit.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        special_ids: Sequence[int],
+        eos_token_ids: Sequence[int],
+        encode: Callable[[str], list[int]] | None = None,
+    ) -> None:
+        eos = list(eos_token_ids) or [len(tokens) - 1]
+        wrapped = _Tokens(tokens, special_ids, eos[0], encode or (lambda text: self._all.greedy_tokenize(text)))
+        self._all = llguidance.LLTokenizer(wrapped, n_vocab=len(tokens), eos_token=eos)  # type: ignore[arg-type]
+        self.size = len(tokens)
+
+    def compile(self, grammar: str) -> Matcher:
+        """Raises BadRequest, with the reason, for a grammar that is wrong or too large."""
+        matcher = llguidance.LLMatcher(self._all, grammar, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise BadRequest(reason(matcher.get_error()))
+        return Matcher(matcher, self.size)
+
+
+def load_vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> Vocabulary:
+    """The tokenizer's tokens, as many as the model has; any of these and of its own ends an output."""
+    return Vocabulary(
+        token_table(tokenizer, vocab_size),
+        sorted(i for i in tokenizer.special_ids if i < vocab_size),
+        list(dict.fromkeys((*eos_token_ids, *tokenizer.eos_token_ids))),
+        lambda text: tokenizer.encode(text, add_special_tokens=False, parse_special=False),
+    )
+
+
+def token_table(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
+    return [tokenizer.token_bytes(i) if i < tokenizer.vocab_size else b"" for i in range(vocab_size)]
+
+
+class Matcher:
+    """The state of one output under its grammar.
+
+    It never raises. Where the grammar grows too complex on the way no token is allowed any more and `error` says why.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._mask: Mask = np.zeros(-(-vocab_size // 32), np.uint32)
+
+    @property
+    def error(self) -> str:
+        return reason(self._matcher.get_error()) if self._matcher.is_error() else ""
+
+    def copy(self) -> Matcher:
+        return Matcher(self._matcher.deep_copy(), 32 * len(self._mask))
+
+    def mask(self) -> Mask:
+        """Bit i of word i // 32: token i may come next. The array is filled anew by the next call."""
+        if self._matcher.is_error():
+            self._mask.fill(0)
+        else:
+            self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+            if self._matcher.is_error():
+                self._mask.fill(0)
+        return self._mask
+
+    def advance(self, token_ids: Sequence[int]) -> bool:
+        """Take in what was sampled; True if the output is complete and nothing can follow."""
+        self._matcher.consume_tokens(list(token_ids))
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+
+def reason(error: str) -> str:
+    """The library's text in one short line."""
+    return " ".join(error.replace("<non-verbose/>", "").split())[:_MAX_ERROR_CHARS]
