@@ -255,7 +255,8 @@ def requests_for_all_routes() -> list[tuple[str, str]]:
 
 
 def test_the_table_is_all_there_is() -> None:
-    assert [route.path for route in create_app(make_server()).routes] == [each.path for each in endpoints()]  # type: ignore[attr-defined]
+    paths = [route.path for route in create_app(make_server()).routes]  # type: ignore[attr-defined]
+    assert paths == list(dict.fromkeys(each.path for each in endpoints()))
 
 
 def test_a_key_guards_every_route() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -28,7 +29,10 @@ def create_app(server: Server) -> Starlette:
     """The application of one server."""
     table = endpoints()
     keys = Keys(server.api_keys)
-    paths = [each.path for each in table if "{" not in each.path]
+    by_path: dict[str, list[Endpoint]] = {}
+    for each in table:
+        by_path.setdefault(each.path, []).append(each)
+    paths = [path for path in by_path if "{" not in path]
     middleware = [Middleware(NormalizePath, endpoints=paths, root_path=server.root_path)]
     if server.allowed_origins:
         middleware.append(
@@ -41,21 +45,24 @@ def create_app(server: Server) -> Starlette:
             )
         )
     app = Starlette(
-        routes=[Route(each.path, Guarded(server, keys, each)) for each in table],
+        routes=[Route(path, Guarded(server, keys, alike)) for path, alike in by_path.items()],
         middleware=middleware,
     )
     app.router.redirect_slashes = False
-    app.router.default = Guarded(server, keys, Endpoint("", (), _not_found(table), ""))
+    app.router.default = Guarded(server, keys, [Endpoint("", (), _not_found(table), "")])
     return app
 
 
 class Guarded:
-    """One matched route. What it guards is decided when the table is built, never from the text of a URL."""
+    """One matched path. What it guards is decided when the table is built, never from the text of a URL.
 
-    def __init__(self, server: Server, keys: Keys, endpoint: Endpoint) -> None:
+    Its endpoints differ in their methods only: the first one's dialect and guard are those of all.
+    """
+
+    def __init__(self, server: Server, keys: Keys, endpoints: Sequence[Endpoint]) -> None:
         self._server = server
         self._keys = keys
-        self._endpoint = endpoint
+        self._endpoints = endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -65,19 +72,18 @@ class Guarded:
         await reply(scope, receive, send)
 
     async def _reply(self, request: Request) -> Reply:
-        endpoint = self._endpoint
+        endpoint = self._endpoints[0]
         shape = endpoint.dialect.error
         try:
             if self._server.local:
                 check_host(request.headers, self._server.allowed_origins)
             if not endpoint.public:
                 self._keys.check(request.headers)
-            self._check_method(request)
-            return await endpoint.handler(self._server, request)
+            return await self._of_method(request).handler(self._server, request)
         except Unauthorized as error:
             return page(401) if endpoint.sign_in and wants_page(request) else error_response(error, body=shape)
         except MethodNotAllowed as error:
-            return error_response(error, {"allow": ", ".join(endpoint.methods)}, shape)
+            return error_response(error, {"allow": ", ".join(self._methods)}, shape)
         except PagodaError as error:
             return error_response(error, body=shape)
         except ClientGone:
@@ -86,11 +92,17 @@ class Guarded:
             log.exception("%s %s failed", request.method, typed_path(request.scope))
             return error_response(EngineError("the server failed on this request; its log says why"), body=shape)
 
-    def _check_method(self, request: Request) -> None:
-        methods = self._endpoint.methods
-        if not methods or request.method in methods or (request.method == "HEAD" and "GET" in methods):
-            return
-        raise MethodNotAllowed(f"{typed_path(request.scope)} takes {' or '.join(methods)}, not {request.method[:20]}")
+    @property
+    def _methods(self) -> list[str]:
+        return [method for each in self._endpoints for method in each.methods]
+
+    def _of_method(self, request: Request) -> Endpoint:
+        wanted = (request.method, "GET") if request.method == "HEAD" else (request.method,)
+        for each in self._endpoints:
+            if not each.methods or any(method in each.methods for method in wanted):
+                return each
+        taken = " or ".join(self._methods)
+        raise MethodNotAllowed(f"{typed_path(request.scope)} takes {taken}, not {request.method[:20]}")
 
 
 def _not_found(table: tuple[Endpoint, ...]) -> Handler:

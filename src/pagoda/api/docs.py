@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,16 +56,19 @@ def _operation(each: Endpoint, method: str, schema_of: dict[type, dict[str, Any]
     if each.reply is not None and each.reply.__name__ == "ChatReply":
         good["content"]["text/event-stream"] = {"schema": schema_of[ChatChunk]}
     bad = {"description": "What is wrong", "content": {JSON: {"schema": schema_of[each.dialect.error_kind]}}}
-    name = each.path.strip("/").replace("/", "_").replace("{", "").replace(":path}", "") or "root"
+    name = re.sub(r"\W+", "_", each.path.replace(":path", "")).strip("_") or "root"
     operation: dict[str, Any] = {
-        "operationId": f"{method.lower()}_{name.replace('.', '_')}",
+        "operationId": f"{method.lower()}_{name}",
         "summary": each.summary,
         "responses": {"200": good, "default": bad},
     }
     if each.body is not None:
         operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_of[each.body]}}}
-    if "{model" in each.path:
-        operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    names = re.findall(r"{(\w+)", each.path)
+    if names:
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
     if each.public:
         operation["security"] = []
     return operation

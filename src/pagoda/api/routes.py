@@ -8,7 +8,19 @@ from dataclasses import dataclass
 import msgspec
 from starlette.requests import Request
 
-from pagoda.api import anthropic, chat, completions, docs, models, ollama, ollama_models, status, tokens
+from pagoda.api import (
+    anthropic,
+    chat,
+    completions,
+    docs,
+    models,
+    ollama,
+    ollama_models,
+    responses,
+    responses_stored,
+    status,
+    tokens,
+)
 from pagoda.api.anthropic_protocol import ANTHROPIC, CountBody, CountReply, MessagesBody, MessagesReply
 from pagoda.api.dialect import OPENAI, Dialect
 from pagoda.api.ollama_protocol import (
@@ -36,6 +48,7 @@ from pagoda.api.replies import (
     VersionReply,
     Welcome,
 )
+from pagoda.api.responses_protocol import InputItems, ResponseDeleted, ResponseReply, ResponsesBody
 from pagoda.api.server import Server
 from pagoda.api.stream import Reply
 
@@ -77,6 +90,7 @@ def endpoints() -> tuple[Endpoint, ...]:
             "/completions", ("POST",), completions.completions, "Go on with a text or with token ids",
             CompletionBody, CompletionReply, openai=True,
         ),
+        *_responses(),
         *_anthropic(),
         *_ollama(),
         Endpoint("/models", ("GET",), models.list_models, "List what is served", reply=ModelList, openai=True),
@@ -94,6 +108,27 @@ def endpoints() -> tuple[Endpoint, ...]:
         Endpoint("/", ("GET",), ollama_models.root, "A page, JSON for programs", reply=Welcome, sign_in=True),
         Endpoint("/docs", ("GET",), docs_page, "This list"),
         Endpoint("/openapi.json", ("GET",), openapi_json, "The OpenAPI 3.1 description"),
+    )  # fmt: skip
+
+
+def _responses() -> tuple[Endpoint, ...]:
+    one = "/responses/{response_id}"
+    told = responses_stored
+    return (
+        Endpoint(
+            "/responses", ("POST",), responses.responses, "Answer items with items",
+            ResponsesBody, ResponseReply, openai=True,
+        ),
+        Endpoint(one, ("GET",), told.get_response, "A stored response", reply=ResponseReply, openai=True),
+        Endpoint(one, ("DELETE",), told.delete_response, "Forget a response", reply=ResponseDeleted, openai=True),
+        Endpoint(
+            one + "/cancel", ("POST",), told.cancel_response, "Stop a response in the background",
+            reply=ResponseReply, openai=True,
+        ),
+        Endpoint(
+            one + "/input_items", ("GET",), told.input_items, "What a response was made from",
+            reply=InputItems, openai=True,
+        ),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import msgspec
 from pagoda.api.generation import Generation, ShuttingDown
 from pagoda.api.metrics import Metrics
 from pagoda.api.names import ServedNames
+from pagoda.api.responses_store import ResponseStore
 from pagoda.errors import BadRequest, ContextLengthExceeded, Overloaded
 from pagoda.observe import log_request
 from pagoda.text.reply import find_format
@@ -95,6 +96,7 @@ class Server:
         self.draining = False
         self.aborted = asyncio.Event()
         self.metrics = Metrics(self.names[0], lambda: self.engine)
+        self.responses = ResponseStore()
         self._special_tokens: dict[frozenset[str], frozenset[int]] = {}
         self._live: set[Generation] = set()
         self._live_sequences = 0
