@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from api_fake import Client, FakeEngine, make_server
 
 from pagoda.deploy.default_model import default_model_path
 from pagoda.errors import ModelError
+
+# Triton reads this when a kernel is defined: without a GPU its kernels run in its interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

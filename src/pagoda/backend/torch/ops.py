@@ -1,4 +1,4 @@
-"""The operations of a decoder step on tensors: what each means, in plain PyTorch."""
+"""The operations of a decoder step on tensors: what each means, in plain PyTorch; on a GPU the kernels do it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pagoda.backend.torch.kernels import activation, norm, rope
 from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight
 from pagoda.types import BLOCK_SIZE
 
@@ -47,8 +48,15 @@ class Heads:
     interleaved: bool  # RoPE turns the pairs (2i, 2i + 1), else (i, i + dim / 2)
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether the kernels take this tensor."""
+    return x.is_cuda
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., n] / root mean square of its last axis, times weight [n]; computed in float32, returned as x's type."""
+    if on_gpu(x):
+        return norm.rms_norm(x, weight, eps)
     values = x.float()
     scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
     return (values * scale * weight.float()).to(x.dtype)
@@ -56,6 +64,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual), the sum rounded to x's type before it is normed."""
+    if on_gpu(x):
+        return norm.add_rms_norm(x, residual, weight, eps)
     total = x + residual
     return rms_norm(total, weight, eps), total
 
@@ -76,6 +86,8 @@ def rope_and_cache(
     `cos_sin` float32 [positions, dim]: cosines of the dim / 2 pairs, then sines; dim may be below head_dim.
     `k_cache` and `v_cache` [num_blocks, BLOCK_SIZE, kv_heads, head_dim], in qkv's type or in FP8 (clamped, no scale).
     """
+    if on_gpu(qkv):
+        return rope.rope_and_cache(qkv, q_norm, k_norm, cos_sin, batch, k_cache, v_cache, shape)
     a = shape
     q, k, v = torch.split(torch.unflatten(qkv, -1, (-1, a.head_dim)), [a.heads, a.kv_heads, a.kv_heads], dim=1)
     if q_norm is not None and k_norm is not None:
@@ -133,6 +145,8 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of gate_up [T, 2 * size], computed in float32."""
+    if on_gpu(gate_up):
+        return activation.silu_mul(gate_up)
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
@@ -172,6 +186,8 @@ def matmul_i8(x: Tensor, weight: I8) -> Tensor:
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes [T, n] and float32 scales [T, 1] of x [T, n]: largest magnitude 127, rounded to the nearest even."""
+    if on_gpu(x):
+        return norm.quantize_rows(x)
     scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-10) / 127
     return (x.float() / scale).round().to(torch.int8), scale
 
@@ -189,6 +205,8 @@ def matmul_f8(x: Tensor, weight: F8) -> Tensor:
 
 def quantize_f8(x: Tensor, size: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """FP8 codes [T, n] and float32 scales [T, ceil(n / size)] of x [T, n]: the largest of each run of `size` is 448."""
+    if on_gpu(x):
+        return norm.quantize_f8(x, size, scale)
     values = torch.unflatten(F.pad(x.float(), (0, -x.shape[-1] % size)), -1, (-1, size))
     scales = values.abs().amax(-1).clamp_min(1e-10) / FP8_MAX if scale is None else scale.expand(values.shape[:-1])
     codes = (values / scales.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8).flatten(-2)

@@ -1,0 +1,119 @@
+"""Between the QKV product and attention, in one Triton kernel: norm of q and k, RoPE, keys and values to the cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pagoda.backend.torch.kernels.launch import block_of
+
+if TYPE_CHECKING:
+    from pagoda.backend.torch.ops import Batch, Heads
+
+_HEADS = 8
+"""Heads of one token that a program takes."""
+
+
+@triton.jit
+def _cached(values: tl.tensor, cache: tl.tensor) -> tl.tensor:
+    if cache.dtype.element_ty == tl.float8e4nv:
+        values = tl.clamp(values.to(tl.float32), -448.0, 448.0)
+    return values.to(cache.dtype.element_ty)
+
+
+@triton.jit
+def _scaled(
+    values: tl.tensor,
+    scale: tl.tensor,
+    q_norm: tl.tensor,
+    k_norm: tl.tensor,
+    is_q: tl.tensor,
+    at: tl.tensor,
+    LIMIT: tl.constexpr,
+) -> tl.tensor:
+    mine = tl.load(q_norm + at, mask=at < LIMIT, other=0.0)
+    its = tl.load(k_norm + at, mask=at < LIMIT, other=0.0)
+    return values * scale * tl.where(is_q, mine, its).to(tl.float32)
+
+
+@triton.jit
+def _rope(
+    qkv: tl.tensor,
+    q_norm: tl.tensor,
+    k_norm: tl.tensor,
+    cos_sin: tl.tensor,
+    positions: tl.tensor,
+    cells: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    q_out: tl.tensor,
+    q_heads: tl.tensor,
+    kv_heads: tl.tensor,
+    eps: tl.tensor,
+    NORM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    DIM: tl.constexpr,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    at = tl.arange(0, BLOCK)[None, :]
+    rows = q_heads + 2 * kv_heads
+    inside = (head < rows) & (at < HEAD)
+    source = qkv + (token * rows + head) * HEAD
+    raw = tl.load(source + at, mask=inside, other=0.0)
+    # the partner of each value in its pair: loaded again (it is in the first cache) instead of moved between threads
+    if INTERLEAVED:
+        partner, pair, sign = at ^ 1, at // 2, tl.where(at % 2 == 0, -1.0, 1.0)
+    else:
+        first = at < DIM // 2
+        partner = tl.where(first, at + DIM // 2, at - DIM // 2)
+        pair, sign = tl.where(first, at, at - DIM // 2), tl.where(first, -1.0, 1.0)
+    turned = inside & (at < DIM) & (head < q_heads + kv_heads)
+    values, others = raw.to(tl.float32), tl.load(source + partner, mask=turned, other=0.0).to(tl.float32)
+    if NORM:
+        is_q, kind = head < q_heads, qkv.dtype.element_ty
+        scale = tl.rsqrt(tl.sum(values * values, axis=1)[:, None] / HEAD + eps)
+        values = _scaled(values, scale, q_norm, k_norm, is_q, at, HEAD).to(kind).to(tl.float32)
+        others = _scaled(others, scale, q_norm, k_norm, is_q, partner, DIM).to(kind).to(tl.float32)
+    position = tl.load(positions + token).to(tl.int64)
+    cos = tl.load(cos_sin + position * DIM + pair, mask=at < DIM, other=1.0)
+    sin = tl.load(cos_sin + position * DIM + DIM // 2 + pair, mask=at < DIM, other=0.0)
+    result = tl.where(turned, values * cos + others * sin * sign, values).to(qkv.dtype.element_ty)
+    tl.store(q_out + (token * q_heads + head) * HEAD + at, result, mask=inside & (head < q_heads))
+    cell = tl.load(cells + token)
+    written = inside & (cell >= 0)
+    is_k = (head >= q_heads) & (head < q_heads + kv_heads)
+    k_at = (cell * kv_heads + head - q_heads) * HEAD + at
+    tl.store(k_cache + k_at, _cached(result, k_cache), mask=written & is_k)
+    v_at = (cell * kv_heads + head - q_heads - kv_heads) * HEAD + at
+    tl.store(v_cache + v_at, _cached(raw, v_cache), mask=written & (head >= q_heads + kv_heads))
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos_sin: Tensor,
+    batch: Batch,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    shape: Heads,
+) -> Tensor:
+    """See ops.rope_and_cache."""
+    a, tokens = shape, len(qkv)
+    q = torch.empty(tokens, a.heads, a.head_dim, dtype=qkv.dtype, device=qkv.device)
+    norms = (q_norm, k_norm) if q_norm is not None and k_norm is not None else (qkv, qkv)
+    if tokens:
+        _rope[(tokens, triton.cdiv(a.heads + 2 * a.kv_heads, _HEADS))](
+            qkv.contiguous(), *norms, cos_sin, batch.positions, batch.cells, k_cache, v_cache, q, a.heads, a.kv_heads,
+            a.eps, NORM=q_norm is not None, INTERLEAVED=a.interleaved, DIM=cos_sin.shape[1], HEAD=a.head_dim,
+            BLOCK=block_of(a.head_dim), HEADS=_HEADS, num_warps=2,
+        )  # fmt: skip
+    return q
