@@ -39,7 +39,7 @@ def complaint(*args: int, **limits: Any) -> str:
 
 def test_kv_bytes_per_block() -> None:
     assert memory.kv_bytes_per_block(SPEC) == 4096
-    assert memory.kv_bytes_per_block(SPEC, kv_itemsize=4) == 8192
+    assert memory.kv_bytes_per_block(SPEC, kv_type="float32") == 8192
 
 
 def test_weight_bytes_are_the_stored_ones() -> None:
@@ -119,4 +119,4 @@ def test_the_reference_takes_what_was_counted(tmp_path: Any) -> None:
     spec = load_spec(source)
     capacity = ReferenceExecutor.load(spec, source, replace(LIMITS, max_model_len=128, num_blocks=9)).capacity
     assert capacity.weight_bytes == memory.float32_weight_bytes(spec)
-    assert capacity.kv_bytes == 9 * memory.kv_bytes_per_block(spec, kv_itemsize=4)
+    assert capacity.kv_bytes == 9 * memory.kv_bytes_per_block(spec, kv_type="float32")

@@ -136,6 +136,7 @@ def test_the_plan_is_what_the_engine_takes(smollm2_path: str) -> None:
         {},
         {"max_model_len": 2048, "max_num_seqs": 4},
         {"memory_share": 0.02, "max_num_batched_tokens": 64},
+        {"memory_share": 0.02, "max_num_batched_tokens": 64, "kv_cache_dtype": "fp8"},
     ):
         made = plan(Path(smollm2_path), Machine("this CPU", free_memory_bytes()), **options)
         core = EngineCore(EngineConfig(model=smollm2_path, threads=1, **options))

@@ -9,10 +9,11 @@ import pytest
 from checkpoints import VOCAB, write_checkpoint
 from reference_plans import Feed, make_plan
 
+from pagoda.arch.memory import KvType
 from pagoda.arch.registry import load_spec
 from pagoda.arch.spec import Rope
 from pagoda.backend.base import Limits
-from pagoda.backend.reference import KvType, ReferenceExecutor, rotate
+from pagoda.backend.reference import ReferenceExecutor, rotate
 from pagoda.backend.select import load_executor
 from pagoda.errors import ConfigError, EngineError, MemoryShort
 from pagoda.types import Float32

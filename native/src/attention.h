@@ -8,43 +8,83 @@
 namespace pagoda {
 namespace PG_NS {
 
+template <bool Int8> struct KvBlock {  // of one head
+  KvBlock(const KvCache& c, const uint8_t* at)
+      : keys(at), values(at + c.values() * (Int8 ? 1 : 2)),
+        key_scales((const uint16_t*)(at + 2 * c.values())), value_scales(key_scales + c.scales()) {}
+  const uint8_t *keys, *values;
+  const uint16_t *key_scales, *value_scales;  // in 8 bits only
+};
+
+template <bool Int8> PG_INLINE F load_kv(const uint8_t* p, int i) {
+  if constexpr (Int8) return load_i8(p + i);
+  else return load_f16((const uint16_t*)p + i);
+}
+
 // Scores of N queries [N][dim] against the 16 keys of a block [dim][16].
-template <int N> PG_INLINE void block_scores(const float* q, const uint16_t* keys, int dim, float* scores) {
+template <int N, bool Int8> PG_INLINE void block_scores(const float* q, const KvBlock<Int8>& block, int dim, float* scores) {
   F acc[N][2] = {};
-  for (int d = 0; d < dim; d++) {
-    F k0 = load_f16(keys + d * kTokens), k1 = load_f16(keys + d * kTokens + 8);
-    for (int n = 0; n < N; n++) {
-      F x = splat(q[n * dim + d]);
-      acc[n][0] = fma(x, k0, acc[n][0]), acc[n][1] = fma(x, k1, acc[n][1]);
+  for (int from = 0; from < dim; from += kKvGroup) {
+    const int end = from + kKvGroup < dim ? from + kKvGroup : dim;
+    F whole[N][2];
+    if constexpr (Int8)
+      for (int n = 0; n < N; n++) whole[n][0] = acc[n][0], whole[n][1] = acc[n][1], acc[n][0] = acc[n][1] = F{};
+    for (int d = from; d < end; d++) {
+      F k0 = load_kv<Int8>(block.keys, d * kTokens), k1 = load_kv<Int8>(block.keys, d * kTokens + 8);
+      for (int n = 0; n < N; n++) {
+        F x = splat(q[n * dim + d]);
+        acc[n][0] = fma(x, k0, acc[n][0]), acc[n][1] = fma(x, k1, acc[n][1]);
+      }
+    }
+    if constexpr (Int8) {
+      const uint16_t* scales = block.key_scales + from / kKvGroup * kTokens;
+      F s0 = load_f16(scales), s1 = load_f16(scales + 8);
+      for (int n = 0; n < N; n++) acc[n][0] = fma(acc[n][0], s0, whole[n][0]), acc[n][1] = fma(acc[n][1], s1, whole[n][1]);
     }
   }
   for (int n = 0; n < N; n++) store(scores + n * kSegment, acc[n][0]), store(scores + n * kSegment + 8, acc[n][1]);
 }
 
 // acc [N][dim] += weights [N] of `count` tokens times their values [count][dim], in the order of the tokens.
-template <int N> PG_INLINE void block_values(const float* weights, const uint16_t* values, int dim, int count, float* acc) {
+template <int N, bool Int8>
+PG_INLINE void block_values(const float* weights, const KvBlock<Int8>& block, int dim, int count, float* acc) {
+  constexpr int stride = Int8 ? kTokens : kSegment;
+  float scaled[N * kTokens];
   for (int d = 0; d < dim; d += 16) {
+    if constexpr (Int8) {
+      if (d % kKvGroup == 0) {
+        const uint16_t* scales = block.value_scales + d / kKvGroup * kTokens;
+        F s0 = load_f16(scales), s1 = load_f16(scales + 8);
+        for (int n = 0; n < N; n++) {
+          store(scaled + n * kTokens, load(weights + n * kSegment) * s0);
+          store(scaled + n * kTokens + 8, load(weights + n * kSegment + 8) * s1);
+        }
+      }
+    }
+    const float* w = Int8 ? scaled : weights;
     F sum[N][2];
     for (int n = 0; n < N; n++) sum[n][0] = load(acc + n * dim + d), sum[n][1] = load(acc + n * dim + d + 8);
     for (int t = 0; t < count; t++) {
-      F v0 = load_f16(values + t * dim + d), v1 = load_f16(values + t * dim + d + 8);
+      F v0 = load_kv<Int8>(block.values, t * dim + d), v1 = load_kv<Int8>(block.values, t * dim + d + 8);
       for (int n = 0; n < N; n++) {
-        F w = splat(weights[n * kSegment + t]);
-        sum[n][0] = fma(w, v0, sum[n][0]), sum[n][1] = fma(w, v1, sum[n][1]);
+        F x = splat(w[n * stride + t]);
+        sum[n][0] = fma(x, v0, sum[n][0]), sum[n][1] = fma(x, v1, sum[n][1]);
       }
     }
     for (int n = 0; n < N; n++) store(acc + n * dim + d, sum[n][0]), store(acc + n * dim + d + 8, sum[n][1]);
   }
 }
 
-// Scores to weights: those at `limit` and behind become 0. Returns maximum and sum.
-PG_INLINE void soften(float* s, int count, int limit, float& top, float& total) {
-  for (int i = limit; i < count; i++) s[i] = -INFINITY;
-  F m = load(s);
-  for (int i = 8; i < count; i += 8) m = max(m, load(s + i));
+// Scores [from, count) to weights: those in front of `low`, at `high` and behind become 0. Returns maximum and sum.
+// `from` is a multiple of 8 and no number of its own: what lies in front of it would be 0 and change nothing.
+PG_INLINE void soften(float* s, int from, int count, int low, int high, float& top, float& total) {
+  for (int i = from; i < low; i++) s[i] = -INFINITY;
+  for (int i = high; i < count; i++) s[i] = -INFINITY;
+  F m = load(s + from);
+  for (int i = from + 8; i < count; i += 8) m = max(m, load(s + i));
   top = max_lanes(m);
   F sum = {};
-  for (int i = 0; i < count; i += 8) {
+  for (int i = from; i < count; i += 8) {
     F e = exp(load(s + i) - top);
     sum += e;
     store(s + i, e);
@@ -73,42 +113,55 @@ PG_INLINE void join(Running& r, float* acc, const float* part, int dim, float to
 // What one segment gives to a query: weighted values [dim], then their maximum and total (0: nothing to attend).
 constexpr int partial_width(int dim) { return dim + 2; }
 
+// Positions that query vector n sees: [first, last].
+PG_INLINE int last_seen(const AttentionJob& job, int n) { return job.position + n / job.group; }
+PG_INLINE int first_seen(const AttentionJob& job, int n) {
+  const int first = last_seen(job, n) + 1 - job.window;
+  return first > 0 ? first : 0;
+}
+
 // The segment [start, start + 512) for N consecutive query vectors, from `first`.
-template <int N>
+template <int N, bool Int8>
 PG_INLINE void segment(const AttentionJob& job, int first, int start, const float* q, float* scores, float* partials) {
-  const int dim = job.cache->head_dim, width = partial_width(dim);
-  const int last = job.position + (first + N - 1) / job.group;  // position of the last of these queries
+  const KvCache& cache = *job.cache;
+  const int dim = cache.head_dim, width = partial_width(dim);
+  const int last = last_seen(job, first + N - 1), least = first_seen(job, first);  // of all these queries
   for (int n = 0; n < N; n++) partials[(first + n) * width + dim + 1] = 0.0f;
-  if (start > last) return;
-  const int end = last + 1 < start + kSegment ? last + 1 : start + kSegment;
-  const int blocks = (end - start + kTokens - 1) / kTokens;
+  if (start > last || least >= start + kSegment) return;
+  const int end = last + 1 < start + kSegment ? last + 1 - start : kSegment;
+  const int blocks = (end + kTokens - 1) / kTokens, skipped = least > start ? (least - start) / kTokens : 0;
   const int32_t* table = job.table + start / kTokens;
-  for (int b = 0; b < blocks; b++)
-    block_scores<N>(q + first * dim, job.cache->at(job.layer, table[b], job.kv_head), dim, scores + b * kTokens);
+  for (int b = skipped; b < blocks; b++)
+    block_scores<N, Int8>(q + first * dim, {cache, cache.at(job.layer, table[b], job.kv_head)}, dim, scores + b * kTokens);
   float acc[N * kMaxHeadDim];
   memset(acc, 0, N * dim * sizeof(float));
   for (int n = 0; n < N; n++) {
-    const int limit = job.position + (first + n) / job.group + 1 - start;
-    float* tail = partials + (first + n) * width + dim;
-    if (limit > 0) soften(scores + n * kSegment, blocks * kTokens, limit, tail[0], tail[1]);
-    else memset(scores + n * kSegment, 0, blocks * kTokens * sizeof(float));
+    const int low = first_seen(job, first + n) - start, high = last_seen(job, first + n) + 1 - start;
+    const int from = skipped * kTokens, count = blocks * kTokens;
+    float *tail = partials + (first + n) * width + dim, *own = scores + n * kSegment;
+    if (high > from && low < count) soften(own, from, count, low, high, tail[0], tail[1]);
+    else memset(own + from, 0, (count - from) * sizeof(float));
   }
-  for (int b = 0; b < blocks; b++) {
-    const int count = end - start - b * kTokens < kTokens ? end - start - b * kTokens : kTokens;
-    const uint16_t* block = job.cache->at(job.layer, table[b], job.kv_head);
-    block_values<N>(scores + b * kTokens, block + kTokens * dim, dim, count, acc);
+  for (int b = skipped; b < blocks; b++) {
+    const int count = end - b * kTokens < kTokens ? end - b * kTokens : kTokens;
+    block_values<N, Int8>(scores + b * kTokens, {cache, cache.at(job.layer, table[b], job.kv_head)}, dim, count, acc);
   }
   for (int n = 0; n < N; n++) memcpy(partials + (first + n) * width, acc + n * dim, dim * sizeof(float));
 }
 
+template <bool Int8>
 PG_INLINE void segment_of_all(const AttentionJob& job, int start, const float* q, float* scores, float* partials) {
   const int queries = job.tokens * job.group;
   for (int n = 0; n < queries;) {
-    if (queries - n >= 4) segment<4>(job, n, start, q, scores, partials), n += 4;
-    else if (queries - n == 3) segment<3>(job, n, start, q, scores, partials), n += 3;
-    else if (queries - n == 2) segment<2>(job, n, start, q, scores, partials), n += 2;
-    else segment<1>(job, n, start, q, scores, partials), n += 1;
+    if (queries - n >= 4) segment<4, Int8>(job, n, start, q, scores, partials), n += 4;
+    else if (queries - n == 3) segment<3, Int8>(job, n, start, q, scores, partials), n += 3;
+    else if (queries - n == 2) segment<2, Int8>(job, n, start, q, scores, partials), n += 2;
+    else segment<1, Int8>(job, n, start, q, scores, partials), n += 1;
   }
+}
+
+void one_segment(const AttentionJob& job, int start, const float* q, float* scores, float* partials) {
+  job.cache->int8 ? segment_of_all<true>(job, start, q, scores, partials) : segment_of_all<false>(job, start, q, scores, partials);
 }
 
 PG_INLINE void scale_queries(const AttentionJob& job, float* q) {
@@ -141,8 +194,8 @@ void attention(const AttentionJob& job, float* scratch) {
   float* scores = partials + kQueryVectors * partial_width(dim);
   Running running[kQueryVectors] = {};
   scale_queries(job, q);
-  for (int start = 0; start <= job.position + job.tokens - 1; start += kSegment) {
-    segment_of_all(job, start, q, scores, partials);
+  for (int start = first_seen(job, 0) / kSegment * kSegment; start < job.position + job.tokens; start += kSegment) {
+    one_segment(job, start, q, scores, partials);
     join_segment(job, partials, running, acc);
   }
   write_out(job, running, acc);
@@ -151,7 +204,7 @@ void attention(const AttentionJob& job, float* scratch) {
 void attention_segment(const AttentionJob& job, int index, float* partials, float* scratch) {
   float *q = scratch, *scores = q + kQueryVectors * job.cache->head_dim;
   scale_queries(job, q);
-  segment_of_all(job, index * kSegment, q, scores, partials);
+  one_segment(job, index * kSegment, q, scores, partials);
 }
 
 void attention_join(const AttentionJob& job, const float* partials, int64_t stride, int segments, float* scratch) {
@@ -160,9 +213,41 @@ void attention_join(const AttentionJob& job, const float* partials, int64_t stri
   write_out(job, running, scratch);
 }
 
+// Up to 32 values to codes -127 .. 127 times a scale, which is returned. A NaN or infinity makes the scale NaN.
+PG_INLINE uint16_t quantize_kv(const float* x, int n, int8_t* codes) {
+  F top = {}, bad = {};
+  for (int i = 0; i < n; i += 8) {
+    F v = load(x + i);
+    top = max(top, abs(v)), bad += v - v;
+  }
+  uint16_t half[8];
+  store_f16(half, splat(max_lanes(top) / 127.0f + sum_lanes(bad)));
+  const float scale = load_f16(half)[0], inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  for (int i = 0; i < n; i += 8) {
+    I code = to_int(min(max(load(x + i) * inverse, splat(-127.0f)), splat(127.0f)));
+    for (int j = 0; j < 8; j++) codes[i + j] = (int8_t)code[j];
+  }
+  return half[0];
+}
+
+PG_INLINE void store_kv_int8(const KvCache& cache, uint8_t* at, int offset, const float* k, const float* v) {
+  const int dim = cache.head_dim;
+  uint8_t* values = at + cache.values() + offset * dim;
+  uint16_t *key_scales = (uint16_t*)(at + 2 * cache.values()), *value_scales = key_scales + cache.scales();
+  for (int d = 0, place = offset; d < dim; d += kKvGroup, place += kTokens) {
+    const int n = dim - d < kKvGroup ? dim - d : kKvGroup;
+    int8_t codes[kKvGroup];
+    key_scales[place] = quantize_kv(k + d, n, codes);
+    for (int i = 0; i < n; i++) at[(d + i) * kTokens + offset] = (uint8_t)codes[i];
+    value_scales[place] = quantize_kv(v + d, n, (int8_t*)values + d);
+  }
+}
+
 void store_kv(const KvCache& cache, int layer, int64_t block, int head, int offset, const float* k, const float* v) {
   const int dim = cache.head_dim;
-  uint16_t *keys = cache.at(layer, block, head), *values = keys + kTokens * dim + offset * dim;
+  uint8_t* at = cache.at(layer, block, head);
+  if (cache.int8) return store_kv_int8(cache, at, offset, k, v);
+  uint16_t *keys = (uint16_t*)at, *values = keys + cache.values() + offset * dim;
   uint16_t half[8];
   for (int d = 0; d < dim; d += 8) {
     store_f16(half, load(k + d));

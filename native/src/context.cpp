@@ -169,8 +169,9 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     c->buffers.clear();
     for (int i = 0; i < n_buffers; i++) c->buffers.push_back(make_buffer(buffers[i], *d));
     c->ops.assign(ops, ops + n_ops);
-    c->kv_pages = Pages((int64_t)d->layers * d->num_blocks * d->kv_heads * 2 * kTokens * d->head_dim * 2);
-    c->kv = {reinterpret_cast<uint16_t*>(c->kv_pages.data()), d->num_blocks, d->kv_heads, d->head_dim};
+    c->kv = {nullptr, d->num_blocks, d->kv_heads, d->head_dim, d->kv_int8 != 0};
+    c->kv_pages = Pages((int64_t)d->layers * d->num_blocks * d->kv_heads * c->kv.stride());
+    c->kv.data = c->kv_pages.data();
     c->rope_pages = Pages((int64_t)d->max_tokens * d->rope_dim * 4);
     c->logit_pages = Pages((int64_t)d->max_rows * d->vocab * 4);
     for (auto& s : c->attention_scratch) s.resize(attention_scratch(d->head_dim));

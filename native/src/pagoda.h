@@ -44,6 +44,7 @@ struct pg_buffer {
 struct pg_op {
   int32_t kind, in, out, weight, vector, vector2, layer, flags;
   float f;
+  int32_t window;  // of attention: how many positions a token sees, its own included; 0 for all
 };
 
 struct pg_dims {
@@ -51,6 +52,7 @@ struct pg_dims {
   int32_t rope_dim, rope_interleaved;
   float rope_factor;
   const double* inv_freq;  // [rope_dim / 2]
+  int32_t kv_int8;         // the cache is kept in 8 bits instead of f16
 };
 
 struct pg_step {

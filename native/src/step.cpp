@@ -251,7 +251,8 @@ class StepJob : public Job {
     const int group = d.heads / d.kv_heads;
     const int64_t row = st_.starts[t.request] + t.from, column = (int64_t)head * group * d.head_dim;
     return {&c_.kv, table_of(t.request), op.layer, head, group, t.count, st_.positions[t.request] + t.from,
-            in.row(row) + column, in.width, out.row(row) + column, out.width, op.f};
+            in.row(row) + column, in.width, out.row(row) + column, out.width, op.f,
+            op.window > 0 ? op.window : INT32_MAX};
   }
 
   void attention(const pg_op& op, int64_t chunk, int thread) {

@@ -63,8 +63,8 @@ PG_INLINE I load_u16(const uint16_t* p) {
 PG_INLINE F load_bf16(const uint16_t* p) { return bits_to_float(load_u16(p) << 16); }
 PG_INLINE F load_u8(const uint8_t* p) { I4 a = {p[0], p[1], p[2], p[3]}, b = {p[4], p[5], p[6], p[7]}; return to_float(pair(a, b)); }
 PG_INLINE F load_i8(const uint8_t* p) {
-  F v = load_u8(p);
-  return select(v > splat(127.0f), v - 256.0f, v);
+  typedef int8_t C4 __attribute__((vector_size(4)));
+  return {__builtin_convertvector(load_half<C4>(p), F4), __builtin_convertvector(load_half<C4>(p + 4), F4)};
 }
 PG_INLINE F max(F a, F b) { return select(a > b, a, b); }
 PG_INLINE F min(F a, F b) { return select(a < b, a, b); }

@@ -1,5 +1,6 @@
 // The kernels of every instruction set this machine has: products and attention against plain double arithmetic, the
 // rest against the generic table. An argument names the instruction set that has to be found the best.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -98,28 +99,32 @@ void test_product(const Kernels& t, int32_t type) {
   }
 }
 
-void test_attention(const Kernels& t) {
-  const int dim = 64, group = 3, tokens = 5, position = 700, length = position + tokens, blocks = (length + 15) / 16;
-  std::vector<uint16_t> memory((int64_t)blocks * 2 * kTokens * dim);
-  const KvCache cache = {memory.data(), blocks, 1, dim};
+void test_attention(const Kernels& t, bool int8, int window) {
+  const int dim = 80, group = 3, tokens = 5, position = 700, length = position + tokens, blocks = (length + 15) / 16;
+  KvCache cache = {nullptr, blocks, 1, dim, int8};
+  std::vector<uint8_t> memory(blocks * cache.stride());
+  cache.data = memory.data();
   std::vector<int32_t> table(blocks);
   for (int b = 0; b < blocks; b++) table[b] = (b * 7) % blocks == 0 && b ? b : blocks - 1 - b;
   const std::vector<float> keys = normal(length * dim), values = normal(length * dim), q = normal(tokens * group * dim);
   for (int i = 0; i < length; i++)
     t.store_kv(cache, 0, table[i / 16], 0, i % 16, &keys[i * dim], &values[i * dim]);
   std::vector<float> out(q.size()), scratch(attention_scratch(dim));
-  t.attention({&cache, table.data(), 0, 0, group, tokens, position, q.data(), group * dim, out.data(), group * dim, 0.125f}, scratch.data());
+  t.attention({&cache, table.data(), 0, 0, group, tokens, position, q.data(), group * dim, out.data(), group * dim, 0.125f, window}, scratch.data());
   for (int n = 0; n < tokens * group; n++) {
-    std::vector<double> sum(dim), weights(position + n / group + 1);
+    std::vector<double> sum(dim);
     double total = 0;
-    for (size_t i = 0; i < weights.size(); i++) {
+    const int last = position + n / group;
+    for (int i = std::max(0, last + 1 - window); i <= last; i++) {
       double score = 0;
       for (int d = 0; d < dim; d++) score += (double)q[n * dim + d] * keys[i * dim + d];
-      total += weights[i] = std::exp(score * 0.125);
-      for (int d = 0; d < dim; d++) sum[d] += weights[i] * values[i * dim + d];
+      const double weight = std::exp(score * 0.125);
+      total += weight;
+      for (int d = 0; d < dim; d++) sum[d] += weight * values[i * dim + d];
     }
-    // keys and values are stored in f16: 11 bits
-    for (int d = 0; d < dim; d++) check(close(out[n * dim + d], sum[d] / total, 1.0, 2e-3), t.name, "attention", n);
+    // f16 has 11 bits; 8 bits are half a step of max / 127 away
+    for (int d = 0; d < dim; d++)
+      check(close(out[n * dim + d], sum[d] / total, 1.0, int8 ? 2e-2 : 2e-3), t.name, "attention, window", window);
   }
 }
 
@@ -176,7 +181,8 @@ int main(int count, char** arguments) {
     check(!strcmp(t.name, pg_isa(i)), t.name, "has another name");
     for (int32_t type = 0; type < 64; type++)
       if (is_float(type) || layout_of(type).block) test_product(t, type);
-    test_attention(t), test_rows(t), test_halves(t);
+    for (int window : {1 << 20, 600, 20, 1}) test_attention(t, false, window), test_attention(t, true, window);
+    test_rows(t), test_halves(t);
     std::printf("%s: checked\n", t.name);
     pg_destroy(c);
   }

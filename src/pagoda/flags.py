@@ -19,7 +19,6 @@ _ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
         "cpu_offload_gb": (None, "nothing to do on a CPU: the whole model is in main memory"),
         "seed": (None, "without effect on answers: each request has its own seed, its `seed` field or a random one"),
         "block_size": (None, "a block of the cache always holds 16 tokens"),
-        "kv_cache_dtype": (None, "the cache is kept in float16"),
         "async_scheduling": (True, "the engine decides"),
         "attention_backend": (None, "there is one attention kernel for a CPU"),
         "compilation_config": (None, "nothing is compiled at start"),

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pagoda.arch.spec import Layer, ModelSpec
+from pagoda.config import KV_EIGHT_BITS
 from pagoda.errors import MemoryShort
 from pagoda.types import BLOCK_SIZE
 from pagoda.weights.source import Tensor
 
+KvType = Literal["float32", "float16", "int8"]
+"""How keys and values are kept; int8 has an f16 scale for each KV_GROUP values of a head."""
+
+KV_GROUP = 32
 AUTO_CACHE_BYTES = 4 << 30
 FLOAT32_BYTES = 4
 DEFAULT_SHARE = 0.9
@@ -38,10 +43,21 @@ def blocks_for(tokens: int) -> int:
     return -(-tokens // BLOCK_SIZE)
 
 
-def kv_bytes_per_block(spec: ModelSpec, kv_itemsize: int = 2) -> int:
+def kv_type(asked: str) -> KvType:
+    """What a CPU makes of --kv-cache-dtype: fp8 asks for 8 bits, and whole numbers with scales are nearer than fp8."""
+    return "int8" if asked in KV_EIGHT_BITS else "float16"
+
+
+def kv_bytes_per_block(spec: ModelSpec, kv_type: KvType = "float16") -> int:
     """Keys and values of BLOCK_SIZE tokens in all layers."""
-    values = sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in spec.layers)
-    return values * BLOCK_SIZE * kv_itemsize
+    heads = sum(2 * layer.attention.kv_heads * _head_bytes(layer.attention.head_dim, kv_type) for layer in spec.layers)
+    return heads * BLOCK_SIZE
+
+
+def _head_bytes(head_dim: int, kv_type: KvType) -> int:
+    if kv_type == "int8":
+        return head_dim + 2 * -(-head_dim // KV_GROUP)
+    return head_dim * (2 if kv_type == "float16" else 4)
 
 
 def weight_bytes(bound: Mapping[str, Tensor]) -> int:
@@ -71,8 +87,8 @@ def _layer_values(layer: Layer) -> int:
     return 2 * (a.heads + a.kv_heads) * a.head_dim + 2 * layer.mlp.size
 
 
-def blocks_that_fit(spec: ModelSpec, free_bytes: int, kv_itemsize: int = 2) -> int:
-    return max(0, free_bytes) // kv_bytes_per_block(spec, kv_itemsize)
+def blocks_that_fit(spec: ModelSpec, free_bytes: int, kv_type: KvType = "float16") -> int:
+    return max(0, free_bytes) // kv_bytes_per_block(spec, kv_type)
 
 
 def fit(
@@ -82,7 +98,7 @@ def fit(
     free_bytes: int,
     weight_bytes: int,
     activation_bytes: int,
-    kv_itemsize: int = 2,
+    kv_type: KvType = "float16",
 ) -> int:
     """The number of cache blocks to take, at most what all requests together can fill.
 
@@ -93,14 +109,14 @@ def fit(
     """
     share = DEFAULT_SHARE if limits.memory_share is None else limits.memory_share
     left_bytes = int(free_bytes * share) - weight_bytes - activation_bytes
-    fitting = blocks_that_fit(spec, left_bytes, kv_itemsize)
+    fitting = blocks_that_fit(spec, left_bytes, kv_type)
     one, everyone = blocks_for(limits.max_model_len), limits.max_num_seqs * blocks_for(limits.max_model_len)
     if limits.num_blocks is not None:
         wanted = limits.num_blocks
     elif limits.kv_cache_bytes is not None:
-        wanted = blocks_that_fit(spec, limits.kv_cache_bytes, kv_itemsize)
+        wanted = blocks_that_fit(spec, limits.kv_cache_bytes, kv_type)
     else:
-        modest = max(min(fitting // 2, blocks_that_fit(spec, AUTO_CACHE_BYTES, kv_itemsize)), min(one, fitting))
+        modest = max(min(fitting // 2, blocks_that_fit(spec, AUTO_CACHE_BYTES, kv_type)), min(one, fitting))
         wanted = min(everyone, fitting if limits.memory_share is not None else modest)
     enough = 1 if limits.max_model_len >= spec.max_position else one
     if enough <= wanted <= fitting:
@@ -116,7 +132,7 @@ def fit(
     need = {
         "weights": weight_bytes,
         "activations": activation_bytes,
-        f"a KV cache of {blocks * BLOCK_SIZE} tokens": blocks * kv_bytes_per_block(spec, kv_itemsize),
+        f"a KV cache of {blocks * BLOCK_SIZE} tokens": blocks * kv_bytes_per_block(spec, kv_type),
     }
     raise _short(limits, need, free_bytes, share, fitting)
 

@@ -20,6 +20,7 @@ class Limits:
     may use together; None lets the executor take what it sensibly can. `dtype` is the type of float computation
     where a backend has a choice ("auto", "float32", "float16", "bfloat16"). `quantization` "int8" or "int4" makes 8 or
     4 bits of float matrices while they are loaded; anything else leaves the weights as they are stored.
+    `kv_cache_dtype` is the option of that name; arch.memory.kv_type says what it means on a CPU.
     """
 
     max_model_len: int
@@ -31,6 +32,7 @@ class Limits:
     threads: int | None = None
     dtype: str = "auto"
     quantization: str | None = None
+    kv_cache_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from pagoda.arch import memory
+from pagoda.arch.memory import KV_GROUP, KvType
 from pagoda.arch.registry import bind
 from pagoda.arch.spec import Attention, Mlp, ModelSpec, Rope
 from pagoda.backend.base import Capacity, Done, Limits, Progress
@@ -20,7 +20,6 @@ from pagoda.types import BLOCK_SIZE, Float32, StepPlan, StepResult
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.source import TensorSource
 
-KvType = Literal["float32", "float16"]
 Cache = npt.NDArray[np.float32 | np.float16]
 Index = npt.NDArray[np.intp]
 
@@ -48,7 +47,8 @@ class ReferenceExecutor:
     ) -> None:
         self.spec = spec
         self.weights = weights
-        cells, dtype = num_blocks * BLOCK_SIZE, np.dtype(kv_type)
+        cells, dtype = num_blocks * BLOCK_SIZE, np.dtype("float16" if kv_type == "float16" else "float32")
+        self.eight_bits = kv_type == "int8"
         heads = [layer.attention for layer in spec.layers]
         self.caches: list[Cache] = [np.zeros((2, cells, a.kv_heads, a.head_dim), dtype) for a in heads]
         self.cos, self.sin = spec.rope.tables(max_model_len)
@@ -68,9 +68,14 @@ class ReferenceExecutor:
         limits: Limits,
         progress: Progress | None = None,
         *,
-        kv_type: KvType = "float32",
+        kv_type: KvType | None = None,
     ) -> ReferenceExecutor:
-        """Dequantize all weights to float32. `kv_type` float16 rounds cached keys and values as other backends do."""
+        """Dequantize all weights to float32. `kv_type` float16 and int8 round keys and values as other backends do.
+
+        None: float32, or int8 where the limits ask for 8 bits. Rounded to 8 bits they are kept in float32 all the same.
+        """
+        if kv_type is None:
+            kv_type = "int8" if memory.kv_type(limits.kv_cache_dtype) == "int8" else "float32"
         bound = bind(spec, source)
         activations = memory.activation_bytes(spec, limits)
         num_blocks = memory.fit(
@@ -79,7 +84,7 @@ class ReferenceExecutor:
             free_bytes=free_memory_bytes(),
             weight_bytes=memory.float32_weight_bytes(spec),
             activation_bytes=activations,
-            kv_itemsize=np.dtype(kv_type).itemsize,
+            kv_type="float16" if kv_type == "float16" else "float32",
         )
         weights = {}
         for done, (slot, tensor) in enumerate(bound.items(), start=1):
@@ -135,6 +140,8 @@ class ReferenceExecutor:
         q, k = rotate(q, cos, sin, self.spec.rope), rotate(k, cos, sin, self.spec.rope)
         # all keys and values of the step are written before any is read: requests may share blocks
         cache = self.caches[i]
+        if self.eight_bits:
+            k, v = rounded_to_8_bits(k), rounded_to_8_bits(v)
         cache[0, cells], cache[1, cells] = k, v
         out = np.empty_like(q)
         for r, slot in enumerate(plan.slots):
@@ -160,6 +167,21 @@ class ReferenceExecutor:
         """RMS norm over the last axis."""
         mean_square = np.square(x).mean(axis=-1, keepdims=True)
         return np.asarray(x / np.sqrt(mean_square + np.float32(self.spec.norm_eps)) * self.weights[slot])
+
+
+def rounded_to_8_bits(x: Float32) -> Float32:
+    """Keys or values [T, heads, head size] as a cache of 8 bits gives them back.
+
+    Each KV_GROUP values of a head share a scale, max |x| / 127 in float16; code = round(x / scale), at most 127.
+    """
+    out = np.empty_like(x)
+    for start in range(0, x.shape[-1], KV_GROUP):
+        part = x[..., start : start + KV_GROUP]
+        top = np.abs(part).max(axis=-1, keepdims=True)
+        scale = (top / np.float32(127)).astype(np.float16).astype(np.float32)
+        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+        out[..., start : start + KV_GROUP] = np.clip(np.rint(part * inverse), -127, 127) * scale
+    return out
 
 
 def matmul(x: Float32, weight: Float32) -> Float32:

@@ -42,7 +42,7 @@ Options:
   --ram SIZE   plan for a CPU with this much free memory (24GiB) in place of this machine's
   --json       the plan for a program
 and the options of pagoda serve: --max-model-len, --gpu-memory-utilization, --tensor-parallel-size, --quantization,
---dtype, --max-num-seqs, --max-num-batched-tokens, --kv-cache-memory-bytes
+--dtype, --max-num-seqs, --max-num-batched-tokens, --kv-cache-memory-bytes, --kv-cache-dtype
 """
 
 _BAR = 64

@@ -93,18 +93,24 @@ def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Pl
     asked, model = _as_asked(model, config.quantization, QUANTIZE_ON_LOAD)
     program.check_spec(model.spec)
     limits = resolve_limits(config, model.spec)
+    kv_type = memory.kv_type(limits.kv_cache_dtype)
     weights = executor.weight_bytes(model.tensors, asked)
     work = program.buffer_bytes(model.spec, limits.max_num_batched_tokens)
     try:
         blocks = memory.fit(
-            model.spec, limits, free_bytes=machine.memory_bytes, weight_bytes=weights, activation_bytes=work
+            model.spec,
+            limits,
+            free_bytes=machine.memory_bytes,
+            weight_bytes=weights,
+            activation_bytes=work,
+            kv_type=kv_type,
         )
     except MemoryShort:
         blocks = 0
     if config.max_model_len is not None and blocks < memory.blocks_for(config.max_model_len):
         blocks = 0  # the engine refuses a length that was asked for, where the model's own is cut
     share = memory.DEFAULT_SHARE if config.memory_share is None else config.memory_share
-    block_bytes = memory.kv_bytes_per_block(model.spec)
+    block_bytes = memory.kv_bytes_per_block(model.spec, kv_type)
     return _filled(machine, share, 0, (weights, work, 0), block_bytes, blocks, limits, model, config)
 
 

@@ -184,6 +184,7 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
         threads=config.threads,
         dtype=config.dtype,
         quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
     )
 
 

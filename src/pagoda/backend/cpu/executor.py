@@ -28,6 +28,7 @@ class CpuExecutor:
     ) -> CpuExecutor:
         """Raises ModelError (a tensor is missing or cannot run) or, before any weight is read, MemoryShort."""
         tensors = bind(spec, source)
+        kv_type = memory.kv_type(limits.kv_cache_dtype)
         threads = limits.threads or usable_cores()
         blocks = memory.fit(
             spec,
@@ -35,18 +36,19 @@ class CpuExecutor:
             free_bytes=free_memory_bytes(),
             weight_bytes=weight_bytes(tensors, limits.quantization),
             activation_bytes=buffer_bytes(spec, limits.max_num_batched_tokens),
+            kv_type=kv_type,
         )
         lib = Native(threads)
         try:
             program = Program(lib, spec, tensors, progress, limits.quantization)
-            program.finish(limits.max_num_batched_tokens, blocks)
+            program.finish(limits.max_num_batched_tokens, blocks, kv_int8=kv_type == "int8")
         except BaseException:
             lib.close()
             raise
         capacity = Capacity(
             num_blocks=blocks,
             weight_bytes=lib.weight_bytes,
-            kv_bytes=blocks * memory.kv_bytes_per_block(spec),
+            kv_bytes=blocks * memory.kv_bytes_per_block(spec, kv_type),
             activation_bytes=lib.activation_bytes,
             device=f"cpu ({lib.isa}, {threads} thread{'s' if threads > 1 else ''})",
         )

@@ -39,7 +39,7 @@ class Op(c.Structure):
 
     _fields_ = [
         ("kind", c.c_int32), ("in_", c.c_int32), ("out", c.c_int32), ("weight", c.c_int32), ("vector", c.c_int32),
-        ("vector2", c.c_int32), ("layer", c.c_int32), ("flags", c.c_int32), ("f", c.c_float),
+        ("vector2", c.c_int32), ("layer", c.c_int32), ("flags", c.c_int32), ("f", c.c_float), ("window", c.c_int32),
     ]  # fmt: skip
 
 
@@ -51,6 +51,7 @@ class Dims(c.Structure):
         )),
         ("rope_factor", c.c_float),
         ("inv_freq", c.c_void_p),
+        ("kv_int8", c.c_int32),
     ]  # fmt: skip
 
 

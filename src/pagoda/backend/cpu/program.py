@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -77,7 +78,7 @@ class Program:
         values = np.concatenate([dequantize(self._tensors[s]).ravel() for s in slots])
         return self._lib.vector(np.ascontiguousarray(values, dtype=np.float32))
 
-    def finish(self, max_tokens: int, num_blocks: int) -> None:
+    def finish(self, max_tokens: int, num_blocks: int, kv_int8: bool = False) -> None:
         """Fix the program with its buffers and a KV cache of num_blocks blocks. Raises MemoryShort."""
         spec = self._spec
         attention = spec.layers[0].attention
@@ -85,7 +86,7 @@ class Program:
         dims = Dims(
             len(spec.layers), attention.heads, attention.kv_heads, attention.head_dim, spec.vocab_size, max_tokens,
             MAX_ROWS, num_blocks, spec.rope.dim, int(spec.rope.interleaved), spec.rope.attention_factor,
-            inv_freq.ctypes.data,
+            inv_freq.ctypes.data, int(kv_int8),
         )  # fmt: skip
         self._lib.program(dims, buffer_shapes(spec), self._operations())
 
@@ -106,7 +107,9 @@ class Program:
         self._emit(native.NORM, in_=X, out=H, vector=p + "attn_norm", f=eps)
         self._emit(native.MATMUL, in_=H, out=QKV, weight=p + "qkv", vector=p + "qkv_bias")
         self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=i, f=eps)
-        self._emit(native.ATTENTION, in_=QKV, out=ATT, layer=i, f=layer.attention.scale)
+        self._emit(
+            native.ATTENTION, in_=QKV, out=ATT, layer=i, f=layer.attention.scale, window=layer.attention.window or 0
+        )
         self._emit(native.MATMUL, in_=ATT, out=X, weight=p + "o", vector=p + "o_bias", flags=native.ADD)
         self._emit(native.NORM, in_=X, out=H, vector=p + "mlp_norm", f=eps)
         self._emit(native.MATMUL, in_=H, out=GATE_UP, weight=p + "gate_up", vector=p + "gate_up_bias")
@@ -115,10 +118,10 @@ class Program:
 
     def _emit(
         self, kind: int, *, in_: int = -1, out: int = -1, weight: str = "", vector: str = "", vector2: str = "",
-        layer: int = 0, flags: int = 0, f: float = 0.0,
+        layer: int = 0, flags: int = 0, f: float = 0.0, window: int = 0,
     ) -> None:  # fmt: skip
         w, v, v2 = (self._ids.get(name, -1) for name in (weight, vector, vector2))
-        self._ops.append(Op(kind, in_, out, w, v, v2, layer, flags, f))
+        self._ops.append(Op(kind, in_, out, w, v, v2, layer, flags, f, window))
 
     def _quantize_inputs(self) -> None:
         """Let the producer of each quantized product's input quantize it, once."""
@@ -183,14 +186,12 @@ def _runnable(tensor: Tensor) -> Tensor:
 def check_spec(spec: ModelSpec) -> None:
     """ModelError where the kernels lack something that the model needs."""
     first = spec.layers[0]
-    if any(layer.attention != first.attention or layer.mlp.size != first.mlp.size for layer in spec.layers):
+    if len({(replace(layer.attention, window=None), layer.mlp.size) for layer in spec.layers}) > 1:
         raise ModelError("the CPU backend needs all layers of one shape", remedy="Try --device reference")
     if first.attention.head_dim % 16 or first.attention.head_dim > 512:
         raise ModelError(
             f"the CPU backend needs a head size that is a multiple of 16 up to 512, not {first.attention.head_dim}",
             remedy="Try --device reference",
         )
-    if first.attention.window is not None:
-        raise ModelError("the CPU backend has no sliding-window attention yet", remedy="Try --device reference")
     if first.attention.heads // first.attention.kv_heads > 32:
         raise ModelError("more than 32 query heads share a key head", remedy="Try --device reference")
