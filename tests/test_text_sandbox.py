@@ -13,7 +13,7 @@ import pytest
 
 from pagoda.errors import BadRequest
 from pagoda.text.chat import ChatTemplate
-from pagoda.text.deadline import DeadlineExceeded, run_with_deadline
+from pagoda.text.deadline import Deadline, DeadlineExceeded
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 NS = "{% set ns = namespace(x='a', l=[], n=3) %}"
@@ -169,18 +169,41 @@ def test_a_deadline_never_strikes_after_the_end() -> None:
         return "done"
 
     ends = {"done": 0, "late": 0}
+    before = set(threading.enumerate())
+    limit = Deadline(0.003)
     for i in range(150):
         try:
-            ends[run_with_deadline(partial(spin, 0.0015 + (i % 30) * 0.0001), 0.003)] += 1
+            ends[limit.run(partial(spin, 0.0015 + (i % 30) * 0.0001))] += 1
         except DeadlineExceeded:
             ends["late"] += 1
         for _ in range(200):
             pass
     assert sum(ends.values()) == 150
-    assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer) and not t.finished.is_set()]
+    time.sleep(0.1)
+    assert set(threading.enumerate()) <= before, "the watcher outlives what it watches"
+
+
+def test_one_deadline_watches_several_threads() -> None:
+    limit = Deadline(0.1)
+
+    def spin_for(seconds: float) -> str:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pass
+        return "done"
+
+    def ends(seconds: float) -> str:
+        try:
+            return limit.run(partial(spin_for, seconds))
+        except DeadlineExceeded:
+            return "late"
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ends, (0.0, 2.0, 0.001, 3.0))) == ["done", "late", "done", "late"]
+    assert ends(0.0) == "done"
 
 
 def test_a_deadline_passes_results_and_errors_on() -> None:
-    assert run_with_deadline(lambda: 5, 1.0) == 5
+    assert Deadline(1.0).run(lambda: 5) == 5
     with pytest.raises(KeyError, match="k"):
-        run_with_deadline(lambda: dict[str, str]()["k"], 1.0)
+        Deadline(1.0).run(lambda: dict[str, str]()["k"])

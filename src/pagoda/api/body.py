@@ -80,7 +80,7 @@ def parse(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
         raise BadRequest(f"the body must be a JSON object, got {_word(_json_type(raw))}")
     _check_nesting(raw)
     given = {name: value for name, value in raw.items() if value is not None}
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    known = kind.__struct_encode_fields__
     try:
         parsed = msgspec.convert(given, kind, strict=True)
     except msgspec.ValidationError as error:

@@ -74,8 +74,10 @@ class _Chat:
         )
 
     def _read(self, index: int, delta: Delta) -> list[ChatDelta]:
-        made = self._answers[index].read(delta)
-        self._generation.reasoning_tokens = sum(each.reasoning_tokens for each in self._answers)
+        answer = self._answers[index]
+        before = answer.reasoning_tokens
+        made = answer.read(delta)
+        self._generation.reasoning_tokens += answer.reasoning_tokens - before
         return made
 
     def _choice(self, index: int, part: Gathered, said: Answer) -> ChatChoice:

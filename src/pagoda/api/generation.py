@@ -70,13 +70,11 @@ class Generation:
             completion_tokens_details=CompletionTokensDetails(reasoning_tokens=self.reasoning_tokens),
         )
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+    def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """All deltas as they come. Raises EngineError when a sequence failed; closing it cancels all sequences."""
-        if len(self.requests) == 1:
-            async with aclosing(self._sequence(0)) as only:
-                async for delta in only:
-                    yield 0, delta
-            return
+        return self._sequence(0) if len(self.requests) == 1 else self._all_sequences()
+
+    async def _all_sequences(self) -> AsyncGenerator[tuple[int, Delta], None]:
         queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._pump(index, queue)) for index in range(len(self.requests))]
         try:
@@ -97,13 +95,13 @@ class Generation:
     async def _pump(self, index: int, queue: asyncio.Queue[tuple[int, Delta | Exception | None]]) -> None:
         try:
             async with aclosing(self._sequence(index)) as deltas:
-                async for delta in deltas:
-                    queue.put_nowait((index, delta))
+                async for item in deltas:
+                    queue.put_nowait(item)
             queue.put_nowait((index, None))
         except Exception as error:
             queue.put_nowait((index, error))
 
-    async def _sequence(self, index: int) -> AsyncGenerator[Delta, None]:
+    async def _sequence(self, index: int) -> AsyncGenerator[tuple[int, Delta], None]:
         request = self.requests[index]
         output = TextOutput(self._server.tokenizer, request, self._shown)
         async with aclosing(self._server.engine.generate(request)) as stream:
@@ -114,7 +112,7 @@ class Generation:
                     raise EngineError(delta.error or "the engine could not finish this request")
                 if delta.finish_reason == "abort":
                     raise EngineError("the request was cancelled by the server")
-                yield delta
+                yield index, delta
                 if delta.finish_reason is not None:
                     return
         raise EngineError("the engine ended this request without a reason")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 if TYPE_CHECKING:
     from pagoda.api.generation import Generation
@@ -39,9 +42,10 @@ class Metrics:
         self._success = self._counter("request_success", "Sequences that ended, by reason", "finished_reason")
         self._rejected = self._counter("admission_rejections", "Requests that were turned away, by reason", "reason")
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        made = Histogram(f"vllm:{name}", text, _LABELS, buckets=buckets, registry=self._registry)
-        return made.labels(*self._values)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> _Histogram:
+        made = _Histogram(f"vllm:{name}", text, self._values, buckets)
+        self._registry.register(made)
+        return made
 
     def _counter(self, name: str, text: str, label: str) -> Counter:
         return Counter(f"vllm:{name}", text, [*_LABELS, label], registry=self._registry)
@@ -50,8 +54,7 @@ class Metrics:
         self._first.observe(seconds)
 
     def next_tokens(self, seconds_per_token: float, tokens: int) -> None:
-        for _ in range(tokens):
-            self._next.observe(seconds_per_token)
+        self._next.observe(seconds_per_token, tokens)
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(*self._values, reason).inc()
@@ -70,6 +73,26 @@ class Metrics:
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
+
+
+class _Histogram:
+    """A histogram for one thread: the library's takes locks and walks over all buckets, for every token."""
+
+    def __init__(self, name: str, text: str, values: tuple[str, ...], bounds: tuple[float, ...]) -> None:
+        self._name, self._text, self._values = name, text, values
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=_LABELS)
+        names = map(floatToGoString, (*self._bounds, float("inf")))
+        family.add_metric(self._values, list(zip(names, accumulate(self._counts), strict=True)), self._sum)
+        yield family
 
 
 class _EngineCollector:

@@ -27,7 +27,7 @@ class Stream:
         self.lone_strikes = 0
         self.moved = False  # it got a token from this life of the engine
         self._untaken: Delta | None = None
-        self._arrived = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     def resumed(self, wire_id: str) -> Request:
         """The request as the engine gets it, to go on behind the tokens that are here."""
@@ -41,12 +41,14 @@ class Stream:
             self.moved = True
         delta.request_id = self.request.request_id
         self._untaken = delta if self._untaken is None else merge(self._untaken, delta)
-        self._arrived.set()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def take(self) -> Delta:
+        """The next delta, for the one consumer that a stream has."""
         while (delta := self._untaken) is None:
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         self._untaken = None
         return delta
 

@@ -11,7 +11,7 @@ import jinja2
 from jinja2 import meta, nodes
 
 from pagoda.errors import BadRequest, ConfigError, ModelError
-from pagoda.text.deadline import DeadlineExceeded, run_with_deadline
+from pagoda.text.deadline import Deadline, DeadlineExceeded
 from pagoda.text.files import read_json, read_text, special_tokens
 from pagoda.text.limits import Budget, TemplateLimit
 from pagoda.text.literals import Disguise, check_unicode, free_characters
@@ -48,6 +48,7 @@ class ChatTemplate:
         self.all_source = source if tool_source is None else source + tool_source
         self._special_tokens = dict(special_tokens or {})
         self._deadline_s = deadline_s
+        self._deadline = Deadline(deadline_s)
         self._plain = _Compiled(environment, source, origin)
         self._with_tools = self._plain if tool_source is None else _Compiled(environment, tool_source, origin)
 
@@ -114,7 +115,7 @@ class ChatTemplate:
 
     def _run(self, compiled: _Compiled, context: Mapping[str, Any]) -> str:
         try:
-            return run_with_deadline(lambda: compiled.render(context), self._deadline_s)
+            return self._deadline.run(lambda: compiled.render(context))
         except TemplateRefusal as e:
             raise BadRequest(str(e) or "the model's chat template refuses these messages", param="messages") from e
         except DeadlineExceeded as e:
