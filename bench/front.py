@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-
 from pagoda.arch.registry import load_spec
 from pagoda.config import EngineConfig, Options
 from pagoda.engine.messages import EngineStats, ModelInfo
