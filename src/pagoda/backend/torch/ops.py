@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagoda.backend.torch.kernels import activation, norm, rope
+from pagoda.backend.torch.kernels import activation, attention, norm, rope
 from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight
 from pagoda.types import BLOCK_SIZE
 
@@ -33,6 +33,7 @@ class Batch:
     rows: Tensor  # int32 [L], the tokens whose logits are wanted
     max_query: int  # most tokens of one request; 1: all are decoding
     max_context: int  # largest of `contexts`, or a bound of it
+    runs: Tensor | None = None  # what `prepared` adds for the kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +116,20 @@ def _as_cached(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.clamp(-FP8_MAX, FP8_MAX).to(dtype) if dtype == FP8 else values.to(dtype)
 
 
+def prepared(batch: Batch) -> Batch:
+    """The batch with what the layers share, worked out once in a step; without it each layer does it for itself."""
+    if not on_gpu(batch.tokens) or not len(batch.contexts):
+        return batch
+    return replace(batch, runs=attention.count_runs(batch.starts, batch.contexts))
+
+
 def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, shape: Heads) -> Tensor:
     """Each token of q [T, heads, head_dim] over the keys of its request up to its own position (of `window` at most).
 
     Scores and sums are float32. Returns q's shape and type. Keys and values of the step are in the cache already.
     """
+    if on_gpu(q):
+        return attention.paged_attention(q, k_cache, v_cache, batch, shape)
     out = torch.zeros_like(q)
     starts, contexts = batch.starts.tolist(), batch.contexts.tolist()
     for r, context in enumerate(contexts):

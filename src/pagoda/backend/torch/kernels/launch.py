@@ -1,6 +1,10 @@
-"""What launching a kernel needs: block sizes that are powers of two, and warps to match."""
+"""What launching a kernel needs: block sizes that are powers of two, warps to match, the size of the GPU."""
 
 from __future__ import annotations
+
+from functools import cache
+
+import torch
 
 
 def block_of(n: int, least: int = 16) -> int:
@@ -11,3 +15,9 @@ def block_of(n: int, least: int = 16) -> int:
 def warps_for(values: int) -> int:
     """Warps for a tile that is passed over once: 16 values for each thread, 1 to 8 warps."""
     return min(8, max(1, values // 512))
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

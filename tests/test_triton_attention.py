@@ -1,0 +1,84 @@
+"""The Triton attention kernels against plain PyTorch: prompts, single tokens, mixed batches, windows, FP8 caches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from triton_cases import make_batch
+
+from pagoda.backend.torch import ops
+from pagoda.backend.torch.kernels import attention
+from pagoda.backend.torch.kernels.tuning import Tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cannot multiply bfloat16
+
+BATCHES = {
+    "one prompt": [(40, 0)],
+    "a chunk behind others": [(5, 30), (19, 17)],
+    "single tokens": [(1, 0), (1, 300), (1, 40)],
+    "mixed and empty": [(1, 33), (7, 3), (0, 0), (1, 280), (2, 0)],
+}
+
+
+def case(
+    requests: list[tuple[int, int]], heads: int, kv_heads: int, size: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, ops.Batch]:
+    batch = make_batch(requests, device=DEVICE)
+    generator = torch.Generator().manual_seed(5)
+    cells = (batch.block_tables.numel(), 16, kv_heads, size)
+    q = torch.randn(len(batch.tokens), heads, size, generator=generator).to(DEVICE, dtype)
+    k, v = (torch.randint(-15, 16, cells, generator=generator).to(DEVICE, dtype) / 8 for _ in range(2))
+    return q, k, v, batch
+
+
+def check(requests: list[tuple[int, int]], shape: ops.Heads, dtype: torch.dtype, cache: torch.dtype) -> None:
+    q, k, v, batch = case(requests, shape.heads, shape.kv_heads, shape.head_dim, dtype)
+    k, v = k.to(cache), v.to(cache)
+    wanted = ops.paged_attention(q, k, v, batch, shape)
+    tolerance = 2e-5 if dtype == torch.float32 else 3e-2
+    for one in (batch, replace(batch, runs=attention.count_runs(batch.starts, batch.contexts))):
+        got = attention.paged_attention(q, k, v, one, shape)
+        torch.testing.assert_close(got.float(), wanted.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), (7, 1, 24)])
+def test_attention(name: str, heads: int, kv_heads: int, size: int) -> None:
+    shape = ops.Heads(heads, kv_heads, size, size**-0.5, None, 1e-6, False)
+    check(BATCHES[name], shape, torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("window", [1, 20, 130])
+def test_a_window(window: int) -> None:
+    shape = ops.Heads(2, 1, 16, 0.25, window, 1e-6, False)
+    check([(1, 290), (50, 130)], shape, torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("cache", [HALF, torch.float8_e4m3fn])
+def test_half_precision_and_an_fp8_cache(cache: torch.dtype) -> None:
+    shape = ops.Heads(4, 2, 16, 0.25, None, 1e-6, False)
+    check([(1, 70), (20, 3)], shape, HALF, cache)
+
+
+def test_runs_of_keys() -> None:
+    batch = make_batch([(1, 255), (1, 256), (3, 900), (1, 8191), (1, 8192), (0, 0)], device=DEVICE)
+    # a run has 256 keys, of a context above 32 runs 512; a chunk of a prompt has none
+    assert attention.count_runs(batch.starts, batch.contexts).tolist() == [0, 1, 3, 3, 35, 52, 52]
+
+
+def test_a_token_does_not_depend_on_its_company() -> None:
+    shape = ops.Heads(4, 2, 16, 0.25, None, 1e-6, False)
+    q, k, v, batch = case([(1, 300), (1, 40), (6, 2)], 4, 2, 16)
+    together = attention.paged_attention(q, k, v, batch, shape)
+    alone = replace(batch, starts=batch.starts[:2], contexts=batch.contexts[:1], max_query=1)
+    assert torch.equal(attention.paged_attention(q[:1], k, v, alone, shape)[0], together[0])
+
+
+@pytest.mark.parametrize("tile", [Tile(m=16, n=16), Tile(m=64, n=128)])
+def test_other_tiles(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "choose", lambda kernel: tile)
+    shape = ops.Heads(4, 2, 16, 0.25, None, 1e-6, False)
+    check([(1, 290), (30, 130)], shape, torch.float32, torch.float32)
