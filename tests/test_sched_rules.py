@@ -224,3 +224,21 @@ def test_a_request_that_outgrows_the_pool_alone_ends_with_what_it_has() -> None:
     assert h.told["a"].finish_reason == "error" and "32 tokens" in str(h.told["a"].error)
     assert len(h.told["a"].tokens) == 13
     h.assert_empty()
+
+
+def test_steady_streams_keep_the_arrays_of_the_step_before() -> None:
+    """Only tokens and positions are new; a stream that ends, or samples by its history, makes a whole new plan."""
+    h = harness()
+    h.add(request("a", 3, max_tokens=9, ignore_eos=True))
+    h.add(request("b", 5, max_tokens=6, ignore_eos=True))
+    plans = []
+    while (got := h.plan()) is not None:
+        plans.append(got[0])
+        h.finish(*got)
+    assert plans[1].slots is plans[2].slots is plans[4].slots
+    assert [plan.positions.tolist() for plan in plans[1:4]] == [[3, 5], [4, 6], [5, 7]]
+    assert plans[3].step == plans[2].step + 1
+    assert len(plans[-1].slots) == 1, "b has ended"
+    h.add(request("c", 3, max_tokens=9, repetition_penalty=2.0))
+    h.run()
+    h.assert_empty()

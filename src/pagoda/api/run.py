@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -76,6 +77,7 @@ class _Serving:
                     loading.cancel()
                     return 0
                 serving = await self._open()
+                gc.freeze()  # vocabulary and templates stay: no collection has to walk over them between two tokens
                 if on_ready is not None:
                     on_ready()
                 await _either(serving, self._stopping)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import select
@@ -139,6 +140,7 @@ def run(sock: socket.socket, make_core: CoreFactory = EngineCore) -> int:
         except PagodaError as error:
             wire.send(LoadFailed(type(error).__name__, error.message, error.remedy, error.exit_code))
             return error.exit_code
+        gc.freeze()  # what was loaded stays: no collection has to walk over it, in the middle of a stream
         wire.send(Ready(core.info))
         serve(wire, core)
     except Gone:

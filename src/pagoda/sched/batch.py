@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from itertools import accumulate, count
 from typing import Any
 
@@ -24,6 +25,8 @@ class Batch:
         self._top_k = np.zeros(max_num_seqs, np.int32)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._mask_words = mask_words(vocab_size)
+        self._steady: StepPlan | None = None  # the last plan, if the same streams may go on with most of its arrays
+        self._steady_seqs: list[tuple[Sequence, int]] = []
 
     def seat(self, seq: Sequence) -> None:
         """Write a request's parameters into the row of its slot."""
@@ -45,6 +48,17 @@ class Batch:
         seq.blocks += blocks
 
     def plan(self, step: int, turns: list[Turn]) -> StepPlan:
+        seqs = [(turn.seq, turn.seq.slot) for turn in turns]
+        steady = all(turn.steady for turn in turns)
+        if steady and self._steady is not None and seqs == self._steady_seqs:
+            tokens = _ints([seq.known[-1] for seq, _ in seqs])
+            plan = replace(self._steady, step=step, tokens=tokens, positions=_ints([seq.computed for seq, _ in seqs]))
+        else:
+            plan = self._whole_plan(step, turns)
+        self._steady, self._steady_seqs = (plan, seqs) if steady else (None, [])
+        return plan
+
+    def _whole_plan(self, step: int, turns: list[Turn]) -> StepPlan:
         tokens: list[int] = []
         rows: list[int] = []
         row_request: list[int] = []

@@ -178,6 +178,13 @@ class Turn:
     drafts: Seq[int] = ()
 
     @property
+    def steady(self) -> bool:
+        """A stream's next token, sampled as the one before: of the plan only that token and its position are new."""
+        seq = self.seq
+        plain = seq.bias is None and seq.history is None and seq.mask is None and seq.grammar is None
+        return plain and self.samples and self.count == 1 and not self.scoring and not self.drafts
+
+    @property
     def sampled_rows(self) -> int:
         return 1 + len(self.drafts) if self.samples else 0
 

@@ -143,6 +143,8 @@ class Native:
             raise ConfigError(f"this processor cannot run {isa!r}", remedy=f"Unset PAGODA_CPU_ISA, or set it to {best}")
         self.isa, self.threads = isa, threads
         self._vocab = 0
+        self._step = Step()
+        self._planned: list[object] = [None] * len(_PLAN_ARRAYS)  # the arrays that `_step` points to
 
     def weight(
         self, parts: Sequence[tuple[npt.NDArray[np.uint8], int, int, str]], panel_types: Sequence[str] = ()
@@ -186,12 +188,17 @@ class Native:
             top_logprobs=np.zeros((rows, width), np.float32),
             ok=np.zeros(rows, np.uint8),
         )
-        step = Step(
-            len(plan.slots), len(plan.tokens), rows, plan.block_tables.shape[1], width, plan.masks.shape[1],
-            *(getattr(plan, name).ctypes.data for name in _PLAN_ARRAYS),
-            *(getattr(result, name).ctypes.data for name in _RESULT_ARRAYS),
-            None if logits is None else logits.ctypes.data,
-        )  # fmt: skip
+        step = self._step
+        step.requests, step.tokens_count, step.rows_count = len(plan.slots), len(plan.tokens), rows
+        step.table_width, step.top_width, step.mask_width = plan.block_tables.shape[1], width, plan.masks.shape[1]
+        for place, name in enumerate(_PLAN_ARRAYS):
+            array = getattr(plan, name)
+            if array is not self._planned[place]:  # most stay from step to step, and an address costs a microsecond
+                self._planned[place] = array
+                setattr(step, name, array.ctypes.data)
+        for name in _RESULT_ARRAYS:
+            setattr(step, "out_" + name, getattr(result, name).ctypes.data)
+        step.out_logits = None if logits is None else logits.ctypes.data
         self._checked(self._lib.pg_run(self._handle, step), EngineError)
         return result
 
