@@ -94,10 +94,10 @@ template <typename Body> int32_t guarded(pg_context* c, Body body) {
 
 Buffer make_buffer(const pg_buffer& from, const pg_dims& d) {
   const int64_t rows = from.rows_are_logits ? d.max_rows : d.max_tokens, blocks = from.width / kBlock;
-  Buffer b{from.width, from.rows_are_logits != 0, Pages(rows * from.width * 4 + 32), {}, {}, {}, {}};
+  Buffer b{from.width, from.rows_are_logits != 0, Pages(rows * from.width * 4 + 32), {}, {}, {}, {}, {}};
   if (from.width % kBlock == 0) {
     b.q = Pages(rows * from.width), b.d = Pages(rows * blocks * 4);
-    b.s = Pages(rows * blocks * 4), b.h = Pages(rows * blocks * 8);
+    b.s = Pages(rows * blocks * 4), b.n = Pages(rows * blocks * 4), b.h = Pages(rows * blocks * 8);
   }
   return b;
 }
@@ -123,7 +123,7 @@ void pg_destroy(pg_context* c) { delete c; }
 const char* pg_error(pg_context* c) { return c->error.c_str(); }
 
 int64_t pg_matrix_bytes(int32_t type, int64_t rows, int64_t k) {
-  return runs(type, k) ? (rows + kPanel - 1) / kPanel * panel_bytes(type, k) : -1;
+  return runs(type, k) ? panels_of(rows) * panel_bytes(type, k) : -1;
 }
 
 int32_t pg_weight(pg_context* c, const pg_part* parts, int32_t n) {
@@ -136,7 +136,7 @@ int32_t pg_weight(pg_context* c, const pg_part* parts, int32_t n) {
         c->error = "a matrix of a type or shape that cannot run";
         return -1;
       }
-      const int64_t panels = (p.rows + kPanel - 1) / kPanel, stride = panel_bytes(panel_type(p), p.k);
+      const int64_t panels = panels_of(p.rows), stride = panel_bytes(panel_type(p), p.k);
       uint8_t* data = c->arena.take(panels * stride);
       w.parts.push_back({panel_type(p), p.rows, w.rows, w.panels, stride, data});
       w.rows += p.rows, w.panels += panels;
@@ -181,7 +181,7 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
 
 int64_t pg_activation_bytes(pg_context* c) {
   int64_t total = c->rope_pages.bytes() + c->logit_pages.bytes();
-  for (auto& b : c->buffers) total += b.f.bytes() + b.q.bytes() + b.d.bytes() + b.s.bytes() + b.h.bytes();
+  for (auto& b : c->buffers) total += b.f.bytes() + b.q.bytes() + b.d.bytes() + b.s.bytes() + b.n.bytes() + b.h.bytes();
   return total;
 }
 }

@@ -11,8 +11,15 @@ struct Rows {  // activations of a matmul: float rows, and their 8-bit form if t
   const int8_t* q;
   const float* d;  // scale of each block of 32
   const float* s;  // scale * sum of the codes of each block of 32
-  const float* h;  // the same for each half block of 16
+  const int32_t* n;  // the sum of the codes of each block of 32
+  const int32_t* h;  // of each half block of 16
   int64_t k;
+};
+
+struct Codes {  // where the 8-bit form of a row goes
+  int8_t* q;
+  float *d, *s;
+  int32_t *n, *h;
 };
 
 struct Out {
@@ -60,7 +67,7 @@ struct Kernels {
   void (*matmul)(const Part&, int64_t first_panel, int64_t last_panel, const Rows&, int64_t first, int64_t last, const Out&);
   void (*dequantize_row)(const Part&, int64_t k, int64_t row, float* out);
   void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
-  void (*quantize)(const float* x, int64_t n, int8_t* q, float* d, float* s, float* h);
+  void (*quantize)(const float* x, int64_t n, const Codes& to);
   void (*silu)(const float* gate, const float* up, int64_t n, float* out);
   void (*rotate)(float* head, const float* cos, const float* sin, int dim, bool interleaved);
   void (*store_kv)(const KvCache&, int layer, int64_t block, int head, int offset, const float* k, const float* v);

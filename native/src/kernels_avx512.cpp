@@ -1,4 +1,4 @@
-// Kernels for AVX-512 with VNNI, on 256-bit vectors: the byte products in one instruction.
+// Kernels for AVX-512 with VNNI: quantized products on 512-bit vectors, the rest on 256.
 #define PG_NS avx512
 #define PG_ISA_NAME "avx512"
 #define PG_AVX2

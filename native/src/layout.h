@@ -9,7 +9,8 @@
 // Behind the planes follow the block's scales and minima, 8 of each. The 256-deep types put their shared f16 scales in
 // front of each group of 8 blocks. value = d * code + m (d, m per row and block, or per half block of 16). Q8_0 and U8G have
 // signed bytes for codes; the nibbles of IQ4 types number the entries of a table of signed bytes.
-// Float panels are [k][8 rows].
+// Quantized panels lie in pairs: block by block (and header by header) the first panel's, then the second's, so that a
+// kernel that takes both still reads one stream. Float panels are [k][8 rows], one behind the other.
 #pragma once
 #include <cstdint>
 
@@ -55,11 +56,13 @@ constexpr int64_t panel_bytes(int32_t type, int64_t k) {
   return blocks * l.block + (l.header ? blocks / kSuper * l.header : 0);
 }
 
+constexpr int64_t panels_of(int64_t rows) { return (rows + 2 * kPanel - 1) / (2 * kPanel) * 2; }  // whole pairs
+
 constexpr int32_t panel_type(const pg_part& from) { return from.quantize ? from.quantize : from.type; }
 
 struct Part {  // stacked along the rows of a weight
   int32_t type;
-  int64_t rows;        // as stored; panels are padded with zero rows
+  int64_t rows;        // as stored; pairs of panels are padded with zero rows
   int64_t first_row;   // in the output
   int64_t first_panel;
   int64_t stride;      // bytes of a panel

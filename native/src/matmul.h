@@ -1,4 +1,4 @@
-// Matrix products over panels: 8 outputs at a time, 1 to 4 rows of activations for each pass over a panel.
+// Matrix products over panels: 8 or 16 outputs at a time, a few rows of activations for each pass over a panel.
 #pragma once
 #include <type_traits>
 #include <utility>
@@ -26,7 +26,7 @@ constexpr int plane_bytes(int t) {
 // Steps that 16-bit sums hold: 2 * step * largest code * 127 must stay below 32768.
 constexpr int period(int t) { return t == PG_Q6_K ? 2 : is_five_bit(t) || has_halves(t) ? 4 : 8; }
 
-template <int N> PG_INLINE B down(B v, uint8_t mask) {
+template <int N, typename B> PG_INLINE B down(B v, uint8_t mask) {
   B m = B{} + mask;
   if constexpr (N > 0) return shr<N>(v) & m;
   else if constexpr (N < 0) return shl<-N>(v) & m;
@@ -35,84 +35,98 @@ template <int N> PG_INLINE B down(B v, uint8_t mask) {
 
 alignas(16) constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-// Vector V of the codes of the block at p.
-template <int Type, int V> PG_INLINE B codes(const uint8_t* p) {
-  if constexpr (Type == PG_Q8_0 || Type == PG_U8G) return load_bytes(p + 32 * V);
+// Vector V of the codes of the block at p, and of the one behind it if L holds two panels.
+template <typename L, int Type, int V> PG_INLINE typename L::B codes(const uint8_t* p) {
+  using B = typename L::B;
+  constexpr int stride = layout_of(Type).block;
+  if constexpr (Type == PG_Q8_0 || Type == PG_U8G) return L::load_bytes(p + 32 * V, stride);
   else if constexpr (Type == PG_Q2_K || Type == PG_Q3_K) {
-    B low = down<2 * (V % 4)>(load_bytes(p + 32 * (V / 4)), 3);
-    if constexpr (Type == PG_Q3_K) return low | down<V - 2>(load_bytes(p + 64), 4);
+    B low = down<2 * (V % 4)>(L::load_bytes(p + 32 * (V / 4), stride), 3);
+    if constexpr (Type == PG_Q3_K) return low | down<V - 2>(L::load_bytes(p + 64, stride), 4);
     return low;
   } else {
-    B low = down<4 * (V % 2)>(load_bytes(p + 32 * (V / 2)), 15);
+    B low = down<4 * (V % 2)>(L::load_bytes(p + 32 * (V / 2), stride), 15);
     if constexpr (is_iq4(Type)) return look_up(kIq4Values, low);
-    if constexpr (is_five_bit(Type)) return low | down<V - 4>(load_bytes(p + 128), 16);
-    if constexpr (Type == PG_Q6_K) return low | down<2 * (V % 4) - 4>(load_bytes(p + 128 + 32 * (V / 4)), 48);
+    if constexpr (is_five_bit(Type)) return low | down<V - 4>(L::load_bytes(p + 128, stride), 16);
+    if constexpr (Type == PG_Q6_K) return low | down<2 * (V % 4) - 4>(L::load_bytes(p + 128 + 32 * (V / 4), stride), 48);
     return low;
   }
 }
 
-// value = d * code + m for the 8 rows of a block (or of its half G).
-struct Scales {
-  F d, m;
-};
-template <int Type> constexpr bool has_min() { return !is_signed(Type) || Type == PG_U8G || kSignedOffset != 0; }
-template <int Type, int G> PG_INLINE Scales scales(const uint8_t* block, const uint8_t* header) {
-  const uint8_t* p = block + plane_bytes(Type);
-  const uint16_t *p16 = (const uint16_t*)p, *h16 = (const uint16_t*)header;
-  if constexpr (Type == PG_Q4_0) { F d = load_f16(p16); return {d, d * -8.0f}; }
-  else if constexpr (Type == PG_Q5_0) { F d = load_f16(p16); return {d, d * -16.0f}; }
-  else if constexpr (Type == PG_Q8_0 || Type == PG_IQ4_NL) { F d = load_f16(p16); return {d, d * -(float)kSignedOffset}; }
-  // exact in float32: a scale has 11 bits, the distance of its zero point at most 9
-  else if constexpr (Type == PG_U4G) { F d = load_f16(p16); return {d, -(d * load_u8(p + 16))}; }
-  else if constexpr (Type == PG_U8G) { F d = load_f16(p16); return {d, d * (splat(128.0f - kSignedOffset) - load_u8(p + 16))}; }
-  else if constexpr (Type == PG_IQ4_XS) { F d = load_f16(h16) * load_i8(p); return {d, d * -(float)kSignedOffset}; }
-  else if constexpr (Type == PG_Q4_1 || Type == PG_Q5_1) return {load_f16(p16), load_f16(p16 + 8)};
-  else if constexpr (Type == PG_Q4_K || Type == PG_Q5_K)
-    return {load_f16(h16) * load_u8(p), -(load_f16(h16 + 8) * load_u8(p + 8))};
-  else if constexpr (Type == PG_Q2_K)
-    return {load_f16(h16) * load_u8(p + 8 * G), -(load_f16(h16 + 8) * load_u8(p + 16 + 8 * G))};
-  else {
-    F d = load_f16(h16) * load_i8(p + 8 * G);
-    return {d, d * (Type == PG_Q6_K ? -32.0f : -4.0f)};
+// value = d * (code - kOffset) + m for the rows of a block (or of its half G).
+template <int Type> constexpr int offset_of() {
+  switch (Type) {
+    case PG_Q4_0: return 8;
+    case PG_Q5_0: return 16;
+    case PG_Q6_K: return 32;
+    case PG_Q3_K: return 4;
+    default: return is_signed(Type) ? kSignedOffset : 0;
   }
 }
-
-// P panels times M rows. The order of every sum is fixed by K alone, so a row's result does not depend on M or P.
-template <int Type, int M, int P>
-PG_INLINE void quantized_panels(const uint8_t* first, int64_t stride, const Rows& a, int64_t row, F (*out)[M]) {
+template <int Type> constexpr bool has_min() {
+  return Type == PG_Q4_1 || Type == PG_Q5_1 || Type == PG_Q4_K || Type == PG_Q5_K || Type == PG_Q2_K || Type == PG_U4G || Type == PG_U8G;
+}
+template <typename F> struct Scales {
+  F d, m;
+};
+template <typename L, int Type, int G>
+PG_INLINE Scales<typename L::F> scales(const uint8_t* block, const uint8_t* header) {
+  using F = typename L::F;
   constexpr Layout layout = layout_of(Type);
-  constexpr int groups = has_halves(Type) ? 2 : 1, steps = 8 / groups;
+  const uint8_t* p = block + plane_bytes(Type);
+  const auto head = [=](int at) __attribute__((always_inline)) { return L::load_f16(header + at, layout.header); };
+  const auto f16 = [=](int at) __attribute__((always_inline)) { return L::load_f16(p + at, layout.block); };
+  const auto u8 = [=](int at) __attribute__((always_inline)) { return L::load_u8(p + at, layout.block); };
+  const auto i8 = [=](int at) __attribute__((always_inline)) { return L::load_i8(p + at, layout.block); };
+  if constexpr (Type == PG_Q4_0 || Type == PG_Q5_0 || Type == PG_Q8_0 || Type == PG_IQ4_NL) return {f16(0), F{}};
+  // exact in float32: a scale has 11 bits, the distance of its zero point at most 9
+  else if constexpr (Type == PG_U4G || Type == PG_U8G) {
+    const F d = f16(0);
+    return {d, d * (L::splat(Type == PG_U8G ? 128.0f : 0.0f) - u8(16))};
+  } else if constexpr (Type == PG_IQ4_XS) return {head(0) * i8(0), F{}};
+  else if constexpr (Type == PG_Q4_1 || Type == PG_Q5_1) return {f16(0), f16(16)};
+  else if constexpr (Type == PG_Q4_K || Type == PG_Q5_K) return {head(0) * u8(0), -(head(16) * u8(8))};
+  else if constexpr (Type == PG_Q2_K) return {head(0) * u8(8 * G), -(head(16) * u8(16 + 8 * G))};
+  else return {head(0) * i8(8 * G), F{}};
+}
+
+constexpr int kAhead = 4096;  // bytes: a prefetch this far in front of the reader comes in time
+
+// A pair of panels from w, or its second one alone, times M rows. The order of every sum is fixed by K alone, so a row's result does not depend
+// on M, or on which panels go together.
+template <int Type, int M>
+PG_INLINE void quantized_panels(const uint8_t* w, bool second, const Rows& a, int64_t row, Lanes::F* out) {
+  using L = Lanes;
+  constexpr Layout layout = layout_of(Type);
+  constexpr int groups = has_halves(Type) ? 2 : 1, steps = 8 / groups, offset = offset_of<Type>();
   const int64_t blocks = a.k / kBlock;
   const int8_t* q = a.q + row * a.k;
-  const float *d = a.d + row * blocks, *s = (groups == 2 ? a.h : a.s) + row * blocks * groups;
-  const uint8_t *w = first, *header = first;  // of the first panel; the others lie `stride` behind each other
-  F acc[P][M] = {};
-  for (int64_t b = 0; b < blocks; b++) {
-    if (layout.header && b % kSuper == 0) header = w, w += layout.header;
-    for (int p = P; p < 2 * P; p++)  // what the next pass reads: the hardware does not see through the strides
-      for (int line = 0; line < layout.block; line += 64) __builtin_prefetch(w + p * stride + line);
+  const float *d = a.d + row * blocks, *s = a.s + row * blocks;
+  const int32_t* sums = (groups == 2 ? a.h : a.n) + row * blocks * groups;
+  const uint8_t* header = w;
+  for (int i = 0; i < M; i++) out[i] = L::F{};
+  for (int64_t b = 0; b < blocks; b++, q += kBlock, w += 2 * layout.block) {
+    if (layout.header && b % kSuper == 0) header = w + second * layout.header, w += 2 * layout.header;
+    const uint8_t* block = w + second * layout.block;
+    for (int line = 0; line < 2 * layout.block; line += 64) __builtin_prefetch(w + kAhead + line);
     unroll<groups>([&](auto g) __attribute__((always_inline)) {
-      std::conditional_t<is_signed(Type), DotSigned, Dot<period(Type)>> dot[P][M];
+      std::conditional_t<is_signed(Type), DotSigned, Dot<period(Type)>> dot[M];
+      for (int i = 0; i < M; i++) dot[i].sum = offset ? L::splat_i(-offset * sums[(i * blocks + b) * groups + g.value]) : L::I{};
       unroll<steps>([&](auto v) __attribute__((always_inline)) {
         constexpr int V = g.value * steps + v.value;
-        B code[P];
-        for (int p = 0; p < P; p++) code[p] = codes<Type, V>(w + p * stride);
-        for (int i = 0; i < M; i++)
-          for (int p = 0; p < P; p++) dot[p][i].template add<V>(code[p], q + i * a.k + b * kBlock + 4 * V);
+        const auto code = codes<L, Type, V>(block);
+        for (int i = 0; i < M; i++) dot[i].template add<V>(code, q + i * a.k + 4 * V);
       });
-      for (int p = 0; p < P; p++) {
-        Scales scale = scales<Type, g.value>(w + p * stride, header + p * stride);
-        for (int i = 0; i < M; i++) {
-          acc[p][i] = fma(to_float(dot[p][i].sum), scale.d * splat(d[i * blocks + b]), acc[p][i]);
-          if constexpr (has_min<Type>())
-            acc[p][i] = fma(scale.m, splat(s[(i * blocks + b) * groups + g.value]), acc[p][i]);
+      const auto scale = scales<L, Type, g.value>(block, header);
+      for (int i = 0; i < M; i++) {
+        out[i] = fma(to_float(dot[i].sum), scale.d * L::splat(d[i * blocks + b]), out[i]);
+        if constexpr (has_min<Type>()) {
+          const float sum = groups == 2 ? d[i * blocks + b] * (float)sums[(i * blocks + b) * 2 + g.value] : s[i * blocks + b];
+          out[i] = fma(scale.m, L::splat(sum), out[i]);
         }
       }
     });
-    w += layout.block;
   }
-  for (int p = 0; p < P; p++)
-    for (int i = 0; i < M; i++) out[p][i] = acc[p][i];
 }
 
 template <int Type> PG_INLINE F load_float(const uint8_t* p) {
@@ -142,24 +156,30 @@ PG_INLINE void put(const Part& part, int64_t panel, int64_t row, const Out& out,
   for (int i = 0; i < lanes; i++) to[i] = out.add ? to[i] + v[i] : v[i];
 }
 
-// Rows of activations and panels in one pass, as many as there are registers for: with several panels, an activation that was loaded serves them all.
+// Rows of activations in one pass, as many as there are registers for.
 #if defined(PG_VNNI)
-constexpr int kTile = 6, kQuantizedPanels = 2;
+constexpr int kTile = 8;
 #else
-constexpr int kTile = 4, kQuantizedPanels = 1;
+constexpr int kTile = 4;
 #endif
-template <int Type> constexpr int panels_at_once(int m) {
-  return is_float(Type) ? (m == 1 ? 4 : 2) : m > 4 ? kQuantizedPanels : 1;
-}
+template <int Type> constexpr int panels_at_once(int m) { return is_float(Type) ? (m == 1 ? 4 : 2) : Lanes::panels; }
 
+// P panels, or the last one alone.
 template <int Type, int M, int P>
 PG_INLINE void panels(const Part& part, int64_t panel, const Rows& a, int64_t row, const Out& out) {
-  F v[P][M];
   const uint8_t* w = part.data + panel * part.stride;
-  if constexpr (is_float(Type)) float_panels<Type, M, P>(w, part.stride, a, row, v);
-  else quantized_panels<Type, M, P>(w, part.stride, a, row, v);
-  for (int p = 0; p < P; p++)
-    for (int i = 0; i < M; i++) put(part, panel + p, row + i, out, v[p][i]);
+  if constexpr (is_float(Type)) {
+    F v[P][M];
+    float_panels<Type, M, P>(w, part.stride, a, row, v);
+    for (int p = 0; p < P; p++)
+      for (int i = 0; i < M; i++) put(part, panel + p, row + i, out, v[p][i]);
+  } else {
+    Lanes::F v[M];
+    const bool second = panel % 2 != 0;
+    quantized_panels<Type, M>(w - second * part.stride, second, a, row, v);
+    for (int p = 0; p < P; p++)
+      for (int i = 0; i < M; i++) put(part, panel + p, row + i, out, Lanes::panel(v[i], p));
+  }
 }
 
 template <int Type, int M>
@@ -194,23 +214,24 @@ void product(const Part& part, int64_t first, int64_t last, const Rows& a, int64
 
 template <int Type> void row_of(const Part& part, int64_t k, int64_t row, float* out) {
   const uint8_t* w = part.data + row / kPanel * part.stride;
-  const int lane = row % kPanel;
+  const int lane = row % kPanel, second = row / kPanel % 2;
   if constexpr (is_float(Type)) {
     for (int64_t i = 0; i < k; i++) out[i] = load_float<Type>(w + i * kPanel * float_bytes(Type))[lane];
   } else {
     constexpr Layout layout = layout_of(Type);
     constexpr int groups = has_halves(Type) ? 2 : 1, steps = 8 / groups;
+    w -= second * part.stride;
     const uint8_t* header = w;
-    for (int64_t b = 0; b < k / kBlock; b++, w += layout.block) {
-      if (layout.header && b % kSuper == 0) header = w, w += layout.header;
+    for (int64_t b = 0; b < k / kBlock; b++, w += 2 * layout.block) {
+      if (layout.header && b % kSuper == 0) header = w + second * layout.header, w += 2 * layout.header;
+      const uint8_t* block = w + second * layout.block;
       unroll<8>([&](auto v) {
-        Scales scale = scales<Type, v.value / steps>(w, header);
-        B code = codes<Type, v.value>(w);
-        const float offset = scale.d[lane] * (is_signed(Type) ? kSignedOffset : 0), least = scale.m[lane] + offset;
+        const auto scale = scales<OnePanel, Type, v.value / steps>(block, header);
+        const B code = codes<OnePanel, Type, v.value>(block);
         for (int j = 0; j < 4; j++) {
-          uint8_t c = code[4 * lane + j];
-          float value = is_signed(Type) ? (float)(int8_t)c : (float)c;
-          out[b * kBlock + 4 * v.value + j] = scale.d[lane] * value + least;
+          const uint8_t c = code[4 * lane + j];
+          const int value = is_signed(Type) ? (int8_t)c : c - offset_of<Type>();
+          out[b * kBlock + 4 * v.value + j] = scale.d[lane] * (float)value + scale.m[lane];
         }
       });
     }

@@ -196,12 +196,13 @@ template <int Type> int put_planes(const uint8_t (*v)[32], uint8_t* to) {
   }
 }
 
+// `to`: the pair of panels that this one belongs to.
 template <int Type, typename D = Decode<Type>> void repack_panel(const pg_part& from, int64_t panel, uint8_t* to) {
   constexpr Layout layout = layout_of(Type);
   constexpr int depth = layout.header ? 256 : 32;
-  const int64_t row_bytes = from.k / depth * D::row_bytes;
+  const int64_t row_bytes = from.k / depth * D::row_bytes, second = panel % 2;
   alignas(32) uint8_t vectors[8][32];
-  for (int64_t b = 0; b < from.k / kBlock; b++) {
+  for (int64_t b = 0; b < from.k / kBlock; b++, to += 2 * layout.block) {
     uint8_t tails[kPanel][8] = {}, heads[kPanel][4] = {};
     memset(vectors, 0, sizeof vectors);
     for (int r = 0; r < kPanel && panel * kPanel + r < from.rows; r++) {
@@ -209,20 +210,23 @@ template <int Type, typename D = Decode<Type>> void repack_panel(const pg_part& 
       D::block(from.data + (panel * kPanel + r) * row_bytes, b, c, tails[r], heads[r]);
       for (int v = 0; v < 8; v++) memcpy(&vectors[v][4 * r], c.q + 4 * v, 4);
     }
-    if (layout.header && b % kSuper == 0)
-      for (int f = 0; f < D::head_fields; f++, to += 16)
-        for (int r = 0; r < kPanel; r++) memcpy(to + 2 * r, heads[r] + 2 * f, 2);
-    to += put_planes<Type>(vectors, to);
+    if (layout.header && b % kSuper == 0) {
+      uint8_t* at = to + second * layout.header;
+      for (int f = 0; f < D::head_fields; f++, at += 16)
+        for (int r = 0; r < kPanel; r++) memcpy(at + 2 * r, heads[r] + 2 * f, 2);
+      to += 2 * layout.header;
+    }
+    uint8_t* at = to + second * layout.block;
+    at += put_planes<Type>(vectors, at);
     for (int f = 0; f < D::tail_fields; f++) {
       const int width = f == 1 && (Type == PG_U4G || Type == PG_U8G) ? 1 : D::tail_width;  // zero points are bytes
-      for (int r = 0; r < kPanel; r++, to += width) memcpy(to, tails[r] + D::tail_width * f, width);
+      for (int r = 0; r < kPanel; r++, at += width) memcpy(at, tails[r] + D::tail_width * f, width);
     }
   }
 }
 
 template <typename T> void transpose_panel(const pg_part& from, int64_t panel, uint8_t* to) {
-  T* out = reinterpret_cast<T*>(to);
-  memset(to, 0, from.k * kPanel * sizeof(T));
+  T* out = reinterpret_cast<T*>(to + panel % 2 * panel_bytes(from.type, from.k));
   for (int r = 0; r < kPanel && panel * kPanel + r < from.rows; r++) {
     const uint8_t* row = from.data + (panel * kPanel + r) * from.k * sizeof(T);
     for (int64_t k = 0; k < from.k; k++) memcpy(out + k * kPanel + r, row + k * sizeof(T), sizeof(T));
@@ -270,7 +274,7 @@ RepackPanel repacker(const pg_part& from) {
 void repack(const pg_part& from, uint8_t* to, int64_t first, int64_t last) {
   RepackPanel one = repacker(from);
   const int64_t stride = panel_bytes(panel_type(from), from.k);
-  for (int64_t p = first; p < last; p++) one(from, p, to + p * stride);
+  for (int64_t p = first; p < last; p++) one(from, p, to + p / 2 * 2 * stride);
 }
 
 }  // namespace pagoda

@@ -25,6 +25,7 @@ struct Cut {
     const int64_t fair = w.panels / (threads * (row_blocks > 2 ? 4 : 8));
     const int64_t small = rows > 4 ? 1 : ceil_div(kChunkBytes, w.parts[0].stride);
     step = std::max({(int64_t)1, fair, std::min(small, ceil_div(w.panels, threads))});
+    step += step & 1;  // panels come in pairs
     chunks = ceil_div(w.panels, step);
   }
   int64_t row_blocks, step, chunks;
@@ -147,12 +148,7 @@ class StepJob : public Job {
   float* logits(int64_t row) const { return reinterpret_cast<float*>(c_.logit_pages.data()) + row * c_.dims.vocab; }
   float* rope_row(int64_t token) const { return reinterpret_cast<float*>(c_.rope_pages.data()) + token * c_.dims.rope_dim; }
 
-  void quantize(const Buffer& b, int64_t row) {
-    const int64_t blocks = b.width / kBlock;
-    c_.kernels->quantize(b.row(row), b.width, reinterpret_cast<int8_t*>(b.q.data()) + row * b.width,
-                         reinterpret_cast<float*>(b.d.data()) + row * blocks, reinterpret_cast<float*>(b.s.data()) + row * blocks,
-                         reinterpret_cast<float*>(b.h.data()) + row * blocks * 2);
-  }
+  void quantize(const Buffer& b, int64_t row) { c_.kernels->quantize(b.row(row), b.width, b.codes(row)); }
 
   int request_of(int64_t token) const {
     return (int)(std::upper_bound(st_.starts, st_.starts + st_.requests + 1, (int32_t)token) - st_.starts) - 1;
@@ -177,8 +173,8 @@ class StepJob : public Job {
     const pg_op& op = *task.op;
     const Weight& w = c_.weights[op.weight];
     const Buffer& in = c_.buffers[op.in];
-    const Rows a = {in.row(0), reinterpret_cast<int8_t*>(in.q.data()), reinterpret_cast<float*>(in.d.data()),
-                    reinterpret_cast<float*>(in.s.data()), reinterpret_cast<float*>(in.h.data()), w.k};
+    const Codes codes = in.codes(0);
+    const Rows a = {in.row(0), codes.q, codes.d, codes.s, codes.n, codes.h, w.k};
     const Out out = {to, stride, vector(op.vector), (op.flags & PG_ADD) != 0};
     const Cut cut(w, task.rows, threads_);
     const int64_t block = chunk / cut.chunks, from = chunk % cut.chunks * cut.step, end = std::min(w.panels, from + cut.step);

@@ -11,9 +11,30 @@
 #else
 #include "vec_pairs.h"
 #endif
+#if defined(PG_VNNI)
+#include "vec_vnni.h"
+#endif
 
 namespace pagoda {
 namespace PG_NS {
+
+// One panel of weights in a vector.
+struct OnePanel {
+  using F = PG_NS::F;
+  using I = PG_NS::I;
+  using B = PG_NS::B;
+  static constexpr int panels = 1;
+  PG_INLINE B load_bytes(const uint8_t* p, int64_t) { return PG_NS::load_bytes(p); }
+  PG_INLINE F load_f16(const uint8_t* p, int64_t) { return PG_NS::load_f16((const uint16_t*)p); }
+  PG_INLINE F load_u8(const uint8_t* p, int64_t) { return PG_NS::load_u8(p); }
+  PG_INLINE F load_i8(const uint8_t* p, int64_t) { return PG_NS::load_i8(p); }
+  PG_INLINE F splat(float x) { return PG_NS::splat(x); }
+  PG_INLINE I splat_i(int32_t x) { return PG_NS::splat_i(x); }
+  PG_INLINE F panel(F v, int) { return v; }
+};
+#if !defined(PG_VNNI)
+using Lanes = OnePanel;
+#endif
 
 // Fixed order, so that a sum has the same bits wherever it is made.
 PG_INLINE float sum_lanes(F v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }

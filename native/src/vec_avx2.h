@@ -1,4 +1,4 @@
-// Vectors of 8 lanes in AVX2 with FMA and F16C, and with VNNI's byte products if PG_VNNI is set.
+// Vectors of 8 lanes in AVX2 with FMA and F16C. The products of bytes are not used where there is VNNI.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -38,17 +38,11 @@ PG_INLINE B look_up(const int8_t* table, B places) {  // of 16 entries; places 0
   return (B)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table)), (__m256i)places);
 }
 
+#if !defined(PG_VNNI)
 // Sums of products of 4 consecutive bytes per lane. `Dot<P>` adds up codes (unsigned, from the weights) times
-// activations (signed, 4 of them for all lanes); P is how many such steps fit into 16 bits on AVX2.
+// activations (signed, 4 of them for all lanes); P is how many such steps fit into 16 bits.
 template <int P> struct Dot {
-#if defined(PG_VNNI)
-  I sum = {};
-  template <int V> inline __attribute__((always_inline)) void add(B q, const int8_t* a) {
-    int32_t four; memcpy(&four, a, 4);
-    sum = (I)_mm256_dpbusd_epi32((__m256i)sum, (__m256i)q, _mm256_set1_epi32(four));
-  }
-#else
-  I sum = {};
+  I sum;
   __m256i part;
   template <int V> inline __attribute__((always_inline)) void add(B q, const int8_t* a) {
     int32_t four; memcpy(&four, a, 4);
@@ -56,30 +50,20 @@ template <int P> struct Dot {
     part = V % P == 0 ? p : _mm256_add_epi16(part, p);
     if (V % P == P - 1) sum += (I)_mm256_madd_epi16(part, _mm256_set1_epi16(1));
   }
-#endif
 };
 
-// Signed 8-bit weights: with VNNI they are shifted to unsigned (the caller subtracts 128 times the activation sum),
-// else their sign moves over to the activations.
-#if defined(PG_VNNI)
-constexpr int kSignedOffset = 128;
-#else
+// Signed 8-bit weights: their sign moves over to the activations.
 constexpr int kSignedOffset = 0;
-#endif
 struct DotSigned {
-  I sum = {};
+  I sum;
   template <int V> inline __attribute__((always_inline)) void add(B q, const int8_t* a) {
-#if defined(PG_VNNI)
-    int32_t four; memcpy(&four, a, 4);
-    sum = (I)_mm256_dpbusd_epi32((__m256i)sum, _mm256_xor_si256((__m256i)q, _mm256_set1_epi8(-128)), _mm256_set1_epi32(four));
-#else
     int32_t four; memcpy(&four, a, 4);
     __m256i signs = _mm256_sign_epi8(_mm256_set1_epi32(four), (__m256i)q);
     __m256i p = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)q), signs);
     sum += (I)_mm256_madd_epi16(p, _mm256_set1_epi16(1));
-#endif
   }
 };
+#endif
 
 }  // namespace PG_NS
 }  // namespace pagoda

@@ -130,7 +130,7 @@ PG_INLINE B look_up(const int8_t* table, B places) {  // of 16 entries; places 0
 // all lanes share; P is how many steps fit into 16 bits, two products in each.
 #if defined(PG_DOTPROD)
 template <int P> struct Dot {
-  I sum = {};
+  I sum;
   int8x16_t shared;  // of four steps
   template <int V> inline __attribute__((always_inline)) void add(B q, const int8_t* a) {
     if constexpr (V % 4 == 0) shared = vld1q_s8(a);
@@ -140,7 +140,7 @@ template <int P> struct Dot {
 };
 #elif defined(PG_NEON)
 template <int P> struct Dot {
-  I sum = {};
+  I sum;
   int16x8_t part[4];
   template <int V> inline __attribute__((always_inline)) void add(B q, const int8_t* a) {
     int32_t four; memcpy(&four, a, 4);
@@ -158,7 +158,7 @@ template <int P> struct Dot {
 };
 #else
 template <int P> struct Dot {
-  I sum = {};
+  I sum;
   Pair<S8> part;
   template <int V> inline __attribute__((always_inline)) void add(B q, const int8_t* a) {
     int32_t four; memcpy(&four, a, 4);

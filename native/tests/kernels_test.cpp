@@ -38,12 +38,13 @@ bool all_close(const std::vector<float>& a, const std::vector<float>& b) {
   return true;
 }
 
-struct Codes {  // quantized activations
-  Codes(const Kernels& t, const std::vector<float>& x) : q(x.size()), d(x.size() / 32), s(d.size()), h(2 * d.size()) {
-    t.quantize(x.data(), x.size(), q.data(), d.data(), s.data(), h.data());
+struct Quantized {  // activations
+  Quantized(const Kernels& t, const std::vector<float>& x) : q(x.size()), d(x.size() / 32), s(d.size()), n(d.size()), h(2 * d.size()) {
+    t.quantize(x.data(), x.size(), {q.data(), d.data(), s.data(), n.data(), h.data()});
   }
   std::vector<int8_t> q;
-  std::vector<float> d, s, h;
+  std::vector<float> d, s;
+  std::vector<int32_t> n, h;
 };
 
 // Random panels: any bytes are codes; the f16 scales behind or in front of them are made small and finite.
@@ -66,7 +67,7 @@ std::vector<uint8_t> random_panels(int32_t type, int64_t panels, int64_t k) {
   const int tail = type == PG_Q4_1 || type == PG_Q5_1 ? 32 : 16;
   uint8_t* p = w.data();
   for (int64_t b = 0; b < panels * k / kBlock; b++, p += l.block) {
-    if (l.header && b % kSuper == 0) small(p, l.header / 2), p += l.header;
+    if (l.header && b % (2 * kSuper) == 0) small(p, l.header), p += 2 * l.header;  // of both panels of a pair
     if (!l.header) small(p + l.block - tail, tail / 2);
   }
   return w;
@@ -76,12 +77,12 @@ void test_product(const Kernels& t, int32_t type) {
   const int64_t k = 512, rows = 30, panels = 4;
   const std::vector<uint8_t> w = random_panels(type, panels, k);
   const Part part = {type, rows, 0, 0, panel_bytes(type, k), w.data()};
-  const int m = 7;  // tiles of 3 and 4; m = 1 and 2 below
+  const int m = 19;  // tiles of several sizes; m = 1 and 2 below
   const std::vector<float> x = normal(m * k);
-  const Codes codes(*kernels_generic(), x);
-  const Rows a = {x.data(), codes.q.data(), codes.d.data(), codes.s.data(), codes.h.data(), k};
+  const Quantized codes(*kernels_generic(), x);
+  const Rows a = {x.data(), codes.q.data(), codes.d.data(), codes.s.data(), codes.n.data(), codes.h.data(), k};
   std::vector<float> out(m * panels * 8), bias = normal(panels * 8);
-  for (auto [from, to] : {std::pair<int, int>{0, 7}, {0, 1}, {1, 3}})
+  for (auto [from, to] : {std::pair<int, int>{0, 19}, {0, 1}, {1, 3}})
     t.matmul(part, 0, panels, a, from, to, {out.data(), panels * 8, bias.data(), false});
   std::vector<float> row(k), same(k);
   for (int64_t r = 0; r < rows; r++) {
@@ -140,9 +141,9 @@ void test_rows(const Kernels& t) {
   a = b = x;
   t.rotate(a.data(), y.data(), y.data() + 100, 64, false), g.rotate(b.data(), y.data(), y.data() + 100, 64, false);
   check(all_close(a, b), t.name, "rotate");
-  const Codes c(t, x), d(g, x);
+  const Quantized c(t, x), d(g, x);
   check(c.q == d.q, t.name, "codes");
-  check(all_close(c.d, d.d) && all_close(c.s, d.s) && all_close(c.h, d.h), t.name, "scales");
+  check(all_close(c.d, d.d) && all_close(c.s, d.s) && c.n == d.n && c.h == d.h, t.name, "scales and sums");
   check(t.row_max(x.data(), n - 3) == g.row_max(x.data(), n - 3), t.name, "row_max");
   const double p = t.exp_row(x.data(), n - 3, 10.0f, 1.5f, a.data()), e = g.exp_row(x.data(), n - 3, 10.0f, 1.5f, b.data());
   check(std::abs(p - e) <= 1e-5 * e, t.name, "sum of exponents");

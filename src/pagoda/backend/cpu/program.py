@@ -161,7 +161,7 @@ def buffer_bytes(spec: ModelSpec, max_tokens: int) -> int:
     total = 0
     for shape in buffer_shapes(spec):
         rows = MAX_ROWS if shape.rows_are_logits else max_tokens
-        quantized = rows * shape.width + rows * (shape.width // 32) * 16 if shape.width % 32 == 0 else 0
+        quantized = rows * shape.width + rows * (shape.width // 32) * 20 if shape.width % 32 == 0 else 0
         total += rows * shape.width * 4 + quantized
     return total + MAX_ROWS * spec.vocab_size * 4 + max_tokens * spec.rope.dim * 4
 
