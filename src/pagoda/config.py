@@ -245,6 +245,12 @@ class Options:
     )
     root_path: str = _option("", "Path prefix that a proxy in front takes away", "Server")
     allowed_origins: tuple[str, ...] = _option((), "Web origins that browsers may call from (CORS)", "Server")
+    files_dir: str | None = _option(
+        None,
+        "Folder in which /v1/files and /v1/batches keep what they hold, also over a restart; without it these two are "
+        "refused",
+        "Server",
+    )
     shutdown_timeout: float = _option(
         30.0, "Seconds that running requests get to finish after SIGTERM", "Server", low=0
     )

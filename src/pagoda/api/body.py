@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import AsyncGenerator
 from typing import Any, TypeVar
 
 import msgspec
@@ -46,10 +47,14 @@ class ClientGone(Exception):
 
 async def read_body(request: Request) -> bytes:
     """The whole body. Raises TooLarge or RequestTimeout as soon as either is certain."""
+    return b"".join([part async for part in stream_body(request, MAX_BODY_BYTES)])
+
+
+async def stream_body(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """The body in parts, as they arrive."""
     claimed = request.headers.get("content-length", "")
-    if claimed.isdigit() and (len(claimed) > 12 or int(claimed) > MAX_BODY_BYTES):
-        raise _too_large()
-    parts: list[bytes] = []
+    if claimed.isdigit() and (len(claimed) > 12 or int(claimed) > max_bytes):
+        raise _too_large(max_bytes)
     size = 0
     start = asyncio.get_running_loop().time()
     while True:
@@ -62,15 +67,15 @@ async def read_body(request: Request) -> bytes:
             raise ClientGone
         part = message.get("body", b"")
         size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise _too_large()
-        parts.append(part)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        yield part
         if not message.get("more_body", False):
-            return b"".join(parts)
+            return
 
 
-def _too_large() -> TooLarge:
-    return TooLarge(f"the request's body is over the limit of {MAX_BODY_BYTES >> 20} MiB")
+def _too_large(max_bytes: int) -> TooLarge:
+    return TooLarge(f"the request's body is over the limit of {max_bytes >> 20} MiB")
 
 
 def parse(body: bytes, kind: type[T]) -> tuple[T, list[str]]:

@@ -10,9 +10,11 @@ from starlette.requests import Request
 
 from pagoda.api import (
     anthropic,
+    batches,
     chat,
     completions,
     docs,
+    files,
     models,
     ollama,
     ollama_models,
@@ -23,6 +25,7 @@ from pagoda.api import (
 )
 from pagoda.api.anthropic_protocol import ANTHROPIC, CountBody, CountReply, MessagesBody, MessagesReply
 from pagoda.api.dialect import OPENAI, Dialect
+from pagoda.api.files_protocol import Batch, BatchBody, BatchList, FileDeleted, FileList, FileObject
 from pagoda.api.ollama_protocol import (
     OLLAMA,
     OllamaChatBody,
@@ -91,6 +94,7 @@ def endpoints() -> tuple[Endpoint, ...]:
             CompletionBody, CompletionReply, openai=True,
         ),
         *_responses(),
+        *_files(),
         *_anthropic(),
         *_ollama(),
         Endpoint("/models", ("GET",), models.list_models, "List what is served", reply=ModelList, openai=True),
@@ -129,6 +133,24 @@ def _responses() -> tuple[Endpoint, ...]:
             one + "/input_items", ("GET",), told.input_items, "What a response was made from",
             reply=InputItems, openai=True,
         ),
+    )  # fmt: skip
+
+
+def _files() -> tuple[Endpoint, ...]:
+    file, batch = "/files/{file_id}", "/batches/{batch_id}"
+    return (
+        Endpoint("/files", ("POST",), files.upload, "Upload a file", reply=FileObject, openai=True),
+        Endpoint("/files", ("GET",), files.list_files, "List the files", reply=FileList, openai=True),
+        Endpoint(file, ("GET",), files.get_file, "Describe a file", reply=FileObject, openai=True),
+        Endpoint(file, ("DELETE",), files.delete_file, "Delete a file", reply=FileDeleted, openai=True),
+        Endpoint(file + "/content", ("GET",), files.file_content, "Read a file", openai=True),
+        Endpoint(
+            "/batches", ("POST",), batches.create_batch, "Answer the requests in a file, in its own time",
+            BatchBody, Batch, openai=True,
+        ),
+        Endpoint("/batches", ("GET",), batches.list_batches, "List the batches", reply=BatchList, openai=True),
+        Endpoint(batch, ("GET",), batches.get_batch, "How far a batch is", reply=Batch, openai=True),
+        Endpoint(batch + "/cancel", ("POST",), batches.cancel_batch, "Stop a batch", reply=Batch, openai=True),
     )  # fmt: skip
 
 

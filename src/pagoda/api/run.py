@@ -9,12 +9,13 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, Protocol
 
 import uvicorn
 
 from pagoda.api.app import create_app
+from pagoda.api.batch_runner import BatchRunner
 from pagoda.api.connection import Connection
 from pagoda.api.listen import BACKLOG, bind_socket, cannot_listen
 from pagoda.api.server import Server
@@ -80,7 +81,8 @@ class _Serving:
                 gc.freeze()  # vocabulary and templates stay: no collection has to walk over them between two tokens
                 if on_ready is not None:
                     on_ready()
-                await _either(serving, self._stopping)
+                async with self._batches():
+                    await _either(serving, self._stopping)
                 await self._finish(serving, drain_s)
         finally:
             await self._engine.stop()
@@ -102,6 +104,19 @@ class _Serving:
         while not self._http.started and not serving.done():
             await asyncio.sleep(0.002)
         return serving
+
+    @contextlib.asynccontextmanager
+    async def _batches(self) -> AsyncGenerator[None, None]:
+        """Work on batches meanwhile; they go on when the server is started again."""
+        if self._server.batches is None:
+            yield
+            return
+        working = asyncio.create_task(BatchRunner(self._server, self._server.batches).run())
+        try:
+            yield
+        finally:
+            working.cancel()
+            await asyncio.wait([working])
 
     async def _finish(self, serving: asyncio.Future[None], drain_s: float) -> None:
         limit_s = 0.0 if self._dead else drain_s

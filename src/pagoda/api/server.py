@@ -23,6 +23,7 @@ from pagoda.text.reply import find_format
 from pagoda.types import Delta, Request, SamplingParams
 
 if TYPE_CHECKING:
+    from pagoda.api.batch_store import BatchStore
     from pagoda.api.stream import Reply
     from pagoda.engine.messages import EngineStats, ModelInfo
     from pagoda.text.chat import ChatTemplate
@@ -32,6 +33,8 @@ log = logging.getLogger("pagoda.api")
 
 MAX_LIVE_PROMPT_TOKENS = 8_000_000
 DEFAULT_QUEUE = 1024
+LOW_PRIORITY = 1 << 20
+"""Of the requests of a batch. Others have 0 unless they say so, and a smaller number is served first."""
 INLINE_CHARS = 20_000
 """Texts longer than this are encoded in a thread, so that other streams go on meanwhile."""
 CHARS_PER_TOKEN = 8
@@ -86,6 +89,7 @@ class Server:
     log_requests: bool = False
     reasoning_parser: str | None = None
     tool_call_parser: str | None = None
+    batches: BatchStore | None = None
     version: str = "0"
 
     def __post_init__(self) -> None:
@@ -125,6 +129,11 @@ class Server:
     @property
     def busy(self) -> bool:
         return bool(self._live)
+
+    @property
+    def interactive_sequences(self) -> int:
+        """Sequences that are here now, running and waiting, without those of batches."""
+        return sum(len(each.requests) for each in self._live if each.requests[0].priority < LOW_PRIORITY)
 
     @property
     def state(self) -> str:

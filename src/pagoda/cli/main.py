@@ -15,6 +15,7 @@ COMMANDS = MappingProxyType(
     {
         "serve": "answer requests over the OpenAI API",
         "chat": "talk to a model in this terminal",
+        "run-batch": "answer a file of requests, and end",
         "check": "is a model complete, sound and supported?",
         "plan": "does a model fit in the memory, and with which context?",
         "doctor": "is this machine fit to serve?",
@@ -94,7 +95,7 @@ def _run(command: str, words: list[str]) -> int:
         near = difflib.get_close_matches(command, COMMANDS, 1, 0.5)
         remedy = f"Did you mean pagoda {near[0]}?" if near else f"Commands: {', '.join(COMMANDS)}"
         raise ConfigError(f"There is no command {command}", remedy=remedy)
-    run: Callable[[list[str]], int] = importlib.import_module(f"pagoda.cli.{command}").run
+    run: Callable[[list[str]], int] = importlib.import_module(f"pagoda.cli.{command.replace('-', '_')}").run
     return run(words)
 
 

@@ -72,6 +72,8 @@ def _serve(settings: Settings) -> int:
 
 def make_server(options: Options, path: str, engine: EngineClient) -> Server:
     """The text side of the model, and its names."""
+    from pagoda.api.batch_store import BatchStore
+    from pagoda.api.file_store import FileStore
     from pagoda.api.server import Server
     from pagoda.text.chat import load_chat_template
     from pagoda.text.generation import load_generation_defaults
@@ -97,6 +99,7 @@ def make_server(options: Options, path: str, engine: EngineClient) -> Server:
         root_path=options.root_path,
         max_queued=options.max_num_queued_reqs,
         log_requests=options.enable_log_requests,
+        batches=None if options.files_dir is None else BatchStore(FileStore(options.files_dir)),
         version=__version__,
     )
     source.close()
