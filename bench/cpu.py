@@ -5,10 +5,11 @@
 
 Other servers can join: --peer "NAME=COMMAND ... {port}", started the same way, serving the model under the name m.
 
-In process: decode of one stream (128 tokens behind a prompt of 128) and prefill of 512 tokens, through llama-bench and
-through the engine's core without speculation. Over HTTP: `load.py` with 1, 16 and 32 parallel requests (prompt 128,
-output 128), and 16 requests that share a prefix of 512 tokens (32 output), against llama-server (split and unified
-cache), the peers and `pagoda serve`. Both sides get --threads threads. Needs aiohttp and psutil.
+In process, through llama-bench and through the engine's core without speculation: prefill of 512 tokens; decode of one
+stream (128 tokens behind a prompt of 128), alone and while another process keeps one core busy. Over HTTP: `load.py`
+with 1, 16 and 32 parallel requests (prompt 128, output 128), peak memory after 32 requests of 640 tokens, and 16
+requests that share a prefix of 512 tokens (32 output), against llama-server (split and unified cache), the peers and
+`pagoda serve`. Both sides get --threads threads. Needs aiohttp and psutil.
 """
 
 from __future__ import annotations
@@ -24,12 +25,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 HERE = Path(__file__).parent
+MEASURES = {
+    "prefill_512": "prefill, 512 tokens, tok/s",
+    "decode": "decode, one stream, tok/s",
+    "decode_busy": "decode beside a busy process, tok/s",
+}
 CORE = """
 import json, sys, time
 from pagoda.config import EngineConfig
@@ -58,19 +66,40 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """One other process that computes all the time, on the last core that this one may use."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    psutil.Process(process.pid).cpu_affinity([max(os.sched_getaffinity(0))])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 def llama_bench(a: argparse.Namespace) -> dict[str, Any]:
-    base = [f"{a.llama}/llama-bench", "-m", a.model, "-t", str(a.threads), "-fa", "1", "-r", "3", "-o", "json"]
-    prefill = json.loads(subprocess.run([*base, "-p", "512", "-n", "0"], capture_output=True, check=True).stdout)
-    decode = json.loads(
-        subprocess.run([*base, "-p", "0", "-n", "128", "-d", "128"], capture_output=True, check=True).stdout
-    )
-    return {"prefill_512": max(prefill[0]["samples_ts"]), "decode": max(decode[0]["samples_ts"])}
+    def rate(*work: str, repeats: int = 3) -> float:
+        base = [f"{a.llama}/llama-bench", "-m", a.model, "-t", str(a.threads), "-fa", "1", "-r", str(repeats)]
+        done = subprocess.run([*base, "-o", "json", *work], capture_output=True, check=True)
+        return float(max(json.loads(done.stdout)[0]["samples_ts"]))
+
+    out = {"prefill_512": rate("-p", "512", "-n", "0"), "decode": rate("-p", "0", "-n", "128", "-d", "128")}
+    with busy_core():
+        out["decode_busy"] = rate("-p", "0", "-n", "32", "-d", "128", repeats=1)
+    return out
 
 
 def engine_core(a: argparse.Namespace) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-c", CORE, a.model, str(a.threads)], capture_output=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    def run() -> dict[str, Any]:
+        done = subprocess.run([sys.executable, "-c", CORE, a.model, str(a.threads)], capture_output=True, check=True)
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
+
+    out = run()
+    with busy_core():
+        out["decode_busy"] = run()["decode"]
+    return out
 
 
 def first_token(port: int, started: float, process: subprocess.Popen[bytes]) -> float:
@@ -88,10 +117,10 @@ def first_token(port: int, started: float, process: subprocess.Popen[bytes]) -> 
             time.sleep(0.01)
 
 
-def load(a: argparse.Namespace, workload: str, repeats: int) -> dict[str, Any]:
+def load(a: argparse.Namespace, workload: str, repeats: int, *more: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(HERE / "load.py"), "--base-url", f"http://127.0.0.1:{a.port}/v1", "--model", "m",
-         "--workloads", workload, "--concurrency", "1,16,32", "--repeats", str(repeats)],
+         "--workloads", workload, "--concurrency", "1,16,32", "--repeats", str(repeats), *more],
         capture_output=True, check=True,
     )  # fmt: skip
     results: dict[str, Any] = json.loads(done.stdout)["results"]
@@ -117,6 +146,7 @@ def serve(a: argparse.Namespace, command: list[str]) -> dict[str, Any]:
             out[name + "_ttft_ms"], out[name + "_itl_p99_ms"] = value["ttft_ms_p50"], value["itl_ms_p99"]
             if value["failed"]:
                 out[name + "_failed"] = value["failed"]
+        load(a, "throughput", 1, "--concurrency", "32", "--prompt", "512", "--warmup", "0")
         out["resident_mib"] = resident_mib(process)
         out |= {name + "_s": value["wall_s"] for name, value in load(a, "prefix", 1).items()}
         return out
@@ -146,7 +176,7 @@ def servers(a: argparse.Namespace) -> dict[str, list[str]]:
 def table(results: dict[str, Any]) -> str:
     names = list(results["servers"]) or ["llama.cpp", "pagoda"]
     rows = ["| measure | " + " | ".join(names) + " | pagoda to the best peer |", "|---|" + "---|" * (len(names) + 1)]
-    for key, name in (("prefill_512", "prefill, 512 tokens, tok/s"), ("decode", "decode, one stream, tok/s")):
+    for key, name in MEASURES.items():
         peer, ours = results["core"]["llama.cpp"][key], results["core"]["pagoda"][key]
         gap = " |" * (len(names) - 1)
         rows.append(f"| {name} | {peer:.0f}{gap} {ours:.0f} | {ours / peer:.2f} |")
@@ -176,10 +206,7 @@ def main() -> None:
     for _ in range(a.repeats):
         rounds["llama.cpp"].append(llama_bench(a))
         rounds["pagoda"].append(engine_core(a))
-    core = {
-        name: {k: statistics.median(r[k] for r in runs) for k in ("prefill_512", "decode")}
-        for name, runs in rounds.items()
-    }
+    core = {name: {k: statistics.median(r[k] for r in runs) for k in MEASURES} for name, runs in rounds.items()}
     results: dict[str, Any] = {
         "model": Path(a.model).name,
         "machine": cpu_name(),
