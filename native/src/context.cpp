@@ -174,7 +174,7 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     c->kv.data = c->kv_pages.data();
     c->rope_pages = Pages((int64_t)d->max_tokens * d->rope_dim * 4);
     c->logit_pages = Pages((int64_t)d->max_rows * d->vocab * 4);
-    for (auto& s : c->attention_scratch) s.resize(attention_scratch(d->head_dim));
+    for (auto& s : c->attention_scratch) s.resize(std::max(attention_scratch(d->head_dim), encoder_scratch(d->head_dim)));
     return 0;
   });
 }

@@ -62,6 +62,18 @@ struct AttentionJob {  // consecutive tokens of one request, the query heads of 
   int window;  // positions that a token sees, its own included
 };
 
+constexpr int kEncoderQueries = 64;  // of one encoder job
+constexpr int kKeys = 256;           // keys attended at a time
+
+struct EncoderJob {  // consecutive tokens of one request, one head, over all its tokens
+  const float *q, *k, *v;  // first query; first key and value of the request
+  int64_t stride;          // floats from token to token
+  int count, keys, dim;    // queries, keys, head size
+  float scale;
+  float* out;
+  int64_t out_stride;
+};
+
 struct Kernels {
   const char* name;
   void (*matmul)(const Part&, int64_t first_panel, int64_t last_panel, const Rows&, int64_t first, int64_t last, const Out&);
@@ -80,10 +92,16 @@ struct Kernels {
   float (*row_max)(const float* x, int64_t n);
   // out = exp((x - top) * scale); returns the sum. out may be null.
   double (*exp_row)(const float* x, int64_t n, float top, float scale, float* out);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* out);
+  void (*gelu)(const float* x, int64_t n, float* out);
+  void (*attend_all)(const EncoderJob&, float* scratch);
 };
 
 // Floats of scratch that `attention` needs.
 constexpr int64_t attention_scratch(int head_dim) { return kQueryVectors * (int64_t)(kSegment + 3 * head_dim + 2); }
+
+// Floats of scratch that `attend_all` needs.
+constexpr int64_t encoder_scratch(int head_dim) { return 2 * (int64_t)head_dim * (kEncoderQueries + kKeys) + 4 * kKeys; }
 
 const Kernels* kernels_generic();
 #if defined(__x86_64__)

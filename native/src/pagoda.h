@@ -21,6 +21,11 @@ enum pg_op_kind : int32_t {
   PG_ATTENTION = 5,  // out = attention of the queries in `in` over the cache of `layer`; scale in f
   PG_SILU = 6,       // out = silu(in[:, :n]) * in[:, n:]
   PG_HEAD = 7,       // logits of `in` by weight, then the rows are scored or sampled
+  PG_HIDDEN = 8,     // the rows of logits of `in` are the step's hidden states
+  PG_POSITIONS = 9,  // out += row (position + layer) of the table `vector`, and row 0 or 1 of the table `vector2`
+  PG_LAYER_NORM = 10,  // out = layernorm(in) * vector + vector2; eps in f
+  PG_GELU = 11,        // out = gelu(in)
+  PG_ATTEND_ALL = 12,  // out = attention of the queries in `in` over all tokens of their request; scale in f
 };
 
 enum pg_op_flags : int32_t {
@@ -67,6 +72,7 @@ struct pg_step {
   const float* bias_values;
   const int32_t* mask_index;
   const uint32_t* masks;
+  const int32_t* second_texts;  // [requests] the position where a second text begins, or null
   // results
   int32_t* out_tokens;
   float* out_logprobs;
@@ -74,6 +80,7 @@ struct pg_step {
   float* out_top_logprobs;
   uint8_t* out_ok;
   float* out_logits;  // [rows_count, vocab] or null; raw logits, for tests
+  float* out_hidden;  // [rows_count, hidden] or null
 };
 
 struct pg_context;

@@ -34,7 +34,7 @@ struct Cut {
 class StepJob : public Job {
  public:
   StepJob(pg_context& c, const pg_step& st) : c_(c), st_(st), threads_(c.team.size()) {
-    list_attention();
+    if (c.kv.data) list_attention();
     add_phase({kStart, nullptr, 0, 0, 1}, 1);
     add(kRopeTables, nullptr, st.tokens_count);
     size_t gather = c.ops.size();
@@ -93,6 +93,10 @@ class StepJob : public Job {
       add_phase({op.kind, &op, first, rows, cut.step}, cut.row_blocks * cut.chunks);
     } else if (op.kind == PG_ATTENTION) {
       add_phase({op.kind, &op, first, rows, 1}, (int64_t)attention_.size() * c_.dims.kv_heads);
+    } else if (op.kind == PG_ATTEND_ALL) {
+      if (encoder_.empty()) list_encoder();
+      add_phase({op.kind, &op, first, rows, 1}, (int64_t)encoder_.size() * c_.dims.heads);
+      if (op.flags & PG_QUANTIZE) add(kFinishRows, &op, rows);
     } else {
       add(op.kind, &op, rows, first);
     }
@@ -109,6 +113,7 @@ class StepJob : public Job {
       case PG_HEAD: return multiply(task, chunk, logits(0), c_.dims.vocab);
       case PG_ATTENTION: return attention(*task.op, chunk, thread);
       case kJoin: return join(*task.op, chunk, thread);
+      case PG_ATTEND_ALL: return attend_all(*task.op, chunk, thread);
     }
     run_rows(task, chunk * task.step, std::min(task.rows, (chunk + 1) * task.step), thread);
   }
@@ -140,6 +145,14 @@ class StepJob : public Job {
         break;
       case PG_SILU: k.silu(in, in + c_.buffers[op.out].width, c_.buffers[op.out].width, out); break;
       case PG_ROPE: return rope(op, row);
+      case PG_LAYER_NORM: k.layer_norm(in, vector(op.vector), vector(op.vector2), c_.buffers[op.in].width, op.f, out); break;
+      case PG_GELU: k.gelu(in, c_.buffers[op.out].width, out); break;
+      case PG_POSITIONS: add_positions(op, row, out); break;
+      case PG_HIDDEN: {
+        const int64_t width = c_.buffers[op.in].width;
+        if (st_.out_hidden) memcpy(st_.out_hidden + (task.first + row) * width, in, width * sizeof(float));
+        return;
+      }
     }
     if (op.flags & PG_QUANTIZE) quantize(c_.buffers[op.out], row);
   }
@@ -266,6 +279,32 @@ class StepJob : public Job {
                                c_.dims.kv_heads * partial_stride(), j.segments, c_.attention_scratch[thread].data());
   }
 
+  void add_positions(const pg_op& op, int64_t token, float* out) {
+    const int r = request_of(token), position = position_of(token);
+    const int64_t width = c_.buffers[op.out].width;
+    const float* at = vector(op.vector) + (position + op.layer) * width;
+    const float* type = vector(op.vector2) + (st_.second_texts && position >= st_.second_texts[r] ? width : 0);
+    for (int64_t i = 0; i < width; i++) out[i] += at[i] + type[i];
+  }
+
+  // An encoder's attention is cut into some consecutive tokens of a request times heads.
+  void list_encoder() {
+    for (int r = 0; r < st_.requests; r++)
+      for (int from = 0, tokens = st_.starts[r + 1] - st_.starts[r]; from < tokens; from += kEncoderQueries)
+        encoder_.push_back({r, from, std::min(kEncoderQueries, tokens - from)});
+  }
+
+  void attend_all(const pg_op& op, int64_t chunk, int thread) {
+    const pg_dims& d = c_.dims;
+    const Tokens& t = encoder_[chunk / d.heads];
+    const Buffer &in = c_.buffers[op.in], &out = c_.buffers[op.out];
+    const int64_t first = st_.starts[t.request], column = chunk % d.heads * d.head_dim, hidden = (int64_t)d.heads * d.head_dim;
+    const float* keys = in.row(first) + hidden + column;
+    c_.kernels->attend_all({in.row(first + t.from) + column, keys, keys + hidden, in.width, t.count,
+                            st_.starts[t.request + 1] - st_.starts[t.request], d.head_dim, op.f,
+                            out.row(first + t.from) + column, out.width}, c_.attention_scratch[thread].data());
+  }
+
   void sample(int64_t first, int64_t l, int thread) {
     float* row = logits(l);
     if (st_.out_logits) memcpy(st_.out_logits + (first + l) * c_.dims.vocab, row, c_.dims.vocab * sizeof(float));
@@ -275,7 +314,7 @@ class StepJob : public Job {
   pg_context& c_;
   const pg_step st_;
   const int threads_;
-  std::vector<Tokens> attention_;
+  std::vector<Tokens> attention_, encoder_;
   std::vector<Join> joins_;
   std::vector<float> partials_;
   std::deque<Item> items_;

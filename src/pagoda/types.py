@@ -116,6 +116,8 @@ class Request(msgspec.Struct, kw_only=True):
     (`params.seed` is never None here, 0 <= seed < 2**64) and a `max_tokens` that fits the context.
     `output_token_ids` holds tokens that were generated before (the engine died, or the request moved): the engine
     goes on behind them and never sends them again. `eos_token_ids` end the request unless `params.ignore_eos`.
+    A model that is pooled gives one vector for the prompt and no tokens, whatever the parameters say;
+    `second_text` is the place of the first token of a second text, for models that read pairs.
     """
 
     request_id: str
@@ -123,6 +125,7 @@ class Request(msgspec.Struct, kw_only=True):
     params: SamplingParams
     eos_token_ids: tuple[int, ...] = ()
     output_token_ids: list[int] = []
+    second_text: int | None = None
     cache_salt: str = ""
     priority: int = 0
 
@@ -141,7 +144,8 @@ class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
     `token_ids` includes the stop token (eos or stop_token_ids) that ended the request; `stop_reason` is its id where
     it came from `stop_token_ids`, the string where a stop string matched, None for eos. `text` is filled by the
     server (floor `text`); the engine leaves it empty. `prompt_logprobs` comes once, in the first delta that has
-    tokens: one entry per prompt token, the first None. `error` goes with finish_reason "error".
+    tokens: one entry per prompt token, the first None. `error` goes with finish_reason "error". `pooled` is what a
+    pooled model gives, as float32 bytes: the vector, or a score for each label, before any normalization.
     """
 
     request_id: str
@@ -153,6 +157,7 @@ class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
     cached_tokens: int = 0
     error: str | None = None
     text: str = ""
+    pooled: bytes | None = None
 
 
 Int32 = npt.NDArray[np.int32]
@@ -208,6 +213,8 @@ class StepPlan:
     bias_values: Float32
     mask_index: Int32  # [R]
     masks: npt.NDArray[np.uint32]  # [M, ceil(vocab / 32)]
+    # of models that are pooled: their rows give hidden states, and sample nothing
+    second_texts: Int32 | None = None  # [R] position where a second text begins; None: nowhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,3 +226,4 @@ class StepResult:
     top_ids: Int32  # [L, K] likeliest first, ties by lower id; entries past row_top[l] are -1
     top_logprobs: Float32  # [L, K]
     ok: npt.NDArray[np.uint8]  # [L] 0 where the logits held a NaN or no token was possible: that request fails alone
+    hidden: Float32 | None = None  # [L, hidden size] final hidden states, of models that are pooled

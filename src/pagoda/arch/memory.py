@@ -20,6 +20,7 @@ AUTO_CACHE_BYTES = 4 << 30
 FLOAT32_BYTES = 4
 DEFAULT_SHARE = 0.9
 MOST_SHARE = 0.98
+_ANY_NUMBER = 2**31 - 1
 
 
 class Limits(Protocol):
@@ -49,7 +50,9 @@ def kv_type(asked: str) -> KvType:
 
 
 def kv_bytes_per_block(spec: ModelSpec, kv_type: KvType = "float16") -> int:
-    """Keys and values of BLOCK_SIZE tokens in all layers."""
+    """Keys and values of BLOCK_SIZE tokens in all layers; encoders keep none."""
+    if spec.encoder is not None:
+        return 0
     heads = sum(2 * layer.attention.kv_heads * _head_bytes(layer.attention.head_dim, kv_type) for layer in spec.layers)
     return heads * BLOCK_SIZE
 
@@ -88,7 +91,10 @@ def _layer_values(layer: Layer) -> int:
 
 
 def blocks_that_fit(spec: ModelSpec, free_bytes: int, kv_type: KvType = "float16") -> int:
-    return max(0, free_bytes) // kv_bytes_per_block(spec, kv_type)
+    per_block = kv_bytes_per_block(spec, kv_type)
+    if not per_block:
+        return _ANY_NUMBER if free_bytes >= 0 else 0
+    return max(0, free_bytes) // per_block
 
 
 def fit(
@@ -111,7 +117,9 @@ def fit(
     left_bytes = int(free_bytes * share) - weight_bytes - activation_bytes
     fitting = blocks_that_fit(spec, left_bytes, kv_type)
     one, everyone = blocks_for(limits.max_model_len), limits.max_num_seqs * blocks_for(limits.max_model_len)
-    if limits.num_blocks is not None:
+    if spec.encoder is not None:
+        wanted = everyone
+    elif limits.num_blocks is not None:
         wanted = limits.num_blocks
     elif limits.kv_cache_bytes is not None:
         wanted = blocks_that_fit(spec, limits.kv_cache_bytes, kv_type)
@@ -132,8 +140,9 @@ def fit(
     need = {
         "weights": weight_bytes,
         "activations": activation_bytes,
-        f"a KV cache of {blocks * BLOCK_SIZE} tokens": blocks * kv_bytes_per_block(spec, kv_type),
     }
+    if spec.encoder is None:
+        need[f"a KV cache of {blocks * BLOCK_SIZE} tokens"] = blocks * kv_bytes_per_block(spec, kv_type)
     raise _short(limits, need, free_bytes, share, fitting)
 
 

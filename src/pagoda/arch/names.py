@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from pagoda.arch.names_pooled import encoder_name, plain_tensors, unused
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
 from pagoda.weights.source import Tensor
@@ -14,6 +15,7 @@ _MODEL_NAMES = {
     "embed": ("model.embed_tokens", "token_embd"),
     "norm": ("model.norm", "output_norm"),
     "head": ("lm_head", "output"),
+    "score": ("score", "score"),
 }
 _LAYER_NAMES = {
     "attn_norm": ("input_layernorm", "attn_norm"),
@@ -46,7 +48,12 @@ def checkpoint_name(slot: str, *, gguf: bool) -> str:
 
 def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) -> dict[str, Tensor]:
     """The tensor of every slot. Raises ModelError for one that is missing, has another shape, or is left over."""
-    names = {slot: checkpoint_name(slot, gguf=gguf) for slot in spec.slots()}
+    if spec.pooling is not None:
+        tensors = plain_tensors(spec, tensors)
+    encoder = spec.encoder is not None
+    names = {
+        slot: encoder_name(spec, slot) if encoder else checkpoint_name(slot, gguf=gguf) for slot in spec.slots()
+    }
     head = checkpoint_name("head", gguf=gguf)
     left_over = {name for name in tensors if not _HARMLESS.fullmatch(name)}
     if spec.tied:
@@ -63,6 +70,8 @@ def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) 
             raise ModelError(f"tensor {tensor.name} has shape {tensor.shape}, but the configuration asks for {shape}")
         bound[slot] = tensor
     left_over -= set(names.values())
+    if spec.pooling is not None:
+        left_over = {name for name in left_over if not unused(name)}
     if left_over:
         raise ModelError(f"the checkpoint holds tensors that a {spec.model_type} model lacks: {_some(left_over)}")
     return bound

@@ -12,12 +12,15 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from pagoda.arch.names import bind_tensors, checkpoint_name
+from pagoda.arch.pooling import Task, with_pooling
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
 from pagoda.weights.source import Tensor, TensorSource
 
 # every other module of this folder is an architecture
-_HELPERS = frozenset({"decoder", "fields", "memory", "names", "registry", "rope", "sharding", "spec"})
+_HELPERS = frozenset(
+    {"decoder", "encoder", "fields", "memory", "names", "names_pooled", "pooling", "registry", "rope", "sharding", "spec"}
+)
 
 
 class Architecture(Protocol):
@@ -34,13 +37,16 @@ def supported() -> list[str]:
     return sorted(name for name in found if name not in _HELPERS)
 
 
-def load_spec(source: TensorSource) -> ModelSpec:
-    """The spec of a checkpoint. Raises ModelError where the architecture is unknown or a field is wrong."""
+def load_spec(source: TensorSource, task: Task = "auto") -> ModelSpec:
+    """The spec of a checkpoint, as it is run for a task.
+
+    Raises ModelError where the architecture is unknown, a field is wrong, or the task is none of this model.
+    """
     if source.metadata:
         architecture = _architecture(source.metadata.get("general.architecture"), "general.architecture")
-        return architecture.from_gguf(source.metadata, source.tensors)
+        return with_pooling(architecture.from_gguf(source.metadata, source.tensors), source, task)
     spec = _architecture(source.config.get("model_type"), "model_type in config.json").from_config(source.config)
-    return _with_own_head(spec, source.tensors)
+    return with_pooling(_with_own_head(spec, source.tensors), source, task)
 
 
 def bind(spec: ModelSpec, source: TensorSource) -> dict[str, Tensor]:
@@ -51,6 +57,7 @@ def bind(spec: ModelSpec, source: TensorSource) -> dict[str, Tensor]:
 def _architecture(name: object, where: str) -> Architecture:
     # only names of files that are here are ever imported, whatever the checkpoint says
     known = supported()
+    name = name.replace("-", "_") if isinstance(name, str) else name
     if name not in known:
         said = f"the architecture {name!r} is not supported" if name else f"{where} is missing"
         raise ModelError(f"{said} (supported: {', '.join(known)})")

@@ -7,6 +7,7 @@ A new model of known blocks is one file `arch/<model_type>.py` with two function
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -51,24 +52,62 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """Gated MLP: down(act(gate(x)) * up(x))."""
+    """Gated MLP: down(act(gate(x)) * up(x)); without the gate: down(act(up(x)))."""
 
     size: int
     activation: str = "silu"
     bias: bool = False
+    gated: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Pre-norm decoder layer: x += attention(norm(x)); x += mlp(norm(x))."""
+    """Pre-norm decoder layer: x += attention(norm(x)); x += mlp(norm(x)).
+
+    In an encoder the norms follow: x = norm(x + attention(x)); x = norm(x + mlp(x)).
+    """
 
     attention: Attention
     mlp: Mlp
 
 
 @dataclass(frozen=True, slots=True)
+class Encoder:
+    """What makes an encoder of a model (BERT, arXiv 1810.04805): every token attends to all tokens of its request,
+    norms are layer norms with a bias, and positions are learned, in place of RoPE.
+
+    The token at position p takes row `first_position + p` of the table of `positions` rows; a pair of texts has the
+    row 0 or 1 of the `token_types` table (a table of one row serves both).
+    """
+
+    positions: int
+    first_position: int
+    token_types: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """How the final hidden states of a request become one vector: that of the first token, of the last, or the mean.
+
+    `labels` 0: that vector is the embedding. Else it gives scores: through `dense` and tanh where the model has it,
+    then one row of weights for each label; or, with `tokens`, the difference of two rows of the decoder's own head
+    (the logit of the second token over the first). `max_len` is the longest input the model was trained for.
+    """
+
+    kind: Literal["cls", "mean", "last"]
+    labels: int = 0
+    dense: bool = False
+    out_bias: bool = False
+    tokens: tuple[int, int] | None = None
+    max_len: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A decoder-only transformer. `tied` heads reuse the embedding matrix."""
+    """A transformer: a decoder, or with `encoder` an encoder (`rope` is empty then). `tied` heads reuse the embedding.
+
+    One with `pooling` gives a vector or scores for each request, and no tokens; it has no head.
+    """
 
     model_type: str
     vocab_size: int
@@ -80,21 +119,41 @@ class ModelSpec:
     layers: tuple[Layer, ...]
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    encoder: Encoder | None = None
+    pooling: Pooling | None = None
 
     def slots(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the model needs, by slot name, with its shape (numpy order, matrices [out, in]).
 
         Slots: `embed`, `norm`, `head` (absent if tied) and per layer `layers.{i}.` + `attn_norm`, `q`, `k`, `v`, `o`,
         `q_bias`, `k_bias`, `v_bias`, `o_bias`, `q_norm`, `k_norm`, `mlp_norm`, `gate`, `up`, `down`, `gate_bias`,
-        `up_bias`, `down_bias`.
+        `up_bias`, `down_bias`. Encoders also have `positions`, `types` and the biases of their norms; pooled models
+        with labels `score`, and `pool_dense` in front of it where they have it.
         """
         h = self.hidden_size
         out: dict[str, tuple[int, ...]] = {"embed": (self.vocab_size, h), "norm": (h,)}
-        if not self.tied:
+        if self.encoder is not None:
+            out |= {"norm_bias": (h,), "positions": (self.encoder.positions, h), "types": (self.encoder.token_types, h)}
+        if not self.tied and (self.pooling is None or self.pooling.tokens is not None):
             out["head"] = (self.vocab_size, h)
+        if self.pooling is not None:
+            out |= _pooling_slots(self.pooling, h)
         for i, layer in enumerate(self.layers):
             out.update({f"layers.{i}.{name}": shape for name, shape in _layer_slots(layer, h).items()})
+            if self.encoder is not None:
+                out |= {f"layers.{i}.attn_norm_bias": (h,), f"layers.{i}.mlp_norm_bias": (h,)}
         return out
+
+
+def _pooling_slots(pooling: Pooling, hidden: int) -> dict[str, tuple[int, ...]]:
+    out: dict[str, tuple[int, ...]] = {}
+    if pooling.dense:
+        out |= {"pool_dense": (hidden, hidden), "pool_dense_bias": (hidden,)}
+    if pooling.labels and pooling.tokens is None:
+        out["score"] = (pooling.labels, hidden)
+    if pooling.out_bias:
+        out["score_bias"] = (pooling.labels,)
+    return out
 
 
 def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -108,7 +167,9 @@ def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
         out["o_bias"] = (hidden,)
     if a.qk_norm:
         out |= {"q_norm": (a.head_dim,), "k_norm": (a.head_dim,)}
-    out |= {"gate": (m.size, hidden), "up": (m.size, hidden), "down": (hidden, m.size)}
+    out |= {"gate": (m.size, hidden)} if m.gated else {}
+    out |= {"up": (m.size, hidden), "down": (hidden, m.size)}
     if m.bias:
-        out |= {"gate_bias": (m.size,), "up_bias": (m.size,), "down_bias": (hidden,)}
+        out |= {"gate_bias": (m.size,)} if m.gated else {}
+        out |= {"up_bias": (m.size,), "down_bias": (hidden,)}
     return out

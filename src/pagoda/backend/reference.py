@@ -49,7 +49,7 @@ class ReferenceExecutor:
         self.weights = weights
         cells, dtype = num_blocks * BLOCK_SIZE, np.dtype("float16" if kv_type == "float16" else "float32")
         self.eight_bits = kv_type == "int8"
-        heads = [layer.attention for layer in spec.layers]
+        heads = [] if spec.encoder is not None else [layer.attention for layer in spec.layers]
         self.caches: list[Cache] = [np.zeros((2, cells, a.kv_heads, a.head_dim), dtype) for a in heads]
         self.cos, self.sin = spec.rope.tables(max_model_len)
         self.capacity = Capacity(
@@ -86,7 +86,7 @@ class ReferenceExecutor:
             activation_bytes=activations,
             kv_type="float16" if kv_type == "float16" else "float32",
         )
-        weights = {}
+        weights: dict[str, Float32] = {}
         for done, (slot, tensor) in enumerate(bound.items(), start=1):
             weights[slot] = dequantize(tensor)
             if progress:
@@ -115,17 +115,22 @@ class ReferenceExecutor:
         self.weights = {}
 
     def run(self, plan: StepPlan) -> StepResult:
+        if self.spec.pooling is not None:
+            return pooled_rows(self.hidden(plan))
         return sample_rows(self.logits(plan), plan)
 
     def logits(self, plan: StepPlan) -> Float32:
         """The raw logits of the rows of a plan, [L, vocab]. Writes the keys and values of all its tokens."""
+        return matmul(self.hidden(plan), self.weights["embed" if self.spec.tied else "head"])
+
+    def hidden(self, plan: StepPlan) -> Float32:
+        """The final hidden states of the rows of a decoder's plan, [L, hidden size]."""
         positions, cells = token_positions(plan), token_cells(plan)
         x = self.weights["embed"][plan.tokens]
         for i, layer in enumerate(self.spec.layers):
             x = x + self.attention(i, layer.attention, self.norm(f"layers.{i}.attn_norm", x), plan, positions, cells)
             x = x + self.mlp(i, layer.mlp, self.norm(f"layers.{i}.mlp_norm", x))
-        hidden = self.norm("norm", x[plan.rows])
-        return matmul(hidden, self.weights["embed" if self.spec.tied else "head"])
+        return self.norm("norm", x[plan.rows])
 
     def attention(
         self, i: int, attention: Attention, x: Float32, plan: StepPlan, positions: Index, cells: Index
@@ -182,6 +187,19 @@ def rounded_to_8_bits(x: Float32) -> Float32:
         inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
         out[..., start : start + KV_GROUP] = np.clip(np.rint(part * inverse), -127, 127) * scale
     return out
+
+
+def pooled_rows(hidden: Float32) -> StepResult:
+    """The result of a step that samples nothing."""
+    rows = len(hidden)
+    return StepResult(
+        tokens=np.zeros(rows, np.int32),
+        logprobs=np.zeros(rows, np.float32),
+        top_ids=np.empty((rows, 0), np.int32),
+        top_logprobs=np.empty((rows, 0), np.float32),
+        ok=np.isfinite(hidden).all(axis=1).astype(np.uint8),
+        hidden=hidden,
+    )
 
 
 def matmul(x: Float32, weight: Float32) -> Float32:

@@ -31,6 +31,8 @@ def load_executor(
             f"unknown device {device!r}", remedy=f"Choose one of: {', '.join(_EXECUTORS)}", param="device"
         )
     module, name = _EXECUTORS[device]
+    if device == "reference" and spec.encoder is not None:
+        module, name = "pagoda.backend.reference_encoder", "ReferenceEncoder"
     # Imported only now: a backend may need a library that a machine without its device lacks.
     executor_class = getattr(importlib.import_module(module), name)
     return cast(Executor, executor_class.load(spec, source, limits, progress))

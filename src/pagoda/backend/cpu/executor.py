@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from pagoda.arch import memory
 from pagoda.arch.registry import bind
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Done, Limits, Progress
+from pagoda.backend.cpu.encoder_program import EncoderProgram
 from pagoda.backend.cpu.library import Native, matrix_bytes
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
-from pagoda.backend.cpu.program import Program, buffer_bytes, panel_type
+from pagoda.backend.cpu.program import VECTORS, Program, buffer_bytes, panel_type
 from pagoda.types import StepPlan
 from pagoda.weights.source import Tensor, TensorSource
 
@@ -40,7 +42,8 @@ class CpuExecutor:
         )
         lib = Native(threads)
         try:
-            program = Program(lib, spec, tensors, progress, limits.quantization)
+            kind = Program if spec.encoder is None else EncoderProgram
+            program = kind(lib, spec, tensors, progress, limits.quantization)
             program.finish(limits.max_num_batched_tokens, blocks, kv_int8=kv_type == "int8")
         except BaseException:
             lib.close()
@@ -65,6 +68,6 @@ def weight_bytes(tensors: Mapping[str, Tensor], quantization: str | None = None)
     """What the tensors take once they are repacked; vectors are kept in float32."""
     total = 0
     for slot, t in tensors.items():
-        matrix = len(t.shape) == 2
-        total += matrix_bytes(panel_type(slot, t, quantization), *t.shape) if matrix else t.shape[0] * 4
+        matrix = len(t.shape) == 2 and slot not in VECTORS
+        total += matrix_bytes(panel_type(slot, t, quantization), *t.shape) if matrix else math.prod(t.shape) * 4
     return total

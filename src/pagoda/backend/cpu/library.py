@@ -6,6 +6,7 @@ import ctypes as c
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ TYPES = {
 }  # fmt: skip
 """Storage types that the kernels run, with their ids in native/src/pagoda.h."""
 
-EMBED, NORM, GATHER, MATMUL, ROPE, ATTENTION, SILU, HEAD = range(8)
+EMBED, NORM, GATHER, MATMUL, ROPE, ATTENTION, SILU, HEAD, HIDDEN, POSITIONS, LAYER_NORM, GELU, ATTEND_ALL = range(13)
 ADD, QUANTIZE, LOGIT_ROWS = 1, 2, 4
 
 
@@ -58,7 +59,7 @@ class Dims(c.Structure):
 _PLAN_ARRAYS = (
     "slots", "starts", "positions", "tokens", "block_tables", "rows", "row_request", "row_target", "row_top",
     "temperature", "top_k", "top_p", "min_p", "presence", "frequency", "repetition", "seed", "history_start",
-    "history_ids", "history_counts", "bias_start", "bias_ids", "bias_values", "mask_index", "masks",
+    "history_ids", "history_counts", "bias_start", "bias_ids", "bias_values", "mask_index", "masks", "second_texts",
 )  # fmt: skip
 _RESULT_ARRAYS = ("tokens", "logprobs", "top_ids", "top_logprobs", "ok")
 
@@ -70,6 +71,7 @@ class Step(c.Structure):
         *((name, c.c_void_p) for name in _PLAN_ARRAYS),
         *(("out_" + name, c.c_void_p) for name in _RESULT_ARRAYS),
         ("out_logits", c.c_void_p),
+        ("out_hidden", c.c_void_p),
     ]
 
 
@@ -142,7 +144,7 @@ class Native:
             best = self._lib.pg_best_isa().decode()
             raise ConfigError(f"this processor cannot run {isa!r}", remedy=f"Unset PAGODA_CPU_ISA, or set it to {best}")
         self.isa, self.threads = isa, threads
-        self._vocab = 0
+        self._hidden = 0
         self._step = Step()
         self._planned: list[object] = [None] * len(_PLAN_ARRAYS)  # the arrays that `_step` points to
 
@@ -162,12 +164,13 @@ class Native:
     def vector(self, values: npt.NDArray[np.float32]) -> int:
         return self._checked(self._lib.pg_vector(self._handle, values.ctypes.data, values.size), ModelError)
 
-    def program(self, dims: Dims, buffers: Sequence[BufferShape], ops: Sequence[Op]) -> None:
+    def program(self, dims: Dims, buffers: Sequence[BufferShape], ops: Sequence[Op], hidden: int = 0) -> None:
+        """Fix the program. `hidden`: width of the hidden states that it gives in place of tokens."""
         result = self._lib.pg_program(
             self._handle, dims, (BufferShape * len(buffers))(*buffers), len(buffers), (Op * len(ops))(*ops), len(ops)
         )
         self._checked(result, MemoryShort)
-        self._vocab = dims.vocab
+        self._hidden = hidden
 
     @property
     def weight_bytes(self) -> int:
@@ -181,12 +184,14 @@ class Native:
         """One step, start to end, without the GIL. `logits` [L, vocab] receives the raw logits if given (for tests)."""
         rows = len(plan.rows)
         width = max(0, int(plan.row_top.max())) if rows else 0
+        hidden = np.empty((rows, self._hidden), np.float32) if self._hidden else None
         result = StepResult(
             tokens=np.zeros(rows, np.int32),
             logprobs=np.zeros(rows, np.float32),
             top_ids=np.full((rows, width), -1, np.int32),
             top_logprobs=np.zeros((rows, width), np.float32),
             ok=np.zeros(rows, np.uint8),
+            hidden=hidden,
         )
         step = self._step
         step.requests, step.tokens_count, step.rows_count = len(plan.slots), len(plan.tokens), rows
@@ -195,11 +200,13 @@ class Native:
             array = getattr(plan, name)
             if array is not self._planned[place]:  # most stay from step to step, and an address costs a microsecond
                 self._planned[place] = array
-                setattr(step, name, array.ctypes.data)
+                setattr(step, name, _address(array))
         for name in _RESULT_ARRAYS:
             setattr(step, "out_" + name, getattr(result, name).ctypes.data)
-        step.out_logits = None if logits is None else logits.ctypes.data
+        step.out_logits, step.out_hidden = _address(logits), _address(hidden)
         self._checked(self._lib.pg_run(self._handle, step), EngineError)
+        if hidden is not None:
+            result.ok[:] = np.isfinite(hidden).all(axis=1)
         return result
 
     def close(self) -> None:
@@ -211,3 +218,7 @@ class Native:
         if result < 0:
             raise error(self._lib.pg_error(self._handle).decode())
         return result
+
+
+def _address(array: npt.NDArray[Any] | None) -> int | None:
+    return None if array is None else int(array.ctypes.data)

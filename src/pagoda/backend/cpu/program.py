@@ -26,6 +26,9 @@ FLOATS = ("F32", "F16", "BF16")
 _INT4 = MappingProxyType({"embed": "Q8_0", "head": "Q8_0", "v": "Q5_1", "down": "Q5_1"})
 """What int4 makes of the matrices that suffer most from rounding; Q4_1 of the others."""
 
+VECTORS = ("positions", "types", "score", "pool_dense")
+"""Tables that are added, or used for a whole request at once: kept in float32."""
+
 X, H, QKV, ATT, GATE_UP, MLP, LAST, LAST_NORMED = range(8)
 
 
@@ -50,7 +53,8 @@ class Program:
     def _weights(self) -> None:
         """Repack everything; self._ids: slot or fused name -> id of the weight or vector."""
         ids: dict[str, int] = {"embed": self._matrix("embed"), "norm": self._vector("norm")}
-        ids["head"] = ids["embed"] if self._spec.tied else self._matrix("head")
+        if self._spec.pooling is None:
+            ids["head"] = ids["embed"] if self._spec.tied else self._matrix("head")
         for i, layer in enumerate(self._spec.layers):
             p = f"layers.{i}."
             for name, slots in (("qkv", "qkv"), ("o", "o")):
@@ -84,11 +88,12 @@ class Program:
         attention = spec.layers[0].attention
         inv_freq: npt.NDArray[np.float64] = np.asarray(spec.rope.inv_freq, dtype=np.float64)
         dims = Dims(
-            len(spec.layers), attention.heads, attention.kv_heads, attention.head_dim, spec.vocab_size, max_tokens,
+            0 if spec.encoder is not None else len(spec.layers), attention.heads, attention.kv_heads, attention.head_dim, spec.vocab_size, max_tokens,
             MAX_ROWS, num_blocks, spec.rope.dim, int(spec.rope.interleaved), spec.rope.attention_factor,
             inv_freq.ctypes.data, int(kv_int8),
         )  # fmt: skip
-        self._lib.program(dims, buffer_shapes(spec), self._operations())
+        hidden = spec.hidden_size if spec.pooling is not None else 0
+        self._lib.program(dims, buffer_shapes(spec), self._operations(), hidden)
 
     def _operations(self) -> list[Op]:
         self._ops = []
@@ -98,7 +103,10 @@ class Program:
         rows = native.LOGIT_ROWS
         self._emit(native.GATHER, in_=X, out=LAST, flags=rows)
         self._emit(native.NORM, in_=LAST, out=LAST_NORMED, vector="norm", flags=rows, f=self._spec.norm_eps)
-        self._emit(native.HEAD, in_=LAST_NORMED, weight="head", flags=rows)
+        if self._spec.pooling is None:
+            self._emit(native.HEAD, in_=LAST_NORMED, weight="head", flags=rows)
+        else:
+            self._emit(native.HIDDEN, in_=LAST_NORMED, flags=rows)
         self._quantize_inputs()
         return self._ops
 
@@ -150,9 +158,10 @@ class Program:
 def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
     """Width of each buffer, in the order of the constants."""
     a, h = spec.layers[0].attention, spec.hidden_size
+    gated = 2 if spec.layers[0].mlp.gated else 1
     mlp = max(layer.mlp.size for layer in spec.layers)
     qkv = (a.heads + 2 * a.kv_heads) * a.head_dim
-    widths = [(h, 0), (h, 0), (qkv, 0), (a.heads * a.head_dim, 0), (2 * mlp, 0), (mlp, 0), (h, 1), (h, 1)]
+    widths = [(h, 0), (h, 0), (qkv, 0), (a.heads * a.head_dim, 0), (gated * mlp, 0), (mlp, 0), (h, 1), (h, 1)]
     return [BufferShape(width, rows) for width, rows in widths]
 
 
@@ -163,7 +172,8 @@ def buffer_bytes(spec: ModelSpec, max_tokens: int) -> int:
         rows = MAX_ROWS if shape.rows_are_logits else max_tokens
         quantized = rows * shape.width + rows * (shape.width // 32) * 20 if shape.width % 32 == 0 else 0
         total += rows * shape.width * 4 + quantized
-    return total + MAX_ROWS * spec.vocab_size * 4 + max_tokens * spec.rope.dim * 4
+    logits = 0 if spec.pooling is not None else MAX_ROWS * spec.vocab_size * 4
+    return total + logits + max_tokens * spec.rope.dim * 4
 
 
 def panel_type(slot: str, tensor: Tensor, quantization: str | None) -> str:

@@ -1,0 +1,82 @@
+"""What the files of sentence-transformers beside a model say: how to pool, what to put before a text, how long it may be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pagoda.errors import ModelError
+from pagoda.text.files import read_json, read_text
+
+_MODES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+_FLAGS = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
+_LENGTH_FILES = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_distilbert_config.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SentenceFiles:
+    """`pooling` is None where there are no such files. `default_prompt` is the text for inputs that name no prompt."""
+
+    pooling: str | None = None
+    normalize: bool = True
+    max_len: int | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str = ""
+
+
+def sentence_files(model_path: str) -> SentenceFiles:
+    """Raises ModelError for a file that is broken, or for a step behind the model that is not supported."""
+    folder = Path(model_path)
+    text = read_text(folder / "modules.json")
+    config = read_json(folder, "config_sentence_transformers.json")
+    prompts = {k: v for k, v in _table(config.get("prompts")).items() if isinstance(v, str)}
+    default = prompts.get(str(config.get("default_prompt_name")), "")
+    max_len = next((n for name in _LENGTH_FILES if (n := read_json(folder, name).get("max_seq_length"))), None)
+    max_len = max_len if isinstance(max_len, int) and max_len > 0 else None
+    if text is None:
+        return SentenceFiles(max_len=max_len, prompts=prompts, default_prompt=default)
+    modules = _modules(folder, text)
+    unknown = [kind for kind, _ in modules if kind not in ("Transformer", "Pooling", "Normalize")]
+    if unknown:
+        raise ModelError(f"{folder / 'modules.json'}: the step {unknown[0]} behind the model is not supported")
+    pooling = next((_pooling(folder, path) for kind, path in modules if kind == "Pooling"), None)
+    return SentenceFiles(pooling, any(kind == "Normalize" for kind, _ in modules), max_len, prompts, default)
+
+
+def _modules(folder: Path, text: str) -> list[tuple[str, str]]:
+    """The steps of the model: the last part of each one's type, and its folder."""
+    try:
+        entries = json.loads(text)
+        return [(str(each["type"]).rpartition(".")[2], str(each.get("path", ""))) for each in entries]
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as e:
+        raise ModelError(f"{folder / 'modules.json'} is no list of modules", remedy="Download the file again") from e
+
+
+def _pooling(folder: Path, path: str) -> str:
+    if Path(path).name != path:
+        raise ModelError(f"{folder / 'modules.json'} names {path!r}, which is no folder beside it")
+    config = read_json(folder / path, "config.json")
+    given = config.get("pooling_mode")
+    modes = [given] if isinstance(given, str) else given
+    if not isinstance(modes, list):
+        flags = [name.removeprefix("pooling_mode_") for name, on in config.items() if on is True and "_mode_" in name]
+        modes = [_FLAGS.get(name, name) for name in flags]
+    found = [_MODES.get(str(mode), str(mode)) for mode in modes]
+    if len(found) != 1 or found[0] not in ("cls", "mean", "last"):
+        raise ModelError(
+            f"{folder / path / 'config.json'}: pooling by {' and '.join(found) or 'nothing'} is not supported",
+            remedy="Models that take the first token, the last one, or the mean of all are",
+        )
+    return found[0]
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
