@@ -51,9 +51,7 @@ def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) 
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)
     encoder = spec.encoder is not None
-    names = {
-        slot: encoder_name(spec, slot) if encoder else checkpoint_name(slot, gguf=gguf) for slot in spec.slots()
-    }
+    names = {slot: encoder_name(spec, slot) if encoder else checkpoint_name(slot, gguf=gguf) for slot in spec.slots()}
     head = checkpoint_name("head", gguf=gguf)
     left_over = {name for name in tensors if not _HARMLESS.fullmatch(name)}
     if spec.tied:

@@ -19,7 +19,19 @@ from pagoda.weights.source import Tensor, TensorSource
 
 # every other module of this folder is an architecture
 _HELPERS = frozenset(
-    {"decoder", "encoder", "fields", "memory", "names", "names_pooled", "pooling", "registry", "rope", "sharding", "spec"}
+    {
+        "decoder",
+        "encoder",
+        "fields",
+        "memory",
+        "names",
+        "names_pooled",
+        "pooling",
+        "registry",
+        "rope",
+        "sharding",
+        "spec",
+    }
 )
 
 

@@ -197,7 +197,7 @@ def pooled_rows(hidden: Float32) -> StepResult:
         logprobs=np.zeros(rows, np.float32),
         top_ids=np.empty((rows, 0), np.int32),
         top_logprobs=np.empty((rows, 0), np.float32),
-        ok=np.isfinite(hidden).all(axis=1).astype(np.uint8),
+        ok=np.asarray(np.isfinite(hidden).all(axis=1), np.uint8),
         hidden=hidden,
     )
 

@@ -1,4 +1,4 @@
-"""What the files of sentence-transformers beside a model say: how to pool, what to put before a text, how long it may be."""
+"""What the files of sentence-transformers beside a model say: how to pool it, its prompts, its longest input."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pagoda.arch.spec import Layer
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.library import Op
-from pagoda.backend.cpu.program import ATT, GATE_UP, LAST, MLP, QKV, X, Program
+from pagoda.backend.cpu.program import ATT, GATE_UP, LAST, MLP, QKV, Program, X
 
 
 class EncoderProgram(Program):

@@ -87,8 +87,9 @@ class Program:
         spec = self._spec
         attention = spec.layers[0].attention
         inv_freq: npt.NDArray[np.float64] = np.asarray(spec.rope.inv_freq, dtype=np.float64)
+        layers = 0 if spec.encoder is not None else len(spec.layers)  # that have a cache
         dims = Dims(
-            0 if spec.encoder is not None else len(spec.layers), attention.heads, attention.kv_heads, attention.head_dim, spec.vocab_size, max_tokens,
+            layers, attention.heads, attention.kv_heads, attention.head_dim, spec.vocab_size, max_tokens,
             MAX_ROWS, num_blocks, spec.rope.dim, int(spec.rope.interleaved), spec.rope.attention_factor,
             inv_freq.ctypes.data, int(kv_int8),
         )  # fmt: skip
