@@ -105,7 +105,7 @@ def install(patch: Callable[[Any, str, Any], None], **behaviour: float) -> None:
         return FakeExecutor(limits, **behaviour)
 
     patch(core, "open_source", lambda path: source)
-    patch(core, "load_spec", lambda source: spec())
+    patch(core, "load_spec", lambda source, task: spec())
     patch(core, "load_executor", load)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -57,6 +57,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
     step_time_target_s: float | None = None  # 0: no target
     speculation: Speculation | None = Speculation()
+    task: Literal["auto", "generate", "embed", "score"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)

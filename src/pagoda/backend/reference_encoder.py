@@ -31,8 +31,9 @@ class ReferenceEncoder(ReferenceExecutor):
         if plan.second_texts is not None:
             types = (positions >= np.repeat(plan.second_texts, np.diff(plan.starts))).astype(np.intp)
         first = self.spec.encoder.first_position if self.spec.encoder is not None else 0
-        words = self.weights["embed"][plan.tokens]
-        return np.asarray(words + self.weights["positions"][positions + first] + self.weights["types"][types])
+        words, kinds = self.weights["embed"][plan.tokens], self.weights["types"]
+        places = self.weights["positions"][positions + first]
+        return np.asarray(words + places + kinds[np.minimum(types, len(kinds) - 1)])
 
     def attend(self, name: str, a: Attention, x: Float32, plan: StepPlan) -> Float32:
         q, k, v = (self.linear(name + part, x).reshape(-1, a.heads, a.head_dim) for part in "qkv")

@@ -8,9 +8,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from pagoda.arch.registry import load_spec
+import numpy as np
+
+from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Limits, Progress
+from pagoda.backend.pooler import Head
 from pagoda.backend.select import load_executor
 from pagoda.config import QUANTIZE_ON_LOAD, EngineConfig
 from pagoda.engine.grammars import Grammars
@@ -37,7 +40,7 @@ class EngineCore:
         started = time.monotonic()
         self._source = open_source(config.model)
         check_quantization(self._source, config.quantization)
-        self.spec = load_spec(self._source)
+        self.spec = load_spec(self._source, config.task)
         limits = resolve_limits(config, self.spec)
         self._executor = load_executor(config.device, self.spec, self._source, limits, progress)
         capacity = self._executor.capacity
@@ -47,14 +50,17 @@ class EngineCore:
             SchedulerConfig(
                 num_blocks=capacity.num_blocks,
                 max_num_seqs=limits.max_num_seqs,
-                max_num_batched_tokens=limits.max_num_batched_tokens,
+                max_num_batched_tokens=_step_tokens(config, limits, self.spec),
                 max_model_len=max_model_len,
                 vocab_size=self.spec.vocab_size,
-                prefix_caching=config.prefix_caching,
+                prefix_caching=config.prefix_caching and self.spec.encoder is None,
                 step_time_target_s=step_time_target_s(config),
                 speculation=config.speculation,
+                pooling=None if self.spec.pooling is None else self.spec.pooling.kind,
+                whole_prompts=self.spec.encoder is not None,
             )
         )
+        self._head = _head(self.spec, self._source)
         self._grammars = Grammars(config.model, self._source.metadata, self.spec)
         self._refused: list[Delta] = []
         self._steps = 0
@@ -141,6 +147,8 @@ class EngineCore:
         else:
             outcome = self._scheduler.apply(plan, result)
             self._scheduler.observe(plan, computed_s)
+            if self._head is not None:
+                _score(outcome, self._head)
         self._steps += 1
         self._last_step_s = time.monotonic() - started
         return deltas + outcome
@@ -152,6 +160,12 @@ class EngineCore:
         self._grammars.close()
         self._executor.close()
         self._source.close()
+
+
+def default_length(spec: ModelSpec) -> int:
+    """The longest context that the model was made for."""
+    trained = None if spec.pooling is None else spec.pooling.max_len
+    return min(trained or spec.max_position, spec.max_position)
 
 
 def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
@@ -174,8 +188,11 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
                 param="max_num_batched_tokens",
             )
         max_num_seqs = step_tokens
+    max_model_len = config.max_model_len or default_length(spec)
+    if spec.encoder is not None:
+        step_tokens = max(step_tokens, max_model_len)
     return Limits(
-        max_model_len=config.max_model_len or spec.max_position,
+        max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=step_tokens,
         memory_share=config.memory_share,
@@ -186,6 +203,13 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
         quantization=config.quantization,
         kv_cache_dtype=config.kv_cache_dtype,
     )
+
+
+def _step_tokens(config: EngineConfig, limits: Limits, spec: ModelSpec) -> int:
+    """The token budget of a step. An executor of an encoder is made for longer requests, each in a step of its own."""
+    if spec.encoder is None:
+        return limits.max_num_batched_tokens
+    return config.max_num_batched_tokens or max(_CPU_STEP_TOKENS, limits.max_num_seqs)
 
 
 def step_time_target_s(config: EngineConfig) -> float | None:
@@ -246,4 +270,16 @@ def _describe(
         weight_types=weight_types(source, config.quantization),
         eos_token_ids=spec.eos_token_ids,
         load_s=time.monotonic() - started,
+        task="generate" if spec.pooling is None else "score" if spec.pooling.labels else "embed",
+        width=0 if spec.pooling is None else spec.pooling.labels or spec.hidden_size,
     )
+
+
+def _head(spec: ModelSpec, source: TensorSource) -> Head | None:
+    return Head(spec.pooling, bind(spec, source)) if spec.pooling is not None and spec.pooling.labels else None
+
+
+def _score(deltas: list[Delta], head: Head) -> None:
+    for delta in deltas:
+        if delta.pooled is not None:
+            delta.pooled = head(np.frombuffer(delta.pooled, np.float32)).tobytes()

@@ -31,6 +31,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     weight_types: str  # largest share first, such as "Q4_1, Q8_0"
     eos_token_ids: tuple[int, ...]
     load_s: float
+    task: str = "generate"  # or "embed", "score": what a request gives
+    width: int = 0  # of the vector, or how many scores there are
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

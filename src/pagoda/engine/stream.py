@@ -66,6 +66,7 @@ def merge(first: Delta, second: Delta) -> Delta:
         cached_tokens=first.cached_tokens or second.cached_tokens,
         error=second.error,
         text=first.text + second.text,
+        pooled=second.pooled,
     )
 
 

@@ -14,6 +14,7 @@ from pagoda.sched.state import Sequence, Turn, mask_words
 from pagoda.types import BLOCK_SIZE, Int32, StepPlan
 
 _UINT64 = 2**64 - 1
+_NOWHERE = 2**31 - 1
 
 
 class Batch:
@@ -80,6 +81,11 @@ class Batch:
                 row_target += [-1] * sampled
                 row_top += [-1 if seq.params.logprobs is None else seq.params.logprobs] * sampled
                 tokens += turn.drafts
+            if turn.pooled:
+                rows += (base + place for place in turn.pooled)
+                row_request += [r] * len(turn.pooled)
+                row_target += [-1] * len(turn.pooled)
+                row_top += [-1] * len(turn.pooled)
         seqs = [turn.seq for turn in turns]
         slots = _ints([seq.slot for seq in seqs])
         floats = self._floats.take(slots, axis=1)
@@ -102,6 +108,7 @@ class Batch:
             frequency=floats[4],
             repetition=floats[5],
             seed=self._seed[slots],
+            second_texts=_second_texts(seqs),
             **_history(seqs),
             **_bias(seqs),
             **self._masks(turns),
@@ -116,6 +123,13 @@ class Batch:
             "mask_index": _ints([-1 if mask is None else next(place) for mask in each]),
             "masks": np.array(masks, np.uint32).reshape(len(masks), self._mask_words),
         }
+
+
+def _second_texts(seqs: list[Sequence]) -> Int32 | None:
+    places = [seq.request.second_text for seq in seqs]
+    if all(place is None for place in places):
+        return None
+    return _ints([_NOWHERE if place is None else place for place in places])
 
 
 def _ints(values: list[int]) -> Int32:

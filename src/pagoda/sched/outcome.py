@@ -17,6 +17,7 @@ class _Rows:
         self._result = result
         self.tokens: list[int] = result.tokens.tolist()
         self.ok: list[int] = result.ok.tolist()
+        self.hidden = result.hidden
 
     def logprob(self, row: int, top: int) -> TokenLogprob:
         ids = self._result.top_ids[row, :top].tolist()
@@ -42,11 +43,13 @@ class Outcome:
                 yield turn.seq, self._advance(turn, rows, start)
             else:
                 yield turn.seq, None
-            start += len(turn.scoring) + turn.sampled_rows
+            start += turn.rows
 
     def _advance(self, turn: Turn, rows: _Rows, start: int) -> Delta | None:
         seq = turn.seq
         seq.computed += turn.count
+        if seq.pool is not None:
+            return self._pool(turn, rows, start)
         sampled = start + len(turn.scoring)
         if not all(rows.ok[start : sampled + turn.samples]):
             why = "" if seq.grammar is None else seq.grammar.error
@@ -65,6 +68,17 @@ class Outcome:
             delta.finish_reason = "length"
         if not seq.started:
             self._start(seq, delta)
+        return delta
+
+    def _pool(self, turn: Turn, rows: _Rows, start: int) -> Delta | None:
+        seq, end = turn.seq, start + turn.rows
+        if seq.pool is None or rows.hidden is None or not all(rows.ok[start:end]):
+            return Delta(request_id=seq.request_id, finish_reason="error", error=NO_LOGITS)
+        seq.pool.take(seq.computed - turn.count, rows.hidden[start:end])
+        if seq.computed < len(seq.known):
+            return None
+        delta = Delta(request_id=seq.request_id, finish_reason="stop", pooled=seq.pool.vector().tobytes())
+        self._start(seq, delta)
         return delta
 
     def _accept(self, turn: Turn, rows: _Rows, row: int, delta: Delta) -> None:

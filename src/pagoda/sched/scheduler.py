@@ -18,6 +18,7 @@ from pagoda.sched.blocks import BlockPool
 from pagoda.sched.draft import Speculator
 from pagoda.sched.outcome import NO_LOGITS, Outcome
 from pagoda.sched.pace import Load, Pace
+from pagoda.sched.pooled import PoolKind
 from pagoda.sched.state import Grammar, Sequence, Turn
 from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan, StepResult
 
@@ -26,7 +27,11 @@ _ORDER = attrgetter("order")
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """`step_time_target_s`: how long a step may take that has running streams; None: only the token budget counts."""
+    """`step_time_target_s`: how long a step may take that has running streams; None: only the token budget counts.
+
+    `pooling`: how each request becomes a vector; None: it generates. With `whole_prompts` no prompt is cut: one that
+    is over the token budget has a step of its own.
+    """
 
     num_blocks: int
     max_num_seqs: int
@@ -36,6 +41,8 @@ class SchedulerConfig:
     prefix_caching: bool = True
     step_time_target_s: float | None = None
     speculation: Speculation | None = None
+    pooling: PoolKind | None = None
+    whole_prompts: bool = False
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +109,8 @@ class Scheduler:
             )
             return Delta(request_id=request.request_id, finish_reason="error", error=error)
         seq = Sequence(request, self._arrivals, self._config.max_model_len, self._config.vocab_size, grammar)
+        if self._config.pooling is not None:
+            seq.pool_as(self._config.pooling)
         self._arrivals += 1
         self._live[seq.request_id] = seq
         insort(self._waiting, seq, key=_ORDER)
@@ -252,6 +261,8 @@ class Scheduler:
             seq = self._waiting[0]
             cached = self._cached_prefix(seq)
             most = min(budget, self._pace.prompt_tokens(self._load, len(cached) * BLOCK_SIZE))
+            if self._config.whole_prompts:
+                most = len(seq.known) if len(seq.known) <= budget or not turns else 0
             fresh = _blocks(len(seq.known)) - len(cached)
             if most == 0 or fresh + self._pool.free_among(cached) + promised > self._pool.free:
                 break
@@ -340,4 +351,5 @@ def _blocks(tokens: int) -> int:
 
 def _turn(seq: Sequence, count: int) -> Turn:
     samples = seq.computed + count == len(seq.known) < seq.end
-    return Turn(seq, count, seq.scoring(count), samples)
+    pooled = range(0) if seq.pool is None else seq.pool.wanted(seq.computed, count)
+    return Turn(seq, count, seq.scoring(count), samples, pooled=pooled)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pagoda.sched.blocks import chain_hashes, root_hash
 from pagoda.sched.draft import Drafter
+from pagoda.sched.pooled import Pool, PoolKind
 from pagoda.types import BLOCK_SIZE, Float32, Int32, Request, SamplingParams, TokenLogprob
 
 Bias = tuple[Int32, Float32]
@@ -80,6 +81,7 @@ class Sequence:
         "offered",
         "order",
         "params",
+        "pool",
         "prompt_len",
         "prompt_scores",
         "request",
@@ -121,6 +123,12 @@ class Sequence:
         self.grammar = grammar
         self.history = _history(request)
         self.drafter: Drafter | None = None
+        self.pool: Pool | None = None
+
+    def pool_as(self, kind: PoolKind) -> None:
+        """It gives a vector, and ends with its prompt."""
+        self.end = self.prompt_len
+        self.pool = Pool(kind, self.prompt_len)
 
     @property
     def output_len(self) -> int:
@@ -145,6 +153,8 @@ class Sequence:
 
     def reusable_len(self) -> int:
         """How many known tokens may come from the cache: the next logits wanted must still be computed."""
+        if self.pool is not None:
+            return self.pool.reusable_len()
         if self.prompt_scores is not None and len(self.prompt_scores) < self.prompt_len:
             return len(self.prompt_scores) - 1
         return len(self.known) - 1
@@ -168,7 +178,8 @@ class Sequence:
 class Turn:
     """A request's part in one step: it computes `count` tokens, scores given ones, and may sample one.
 
-    `drafts` are fed behind the known tokens; each gives a row to sample too, that counts if the draft was right.
+    `pooled` are the positions whose hidden states it needs. `drafts` are fed behind the known tokens; each gives a row
+    to sample too, that counts if the draft was right.
     """
 
     seq: Sequence
@@ -176,6 +187,7 @@ class Turn:
     scoring: range
     samples: bool
     drafts: Seq[int] = ()
+    pooled: range = range(0)
 
     @property
     def steady(self) -> bool:
@@ -187,6 +199,11 @@ class Turn:
     @property
     def sampled_rows(self) -> int:
         return 1 + len(self.drafts) if self.samples else 0
+
+    @property
+    def rows(self) -> int:
+        """Its rows in the step's result."""
+        return len(self.scoring) + self.sampled_rows + len(self.pooled)
 
 
 def _bias(params: SamplingParams, forbidden: frozenset[int]) -> Bias | None:

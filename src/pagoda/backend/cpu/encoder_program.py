@@ -13,8 +13,10 @@ class EncoderProgram(Program):
 
     def _weights(self) -> None:
         self._ids = {"embed": self._matrix("embed")}
-        for name in ("positions", "types", "norm", "norm_bias"):
+        for name in ("positions", "norm", "norm_bias"):
             self._ids[name] = self._vector(name)
+        one = self._tensors["types"].shape[0] == 1  # that both texts of a pair take
+        self._ids["types"] = self._vector("types", "types") if one else self._vector("types")
         for i in range(len(self._spec.layers)):
             p = f"layers.{i}."
             self._ids[p + "qkv"] = self._matrix(*(p + s for s in "qkv"))

@@ -1,0 +1,90 @@
+"""Tiny random models that embed or score, written with the files that such models have, and transformers' own copy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+WORDS = (
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "no",
+    "yes",
+    "a",
+    "pagoda",
+    "is",
+    "tower",
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "mat",
+)
+CONTEXT = 256
+_TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+_ENCODER = {**_TINY, "vocab_size": 128, "max_position_embeddings": CONTEXT + 2, "pad_token_id": 1}
+_DECODER = {**_TINY, "vocab_size": 128, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": CONTEXT}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "bert": {**_ENCODER, "pad_token_id": 0, "max_position_embeddings": CONTEXT},
+    "roberta": _ENCODER,
+    "xlm-roberta": {**_ENCODER, "type_vocab_size": 1},
+    "qwen2": _DECODER,
+    "qwen3": _DECODER,
+    "llama": _DECODER,
+}
+
+
+def write_model(path: Path, kind: str, auto: Any = transformers.AutoModel, **changes: Any) -> Any:
+    """A checkpoint of `auto`'s class with a tokenizer of whole words; returns the model."""
+    config = transformers.AutoConfig.for_model(kind, **{**_SETTINGS[kind], **changes})
+    config._attn_implementation = "eager"
+    torch.manual_seed(len(kind))
+    model = auto.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(torch.randn_like(weight) * 0.15 + (1.0 if "norm" in name.lower() and "weight" in name else 0))
+    model.save_pretrained(path)
+    write_tokenizer(path, framed=kind in ("bert", "roberta", "xlm-roberta"))
+    return model
+
+
+def write_tokenizer(path: Path, *, framed: bool) -> None:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(list(WORDS[:4]))
+    if framed:
+        tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    else:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 3)])
+    tokenizer.save(str(path / "tokenizer.json"))
+
+
+def write_sentence_files(path: Path, pooling: str, *, normalize: bool = True, **sentence: Any) -> None:
+    """What sentence-transformers writes beside a model. `sentence`: entries of sentence_bert_config.json."""
+    kinds = ["models.Transformer", "models.Pooling", *(["models.Normalize"] if normalize else [])]
+    modules = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind.rpartition('.')[2]}" if i else "", "type": f"sentence.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    modes = {
+        f"pooling_mode_{name}": name == pooling for name in ("cls_token", "mean_tokens", "max_tokens", "lasttoken")
+    }
+    (path / "1_Pooling").mkdir(parents=True, exist_ok=True)
+    (path / "modules.json").write_text(json.dumps(modules))
+    (path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 64, **modes}))
+    (path / "sentence_bert_config.json").write_text(json.dumps(sentence))
+
+
+def hidden_states(model: Any, tokens: list[int]) -> torch.Tensor:
+    """The final hidden states of one request, [tokens, hidden size]."""
+    with torch.no_grad():
+        found: torch.Tensor = model(torch.tensor([tokens])).last_hidden_state[0]
+        return found
