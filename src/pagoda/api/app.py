@@ -20,6 +20,7 @@ from pagoda.api.server import Server
 from pagoda.api.shape import error_response
 from pagoda.api.status import page, wants_page
 from pagoda.api.stream import Reply
+from pagoda.api.tasks import check_task
 from pagoda.errors import EngineError, MethodNotAllowed, NotFound, PagodaError, Unauthorized
 
 log = logging.getLogger("pagoda.api")
@@ -79,7 +80,9 @@ class Guarded:
                 check_host(request.headers, self._server.allowed_origins)
             if not endpoint.public:
                 self._keys.check(request.headers)
-            return await self._of_method(request).handler(self._server, request)
+            found = self._of_method(request)
+            check_task(self._server, found.tasks)
+            return await found.handler(self._server, request)
         except Unauthorized as error:
             return page(401) if endpoint.sign_in and wants_page(request) else error_response(error, body=shape)
         except MethodNotAllowed as error:

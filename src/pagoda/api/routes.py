@@ -54,6 +54,7 @@ from pagoda.api.replies import (
 from pagoda.api.responses_protocol import InputItems, ResponseDeleted, ResponseReply, ResponsesBody
 from pagoda.api.server import Server
 from pagoda.api.stream import Reply
+from pagoda.api.tasks import GENERATE
 
 Handler = Callable[[Server, Request], Awaitable[Reply]]
 
@@ -63,7 +64,8 @@ class Endpoint:
     """One route. `path` is without `/v1` (see `paths`); `shown` is how clients are told to write it.
 
     A `public` one answers without an API key. The `sign_in` one is still shown to browsers without a key, as the body
-    of a 401: it is where people type it. No methods means any. Errors are written in the route's `dialect`.
+    of a 401: it is where people type it. No methods means any. Errors are written in the route's `dialect`. `tasks`
+    are the kinds of models that it is for (see `tasks`); none means all.
     """
 
     path: str
@@ -76,6 +78,7 @@ class Endpoint:
     openai: bool = False
     sign_in: bool = False
     dialect: Dialect = OPENAI
+    tasks: tuple[str, ...] = ()
 
     @property
     def shown(self) -> str:
@@ -87,11 +90,11 @@ def endpoints() -> tuple[Endpoint, ...]:
     return (
         Endpoint(
             "/chat/completions", ("POST",), chat.chat_completions, "Answer messages, whole or streamed",
-            ChatBody, ChatReply, openai=True,
+            ChatBody, ChatReply, openai=True, tasks=GENERATE,
         ),
         Endpoint(
             "/completions", ("POST",), completions.completions, "Go on with a text or with token ids",
-            CompletionBody, CompletionReply, openai=True,
+            CompletionBody, CompletionReply, openai=True, tasks=GENERATE,
         ),
         *_responses(),
         *_files(),
@@ -121,7 +124,7 @@ def _responses() -> tuple[Endpoint, ...]:
     return (
         Endpoint(
             "/responses", ("POST",), responses.responses, "Answer items with items",
-            ResponsesBody, ResponseReply, openai=True,
+            ResponsesBody, ResponseReply, openai=True, tasks=GENERATE,
         ),
         Endpoint(one, ("GET",), told.get_response, "A stored response", reply=ResponseReply, openai=True),
         Endpoint(one, ("DELETE",), told.delete_response, "Forget a response", reply=ResponseDeleted, openai=True),
@@ -158,11 +161,11 @@ def _anthropic() -> tuple[Endpoint, ...]:
     return (
         Endpoint(
             "/messages", ("POST",), anthropic.messages, "Anthropic: answer messages, whole or streamed",
-            MessagesBody, MessagesReply, openai=True, dialect=ANTHROPIC,
+            MessagesBody, MessagesReply, openai=True, dialect=ANTHROPIC, tasks=GENERATE,
         ),
         Endpoint(
             "/messages/count_tokens", ("POST",), anthropic.count_tokens, "Anthropic: count a prompt's tokens",
-            CountBody, CountReply, openai=True, dialect=ANTHROPIC,
+            CountBody, CountReply, openai=True, dialect=ANTHROPIC, tasks=GENERATE,
         ),
     )  # fmt: skip
 
@@ -173,11 +176,11 @@ def _ollama() -> tuple[Endpoint, ...]:
     return (
         Endpoint(
             "/api/chat", ("POST",), ollama.chat, "Ollama: answer messages",
-            OllamaChatBody, OllamaChatReply, dialect=OLLAMA,
+            OllamaChatBody, OllamaChatReply, dialect=OLLAMA, tasks=GENERATE,
         ),
         Endpoint(
             "/api/generate", ("POST",), ollama.generate, "Ollama: answer a prompt",
-            OllamaGenerateBody, OllamaGenerateReply, dialect=OLLAMA,
+            OllamaGenerateBody, OllamaGenerateReply, dialect=OLLAMA, tasks=GENERATE,
         ),
         Endpoint("/api/tags", ("GET",), told.tags, "Ollama: what is served", reply=OllamaModels, dialect=OLLAMA),
         Endpoint("/api/ps", ("GET",), told.ps, "Ollama: what is loaded", reply=OllamaModels, dialect=OLLAMA),

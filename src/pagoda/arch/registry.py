@@ -69,11 +69,11 @@ def bind(spec: ModelSpec, source: TensorSource) -> dict[str, Tensor]:
 def _architecture(name: object, where: str) -> Architecture:
     # only names of files that are here are ever imported, whatever the checkpoint says
     known = supported()
-    name = name.replace("-", "_") if isinstance(name, str) else name
-    if name not in known:
+    module = name.replace("-", "_") if isinstance(name, str) else name
+    if module not in known:
         said = f"the architecture {name!r} is not supported" if name else f"{where} is missing"
         raise ModelError(f"{said} (supported: {', '.join(known)})")
-    return cast(Architecture, importlib.import_module(f"pagoda.arch.{name}"))
+    return cast(Architecture, importlib.import_module(f"pagoda.arch.{module}"))
 
 
 def _with_own_head(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ModelSpec:
