@@ -175,6 +175,8 @@ class LLM:
     def _run(
         self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams], show: bool
     ) -> list[RequestOutput]:
+        if self.info.task != "generate":
+            raise BadRequest("this model generates no text: it makes embeddings or scores", param="prompts")
         results: list[RequestOutput] = []
         answers: dict[str, Answer] = {}
         requests: list[Request] = []
