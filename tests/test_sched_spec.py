@@ -251,7 +251,7 @@ def test_the_option() -> None:
         ({"num_speculative_tokens": -1}, "num_speculative_tokens"),
         ({"num_speculative_tokens": "many"}, "many"),
         ({"prompt_lookup_min": 4, "prompt_lookup_max": 2}, "prompt_lookup_min"),
-        ({"model": "x"}, "model"),
+        ({"method": "ngram", "model": "x"}, "model"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_its_name(given: dict[str, object], needle: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -15,13 +16,16 @@ from pagoda.errors import ConfigError
 class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     """Drafts by prompt lookup: up to `num_tokens` that followed the last `lookup_max` to `lookup_min` tokens before.
 
-    `always` tries them wherever they can be found, else only where what was measured says that it pays.
+    `always` tries them wherever they can be found, else only where what was measured says that it pays. With `model`,
+    a folder or .gguf file, that model makes the drafts, its float weights in `quantization`.
     """
 
     num_tokens: int = 8
     lookup_max: int = 4
     lookup_min: int = 2
     always: bool = False
+    model: str | None = None
+    quantization: str | None = None
 
 
 QUANTIZE_ON_LOAD = ("int8", "int4")
@@ -232,7 +236,8 @@ class Options:
         {},
         'Guess tokens from the text so far, and keep those that the model would choose: {"method": "ngram", '
         '"num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2} does it always; without it, it '
-        'is done where it pays; {"num_speculative_tokens": 0} never does it. Answers are the same in all cases',
+        'is done where it pays; {"num_speculative_tokens": 0} never does it. {"model": PATH, "num_speculative_tokens": '
+        "4} lets a smaller model with the same vocabulary guess. Answers are the same in all cases",
         "Scheduling",
         aliases=("-sc",),
     )
@@ -289,6 +294,7 @@ _DTYPE = {"half": "float16", "float": "float32"}
 
 
 _MOST_DRAFTS, _MOST_LOOKUP = 64, 32
+_DRAFT_MODEL = """Give '{"model": PATH, "num_speculative_tokens": 4}'"""
 _NGRAM = """Give '{"method": "ngram", "num_speculative_tokens": 5}', or leave it out"""
 
 
@@ -297,7 +303,9 @@ def speculation_from(given: Mapping[str, Any]) -> Speculation | None:
     if not given:
         return Speculation()
     values = dict(given)
-    method = values.pop("method", "ngram")
+    method = values.pop("method", "draft_model" if "model" in values else "ngram")
+    if method == "draft_model":
+        return _draft_model(values)
     if method != "ngram":
         raise ConfigError(f"--speculative-config: the method {method} is not here yet", remedy=_NGRAM)
     count = _whole(values, "num_speculative_tokens", 5, 0, _MOST_DRAFTS)
@@ -307,6 +315,22 @@ def speculation_from(given: Mapping[str, Any]) -> Speculation | None:
     if values:
         raise ConfigError(f"--speculative-config: {', '.join(values)} is not known to the method ngram", remedy=_NGRAM)
     return Speculation(num_tokens=count, lookup_max=lookup_max, lookup_min=lookup_min, always=True) if count else None
+
+
+def _draft_model(values: dict[str, Any]) -> Speculation | None:
+    count = _whole(values, "num_speculative_tokens", 4, 0, _MOST_DRAFTS)
+    model, quantization = values.pop("model", None), values.pop("quantization", None)
+    if not isinstance(model, str) or not model:
+        raise ConfigError("--speculative-config: model must be the path of a draft model", remedy=_DRAFT_MODEL)
+    if quantization not in (None, *QUANTIZE_ON_LOAD):
+        raise ConfigError(
+            f"--speculative-config: quantization is {quantization}, and must be {' or '.join(QUANTIZE_ON_LOAD)}",
+            remedy=_DRAFT_MODEL,
+        )
+    if values:
+        raise ConfigError(f"--speculative-config: {', '.join(values)} is not known here", remedy=_DRAFT_MODEL)
+    path = os.path.expanduser(model)
+    return Speculation(num_tokens=count, always=True, model=path, quantization=quantization) if count else None
 
 
 def _whole(values: dict[str, Any], name: str, default: int, low: int, high: int) -> int:

@@ -20,7 +20,8 @@ class Limits:
     may use together; None lets the executor take what it sensibly can. `dtype` is the type of float computation
     where a backend has a choice ("auto", "float32", "float16", "bfloat16"). `quantization` "int8" or "int4" makes 8 or
     4 bits of float matrices while they are loaded; anything else leaves the weights as they are stored.
-    `kv_cache_dtype` is the option of that name; arch.memory.kv_type says what it means on a CPU.
+    `kv_cache_dtype` is the option of that name; arch.memory.kv_type says what it means on a CPU. `reserved_bytes` of
+    the memory that looks free is promised to somebody else.
     """
 
     max_model_len: int
@@ -33,6 +34,7 @@ class Limits:
     dtype: str = "auto"
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
+    reserved_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ class ReferenceExecutor:
         num_blocks = memory.fit(
             spec,
             limits,
-            free_bytes=free_memory_bytes(),
+            free_bytes=max(0, free_memory_bytes() - limits.reserved_bytes),
             weight_bytes=memory.float32_weight_bytes(spec),
             activation_bytes=activations,
             kv_type="float16" if kv_type == "float16" else "float32",

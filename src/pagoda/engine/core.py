@@ -6,16 +6,18 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.spec import ModelSpec
-from pagoda.backend.base import Capacity, Limits, Progress
+from pagoda.backend.base import Capacity, Executor, Limits, Progress
 from pagoda.backend.pooler import Head
 from pagoda.backend.select import load_executor
 from pagoda.config import QUANTIZE_ON_LOAD, EngineConfig
+from pagoda.engine.draft_model import DraftModel
 from pagoda.engine.grammars import Grammars
 from pagoda.engine.messages import EngineStats, ModelInfo
 from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
@@ -42,8 +44,12 @@ class EngineCore:
         check_quantization(self._source, config.quantization)
         self.spec = load_spec(self._source, config.task)
         limits = resolve_limits(config, self.spec)
+        self._drafts: DraftModel | None = None
+        if config.speculation is not None and config.speculation.model is not None:
+            self._drafts = DraftModel(config.speculation, config.device, limits, self._source, self.spec)
+            limits = replace(limits, reserved_bytes=self._drafts.unseen_bytes)
         self._executor = load_executor(config.device, self.spec, self._source, limits, progress)
-        capacity = self._executor.capacity
+        capacity = self._executor.capacity if self._drafts is None else _both(self._executor, self._drafts)
         max_model_len = fit_context(config, limits, capacity)
         self.info = _describe(config, limits, capacity, self.spec, self._source, max_model_len, started)
         self._scheduler = Scheduler(
@@ -58,7 +64,8 @@ class EngineCore:
                 speculation=config.speculation,
                 pooling=None if self.spec.pooling is None else self.spec.pooling.kind,
                 whole_prompts=self.spec.encoder is not None,
-            )
+            ),
+            self._drafts,
         )
         self._head = _head(self.spec, self._source)
         self._grammars = Grammars(config.model, self._source.metadata, self.spec)
@@ -160,6 +167,19 @@ class EngineCore:
         self._grammars.close()
         self._executor.close()
         self._source.close()
+        if self._drafts is not None:
+            self._drafts.close()
+
+
+def _both(executor: Executor, drafts: DraftModel) -> Capacity:
+    """What the model takes together with its draft model."""
+    own, more = executor.capacity, drafts.capacity
+    return replace(
+        own,
+        weight_bytes=own.weight_bytes + more.weight_bytes,
+        kv_bytes=own.kv_bytes + more.kv_bytes,
+        activation_bytes=own.activation_bytes + more.activation_bytes,
+    )
 
 
 def default_length(spec: ModelSpec) -> int:

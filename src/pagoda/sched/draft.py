@@ -65,6 +65,10 @@ class Speculator:
         self.drafts = 0
         self.draft_tokens = 0
 
+    @property
+    def most_tokens(self) -> int:
+        return self._config.num_tokens
+
     def most_streams(self) -> int | None:
         """More streams than this share the cost of a step better than guesses do; None: no such limit."""
         return None if self._config.always else _MOST_STREAMS
@@ -73,11 +77,12 @@ class Speculator:
         """At most `most` tokens to try behind `known` in a step that has this load so far."""
         guess = drafter.guess(known, self._config.num_tokens)
         most = min(most, len(guess))
-        draft = guess[: most if self._config.always else self._worth(drafter.rate, len(known), most, load)]
-        if draft:
-            self.drafts += 1
-            self.draft_tokens += len(draft)
-        return draft
+        return guess[: most if self._config.always else self._worth(drafter.rate, len(known), most, load)]
+
+    def count(self, draft: list[int]) -> None:
+        """A draft that is tried."""
+        self.drafts += 1
+        self.draft_tokens += len(draft)
 
     def new_drafter(self) -> Drafter:
         return Drafter(self._config)

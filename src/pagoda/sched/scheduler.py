@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Protocol
 
 import msgspec
 
@@ -72,9 +73,18 @@ class _Flight:
     load: Load
 
 
+class Proposer(Protocol):
+    """Guesses tokens by other means than the text so far."""
+
+    def propose(self, wanted: list[tuple[Sequence, int]]) -> list[list[int]]:
+        """For each stream at most so many tokens that may follow what it knows."""
+        ...
+
+
 class Scheduler:
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, proposer: Proposer | None = None) -> None:
         self._config = config
+        self._proposer = proposer
         self._pool = BlockPool(config.num_blocks)
         self._batch = Batch(config.max_num_seqs, config.max_model_len, config.vocab_size)
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
@@ -301,21 +311,32 @@ class Scheduler:
         most_streams = speculator.most_streams()
         if most_streams is not None and len(turns) > most_streams:
             return
-        for turn in turns:
+        trying = [turn for turn in turns if turn.samples and turn.seq.samples_alike]
+        guesses: list[list[int]] = []
+        if self._proposer is not None and trying:
+            most = speculator.most_tokens
+            guesses = self._proposer.propose([(t.seq, min(most, self._places_ahead(t.seq, budget))) for t in trying])
+        for place, turn in enumerate(trying):
             seq = turn.seq
-            if not (turn.samples and seq.samples_alike):
-                continue
-            if seq.drafter is None:
-                seq.drafter = speculator.new_drafter()
-            spare = max(0, self._pool.free - len(self._running))
-            places = (len(seq.blocks) + spare) * BLOCK_SIZE - len(seq.known)
-            most = max(0, min(budget, places, seq.end - len(seq.known) - 1))
-            drafts = speculator.draft(seq.drafter, seq.known, most, self._load)
+            most = self._places_ahead(seq, budget)
+            if self._proposer is not None:
+                drafts = guesses[place][:most]
+            else:
+                if seq.drafter is None:
+                    seq.drafter = speculator.new_drafter()
+                drafts = speculator.draft(seq.drafter, seq.known, most, self._load)
             if drafts:
+                speculator.count(drafts)
                 self._make_room(seq, turn.count + len(drafts))
                 turn.drafts = drafts
                 self._load.add_stream(len(seq.known), len(drafts))
                 budget -= len(drafts)
+
+    def _places_ahead(self, seq: Sequence, budget: int) -> int:
+        """How many tokens a stream may try without taking a block that another will need."""
+        spare = max(0, self._pool.free - len(self._running))
+        places = (len(seq.blocks) + spare) * BLOCK_SIZE - len(seq.known)
+        return max(0, min(budget, places, seq.end - len(seq.known) - 1))
 
     def _publish(self, seq: Sequence, count: int) -> list[int]:
         """Make the blocks findable that `count` more tokens fill: a request behind in the same step may read them."""

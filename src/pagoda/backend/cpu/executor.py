@@ -35,7 +35,7 @@ class CpuExecutor:
         blocks = memory.fit(
             spec,
             limits,
-            free_bytes=free_memory_bytes(),
+            free_bytes=max(0, free_memory_bytes() - limits.reserved_bytes),
             weight_bytes=weight_bytes(tensors, limits.quantization),
             activation_bytes=buffer_bytes(spec, limits.max_num_batched_tokens),
             kv_type=kv_type,
