@@ -25,6 +25,7 @@ _ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
         "optimization_level": (None, "nothing is compiled at start"),
         "cudagraph_capture_sizes": (None, "there are no CUDA graphs on a CPU"),
         "max_seq_len_to_capture": (None, "there are no CUDA graphs on a CPU"),
+        "scheduling_policy": (None, "in the order they came; a request with a smaller `priority` goes first"),
         "performance_mode": (None, "the scheduler serves running answers first, then prompts"),
         "max_logprobs": (None, "clients may ask for up to 20 log-probabilities"),
         "distributed_executor_backend": (None, "the engine is one process"),
@@ -110,7 +111,6 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ),
     ("a model is used with its own tokenizer", {"tokenizer": None, "skip_tokenizer_init": False}),
     ("the model's own config.json decides", {"hf_overrides": None, "hf_config_path": None, "rope_scaling": None}),
-    ("requests are served in the order they came", {"scheduling_policy": "fcfs"}),
     ("code of others is not loaded into the server", {"middleware": (), "logits_processors": ()}),
     (
         "not here yet",

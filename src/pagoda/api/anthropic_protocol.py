@@ -133,6 +133,8 @@ class AnthropicError(msgspec.Struct, tag="error", kw_only=True):
     error: AnthropicErrorDetail
 
 
+MessagesEvent = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop | Ping | AnthropicError
+
 _ERROR_TYPES = (
     ("request_too_large", "request_too_large"),
     ("AuthenticationError", "authentication_error"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 
 from starlette.applications import Starlette
@@ -22,6 +23,8 @@ from pagoda.api.status import page, wants_page
 from pagoda.api.stream import Reply
 from pagoda.api.tasks import check_task
 from pagoda.errors import EngineError, MethodNotAllowed, NotFound, PagodaError, Unauthorized
+
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 log = logging.getLogger("pagoda.api")
 
@@ -66,10 +69,14 @@ class Guarded:
         self._endpoints = endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
         try:
-            reply = await self._reply(Request(scope, receive))
+            reply = await self._reply(request)
         except ClientGone:
             return
+        given = request.headers.get("x-request-id")
+        if given is not None and _REQUEST_ID.fullmatch(given):
+            reply.headers["x-request-id"] = given
         await reply(scope, receive, send)
 
     async def _reply(self, request: Request) -> Reply:

@@ -17,6 +17,7 @@ from pagoda.api.files_protocol import BatchLine, BatchResult, LineError, LineRes
 from pagoda.api.routes import endpoints
 from pagoda.api.server import LOW_PRIORITY, Server
 from pagoda.api.shape import error_response
+from pagoda.api.tasks import check_task
 from pagoda.errors import BadRequest, EngineError, Overloaded, PagodaError
 
 MAX_CUSTOM_ID = 512
@@ -67,6 +68,7 @@ async def _respond(server: Server, line: BatchLine, priority: int) -> Response:
     try:
         if endpoint is None:
             raise BadRequest(f"{line.url} is not served here", param="url")
+        check_task(server, endpoint.tasks)
         body = {**line.body, "stream": False, "priority": priority}
         reply = await endpoint.handler(server, _request(line.url, msgspec.json.encode(body)))
         if not isinstance(reply, Response):

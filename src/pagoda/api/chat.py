@@ -35,6 +35,7 @@ async def chat_completions(server: Server, request: Request) -> Reply:
         cache_salt=body.cache_salt or "",
         priority=body.priority or 0,
         shown=turn.shown,
+        deadline_s=body.deadline_s,
     )
     chat = _Chat(server, body, turn, generation)
     if body.stream:

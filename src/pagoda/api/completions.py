@@ -30,7 +30,13 @@ async def completions(server: Server, request: Request) -> Reply:
     server.check_count(len(given) * params.n)
     prompts = [server.truncate(await _ids(server, body, one), body.truncate_prompt_tokens) for one in given]
     generation = server.start(
-        "cmpl", prompts, params, model=model, cache_salt=body.cache_salt or "", priority=body.priority or 0
+        "cmpl",
+        prompts,
+        params,
+        model=model,
+        cache_salt=body.cache_salt or "",
+        priority=body.priority or 0,
+        deadline_s=body.deadline_s,
     )
     completion = _Completion(server, body, generation, given)
     if body.stream:

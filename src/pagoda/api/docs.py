@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from starlette.responses import Response
 
-from pagoda.api.replies import ChatChunk
 from pagoda.api.shape import JSON
 
 if TYPE_CHECKING:
@@ -28,9 +27,9 @@ table{border-collapse:collapse;margin:.5rem 0 1rem 1rem}td{padding:.1rem .8rem .
 
 def openapi(endpoints: Sequence[Endpoint], version: str) -> dict[str, Any]:
     """The whole description; every schema is the struct that the server itself decodes or encodes."""
-    structs: list[type] = [kind for each in endpoints for kind in (each.body, each.reply) if kind is not None]
+    used = [kind for each in endpoints for kind in (each.body, each.reply, each.event) if kind is not None]
     errors = [each.dialect.error_kind for each in endpoints]
-    kinds: list[type] = [*dict.fromkeys([*structs, *errors, ChatChunk])]
+    kinds: list[Any] = [*dict.fromkeys([*used, *errors])]
     schemas, components = msgspec.json.schema_components(kinds, ref_template=_REF)
     schema_of = dict(zip(kinds, schemas, strict=True))
     paths: dict[str, Any] = {}
@@ -49,12 +48,15 @@ def openapi(endpoints: Sequence[Endpoint], version: str) -> dict[str, Any]:
     }
 
 
-def _operation(each: Endpoint, method: str, schema_of: dict[type, dict[str, Any]]) -> dict[str, Any]:
+def _operation(each: Endpoint, method: str, schema_of: dict[Any, dict[str, Any]]) -> dict[str, Any]:
     good: dict[str, Any] = {"description": "The answer"}
     if each.reply is not None:
         good["content"] = {JSON: {"schema": schema_of[each.reply]}}
-    if each.reply is not None and each.reply.__name__ == "ChatReply":
-        good["content"]["text/event-stream"] = {"schema": schema_of[ChatChunk]}
+    if each.event is not None:
+        kind = each.dialect.media_type.partition(";")[0]
+        good.setdefault("content", {})[kind] = {"schema": schema_of[each.event]}
+    for kind in each.media:
+        good.setdefault("content", {})[kind] = {}
     bad = {"description": "What is wrong", "content": {JSON: {"schema": schema_of[each.dialect.error_kind]}}}
     name = re.sub(r"\W+", "_", each.path.replace(":path", "")).strip("_") or "root"
     operation: dict[str, Any] = {
@@ -64,11 +66,15 @@ def _operation(each: Endpoint, method: str, schema_of: dict[type, dict[str, Any]
     }
     if each.body is not None:
         operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_of[each.body]}}}
-    names = re.findall(r"{(\w+)", each.path)
-    if names:
-        operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ]
+    if each.form:
+        operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": dict(each.form)}}}
+    in_path = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)", each.path)
+    ]
+    in_query = [{"name": name, "in": "query", "schema": dict(schema)} for name, schema in each.query.items()]
+    if in_path or in_query:
+        operation["parameters"] = [*in_path, *in_query]
     if each.public:
         operation["security"] = []
     return operation
@@ -102,7 +108,9 @@ def _section(path: str, method: str, operation: dict[str, Any], schemas: dict[st
     )
     if not content:
         return f"<p>{title}</p>"
-    schema = schemas[content[JSON]["schema"]["$ref"].rpartition("/")[2]]
+    (described,) = content.values()
+    schema = described["schema"]
+    schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
     required = schema.get("required", [])
     fields = "".join(
         f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(_kind(value))}"

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from pagoda.api.replies import CompletionTokensDetails, PromptTokensDetails, Usage
-from pagoda.errors import EngineError, Overloaded
+from pagoda.errors import EngineError, Overloaded, PagodaError
 from pagoda.text.output import TextOutput
 from pagoda.types import Delta, Request, TokenLogprob
 
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 class ShuttingDown(Overloaded):
     code = "shutting_down"
     retry_after_s = 5
+
+
+class DeadlineExceeded(PagodaError):
+    """The time that the client gave for an answer is over; asking again would take as long."""
+
+    status = 504
+    code = "deadline_exceeded"
+    type = "TimeoutError"
 
 
 class Generation:
@@ -36,8 +44,10 @@ class Generation:
         requests: Sequence[Request],
         n: int,
         shown: frozenset[int] = frozenset(),
+        deadline_s: float | None = None,
     ) -> None:
         self.id = id
+        self.deadline_s = deadline_s
         self.model = model
         self.created = int(time.time())
         self.requests = requests
@@ -59,6 +69,11 @@ class Generation:
     def cached_tokens(self) -> int:
         """Prompt tokens that were in the cache; only the first sequence of a prompt tells what this call found."""
         return sum(self._cached_tokens[:: self._n])
+
+    @property
+    def time_left_s(self) -> float | None:
+        """Until the client's deadline; None if it gave none."""
+        return None if self.deadline_s is None else max(0.0, self.started + self.deadline_s - time.monotonic())
 
     def usage(self) -> Usage:
         completion_tokens = sum(self.completion_tokens)

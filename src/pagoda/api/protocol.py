@@ -36,6 +36,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     return_tokens_as_token_ids: bool = False
     cache_salt: str | None = None
     priority: int | None = None
+    deadline_s: float | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None

@@ -225,6 +225,19 @@ class VersionReply(msgspec.Struct, kw_only=True):
     version: str
 
 
+class ServerLoad(msgspec.Struct, kw_only=True):
+    """vLLM's name for the requests that are here now."""
+
+    server_load: int
+
+
+class ServerInfo(msgspec.Struct, kw_only=True):
+    version: str
+    models: list[str]
+    state: str
+    engine: dict[str, Any]
+
+
 def to_json(body: msgspec.Struct | dict[str, Any]) -> bytes:
     return msgspec.json.encode(body)
 

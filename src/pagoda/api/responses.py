@@ -65,6 +65,7 @@ async def responses(server: Server, request: Request) -> Reply:
         cache_salt=body.cache_salt or "",
         priority=body.priority or 0,
         shown=turn.shown,
+        deadline_s=body.deadline_s,
     )
     reply = _new_reply(server, body, generation, params.temperature, params.top_p)
     stored = Stored(reply, items)

@@ -56,6 +56,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     logit_bias: dict[str, float] | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    deadline_s: float | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -254,3 +255,22 @@ class ArgumentsDelta(_OfItem, tag="response.function_call_arguments.delta", kw_o
 class ArgumentsDone(_OfItem, tag="response.function_call_arguments.done", kw_only=True):
     arguments: str
     name: str
+
+
+ResponseEvent = (
+    Created
+    | InProgress
+    | Completed
+    | Incomplete
+    | Failed
+    | ItemAdded
+    | ItemDone
+    | PartAdded
+    | PartDone
+    | TextDelta
+    | TextDone
+    | ReasoningDelta
+    | ReasoningDone
+    | ArgumentsDelta
+    | ArgumentsDone
+)

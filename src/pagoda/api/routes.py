@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -23,7 +25,14 @@ from pagoda.api import (
     status,
     tokens,
 )
-from pagoda.api.anthropic_protocol import ANTHROPIC, CountBody, CountReply, MessagesBody, MessagesReply
+from pagoda.api.anthropic_protocol import (
+    ANTHROPIC,
+    CountBody,
+    CountReply,
+    MessagesBody,
+    MessagesEvent,
+    MessagesReply,
+)
 from pagoda.api.dialect import OPENAI, Dialect
 from pagoda.api.files_protocol import Batch, BatchBody, BatchList, FileDeleted, FileList, FileObject
 from pagoda.api.ollama_protocol import (
@@ -40,21 +49,43 @@ from pagoda.api.ollama_protocol import (
 )
 from pagoda.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from pagoda.api.replies import (
+    ChatChunk,
     ChatReply,
     CompletionReply,
     DetokenizeReply,
     ModelCard,
     ModelList,
+    ServerInfo,
+    ServerLoad,
     StatusReply,
     TokenizeReply,
     TokenizerInfo,
     VersionReply,
     Welcome,
 )
-from pagoda.api.responses_protocol import InputItems, ResponseDeleted, ResponseReply, ResponsesBody
+from pagoda.api.responses_protocol import InputItems, ResponseDeleted, ResponseEvent, ResponseReply, ResponsesBody
 from pagoda.api.server import Server
 from pagoda.api.stream import Reply
 from pagoda.api.tasks import GENERATE
+
+_QUERY: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
+        "order": {"enum": ["asc", "desc"], "default": "desc"},
+        "after": {"type": "string"},
+        "purpose": {"type": "string"},
+    }
+)
+_UPLOAD: Mapping[str, Any] = MappingProxyType(
+    {
+        "type": "object",
+        "required": ["file", "purpose"],
+        "properties": {
+            "file": {"type": "string", "format": "binary"},
+            "purpose": {"enum": list(files.PURPOSES)},
+        },
+    }
+)
 
 Handler = Callable[[Server, Request], Awaitable[Reply]]
 
@@ -66,6 +97,9 @@ class Endpoint:
     A `public` one answers without an API key. The `sign_in` one is still shown to browsers without a key, as the body
     of a 401: it is where people type it. No methods means any. Errors are written in the route's `dialect`. `tasks`
     are the kinds of models that it is for (see `tasks`); none means all.
+
+    `event` is the type of a stream's events, `media` the kinds of answers that are not JSON; `query` and `form` are
+    the JSON schemas of a query's parameters and of a form.
     """
 
     path: str
@@ -74,6 +108,10 @@ class Endpoint:
     summary: str
     body: type[msgspec.Struct] | None = None
     reply: type[msgspec.Struct] | None = None
+    event: Any = None
+    media: tuple[str, ...] = ()
+    query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    form: Mapping[str, Any] = field(default_factory=dict)
     public: bool = False
     openai: bool = False
     sign_in: bool = False
@@ -85,16 +123,20 @@ class Endpoint:
         return ("/v1" if self.openai else "") + self.path.replace(":path}", "}")
 
 
+def _query(*names: str) -> Mapping[str, Mapping[str, Any]]:
+    return {name: _QUERY[name] for name in names}
+
+
 def endpoints() -> tuple[Endpoint, ...]:
     """Every route of the server. What is not here does not exist."""
     return (
         Endpoint(
             "/chat/completions", ("POST",), chat.chat_completions, "Answer messages, whole or streamed",
-            ChatBody, ChatReply, openai=True, tasks=GENERATE,
+            ChatBody, ChatReply, ChatChunk, openai=True, tasks=GENERATE,
         ),
         Endpoint(
             "/completions", ("POST",), completions.completions, "Go on with a text or with token ids",
-            CompletionBody, CompletionReply, openai=True, tasks=GENERATE,
+            CompletionBody, CompletionReply, CompletionReply, openai=True, tasks=GENERATE,
         ),
         *_responses(),
         *_files(),
@@ -111,9 +153,14 @@ def endpoints() -> tuple[Endpoint, ...]:
         Endpoint("/health", ("GET",), status.health, "200 when ready", reply=StatusReply, public=True),
         Endpoint("/ping", ("GET", "POST"), status.health, "The same as /health", reply=StatusReply, public=True),
         Endpoint("/version", ("GET",), status.version, "Pagoda's version", reply=VersionReply),
-        Endpoint("/metrics", ("GET",), status.metrics, "Prometheus metrics under vLLM's names"),
-        Endpoint("/", ("GET",), ollama_models.root, "A page, JSON for programs", reply=Welcome, sign_in=True),
-        Endpoint("/docs", ("GET",), docs_page, "This list"),
+        Endpoint("/load", ("GET",), status.load, "Requests that are here now", reply=ServerLoad),
+        Endpoint("/server_info", ("GET",), status.server_info, "Model, device, sizes", reply=ServerInfo),
+        Endpoint("/metrics", ("GET",), status.metrics, "Prometheus metrics under vLLM's names", media=("text/plain",)),
+        Endpoint(
+            "/", ("GET",), ollama_models.root, "A page, JSON for programs",
+            reply=Welcome, sign_in=True, media=("text/html", "text/plain"),
+        ),
+        Endpoint("/docs", ("GET",), docs_page, "This list", media=("text/html",)),
         Endpoint("/openapi.json", ("GET",), openapi_json, "The OpenAPI 3.1 description"),
     )  # fmt: skip
 
@@ -124,7 +171,7 @@ def _responses() -> tuple[Endpoint, ...]:
     return (
         Endpoint(
             "/responses", ("POST",), responses.responses, "Answer items with items",
-            ResponsesBody, ResponseReply, openai=True, tasks=GENERATE,
+            ResponsesBody, ResponseReply, ResponseEvent, openai=True, tasks=GENERATE,
         ),
         Endpoint(one, ("GET",), told.get_response, "A stored response", reply=ResponseReply, openai=True),
         Endpoint(one, ("DELETE",), told.delete_response, "Forget a response", reply=ResponseDeleted, openai=True),
@@ -134,7 +181,7 @@ def _responses() -> tuple[Endpoint, ...]:
         ),
         Endpoint(
             one + "/input_items", ("GET",), told.input_items, "What a response was made from",
-            reply=InputItems, openai=True,
+            reply=InputItems, query=_query("limit", "order", "after"), openai=True,
         ),
     )  # fmt: skip
 
@@ -142,16 +189,25 @@ def _responses() -> tuple[Endpoint, ...]:
 def _files() -> tuple[Endpoint, ...]:
     file, batch = "/files/{file_id}", "/batches/{batch_id}"
     return (
-        Endpoint("/files", ("POST",), files.upload, "Upload a file", reply=FileObject, openai=True),
-        Endpoint("/files", ("GET",), files.list_files, "List the files", reply=FileList, openai=True),
+        Endpoint("/files", ("POST",), files.upload, "Upload a file", reply=FileObject, form=_UPLOAD, openai=True),
+        Endpoint(
+            "/files", ("GET",), files.list_files, "List the files",
+            reply=FileList, query=_query("limit", "order", "after", "purpose"), openai=True,
+        ),
         Endpoint(file, ("GET",), files.get_file, "Describe a file", reply=FileObject, openai=True),
         Endpoint(file, ("DELETE",), files.delete_file, "Delete a file", reply=FileDeleted, openai=True),
-        Endpoint(file + "/content", ("GET",), files.file_content, "Read a file", openai=True),
+        Endpoint(
+            file + "/content", ("GET",), files.file_content, "Read a file",
+            media=("application/octet-stream",), openai=True,
+        ),
         Endpoint(
             "/batches", ("POST",), batches.create_batch, "Answer the requests in a file, in its own time",
             BatchBody, Batch, openai=True,
         ),
-        Endpoint("/batches", ("GET",), batches.list_batches, "List the batches", reply=BatchList, openai=True),
+        Endpoint(
+            "/batches", ("GET",), batches.list_batches, "List the batches",
+            reply=BatchList, query=_query("limit", "after"), openai=True,
+        ),
         Endpoint(batch, ("GET",), batches.get_batch, "How far a batch is", reply=Batch, openai=True),
         Endpoint(batch + "/cancel", ("POST",), batches.cancel_batch, "Stop a batch", reply=Batch, openai=True),
     )  # fmt: skip
@@ -161,7 +217,7 @@ def _anthropic() -> tuple[Endpoint, ...]:
     return (
         Endpoint(
             "/messages", ("POST",), anthropic.messages, "Anthropic: answer messages, whole or streamed",
-            MessagesBody, MessagesReply, openai=True, dialect=ANTHROPIC, tasks=GENERATE,
+            MessagesBody, MessagesReply, MessagesEvent, openai=True, dialect=ANTHROPIC, tasks=GENERATE,
         ),
         Endpoint(
             "/messages/count_tokens", ("POST",), anthropic.count_tokens, "Anthropic: count a prompt's tokens",
@@ -176,11 +232,11 @@ def _ollama() -> tuple[Endpoint, ...]:
     return (
         Endpoint(
             "/api/chat", ("POST",), ollama.chat, "Ollama: answer messages",
-            OllamaChatBody, OllamaChatReply, dialect=OLLAMA, tasks=GENERATE,
+            OllamaChatBody, OllamaChatReply, OllamaChatReply, dialect=OLLAMA, tasks=GENERATE,
         ),
         Endpoint(
             "/api/generate", ("POST",), ollama.generate, "Ollama: answer a prompt",
-            OllamaGenerateBody, OllamaGenerateReply, dialect=OLLAMA, tasks=GENERATE,
+            OllamaGenerateBody, OllamaGenerateReply, OllamaGenerateReply, dialect=OLLAMA, tasks=GENERATE,
         ),
         Endpoint("/api/tags", ("GET",), told.tags, "Ollama: what is served", reply=OllamaModels, dialect=OLLAMA),
         Endpoint("/api/ps", ("GET",), told.ps, "Ollama: what is loaded", reply=OllamaModels, dialect=OLLAMA),
@@ -190,7 +246,7 @@ def _ollama() -> tuple[Endpoint, ...]:
         ),
         Endpoint(
             "/api/pull", ("POST",), told.pull, "Ollama: success for what is served",
-            OllamaNameBody, OllamaStatus, dialect=OLLAMA,
+            OllamaNameBody, OllamaStatus, OllamaStatus, dialect=OLLAMA,
         ),
         Endpoint("/api/version", ("GET",), told.version, "Ollama: its version", reply=OllamaVersion, dialect=OLLAMA),
         *(

@@ -11,6 +11,7 @@ from pagoda.errors import BadRequest
 from pagoda.types import SamplingParams
 
 MAX_LIST = 1024
+MAX_DEADLINE_S = 86_400
 MAX_PRIORITY = MAX_TOKENS = 2**31 - 1
 
 _WITH_DEFAULT = (
@@ -113,6 +114,11 @@ def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
 def _check_others(body: SamplingFields) -> None:
     checks: tuple[tuple[str, Callable[[], bool], str], ...] = (
         ("priority", lambda: abs(body.priority or 0) <= MAX_PRIORITY, f"must be within ±{MAX_PRIORITY}"),
+        (
+            "deadline_s",
+            lambda: body.deadline_s is None or 0 < body.deadline_s <= MAX_DEADLINE_S,
+            f"must be above 0 and at most {MAX_DEADLINE_S} seconds",
+        ),
         ("cache_salt", lambda: len(body.cache_salt or "") <= MAX_LIST, f"must have at most {MAX_LIST} characters"),
         (
             "truncate_prompt_tokens",

@@ -131,6 +131,10 @@ class Server:
         return bool(self._live)
 
     @property
+    def live_calls(self) -> int:
+        return len(self._live)
+
+    @property
     def interactive_sequences(self) -> int:
         """Sequences that are here now, running and waiting, without those of batches."""
         return sum(len(each.requests) for each in self._live if each.requests[0].priority < LOW_PRIORITY)
@@ -183,10 +187,11 @@ class Server:
         cache_salt: str = "",
         priority: int = 0,
         shown: frozenset[int] = frozenset(),
+        deadline_s: float | None = None,
     ) -> Generation:
         """Admit one call: `params.n` sequences for each prompt. Whoever calls this must close the Generation.
 
-        The special tokens in `shown` become part of the text.
+        The special tokens in `shown` become part of the text. After `deadline_s` the call ends with an error.
         """
         if self.draining:
             raise ShuttingDown("the server is shutting down")
@@ -205,7 +210,7 @@ class Server:
             for index, prompt in enumerate(prompts)
             for i in range(params.n)
         ]
-        generation = Generation(self, generation_id, model or self.names[0], requests, params.n, shown)
+        generation = Generation(self, generation_id, model or self.names[0], requests, params.n, shown, deadline_s)
         self._admit(generation)
         return generation
 

@@ -27,6 +27,8 @@ def error_response(
     more = dict(headers or {})
     if isinstance(error, Overloaded):
         more["retry-after"] = str(error.retry_after_s)
+    if error.status == 504:
+        more["x-should-retry"] = "false"  # asking again would take as long
     if isinstance(error, Unauthorized):
         more["www-authenticate"] = "Bearer"
     if error.status in (408, 413):

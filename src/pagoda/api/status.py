@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pagoda.api.replies import StatusReply, VersionReply, Welcome, to_json
+from pagoda.api.replies import ServerInfo, ServerLoad, StatusReply, VersionReply, Welcome, to_json
 from pagoda.api.server import Server
 from pagoda.api.shape import JSON
 
@@ -23,6 +24,17 @@ async def health(server: Server, request: Request) -> Response:
 
 async def version(server: Server, request: Request) -> Response:
     return Response(to_json(VersionReply(version=server.version)), media_type=JSON)
+
+
+async def load(server: Server, request: Request) -> Response:
+    return Response(to_json(ServerLoad(server_load=server.live_calls)), media_type=JSON)
+
+
+async def server_info(server: Server, request: Request) -> Response:
+    """What is served, how, and on what."""
+    engine = msgspec.to_builtins(server.engine.info)
+    reply = ServerInfo(version=server.version, models=list(server.served.names), state=server.state, engine=engine)
+    return Response(to_json(reply), media_type=JSON)
 
 
 async def metrics(server: Server, request: Request) -> Response:

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from pagoda.api.body import ClientGone
 from pagoda.api.dialect import OPENAI, Dialect
-from pagoda.api.generation import Generation, ShuttingDown
+from pagoda.api.generation import DeadlineExceeded, Generation, ShuttingDown
 from pagoda.api.shape import JSON, error_reply
 from pagoda.errors import EngineError, PagodaError
 
@@ -60,9 +60,17 @@ async def until_gone(receive: Receive) -> None:
     raise ClientGone
 
 
-async def until_aborted(aborted: asyncio.Event) -> None:
-    """Raise ShuttingDown when the time to finish running requests is over."""
-    await aborted.wait()
+async def until_over(aborted: asyncio.Event, generation: Generation) -> None:
+    """Raise ShuttingDown when the time to finish running requests is over, DeadlineExceeded when the call's own is."""
+    try:
+        async with asyncio.timeout(generation.time_left_s):
+            await aborted.wait()
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"the answer was not finished within deadline_s, {generation.deadline_s:g} seconds",
+            remedy="Give it more time, or ask for fewer tokens with max_tokens",
+            param="deadline_s",
+        ) from None
     raise ShuttingDown("the server shut down before this request was finished")
 
 
@@ -72,7 +80,7 @@ async def answer(
     """The whole reply of a call that is not streamed; closes its Generation whatever happens."""
     status = 500
     try:
-        body = await attend(work, until_gone(receive), until_aborted(aborted))
+        body = await attend(work, until_gone(receive), until_over(aborted, generation))
         status = 200
         return Response(msgspec.json.encode(body), media_type=JSON)
     except ClientGone:
@@ -128,7 +136,10 @@ class EventStream:
         failure: PagodaError | None = None
         try:
             await attend(
-                self._send_events(send), until_gone(receive), until_aborted(self._aborted), self._keep_alive(send)
+                self._send_events(send),
+                until_gone(receive),
+                until_over(self._aborted, self._generation),
+                self._keep_alive(send),
             )
         except PagodaError as error:
             failure = error
