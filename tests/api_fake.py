@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ class ByteTokenizer:
     bos_token_id = 256
     eos_token_ids = (EOS,)
     special_ids = frozenset(SPECIAL)
+    special_pattern = re.compile("|".join(re.escape(text.decode()) for text in SPECIAL.values()))
     strip_first = False
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:

@@ -156,9 +156,8 @@ def test_what_is_not_here_is_refused(client: Client) -> None:
     assert "text only" in refused(client, "/api/generate", images=["aGk="])
     assert "text only" in refused(client, messages=[{"role": "user", "content": "x", "images": ["aGk="]}])
     assert "JSON schema" in refused(client, format="yaml")
-    for form in ("json", {"type": "object"}):
-        words = refused(client, format=form)
-        assert words.startswith("format: ") and "not yet supported" in words
+    assert refused(client, format={"type": "nothing"}).startswith("format: ")
+    assert refused(client, "/api/generate", format={"type": "nothing"}, raw=True).startswith("format: ")
     assert chat(client, messages=[{"role": "user", "content": "x", "images": []}], format="")["done"]
 
 

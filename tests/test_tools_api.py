@@ -126,29 +126,56 @@ def test_cut_off_in_a_call_is_length() -> None:
     assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"a": 1'
 
 
+def grammar_of(client: Client) -> str:
+    made = client.server.engine
+    assert isinstance(made, FakeEngine)
+    return made.requests[-1].params.grammar
+
+
 @pytest.mark.parametrize(
     "choice",
     [{"type": "function", "function": {"name": "now"}}, {"type": "function", "name": "now"}],
 )
-def test_a_named_function_is_called(choice: dict[str, Any]) -> None:
-    with serving('"zone": "UTC"}}\n</tool_call>', opening="<think>\n") as client:
+def test_a_named_function_is_the_only_one_that_may_be_called(choice: dict[str, Any]) -> None:
+    text = 'All right.\n</think>\n\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    with serving(text, opening="<think>\n") as client:
         reply = client.chat(tools=TOOLS, tool_choice=choice).json()["choices"][0]
-        prompt = prompt_of(client)
+        grammar = grammar_of(client)
         assert client.chat(tools=TOOLS, tool_choice=choice, stream=True).status_code == 200
-        template = client.server.chat_template
-        assert isinstance(template, PlainTemplate) and template.seen[-1]["kwargs"]["enable_thinking"] is False
-    assert prompt.endswith('<think>\n\n</think>\n\n<tool_call>\n{"name": "now", "arguments": {')
-    assert reply["message"]["tool_calls"][0]["function"] == {"name": "now", "arguments": '{"zone": "UTC"}'}
+    assert "now" in grammar and "get_weather" not in grammar and "</think>" in grammar
+    assert reply["message"]["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
     assert (reply["finish_reason"], reply["message"]["content"]) == ("tool_calls", None)
+    assert reply["message"]["reasoning"] == "All right."
 
 
-def test_required_begins_a_call_of_any_function() -> None:
-    with serving('now", "arguments": {}}\n</tool_call>') as client:
-        reply = client.chat(tools=TOOLS, tool_choice="required").json()["choices"][0]
-        assert prompt_of(client).endswith('assistant: <tool_call>\n{"name": "')
-        client.chat(tools=TOOLS[:1], tool_choice="required")
-        assert prompt_of(client).endswith('{"name": "get_weather", "arguments": {')
+def test_required_calls_any_function_and_thinks_only_where_it_may() -> None:
+    with serving('<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>', opening="<think>\n") as client:
+        off = {"chat_template_kwargs": {"enable_thinking": False}}
+        reply = client.chat(tools=TOOLS, tool_choice="required", **off).json()["choices"][0]
+        assert prompt_of(client).endswith("assistant: <think>\n\n</think>\n\n")
+        grammar = grammar_of(client)
+        assert "now" in grammar and "get_weather" in grammar and "think" not in grammar
+        client.chat(tools=TOOLS, tool_choice="required", parallel_tool_calls=False, **off)
+        assert "{0,15}" in grammar and "{0,15}" not in grammar_of(client)
     assert reply["message"]["tool_calls"][0]["function"]["name"] == "now"
+
+
+def test_only_strict_tools_are_watched_when_the_model_decides(client: Client) -> None:
+    client.chat(tools=TOOLS)
+    assert grammar_of(client) == ""
+    strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
+    assert client.chat(tools=strict).status_code == 200
+    assert "free" in grammar_of(client)
+    assert client.chat(tools=strict, tool_choice="none").status_code == 200
+    assert grammar_of(client) == ""
+
+
+def test_an_answer_of_a_given_form_may_be_a_call_instead(client: Client) -> None:
+    client.chat(tools=TOOLS, response_format={"type": "json_object"})
+    grammar = grammar_of(client)
+    assert "calls | @part0" in grammar and "get_weather" in grammar
+    client.chat(tools=TOOLS, tool_choice="none", response_format={"type": "json_object"})
+    assert "get_weather" not in grammar_of(client)
 
 
 @pytest.mark.parametrize(
@@ -167,11 +194,17 @@ def test_wrong_tools_are_refused_by_name(client: Client, fields: dict[str, Any],
     assert (response.status_code, error["param"]) == (400, param) and words in error["message"]
 
 
-def test_an_unknown_family_can_not_be_made_to_call() -> None:
-    with serving("x", "{{ tools }}") as client:
-        error = client.chat(tools=TOOLS, tool_choice="required").json()["error"]
-        assert error["param"] == "tool_choice" and "--tool-call-parser" in error["message"]
-        assert client.chat(tools=TOOLS).json()["choices"][0]["message"]["content"] == "x"
+def test_an_unknown_family_calls_in_the_plain_format() -> None:
+    with serving('<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>', "{{ tools }}") as client:
+        (call,) = client.chat(tools=TOOLS, tool_choice="required").json()["choices"][0]["message"]["tool_calls"]
+        assert call["function"] == {"name": "now", "arguments": "{}"}
+        assert client.chat(tools=TOOLS).json()["choices"][0]["message"]["content"].startswith("<tool_call>")
+
+
+def test_a_tool_whose_schema_is_wrong_is_refused_when_it_is_forced(client: Client) -> None:
+    wrong = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": 1}}}}]
+    error = client.chat(tools=wrong, tool_choice="required").json()["error"]
+    assert error["param"] == "tools" and error["message"].startswith("tools: ")
 
 
 def test_tools_that_the_template_has_no_place_for_are_told_of() -> None:

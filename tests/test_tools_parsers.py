@@ -228,31 +228,6 @@ def test_unknown_formats() -> None:
         find_tool_format("", "nonsense")
 
 
-ALL_NAMES = sorted({name for name, _, _ in GOLDEN})
-
-
-@pytest.mark.parametrize("name", ALL_NAMES)
-def test_a_call_that_was_begun_is_a_call_with_that_name(name: str) -> None:
-    form = find_tool_format("", name)
-    assert form is not None
-    begun = form.opening("get_weather")
-    rest = {
-        "pythonic": 'city="Paris")]',
-        "llama4_pythonic": 'city="Paris")]',
-        "lfm2": 'city="Paris")]',
-        "qwen3_coder": "<parameter=city>\nParis\n</parameter>\n</function>",
-        "glm45": "<arg_key>city</arg_key><arg_value>Paris</arg_value></tool_call>",
-        "minimax_m2": '<parameter name="city">Paris</parameter></invoke></minimax:tool_call>',
-        "openai": '"city": "Paris"}',
-    }.get(name, '"city": "Paris"}}')
-    reader = ReplyReader(find_format("", "none", name), schemas=SCHEMAS, begun=begun)
-    parts = join_parts([*reader.feed(rest), *reader.finish()])
-    assert parts[:2] == [Part("call", "get_weather"), Part("arguments", '{"city": "Paris"}')]
-    assert begun.startswith(form.opening(None))
-    with pytest.raises(BadRequest):
-        form.opening('x"<|im_end|>')
-
-
 def test_schemas_need_names() -> None:
     assert function_schemas([{"function": {"name": "f", "parameters": None}}]) == {"f": {}}
     with pytest.raises(BadRequest, match=r"tools\[1\]"):

@@ -41,6 +41,7 @@ from pagoda.api.sampling import sampling_params
 from pagoda.api.server import Server
 from pagoda.api.shape import JSON
 from pagoda.api.stream import EventStream, Reply, answer
+from pagoda.api.structured import called
 from pagoda.api.turns import new_answer, prepare_turn
 from pagoda.errors import ModelNotFound
 from pagoda.types import Delta
@@ -51,8 +52,9 @@ async def messages(server: Server, request: Request) -> Reply:
     model = _resolve(server, body)
     asked = chat_body(body)
     params = sampling_params(asked, server.default_params, server.vocab_size)
-    turn = await prepare_turn(server, asked)
-    generation = server.start("msg", [turn.prompt], params, model=model, shown=turn.shown)
+    with called("output_config.format"):
+        turn = await prepare_turn(server, asked)
+    generation = server.start("msg", [turn.prompt], turn.limit(params), model=model, shown=turn.shown)
     message = _Message(generation, new_answer(server, turn))
     if body.stream:
         reply: Reply = EventStream(generation, message.events(), server.aborted, ANTHROPIC)

@@ -30,7 +30,7 @@ async def chat_completions(server: Server, request: Request) -> Reply:
     generation = server.start(
         "chatcmpl",
         [turn.prompt],
-        params,
+        turn.limit(params),
         model=model,
         cache_salt=body.cache_salt or "",
         priority=body.priority or 0,

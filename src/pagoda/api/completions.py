@@ -18,6 +18,7 @@ from pagoda.api.replies import CompletionChoice, CompletionLogprobs, CompletionR
 from pagoda.api.sampling import sampling_params
 from pagoda.api.server import Server
 from pagoda.api.stream import EventStream, Reply, answer
+from pagoda.api.structured import plain_grammar
 from pagoda.errors import BadRequest
 from pagoda.types import Delta, SamplingParams, TokenLogprob
 
@@ -26,6 +27,7 @@ async def completions(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), CompletionBody)
     model = server.served.resolve(body.model)
     params = _params(body, server)
+    params = msgspec.structs.replace(params, grammar=await plain_grammar(server, body))
     given = _split(body.prompt)
     server.check_count(len(given) * params.n)
     prompts = [server.truncate(await _ids(server, body, one), body.truncate_prompt_tokens) for one in given]

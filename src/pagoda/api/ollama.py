@@ -35,6 +35,7 @@ from pagoda.api.replies import ChatMessage, to_json
 from pagoda.api.server import Server
 from pagoda.api.shape import JSON
 from pagoda.api.stream import EventStream, Reply, answer
+from pagoda.api.structured import called, plain_grammar
 from pagoda.api.turns import Turn, new_answer, prepare_turn
 from pagoda.errors import BadRequest
 from pagoda.text.reply import ReplyFormat, ReplyReader
@@ -51,7 +52,8 @@ async def chat(server: Server, request: Request) -> Reply:
         return _loaded(server, body, _chat_reply)
     asked = chat_body(server, body, body.messages, body.tools)
     params = params_of(server, asked)
-    turn = await prepare_turn(server, asked)
+    with called("format"):
+        turn = await prepare_turn(server, asked)
     return await _generate(server, request, body, turn, params, ignored, _chat_reply)
 
 
@@ -66,8 +68,11 @@ async def generate(server: Server, request: Request) -> Reply:
     params = params_of(server, asked)
     if body.raw or server.chat_template is None:
         plain = body.prompt if body.raw or not body.system else f"{body.system}\n\n{body.prompt}"
+        with called("format"):
+            params = msgspec.structs.replace(params, grammar=await plain_grammar(server, asked))
         return await _generate(server, request, body, await server.encode(plain), params, ignored, _generate_reply)
-    turn = await prepare_turn(server, asked)
+    with called("format"):
+        turn = await prepare_turn(server, asked)
     return await _generate(server, request, body, turn, params, ignored, _generate_reply)
 
 
@@ -119,7 +124,7 @@ async def _generate(
     """`turn` may be the bare ids of a prompt; then the answer is bare text too."""
     model = server.served.resolve(body.model)
     if isinstance(turn, Turn):
-        generation = server.start("ollama", [turn.prompt], params, model=model, shown=turn.shown)
+        generation = server.start("ollama", [turn.prompt], turn.limit(params), model=model, shown=turn.shown)
         said = new_answer(server, turn)
         ignored = [*ignored, *turn.ignored]
     else:

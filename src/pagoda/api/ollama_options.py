@@ -59,12 +59,7 @@ def chat_body(server: Server, call: OllamaCall, messages: list[dict[str, Any]], 
 
 
 def params_of(server: Server, body: ChatBody) -> SamplingParams:
-    try:
-        return sampling_params(body, {**DEFAULTS, **server.default_params}, server.vocab_size)
-    except BadRequest as error:
-        if error.param != "response_format":
-            raise
-        raise BadRequest(f"format: {error.message}", remedy=error.remedy, param="format") from None
+    return sampling_params(body, {**DEFAULTS, **server.default_params}, server.vocab_size)
 
 
 def ignored_options(call: OllamaCall) -> list[str]:

@@ -42,6 +42,7 @@ from pagoda.api.sampling import sampling_params
 from pagoda.api.server import Server
 from pagoda.api.shape import JSON, error_reply
 from pagoda.api.stream import EventStream, Reply, answer
+from pagoda.api.structured import called
 from pagoda.api.turns import Turn, new_answer, prepare_turn
 from pagoda.errors import ContextLengthExceeded, EngineError, PagodaError
 from pagoda.types import Delta, TokenLogprob
@@ -56,11 +57,12 @@ async def responses(server: Server, request: Request) -> Reply:
     items = [*earlier, *given_items(body)]
     asked = chat_body(body, items)
     params = sampling_params(asked, server.default_params, server.vocab_size)
-    turn = await _turn(server, body, asked)
+    with called("text.format"):
+        turn = await _turn(server, body, asked)
     generation = server.start(
         "resp",
         [turn.prompt],
-        params,
+        turn.limit(params),
         model=model,
         cache_salt=body.cache_salt or "",
         priority=body.priority or 0,

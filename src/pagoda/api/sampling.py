@@ -26,11 +26,6 @@ _WITH_DEFAULT = (
 _AS_GIVEN = ("ignore_eos", "prompt_logprobs", "skip_special_tokens", "include_stop_str_in_output")
 
 _NOT_HERE: tuple[tuple[str, str], ...] = (
-    ("structured_outputs", "structured output is not yet supported"),
-    ("guided_json", "structured output is not yet supported"),
-    ("guided_regex", "structured output is not yet supported"),
-    ("guided_choice", "structured output is not yet supported"),
-    ("guided_grammar", "structured output is not yet supported"),
     ("bad_words", "bad_words is not yet supported; logit_bias can forbid single tokens"),
     ("prompt_embeds", "prompts are text or token ids, not embeddings"),
     ("use_beam_search", "beam search is not supported"),
@@ -72,13 +67,6 @@ def _refuse(body: ChatBody | CompletionBody) -> None:
     for name, why in _NOT_HERE:
         if getattr(body, name):
             raise BadRequest(f"{name}: {why}", param=name)
-    kind = (body.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise BadRequest(f"response_format of type {_short(kind)} is not yet supported", param="response_format")
-
-
-def _short(value: object) -> str:
-    return repr(value)[:40] if isinstance(value, str) else "other than a string"
 
 
 def _max_tokens(body: ChatBody | CompletionBody, defaults: Mapping[str, float | int]) -> int | None:

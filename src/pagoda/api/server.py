@@ -17,9 +17,11 @@ from pagoda.api.generation import Generation, ShuttingDown
 from pagoda.api.metrics import Metrics
 from pagoda.api.names import ServedNames
 from pagoda.api.responses_store import ResponseStore
+from pagoda.engine.grammar_check import GrammarCheck, Words
 from pagoda.errors import BadRequest, ContextLengthExceeded, Overloaded
 from pagoda.observe import log_request
 from pagoda.text.reply import find_format
+from pagoda.text.tokenizer import token_table
 from pagoda.types import Delta, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -101,6 +103,7 @@ class Server:
         self.aborted = asyncio.Event()
         self.metrics = Metrics(self.names[0], lambda: self.engine)
         self.responses = ResponseStore()
+        self.grammars = GrammarCheck(self._words)
         self._special_tokens: dict[frozenset[str], frozenset[int]] = {}
         self._live: set[Generation] = set()
         self._live_sequences = 0
@@ -144,6 +147,11 @@ class Server:
         if self.draining:
             return "shutting down"
         return "ready" if self.engine.ready else "loading"
+
+    def _words(self) -> Words:
+        tokenizer, size = self.tokenizer, self.vocab_size
+        special = sorted(i for i in tokenizer.special_ids if i < size)
+        return token_table(tokenizer, size), special, list(self.eos)
 
     def special_tokens(self, texts: frozenset[str]) -> frozenset[int]:
         """The special tokens among these texts."""
@@ -269,6 +277,7 @@ class Server:
         while self._live and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self.aborted.set()
+        self.grammars.close()
         while self._live and time.monotonic() < deadline + 2:
             await asyncio.sleep(0.02)
 

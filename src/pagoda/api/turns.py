@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -11,9 +11,12 @@ from pagoda.api.answers import Answer
 from pagoda.api.messages import all_kwargs, chat_prompt
 from pagoda.api.protocol import ChatBody
 from pagoda.api.server import Server
+from pagoda.api.structured import answer_part, checked
 from pagoda.errors import BadRequest
-from pagoda.text.reply import TAIL_TOKENS, ReplyReader
-from pagoda.text.tools import Schemas, function_schemas
+from pagoda.text.reply import TAIL_TOKENS, ReplyFormat, ReplyReader
+from pagoda.text.reply_grammar import forced_calls, reply_grammar, wanted_calls
+from pagoda.text.tools import PLAIN_FORMAT, Schemas, function_schemas
+from pagoda.types import SamplingParams
 
 _FORCED = ("required", "any")
 
@@ -22,49 +25,93 @@ _FORCED = ("required", "any")
 class Turn:
     """`schemas`: the functions that may be called, None if none may. `opened`: the answer begins as reasoning.
 
-    `begun` is the beginning of a call that the prompt ends with. `shown` are special tokens to read the answer by.
+    `form` is how the answer is written, `grammar` what it must match. `shown` are special tokens to read it by.
     `ignored` names what the template has no place for.
     """
 
     prompt: list[int]
     schemas: Schemas | None
+    form: ReplyFormat
     opened: bool
-    begun: str
     shown: frozenset[int]
     parallel: bool
+    grammar: str
     ignored: tuple[str, ...]
+
+    def limit(self, params: SamplingParams) -> SamplingParams:
+        """The parameters with what the answer must match."""
+        return msgspec.structs.replace(params, grammar=self.grammar) if self.grammar else params
 
 
 async def prepare_turn(server: Server, body: ChatBody) -> Turn:
     """Render the messages. Raises BadRequest for what the template, the model or the tools do not allow."""
     tools = [tool for tool in body.tools or [] if tool.get("type", "function") == "function"]
     schemas = function_schemas(tools)
-    begun = _begun_call(server, body.tool_choice, schemas)
+    forced = _forced(body.tool_choice, schemas)
     changes: dict[str, Any] = {"tools": tools or None}
-    if begun:  # there is no place for reasoning before a call that the prompt begins
-        off = {"enable_thinking": False, "thinking": False}
+    if forced is not None:  # templates know the words only
         changes["tool_choice"] = "auto"
-        changes["chat_template_kwargs"] = {**(body.chat_template_kwargs or {}), **off}
     body = msgspec.structs.replace(body, **changes)
     prompt = server.truncate(await chat_prompt(server, body), body.truncate_prompt_tokens)
     opened = _is_open(server, body, prompt)
-    more = begun
-    if opened and all_kwargs(server, body).get("enable_thinking") is False and server.format.reasoning is not None:
-        more = server.format.reasoning.closing + begun
+    silent = all_kwargs(server, body).get("enable_thinking") is False
+    if opened and silent and server.format.reasoning is not None:
+        prompt = prompt + server.tokenizer.encode(server.format.reasoning.closing, add_special_tokens=False)
         opened = False
-    if more:
-        prompt = prompt + server.tokenizer.encode(more, add_special_tokens=False)
     callable_ = schemas if schemas and body.tool_choice != "none" else None
-    marks = frozenset(server.format.marks(tools=callable_ is not None))
+    form = server.format
+    if forced is not None and form.tools is None:
+        form = replace(form, tools=PLAIN_FORMAT)
+    marks = frozenset(form.marks(tools=callable_ is not None))
+    thinks = not silent and not body.continue_final_message
     return Turn(
         prompt,
         callable_,
+        form,
         opened,
-        begun,
         server.special_tokens(marks),
         body.parallel_tool_calls,
+        await _grammar(server, body, form, forced, callable_, opened=opened, thinks=thinks),
         ("tools",) if callable_ and not server.format.takes_tools else (),
     )
+
+
+async def _grammar(
+    server: Server,
+    body: ChatBody,
+    form: ReplyFormat,
+    forced: Schemas | None,
+    callable_: Schemas | None,
+    *,
+    opened: bool,
+    thinks: bool,
+) -> str:
+    """What the answer must match: calls, where they are wanted or strict, or what the content must be, or both."""
+    found = answer_part(body, server.tokenizer)
+    calls: list[str] = []
+    free = False
+    field = "tools" if found is None else found[0]
+    if form.tools is not None and callable_ is not None:
+        parallel = body.parallel_tool_calls
+        free = forced is None and found is None and not form.is_harmony and _any_strict(body)
+        if forced is not None:
+            several = parallel and forced is callable_
+            calls = forced_calls(form.tools, forced, server.tokenizer, parallel=several)
+            found = None
+        elif free:
+            calls = wanted_calls(form.tools, callable_, server.tokenizer, parallel=parallel)
+        elif found is not None:
+            calls = forced_calls(form.tools, callable_, server.tokenizer, parallel=parallel)
+    if not calls and found is None:
+        return ""
+    answer = None if found is None else found[1]
+    text = reply_grammar(form, server.tokenizer, answer=answer, calls=calls, free=free, opened=opened, thinks=thinks)
+    return await checked(server, field, text)
+
+
+def _any_strict(body: ChatBody) -> bool:
+    functions = [tool.get("function") for tool in body.tools or []]
+    return any(isinstance(each, dict) and each.get("strict") is True for each in functions)
 
 
 def _is_open(server: Server, body: ChatBody, prompt: list[int]) -> bool:
@@ -77,23 +124,18 @@ def _is_open(server: Server, body: ChatBody, prompt: list[int]) -> bool:
     return form.is_open(server.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False))
 
 
-def _begun_call(server: Server, choice: str | dict[str, Any] | None, schemas: Schemas) -> str:
-    """How the answer has to begin so that it is the wanted call; "" where the model decides."""
+def _forced(choice: str | dict[str, Any] | None, schemas: Schemas) -> Schemas | None:
+    """The functions of which one must be called; None where the model decides."""
     if choice is None or choice in ("none", "auto"):
-        return ""
+        return None
     name = _named(choice)
     if not schemas:
         raise BadRequest("tool_choice asks for a call, but there are no tools", param="tool_choice")
-    if name is not None and name not in schemas:
+    if name is None:
+        return schemas
+    if name not in schemas:
         raise BadRequest(f"tool_choice names {name[:64]!r}, which is not among the tools", param="tool_choice")
-    if server.format.tools is None:
-        raise BadRequest(
-            "tool_choice: a call can't be begun in the model's place, because its chat template does not show how it "
-            "writes calls",
-            remedy="Use tool_choice auto, or start the server with --tool-call-parser NAME",
-            param="tool_choice",
-        )
-    return server.format.tools.opening(next(iter(schemas)) if name is None and len(schemas) == 1 else name)
+    return {name: schemas[name]}
 
 
 def _named(choice: str | dict[str, Any]) -> str | None:
@@ -113,7 +155,6 @@ def _named(choice: str | dict[str, Any]) -> str | None:
 
 def new_answer(server: Server, turn: Turn) -> Answer:
     """A reader for one of the turn's answers."""
-    form = server.format
-    reader = ReplyReader(form, schemas=turn.schemas, opened=turn.opened, begun=turn.begun)
-    short_ids = form.tools is not None and form.tools.short_ids
+    reader = ReplyReader(turn.form, schemas=turn.schemas, opened=turn.opened)
+    short_ids = turn.form.tools is not None and turn.form.tools.short_ids
     return Answer(reader, parallel=turn.parallel, short_ids=short_ids)

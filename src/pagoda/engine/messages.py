@@ -78,6 +78,13 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     exit_code: int
 
 
+class Verdict(msgspec.Struct, frozen=True):
+    """Of the process that tries grammars: one as the engine can compile it, or what is wrong with it."""
+
+    grammar: str = ""
+    error: str = ""
+
+
 ToEngine = Submit | Cancel | Shutdown
 FromEngine = Loading | Ready | Step | LoadFailed
 

@@ -6,8 +6,6 @@ import re
 
 from pagoda.text.parts import Kind, Markers, Part
 
-PREFILL_REQUIRED = "<|channel|>commentary to=functions."
-PREFILL_NAMED = "<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{"
 MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>")
 
 _MESSAGE = "<|message|>"

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagoda.errors import BadRequest
-from pagoda.text.tokenizer import Tokenizer
+from pagoda.text.tokenizer import Tokenizer, token_table
 
 Mask = npt.NDArray[np.uint32]
 
@@ -77,10 +77,6 @@ def load_vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequen
         list(dict.fromkeys((*eos_token_ids, *tokenizer.eos_token_ids))),
         lambda text: tokenizer.encode(text, add_special_tokens=False, parse_special=False),
     )
-
-
-def token_table(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
-    return [tokenizer.token_bytes(i) if i < tokenizer.vocab_size else b"" for i in range(vocab_size)]
 
 
 class Matcher:

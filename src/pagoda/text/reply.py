@@ -38,24 +38,18 @@ class ReplyFormat:
 
 
 class ReplyReader:
-    """Reads one answer. `schemas`: the functions that it may call, None for none; `opened`: it begins as reasoning.
+    """Reads one answer. `schemas`: the functions that it may call, None for none; `opened`: it begins as reasoning."""
 
-    `begun` is how the prompt has begun the answer.
-    """
-
-    def __init__(
-        self, form: ReplyFormat, *, schemas: Schemas | None = None, opened: bool = False, begun: str = ""
-    ) -> None:
+    def __init__(self, form: ReplyFormat, *, schemas: Schemas | None = None, opened: bool = False) -> None:
         self._calls: CallScanner | None = None
         self._splitter: ThinkSplitter | Harmony | None = None
         if form.is_harmony:
             self._splitter = Harmony(tools=schemas is not None)
         else:
-            if form.reasoning is not None and not begun:
+            if form.reasoning is not None:
                 self._splitter = ThinkSplitter(form.reasoning, opened=opened)
             if form.tools is not None and schemas is not None:
                 self._calls = form.tools.scanner(schemas)
-        self._begun = self._read(begun) if begun else []
 
     @property
     def thinking(self) -> bool:
@@ -63,14 +57,12 @@ class ReplyReader:
 
     def feed(self, text: str) -> list[Part]:
         """The parts that are certain with this further text."""
-        begun, self._begun = self._begun, []
-        return join_parts([*begun, *self._read(text)])
+        return join_parts(self._read(text))
 
     def finish(self) -> list[Part]:
         """The parts that were held back when the answer ended."""
-        begun, self._begun = self._begun, []
         parts = self._through_calls([] if self._splitter is None else self._splitter.finish())
-        return join_parts([*begun, *parts, *([] if self._calls is None else self._calls.finish())])
+        return join_parts([*parts, *([] if self._calls is None else self._calls.finish())])
 
     def _read(self, text: str) -> list[Part]:
         if not text:

@@ -115,6 +115,11 @@ class Tokenizer:
         return found
 
 
+def token_table(tokenizer: Tokenizer, size: int) -> list[bytes]:
+    """The bytes of the first `size` ids; b"" for those past the vocabulary, which a padded model has."""
+    return [tokenizer.token_bytes(i) if i < tokenizer.vocab_size else b"" for i in range(size)]
+
+
 def load_tokenizer(model_path: str, metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a model directory or, from its metadata, of a GGUF file."""
     file = Path(model_path) / "tokenizer.json"

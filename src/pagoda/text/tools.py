@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -10,6 +9,7 @@ from typing import Any
 
 from pagoda.errors import BadRequest, ConfigError
 from pagoda.text import harmony
+from pagoda.text.tool_grammar import CallForm
 from pagoda.text.tool_parsers.json_calls import bare_objects, deepseek_call, kimi_call, listed_calls, mistral_calls
 from pagoda.text.tool_parsers.pythonic import pythonic_calls
 from pagoda.text.tool_parsers.reading import Reader
@@ -23,12 +23,10 @@ Schemas = Mapping[str, Mapping[str, Any]]
 class ToolFormat:
     """`blocks`, `noise`, `bare`: see `CallScanner`. `inside`: further special tokens that calls are made of.
 
-    `required` and `named` are how an answer that must be a call begins, of any function or of {name}; a named one
-    goes as far as to make it a call for certain.
+    `written` is how a call is written where a grammar makes the model write one.
     """
 
-    required: str
-    named: str
+    written: CallForm
     blocks: Mapping[str, Reader] = field(default_factory=dict)
     noise: tuple[str, ...] = ()
     inside: tuple[str, ...] = ()
@@ -39,93 +37,103 @@ class ToolFormat:
     def marks(self) -> tuple[str, ...]:
         return (*self.blocks, *self.noise, *self.inside)
 
+    @property
+    def mark(self) -> str | None:
+        """What calls begin with and nothing else does; None: only their whole form tells."""
+        return next((mark for mark in self.marks if self.written.start.startswith(mark)), None)
+
     def scanner(self, schemas: Schemas) -> CallScanner:
         return CallScanner(self.blocks, schemas, noise=self.noise, bare=self.bare)
 
-    def opening(self, name: str | None) -> str:
-        """How an answer begins that must call this function, or any."""
-        if name is None:
-            return self.required
-        if re.fullmatch(r"[\w.:/-]{1,256}", name) is None:
-            raise BadRequest(
-                "the function's name holds characters that a call can't be begun with", param="tool_choice"
-            )
-        return self.named.replace("{name}", name)
+
+_NAME, _ARGUMENTS = '{"name": "', '", "arguments": '
 
 
-def _tagged(required: str, named: str) -> ToolFormat:
-    return ToolFormat(required, named, {"<tool_call>": tagged_call}, noise=("</tool_call>",))
+def _tagged(written: CallForm) -> ToolFormat:
+    return ToolFormat(written, {"<tool_call>": tagged_call}, noise=("</tool_call>",))
+
+
+def _object_list(opening: str, closing: str = "]") -> CallForm:
+    return CallForm(_NAME, _ARGUMENTS, "}", opening + "[", ", ", closing)
 
 
 def _listed(mark: str, *noise: str) -> ToolFormat:
-    begun = mark + '[{"name": "'
-    return ToolFormat(begun, begun + '{name}", "arguments": {', {mark: listed_calls}, noise)
+    return ToolFormat(_object_list(mark, "".join(("]", *noise))), {mark: listed_calls}, noise)
 
 
-def _mistral(required: str, named: str) -> ToolFormat:
-    mark = "[TOOL_CALLS]"
+def _mistral(written: CallForm) -> ToolFormat:
+    return ToolFormat(written, {"[TOOL_CALLS]": mistral_calls}, inside=("[ARGS]", "[CALL_ID]"), short_ids=True)
+
+
+def _deepseek(before: str, between: str, after: str) -> ToolFormat:
+    call, end, last = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"
     return ToolFormat(
-        mark + required, mark + named, {mark: mistral_calls}, inside=("[ARGS]", "[CALL_ID]"), short_ids=True
-    )
-
-
-def _deepseek(required: str, named: str) -> ToolFormat:
-    call = "<｜tool▁call▁begin｜>"
-    return ToolFormat(
-        _DEEPSEEK_CALLS + call + required,
-        _DEEPSEEK_CALLS + call + named,
+        CallForm(call + before, between, after + end, _DEEPSEEK_CALLS, "\n", last),
         {call: deepseek_call},
-        noise=(_DEEPSEEK_CALLS, "<｜tool▁calls▁end｜>", "<｜tool▁call▁end｜>"),
+        noise=(_DEEPSEEK_CALLS, last, end),
         inside=(_DEEPSEEK_SEPARATOR,),
     )
 
 
+def _python_list(opening: str = "", closing: str = "") -> CallForm:
+    return CallForm("", "(", ")", opening + "[", ", ", "]" + closing, "python")
+
+
 _DEEPSEEK_CALLS, _DEEPSEEK_SEPARATOR = "<｜tool▁calls▁begin｜>", "<｜tool▁sep｜>"
-_DEEPSEEK_V3 = "function" + _DEEPSEEK_SEPARATOR
-_KIMI = "<|tool_calls_section_begin|><|tool_call_begin|>functions."
-_NAME = '{"name": "'
+_KIMI_CALLS, _KIMI_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+_HERMES = CallForm("<tool_call>\n" + _NAME, _ARGUMENTS, "}\n</tool_call>")
+_CODER = CallForm(
+    "<tool_call>\n<function=", ">\n", "</function>\n</tool_call>",
+    arguments="tags", key="<parameter=", value=">\n", end="\n</parameter>\n",
+)  # fmt: skip
+_GLM = CallForm(
+    "<tool_call>", "\n", "</tool_call>",
+    arguments="tags", key="<arg_key>", value="</arg_key>\n<arg_value>", end="</arg_value>\n",
+)  # fmt: skip
+_MINIMAX = CallForm(
+    '<invoke name="', '">\n', "</invoke>\n", "<minimax:tool_call>\n", "", "</minimax:tool_call>",
+    "tags", '<parameter name="', '">', "</parameter>\n",
+)  # fmt: skip
+_LLAMA = CallForm(_NAME, '", "parameters": ', "}", separator="; ")
+_KIMI = CallForm(
+    "<|tool_call_begin|>functions.", ":0<|tool_call_argument_begin|>", "<|tool_call_end|>", _KIMI_CALLS, "", _KIMI_END
+)
+_HARMONY = CallForm("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", "", separator="")
 
 _FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
     {
-        "hermes": _tagged("<tool_call>\n" + _NAME, "<tool_call>\n" + _NAME + '{name}", "arguments": {'),
-        "qwen3_coder": _tagged("<tool_call>\n<function=", "<tool_call>\n<function={name}>\n"),
-        "glm45": _tagged("<tool_call>", "<tool_call>{name}\n"),
-        "mistral": _mistral("[" + _NAME, "[" + _NAME + '{name}", "arguments": {'),
-        "mistral_args": _mistral("", "{name}[ARGS]{"),
-        "llama3_json": ToolFormat(
-            _NAME, _NAME + '{name}", "parameters": {', {"<|python_tag|>": bare_objects}, bare=bare_objects
-        ),
-        "pythonic": ToolFormat("[", "[{name}(", bare=pythonic_calls),
+        "hermes": _tagged(_HERMES),
+        "qwen3_coder": _tagged(_CODER),
+        "glm45": _tagged(_GLM),
+        "mistral": _mistral(_object_list("[TOOL_CALLS]")),
+        "mistral_args": _mistral(CallForm("[TOOL_CALLS]", "[ARGS]", "", separator="")),
+        "llama3_json": ToolFormat(_LLAMA, {"<|python_tag|>": bare_objects}, bare=bare_objects),
+        "pythonic": ToolFormat(_python_list(), bare=pythonic_calls),
         "llama4_pythonic": ToolFormat(
-            "[", "[{name}(", {"<|python_start|>": pythonic_calls}, noise=("<|python_end|>",), bare=pythonic_calls
+            _python_list(), {"<|python_start|>": pythonic_calls}, noise=("<|python_end|>",), bare=pythonic_calls
         ),
         "lfm2": ToolFormat(
-            "<|tool_call_start|>[",
-            "<|tool_call_start|>[{name}(",
+            _python_list("<|tool_call_start|>", "<|tool_call_end|>"),
             {"<|tool_call_start|>": pythonic_calls},
             noise=("<|tool_call_end|>",),
         ),
-        "deepseek_v3": _deepseek(_DEEPSEEK_V3, _DEEPSEEK_V3 + "{name}\n```json\n{"),
-        "deepseek_v31": _deepseek("", "{name}" + _DEEPSEEK_SEPARATOR + "{"),
+        "deepseek_v3": _deepseek("function" + _DEEPSEEK_SEPARATOR, "\n```json\n", "\n```"),
+        "deepseek_v31": _deepseek("", _DEEPSEEK_SEPARATOR, ""),
         "kimi_k2": ToolFormat(
             _KIMI,
-            _KIMI + "{name}:0<|tool_call_argument_begin|>{",
             {"<|tool_call_begin|>": kimi_call},
-            noise=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_end|>"),
+            noise=(_KIMI_CALLS, _KIMI_END, "<|tool_call_end|>"),
             inside=("<|tool_call_argument_begin|>",),
         ),
-        "minimax_m2": ToolFormat(
-            '<minimax:tool_call>\n<invoke name="',
-            '<minimax:tool_call>\n<invoke name="{name}">\n',
-            {"<minimax:tool_call>": minimax_calls},
-            noise=("</minimax:tool_call>",),
-        ),
+        "minimax_m2": ToolFormat(_MINIMAX, {"<minimax:tool_call>": minimax_calls}, noise=("</minimax:tool_call>",)),
         "granite": _listed("<|tool_call|>"),
         "jamba": _listed("<tool_calls>", "</tool_calls>"),
         "phi4_mini_json": _listed("functools"),
-        "openai": ToolFormat(harmony.PREFILL_REQUIRED, harmony.PREFILL_NAMED, inside=harmony.MARKS),
+        "openai": ToolFormat(_HARMONY, inside=harmony.MARKS),
     }
 )
+PLAIN_FORMAT = _FORMATS["hermes"]
+"""For models whose templates show none, where a grammar makes them call."""
 _OTHER_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "granite4": "hermes",

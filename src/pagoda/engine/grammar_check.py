@@ -1,0 +1,108 @@
+"""Has grammars tried in a process of its own before the engine sees them: a hostile one kills that process only."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+from asyncio import StreamReader, StreamWriter
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from pagoda.engine.messages import Verdict, frame
+from pagoda.errors import BadRequest
+
+COMMAND = (sys.executable, "-P", "-m", "pagoda.engine.grammar_worker")
+_WALL_S = 120.0  # the worker's own limit is a second on the processor; this one is for a worker that hangs
+_MAX_KEPT_BYTES = 16 << 20
+_TOO_MUCH = "it takes too long or too much memory to compile"
+
+Words = tuple[list[bytes], list[int], list[int]]
+"""The model's tokens, the special ones among them, and those that end an answer."""
+
+
+class _Worker:
+    """One life of the process, and the stream to it."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                command, stdin=theirs.fileno(), stdout=theirs.fileno(), start_new_session=True
+            )
+        self._stream: tuple[StreamReader, StreamWriter] | None = None
+
+    async def tell(self, message: object) -> StreamReader:
+        if self._stream is None:
+            self._stream = await asyncio.open_connection(sock=self._ours)
+        reader, writer = self._stream
+        writer.write(frame(message))
+        await writer.drain()
+        return reader
+
+    async def ask(self, message: object) -> Verdict:
+        reader = await self.tell(message)
+        size = int.from_bytes(await reader.readexactly(4), "big")
+        return msgspec.msgpack.decode(await reader.readexactly(size), type=Verdict)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        if self._stream is None:
+            self._ours.close()
+        else:
+            self._stream[1].close()
+
+
+class GrammarCheck:
+    """One worker, started with the first grammar; what it said is remembered."""
+
+    def __init__(
+        self, words: Callable[[], Words], *, command: Sequence[str] = COMMAND, wall_s: float = _WALL_S
+    ) -> None:
+        self._words = words
+        self._command = tuple(command)
+        self._wall_s = wall_s
+        self._worker: _Worker | None = None
+        self._turn = asyncio.Lock()
+        self._kept: OrderedDict[str, Verdict] = OrderedDict()
+        self._kept_bytes = 0
+
+    async def check(self, grammar: str) -> str:
+        """The grammar as the engine takes it. Raises BadRequest with the reason where it cannot."""
+        async with self._turn:
+            verdict = self._kept.get(grammar)
+            if verdict is None:
+                verdict = await self._ask(grammar)
+                self._keep(grammar, verdict)
+        if verdict.error:
+            raise BadRequest(verdict.error)
+        return verdict.grammar
+
+    async def _ask(self, grammar: str) -> Verdict:
+        try:
+            async with asyncio.timeout(self._wall_s):
+                if self._worker is None:
+                    self._worker = _Worker(self._command)
+                    await self._worker.tell(self._words())
+                return await self._worker.ask(grammar)
+        except (TimeoutError, EOFError, ConnectionError):
+            self.close()
+            return Verdict(error=_TOO_MUCH)
+        except BaseException:  # half an answer would be read as the next one's
+            self.close()
+            raise
+
+    def _keep(self, grammar: str, verdict: Verdict) -> None:
+        self._kept[grammar] = verdict
+        self._kept_bytes += 2 * len(grammar)
+        while self._kept_bytes > _MAX_KEPT_BYTES:
+            self._kept_bytes -= 2 * len(self._kept.popitem(last=False)[0])
+
+    def close(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.end()
