@@ -156,7 +156,7 @@ def test_required_calls_any_function_and_thinks_only_where_it_may() -> None:
         grammar = grammar_of(client)
         assert "now" in grammar and "get_weather" in grammar and "think" not in grammar
         client.chat(tools=TOOLS, tool_choice="required", parallel_tool_calls=False, **off)
-        assert "{0,15}" in grammar and "{0,15}" not in grammar_of(client)
+        assert "{0,7}" in grammar and "{0,7}" not in grammar_of(client)
     assert reply["message"]["tool_calls"][0]["function"]["name"] == "now"
 
 

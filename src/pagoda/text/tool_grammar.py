@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pagoda.text.grammar import ANYTHING, begun_by, inline, json_part, literal, quoted, regex
 from pagoda.text.tokenizer import Tokenizer
 
-MAX_CALLS = 16
+MAX_CALLS = 8
 """In one answer: a small model that may go on would go on for ever."""
 
 _MAX_DEPTH = 8
