@@ -38,6 +38,8 @@ _ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
         "disable_log_requests": (False, "requests are not logged unless --enable-log-requests is given"),
         "disable_log_stats": (False, "no statistics are printed; they are at /metrics"),
         "enable_prompt_tokens_details": (False, "cached tokens are always reported in `usage`"),
+        "structured_outputs_config": (None, "llguidance makes the masks; a grammar begins behind the reasoning"),
+        "guided_decoding_backend": (None, "llguidance makes the masks"),
         "chat_template_content_format": (None, "decided by what the template reads"),
         "response_role": (None, "answers have the role assistant"),
         "model_impl": (None, "there is one implementation of each model"),
@@ -88,10 +90,6 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
             "allowed_local_media_path": None,
             "allowed_media_domains": (),
         },
-    ),
-    (
-        "structured output is not here yet",
-        {"structured_outputs_config": None, "guided_decoding_backend": None},
     ),
     (
         "a model is one revision, and code of models is never run",

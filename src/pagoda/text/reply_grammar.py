@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pagoda.text.grammar import ANYTHING, Part, begun_by, document, literal
+from pagoda.text.grammar import Part, begun_by, document, literal
 from pagoda.text.reply import ReplyFormat
 from pagoda.text.tokenizer import Tokenizer
 from pagoda.text.tool_grammar import call_rules, free_rules
 from pagoda.text.tools import ToolFormat
 
-_HARMONY_THOUGHT = "<|channel|>analysis<|message|>", "<|end|><|start|>assistant"
+_HARMONY_THOUGHT = "<|channel|>analysis<|message|>", "<|end|>", "<|start|>assistant"
 _HARMONY_ANSWER = "<|channel|>final<|message|>"
 
 
@@ -41,8 +41,9 @@ def reply_grammar(
 def _reasoning(form: ReplyFormat, tokenizer: Tokenizer, opened: bool) -> tuple[str, list[str]]:
     """What stands before the answer, and its rules."""
     if form.is_harmony:
-        start, end = (literal(text, tokenizer) for text in _HARMONY_THOUGHT)
-        return "thought*", [f"thought: {start} thoughts {end}", f"thoughts: {ANYTHING}"]
+        start, end, again = _HARMONY_THOUGHT
+        rules = begun_by("thoughts", end, tokenizer)
+        return "thought*", [f"thought: {literal(start, tokenizer)} thoughts {literal(again, tokenizer)}", *rules]
     if form.reasoning is None:
         return "", []
     rules = [*begun_by("thought", form.reasoning.end, tokenizer), r"blank: /[ \n]{1,8}/"]
