@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagoda.backend.torch.kernels import activation, attention, norm, rope
+from pagoda.backend.torch.kernels import matmul as products
 from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight
 from pagoda.types import BLOCK_SIZE
 
@@ -163,6 +164,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def matmul(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [T, in] times the transpose of the weight, plus bias [out], in x's type; sums are float32."""
+    if on_gpu(x) and (done := products.matmul(x, weight)) is not None:
+        return done if bias is None else done + bias
     match weight:
         case Dense():
             y = _product(x, weight.data)
@@ -225,6 +228,8 @@ def quantize_f8(x: Tensor, size: int, scale: Tensor | None = None) -> tuple[Tens
 
 def grouped_matmul(x: Tensor, weight: Weight, starts: Tensor) -> Tensor:
     """Rows starts[e]:starts[e + 1] of x [M, in] times expert e of a weight [experts, out, in]; starts int32 [E + 1]."""
+    if on_gpu(x) and (done := products.grouped(x, weight, starts)) is not None:
+        return done
     bounds = starts.tolist()
     out = x.new_zeros(len(x), weight.rows)
     for e in range(len(bounds) - 1):

@@ -36,10 +36,14 @@ def bucket(rows: int) -> int:
 
 
 @cache
-def choose(kernel: str, *shape: int) -> Tile:
-    """The tile of a kernel for a shape (matrices: outputs, inputs, bucket of rows)."""
-    key = "/".join((kernel, *(str(n) for n in shape)))
-    return _tuned().get(key, DEFAULTS[kernel])
+def measured(kernel: str, *shape: int) -> Tile | None:
+    """The best tile of a kernel for a shape (matrices: outputs, inputs, bucket of rows), where one was measured."""
+    return _tuned().get("/".join((kernel, *(str(n) for n in shape))))
+
+
+def choose(kernel: str) -> Tile:
+    """The tile of a kernel that has one for all shapes."""
+    return measured(kernel) or DEFAULTS[kernel]
 
 
 @cache

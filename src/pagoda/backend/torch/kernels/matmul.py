@@ -1,0 +1,193 @@
+"""Which kernel takes a matrix product: one row, few rows, many rows, rows sorted by expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from pagoda.backend.torch.kernels import product
+from pagoda.backend.torch.kernels.gemv import _gemv
+from pagoda.backend.torch.kernels.launch import block_of
+from pagoda.backend.torch.kernels.norm import FP8, quantize_f8, quantize_rows
+from pagoda.backend.torch.kernels.tuning import Tile, bucket, measured
+from pagoda.backend.torch.kernels.unpack import _unpack
+from pagoda.backend.torch.packs import F8, I8, W4, W8, Dense, Weight
+
+FEW_ROWS = 64
+"""Up to here a quantized weight is unpacked in registers, above once, to floats, for cuBLAS."""
+FEW_ROWS_F8 = 16
+"""Up to here inputs stay floats beside an FP8 weight: making them FP8 costs more than it saves."""
+_UNPACK_BLOCK = 1024
+_NAMES = {Dense: "dense", W4: "w4", W8: "w8", I8: "i8", F8: "f8"}
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A weight as the kernels take it: codes [.., N, K], scale and zero tables, how many inputs share a scale."""
+
+    kind: int
+    name: str
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    group: int  # 0: all inputs of a row
+    n: int
+    k: int
+
+    @property
+    def by_row(self) -> bool:
+        return self.scales.numel() > 1
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """Of one expert's scales."""
+        return (1, self.n) if self.name == "i8" else (self.scales.shape[-2], self.scales.shape[-1])
+
+
+def operand(weight: Weight) -> Operand | None:
+    """None where the kernels do not take it: groups or blocks of odd sizes."""
+    name = _NAMES[type(weight)]
+    match weight:
+        case Dense(data=data):
+            return Operand(0, name, data, data, None, 0, data.shape[-2], data.shape[-1])
+        case I8(codes=codes, scales=scales):
+            return Operand(4, name, codes, scales, None, 0, codes.shape[-2], codes.shape[-1])
+        case F8(codes=codes, scales=scales, block=block):
+            n, k = codes.shape[-2], codes.shape[-1]
+            if block is not None and (block[0] != block[1] or block[0] % 32):
+                return None
+            return Operand(3, name, codes, scales, None, block[1] if block else 0, n, k)
+    n, k = weight.rows, weight.codes.shape[-1] * (2 if isinstance(weight, W4) else 1)
+    groups = weight.scales.shape[-2]
+    if (groups > 1 and (k // groups) % 32) or k % 16:
+        return None
+    return Operand(
+        1 if isinstance(weight, W4) else 2, name, weight.codes, weight.scales, weight.zeros,
+        k // groups if groups > 1 else 0, n, k,
+    )  # fmt: skip
+
+
+def matmul(x: Tensor, weight: Weight) -> Tensor | None:
+    """x [T, in] times the transpose of a weight, in x's type; None where no kernel takes it."""
+    parts = operand(weight)
+    if parts is None:
+        return None
+    order = weight.order if isinstance(weight, W4 | W8) else None
+    x = (x if order is None else x[:, order]).contiguous()
+    if isinstance(weight, Dense):
+        return _dense(x, parts)
+    if isinstance(weight, I8):
+        codes, scales = quantize_rows(x)
+        return tiled(codes, parts, x.dtype, x_scales=scales)
+    if isinstance(weight, F8) and weight.quantize_input and len(x) > FEW_ROWS_F8:
+        return _both_f8(x, weight, parts)
+    if len(x) == 1:
+        return gemv(x, parts)
+    if len(x) <= FEW_ROWS:
+        return tiled(x, parts, x.dtype)
+    return F.linear(x, unpacked(parts, x.dtype))
+
+
+def _dense(x: Tensor, parts: Operand) -> Tensor:
+    """cuBLAS, but where a measurement found a kernel of ours faster."""
+    if len(x) == 1 and (tile := measured("gemv_dense", parts.n, parts.k, 1)):
+        return gemv(x, parts, tile)
+    if len(x) and (tile := measured("dense", parts.n, parts.k, bucket(len(x)))):
+        return tiled(x, parts, x.dtype, tile=tile)
+    return F.linear(x, parts.codes)
+
+
+def _both_f8(x: Tensor, weight: F8, parts: Operand) -> Tensor:
+    codes, scales = quantize_f8(x, parts.group or parts.k, weight.input_scale)
+    if parts.group or not x.is_cuda or parts.n % 16 or parts.k % 16:
+        return tiled(codes, parts, x.dtype, x_scales=scales)
+    # the product of Hopper's own, with a scale for each row on both sides
+    out = weight.scales.expand(parts.n, 1).t().contiguous()
+    half = x.dtype if x.dtype == torch.bfloat16 else torch.bfloat16
+    result = torch._scaled_mm(codes, parts.codes.t(), scales, out, out_dtype=half, use_fast_accum=True)
+    return result.to(x.dtype)
+
+
+def gemv(x: Tensor, parts: Operand, tile: Tile | None = None) -> Tensor:
+    """One row against any weight but I8."""
+    tile = tile or measured(f"gemv_{parts.name}", parts.n, parts.k, 1) or Tile(n=4, k=1024, warps=4, stages=3)
+    codes = parts.codes.view(torch.int32) if parts.name == "w4" else parts.codes
+    out = torch.empty(1, parts.n, dtype=x.dtype, device=x.device)
+    _gemv[(triton.cdiv(parts.n, tile.n),)](
+        x, codes, parts.scales, parts.scales if parts.zeros is None else parts.zeros, out, parts.n, codes.shape[-1],
+        parts.scale_shape[1], KIND=parts.kind, ZERO=parts.zeros is not None, BY_ROW=parts.by_row, GROUP=parts.group,
+        BN=tile.n, BK=min(tile.k, block_of(parts.k)), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def default_tile(rows: int) -> Tile:
+    if rows <= 16:
+        return Tile(m=16, n=32, k=128, warps=4, stages=4)
+    if rows <= 64:
+        return Tile(m=64, n=64, k=64, warps=4, stages=4)
+    return Tile(m=128, n=128, k=64, warps=8, stages=3)
+
+
+def tiled(
+    x: Tensor,
+    parts: Operand,
+    dtype: torch.dtype,
+    *,
+    x_scales: Tensor | None = None,
+    starts: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Rows of x against a weight, or against those of their experts (`starts`)."""
+    rows, experts = len(x), 0 if starts is None else len(starts) - 1
+    each = rows if not experts else -(-rows // experts)
+    tile = tile or measured(parts.name, parts.n, parts.k, bucket(max(1, each))) or default_tile(each)
+    split = 1 if experts else tile.split
+    kind = product.F8_BOTH.value if x.dtype == FP8 else parts.kind
+    # a step along the inputs stays within one group
+    step = min(tile.k, block_of(parts.k, 32), parts.group & -parts.group or tile.k)
+    out = torch.empty(split, rows, parts.n, dtype=torch.float32 if split > 1 else dtype, device=x.device)
+    grid = (rows // tile.m + experts if experts else triton.cdiv(rows, tile.m), triton.cdiv(parts.n, tile.n), split)
+    if rows:
+        product._product[grid](
+            x, parts.codes, parts.scales, parts.scales if parts.zeros is None else parts.zeros,
+            parts.scales if x_scales is None else x_scales, parts.codes if starts is None else starts, out, rows,
+            parts.n, parts.k, parts.codes.shape[-1], *parts.scale_shape, experts, KIND=kind,
+            ZERO=parts.zeros is not None, GROUP=parts.group, EXPERTS=block_of(experts) if experts else 0, SPLIT=split,
+            BM=tile.m, BN=tile.n, BK=step, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return _joined(out, dtype) if split > 1 else out[0]
+
+
+def _joined(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    product._add_parts[(triton.cdiv(out.numel(), 1024),)](
+        parts, out, out.numel(), SPLIT=len(parts), BLOCK=1024, num_warps=4
+    )
+    return out
+
+
+def unpacked(parts: Operand, dtype: torch.dtype) -> Tensor:
+    """The matrix [N, K] as floats."""
+    out = torch.empty(parts.n, parts.k, dtype=dtype, device=parts.codes.device)
+    _unpack[(parts.n, triton.cdiv(parts.k, _UNPACK_BLOCK))](
+        parts.codes, parts.scales, parts.scales if parts.zeros is None else parts.zeros, out, parts.k,
+        parts.scale_shape[1], KIND=parts.kind, ZERO=parts.zeros is not None, BY_ROW=parts.by_row, GROUP=parts.group,
+        BLOCK=_UNPACK_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def grouped(x: Tensor, weight: Weight, starts: Tensor) -> Tensor | None:
+    """See ops.grouped_matmul; None where no kernel takes it."""
+    parts = operand(weight)
+    if parts is None or getattr(weight, "order", None) is not None:
+        return None
+    if isinstance(weight, I8):
+        codes, scales = quantize_rows(x)
+        return tiled(codes, parts, x.dtype, x_scales=scales, starts=starts)
+    return tiled(x.contiguous(), parts, x.dtype, starts=starts)

@@ -1,0 +1,170 @@
+"""Matrix products in Triton: float, 4-bit, 8-bit and FP8 weights, unpacked in registers; one matrix or one per expert.
+
+A tile of the weight is read once for up to 128 rows. Sums run along the inputs in order; where programs share the
+depth (`split`) their parts are added in order, so a row's bits follow from the tile alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+DENSE = tl.constexpr(0)
+W4 = tl.constexpr(1)  # two columns in a byte; scale and zero point by group
+W8 = tl.constexpr(2)  # int8; scale by group, zero point where there is one
+F8 = tl.constexpr(3)  # FP8 against floats; scale for all, by row or by block
+I8 = tl.constexpr(4)  # int8 on both sides; scale by row on both
+F8_BOTH = tl.constexpr(5)  # FP8 on both sides; scale by block on both
+
+
+@triton.jit
+def _nibbles(values: tl.tensor, like: tl.tensor) -> tl.tensor:
+    """Whole numbers 0 to 15 as floats: the bits of 128 + value are those of 128, or'ed, which is no conversion."""
+    if like.dtype == tl.bfloat16:
+        bits = (values.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
+        out = bits - tl.full(bits.shape, 128.0, tl.bfloat16)
+    else:
+        out = values.to(tl.float32).to(like.dtype)
+    return out
+
+
+@triton.jit
+def _depth(
+    acc: tl.tensor,
+    x: tl.tensor,
+    weight: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    k0: tl.tensor,
+    zero: tl.tensor,
+    K: tl.tensor,
+    pitch: tl.tensor,
+    KIND: tl.constexpr,
+    ZERO: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+) -> tl.tensor:
+    """acc + the product of rows of x and the codes of outputs (`columns`), from input k0 on."""
+    k = k0 + tl.arange(0, BK)
+    values = tl.load(x + rows[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+    if KIND == W4:
+        even, odd = tl.split(tl.reshape(values, (BM, BK // 2, 2)))
+        byte = k0 // 2 + tl.arange(0, BK // 2)
+        packed = tl.load(weight + columns[:, None] * pitch + byte[None, :], mask=(byte < pitch)[None, :], other=0)
+        low, high = _nibbles(packed & 15, even), _nibbles(packed >> 4, even)
+        low, high = low - zero.to(even.dtype)[:, None], high - zero.to(even.dtype)[:, None]
+        acc = tl.dot(even, tl.trans(low), acc, input_precision="ieee")
+        acc = tl.dot(odd, tl.trans(high), acc, input_precision="ieee")
+    else:
+        codes = tl.load(weight + columns[None, :] * pitch + k[:, None], mask=(k < K)[:, None], other=0.0)
+        if KIND == I8:
+            acc = tl.dot(values, codes, acc, out_dtype=tl.int32)
+        elif KIND == F8_BOTH:
+            acc = tl.dot(values, codes, acc)
+        else:
+            if KIND != DENSE:
+                codes = codes.to(values.dtype)
+            if ZERO:
+                codes = codes - zero.to(values.dtype)[None, :]
+            acc = tl.dot(values, codes, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _rows_of(
+    starts: tl.tensor, tile: tl.tensor, rows: tl.tensor, experts: tl.tensor, EXPERTS: tl.constexpr, BM: tl.constexpr
+) -> Any:
+    """The expert of a tile of rows (0 where there is one matrix), its first row, and where its rows end.
+
+    Expert e owns the tiles from starts[e] // BM + e on: enough of them, however the rows fall.
+    """
+    expert, begin, end = tile * 0, tile * BM, rows
+    if EXPERTS:
+        each = tl.arange(0, EXPERTS)
+        bounds = tl.load(starts + each, mask=each < experts, other=1 << 30) // BM + each
+        expert = tl.sum((bounds <= tile).to(tl.int32), axis=0) - 1
+        start = tl.load(starts + expert)
+        begin, end = start + (tile - start // BM - expert) * BM, tl.load(starts + expert + 1)
+    return expert.to(tl.int64), begin, end
+
+
+@triton.jit
+def _scale_of(
+    table: tl.tensor, line: tl.tensor, at: tl.tensor, columns: tl.tensor, KIND: tl.constexpr, GROUP: tl.constexpr
+) -> tl.tensor:
+    """The scales of outputs for group or block `at` of the inputs."""
+    if KIND == F8 or KIND == F8_BOTH:
+        place = line // GROUP * columns + at
+    else:
+        place = at * columns + line
+    return tl.load(table + place).to(tl.float32)
+
+
+@triton.jit
+def _product(
+    x: tl.tensor,
+    weight: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    x_scales: tl.tensor,
+    starts: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    pitch: tl.tensor,
+    table_rows: tl.tensor,
+    columns: tl.tensor,
+    experts: tl.tensor,
+    KIND: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+) -> None:
+    """out[part, rows, N] = x [rows, K] times the transpose of weight [experts, N, K], whose rows are `pitch` long.
+
+    `scales` is [experts, table_rows, columns]. GROUP is how many inputs share a scale: 0 means all of them.
+    """
+    part = tl.program_id(2)
+    expert, begin, end = _rows_of(starts, tl.program_id(0), rows, experts, EXPERTS, BM)
+    if begin < end:
+        m, n = begin + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+        row, line = tl.minimum(m, end - 1).to(tl.int64), tl.minimum(n, N - 1).to(tl.int64)
+        matrix, table = weight + expert * N * pitch, scales + expert * table_rows * columns
+        points, zero = zeros + expert * table_rows * columns, tl.zeros((BN,), tl.float32)
+        total = tl.zeros((BM, BN), tl.int32 if KIND == I8 else tl.float32)
+        depth = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
+        for k0 in range(part * depth, tl.minimum(part * depth + depth, K), BK):
+            at = k0 // GROUP if GROUP else 0
+            if ZERO:
+                zero = tl.load(points + at * columns + line).to(tl.float32)
+            if GROUP:
+                now = tl.zeros((BM, BN), tl.float32)
+                now = _depth(now, x, matrix, row, line, k0, zero, K, pitch, KIND, ZERO, BM, BK)
+                if KIND == F8_BOTH:
+                    now *= tl.load(x_scales + row * columns + at)[:, None]
+                total += now * _scale_of(table, line, at, columns, KIND, GROUP)[None, :]
+            else:
+                total = _depth(total, x, matrix, row, line, k0, zero, K, pitch, KIND, ZERO, BM, BK)
+        result = total.to(tl.float32)
+        if GROUP == 0 and (KIND == I8 or KIND == F8_BOTH):
+            result *= tl.load(x_scales + row)[:, None]
+        if GROUP == 0 and KIND != DENSE:
+            result *= tl.load(table + (line if table_rows * columns > 1 else line * 0)).to(tl.float32)[None, :]
+        place = (part * rows + m).to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(out + place, result.to(out.dtype.element_ty), mask=(m < end)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _add_parts(parts: tl.tensor, out: tl.tensor, size: tl.tensor, SPLIT: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(SPLIT):
+        total += tl.load(parts + part * size + at, mask=at < size, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)

@@ -1,0 +1,42 @@
+"""Quantized matrices back to floats in Triton: what a product of many rows begins with, cuBLAS does the rest."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pagoda.backend.torch.kernels.product import F8, W4
+
+
+@triton.jit
+def _unpack(
+    weight: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    out: tl.tensor,
+    K: tl.tensor,
+    scale_columns: tl.tensor,
+    KIND: tl.constexpr,
+    ZERO: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    n = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < K
+    group = k // GROUP if GROUP else k * 0
+    if KIND == W4:
+        pair = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+        packed = tl.load(weight + n * (K // 2) + pair, mask=pair * 2 < K, other=0)
+        codes = tl.interleave(packed & 15, packed >> 4).to(tl.float32)
+    else:
+        codes = tl.load(weight + n * K + k, mask=inside, other=0.0).to(tl.float32)
+    if KIND == F8:
+        row = (n // GROUP if GROUP else n) if BY_ROW else n * 0
+        scale = tl.load(scales + row * scale_columns + group, mask=inside, other=0.0)
+    else:
+        scale = tl.load(scales + group * scale_columns + n, mask=inside, other=0.0)
+    if ZERO:
+        codes -= tl.load(zeros + group * scale_columns + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + n * K + k, (codes * scale.to(tl.float32)).to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,104 @@
+"""The Triton matrix products against plain PyTorch: each kind of weight, one row, few and many, experts, tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pagoda.backend.torch import ops
+from pagoda.backend.torch.kernels import matmul
+from pagoda.backend.torch.kernels.tuning import Tile
+from pagoda.backend.torch.packs import F8, FP8, I8, W8, Dense, Weight, pack_w4
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fp8(*shape: int) -> torch.Tensor:
+    return (torch.randint(-15, 16, shape, device=DEVICE) / 8).to(FP8)
+
+
+def scales(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, device=DEVICE) + 0.5
+
+
+def codes(low: int, high: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randint(low, high, shape, device=DEVICE).to(dtype)
+
+
+def weights(n: int, k: int, *experts: int) -> dict[str, Weight]:
+    groups = (*experts, k // 32, n)
+    eight = (*experts, n, k)
+    four = codes(0, 16, *eight, dtype=torch.uint8)
+    return {
+        "dense": Dense(torch.randn(*experts, n, k, device=DEVICE)),
+        "w4": pack_w4(four, scales(*groups), codes(0, 16, *groups, dtype=torch.float)),
+        "w4 by row": pack_w4(four, scales(*experts, 1, n), scales(*experts, 1, n)),
+        "w8": W8(codes(-127, 128, *eight, dtype=torch.int8), scales(*groups)),
+        "w8 zeros": W8(codes(-127, 128, *eight, dtype=torch.int8), scales(*groups), scales(*groups)),
+        "i8": I8(codes(-127, 128, *eight, dtype=torch.int8), scales(*experts, n)),
+        "f8 tensor": F8(fp8(*eight), scales(*experts, 1, 1), quantize_input=False),
+        "f8 row": F8(fp8(*eight), scales(*experts, n, 1), quantize_input=False),
+        "f8 block": F8(fp8(*eight), scales(*experts, -(-n // 32), k // 32), block=(32, 32), quantize_input=False),
+    }
+
+
+KINDS = list(weights(16, 64))
+
+
+def close(got: torch.Tensor | None, wanted: torch.Tensor) -> None:
+    assert got is not None
+    torch.testing.assert_close(got.float(), wanted.float(), rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("kind", KINDS)
+def test_product(kind: str, rows: int) -> None:
+    weight, x = weights(40, 96)[kind], torch.randn(rows, 96, device=DEVICE)
+    close(matmul.matmul(x, weight), ops.matmul(x, weight))
+
+
+@pytest.mark.parametrize("kind", ["dense", "w4", "i8", "f8 block"])
+def test_parts_of_the_depth_are_added(kind: str) -> None:
+    weight, x = weights(40, 160)[kind], torch.randn(5, 160, device=DEVICE)
+    parts, tile = matmul.operand(weight), Tile(m=16, n=32, k=32, split=2)
+    assert parts is not None
+    if isinstance(weight, I8):
+        quantized, by_row = ops.quantize_rows(x)
+        close(matmul.tiled(quantized, parts, x.dtype, x_scales=by_row, tile=tile), ops.matmul(x, weight))
+    else:
+        close(matmul.tiled(x, parts, x.dtype, tile=tile), ops.matmul(x, weight))
+
+
+def test_one_row_of_a_float_matrix() -> None:
+    weight, x = weights(40, 96)["dense"], torch.randn(1, 96, device=DEVICE)
+    parts = matmul.operand(weight)
+    assert parts is not None
+    close(matmul.gemv(x, parts), ops.matmul(x, weight))
+
+
+@pytest.mark.parametrize("kind", ["f8 tensor", "f8 row", "f8 block"])
+def test_fp8_on_both_sides(kind: str) -> None:
+    stored = weights(40, 64)[kind]
+    assert isinstance(stored, F8)
+    weight = F8(stored.codes, stored.scales, stored.block)
+    x = torch.randint(-15, 16, (20, 64), device=DEVICE) / 8
+    x[:, ::32] = 1.75
+    close(matmul.matmul(x, weight), ops.matmul(x, weight))
+
+
+def test_columns_in_act_order() -> None:
+    plain = weights(40, 96)["w4"]
+    weight = type(plain)(plain.codes, plain.scales, plain.zeros, torch.randperm(96, device=DEVICE))  # type: ignore[union-attr, call-arg]
+    x = torch.randn(3, 96, device=DEVICE)
+    close(matmul.matmul(x, weight), ops.matmul(x, weight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_by_expert(kind: str) -> None:
+    weight = weights(40, 64, 4)[kind]
+    x, starts = torch.randn(30, 64, device=DEVICE), torch.tensor([0, 3, 3, 24, 30], dtype=torch.int32, device=DEVICE)
+    close(matmul.grouped(x, weight, starts), ops.grouped_matmul(x, weight, starts))
+
+
+def test_odd_groups_are_left_to_others() -> None:
+    assert matmul.operand(W8(codes(-9, 9, 8, 48, dtype=torch.int8), scales(2, 8))) is None
