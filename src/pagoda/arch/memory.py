@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from pagoda.arch.spec import Layer, ModelSpec
@@ -12,8 +13,8 @@ from pagoda.errors import MemoryShort
 from pagoda.types import BLOCK_SIZE
 from pagoda.weights.source import Tensor
 
-KvType = Literal["float32", "float16", "int8"]
-"""How keys and values are kept; int8 has an f16 scale for each KV_GROUP values of a head."""
+KvType = Literal["float32", "float16", "int8", "fp8"]
+"""How keys and values are kept (float16: any 16 bits); int8 has an f16 scale for each KV_GROUP values of a head."""
 
 KV_GROUP = 32
 AUTO_CACHE_BYTES = 4 << 30
@@ -60,7 +61,7 @@ def kv_bytes_per_block(spec: ModelSpec, kv_type: KvType = "float16") -> int:
 def _head_bytes(head_dim: int, kv_type: KvType) -> int:
     if kv_type == "int8":
         return head_dim + 2 * -(-head_dim // KV_GROUP)
-    return head_dim * (2 if kv_type == "float16" else 4)
+    return head_dim * {"float32": 4, "float16": 2, "fp8": 1}[kv_type]
 
 
 def weight_bytes(bound: Mapping[str, Tensor]) -> int:
@@ -105,8 +106,13 @@ def fit(
     weight_bytes: int,
     activation_bytes: int,
     kv_type: KvType = "float16",
+    used_bytes: int = 0,
+    used_by: str = "",
 ) -> int:
     """The number of cache blocks to take, at most what all requests together can fill.
+
+    The share is one of `free_bytes`; of it `used_bytes` are held already (a GPU, where the share is one of the whole),
+    and `used_by` says by whom.
 
     MemoryShort, with what would fit, if not one request of `max_model_len` tokens fits. The model's own maximum is
     the exception: it stands for "auto" too, so fewer blocks are returned and the engine serves shorter contexts.
@@ -114,7 +120,8 @@ def fit(
     one request needs more: old prefixes fill whatever it may take.
     """
     share = DEFAULT_SHARE if limits.memory_share is None else limits.memory_share
-    left_bytes = int(free_bytes * share) - weight_bytes - activation_bytes
+    pool = _Pool(free_bytes, share, used_bytes, used_by)
+    left_bytes = pool.usable_bytes - weight_bytes - activation_bytes
     fitting = blocks_that_fit(spec, left_bytes, kv_type)
     one, everyone = blocks_for(limits.max_model_len), limits.max_num_seqs * blocks_for(limits.max_model_len)
     if spec.encoder is not None:
@@ -143,23 +150,41 @@ def fit(
     }
     if spec.encoder is None:
         need[f"a KV cache of {blocks * BLOCK_SIZE} tokens"] = blocks * kv_bytes_per_block(spec, kv_type)
-    raise _short(limits, need, free_bytes, share, fitting)
+    raise _short(limits, need, pool, fitting)
 
 
-def _short(limits: Limits, need: Mapping[str, int], free_bytes: int, share: float, fitting: int) -> MemoryShort:
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """Memory of which a share may be used, less what is held already."""
+
+    total_bytes: int
+    share: float
+    used_bytes: int
+    used_by: str
+
+    @property
+    def usable_bytes(self) -> int:
+        return max(0, int(self.total_bytes * self.share) - self.used_bytes)
+
+    def __str__(self) -> str:
+        held = f" of the GPU, of which {self.used_by}" if self.used_by else " that is free"
+        return (
+            f"{size_text(self.usable_bytes)} may be used, {self.share:.0%} of the {size_text(self.total_bytes)}{held}"
+        )
+
+
+def _short(limits: Limits, need: Mapping[str, int], pool: _Pool, fitting: int) -> MemoryShort:
     total = sum(need.values())
     parts = ", ".join(f"{size_text(size)} for {name}" for name, size in need.items())
-    message = (
-        f"the model needs {size_text(total)} of memory ({parts}); "
-        f"{size_text(int(free_bytes * share))} may be used, {share:.0%} of the {size_text(free_bytes)} that is free"
-    )
+    message = f"the model needs {size_text(total)} of memory ({parts}); {pool}"
     cures = _length(fitting, limits)
     if fitting and limits.num_blocks is not None:
         cures.append(f"--num-gpu-blocks-override {fitting}")
     elif fitting and limits.kv_cache_bytes is not None:
         cures.append("a smaller --kv-cache-memory-bytes")
-    needed_share = math.ceil(100 * total / free_bytes) / 100 if free_bytes else math.inf
-    if share < needed_share <= MOST_SHARE:
+    held = total + pool.used_bytes
+    needed_share = math.ceil(100 * held / pool.total_bytes) / 100 if pool.total_bytes else math.inf
+    if pool.share < needed_share <= MOST_SHARE:
         cures.append(f"--gpu-memory-utilization {needed_share:.2f}")
     hopeless = ["a smaller model", "a smaller quantization of this one", "fewer --max-num-batched-tokens"]
     return MemoryShort(message, remedy=_any_of(cures or hopeless))

@@ -19,13 +19,20 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class MadeTensor(Tensor):
-    """A tensor whose data is made each time it is read, and not kept: a model is converted one matrix at a time."""
+    """A tensor whose data is made each time it is read, and not kept: a model is converted one matrix at a time.
 
-    __slots__ = ("_make",)
+    `origin` is what it is made from, for backends that can take that as it is.
+    """
+
+    __slots__ = ("_make", "origin")
     _make: Callable[[], Bytes]
+    origin: object
 
-    def __init__(self, name: str, shape: tuple[int, ...], type: str, make: Callable[[], Bytes]) -> None:
-        for field, value in (("name", name), ("shape", shape), ("type", type), ("_make", make)):
+    def __init__(
+        self, name: str, shape: tuple[int, ...], type: str, make: Callable[[], Bytes], origin: object = None
+    ) -> None:
+        parts = (("name", name), ("shape", shape), ("type", type), ("_make", make), ("origin", origin))
+        for field, value in parts:
             object.__setattr__(self, field, value)
 
     @property
@@ -57,7 +64,22 @@ class Grouped:
         blocks = self.group_of.reshape(-1, BLOCK)
         whole = self.scales.type == "F16" and bool((blocks == blocks[:, :1]).all())
         type = {4: "U4G", 8: "U8G"}[self.bits] if whole else "F32"
-        return MadeTensor(self.name, self.shape, type, partial(_blocks if whole else _floats, self))
+        return MadeTensor(self.name, self.shape, type, partial(_blocks if whole else _floats, self), self)
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Matrices of one shape and type as one tensor with a leading axis: the experts of a layer."""
+
+    parts: tuple[Tensor, ...]
+
+    def tensor(self, name: str) -> Tensor:
+        first = self.parts[0]
+        return MadeTensor(name, (len(self.parts), *first.shape), first.type, partial(_stacked, self.parts), self)
+
+
+def _stacked(parts: tuple[Tensor, ...]) -> Bytes:
+    return np.concatenate([part.data for part in parts])
 
 
 def _blocks(m: Grouped) -> Bytes:

@@ -1,0 +1,148 @@
+"""From a stored matrix to a weight on the device: in its own bits where the kernels have them, else in floats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pagoda.backend.torch import gguf
+from pagoda.backend.torch.join import stacked
+from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight, pack_w4
+from pagoda.weights.fp8 import Scaled
+from pagoda.weights.ggml import dequantize
+from pagoda.weights.grouped import Grouped, MadeTensor, Stacked
+from pagoda.weights.source import Tensor as Stored
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHUNK_BYTES = 32 << 20
+INT4_GROUP = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where weights go and what they become. `fp8_inputs`: products of FP8 on both sides can run there."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quantization: str | None = None
+    fp8_inputs: bool = True
+
+    @property
+    def scale_type(self) -> torch.dtype:
+        """Scales and zero points of groups: at least as exact as what is computed with them."""
+        return torch.float32 if self.dtype == torch.float32 else torch.float16
+
+
+def is_product(slot: str, tensor: Stored) -> bool:
+    """True of what a product takes in its own bits: the matrices of the layers, and the head of its own."""
+    return len(tensor.shape) > 1 and slot != "embed" and not slot.endswith(".router")
+
+
+class Converter:
+    """Sends stored tensors to the device, through a pinned buffer where that is a GPU. One for each thread."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        pinned = target.device.type == "cuda"
+        self._staging = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=True) if pinned else None
+
+    def send(self, data: npt.NDArray[np.uint8]) -> Tensor:
+        """The bytes, flat, on the device."""
+        flat = data.reshape(-1).view(np.uint8)
+        out = torch.empty(flat.nbytes, dtype=torch.uint8, device=self.target.device)
+        if self._staging is None:
+            out.numpy()[:] = flat
+            return out
+        for first in range(0, flat.nbytes, _CHUNK_BYTES):
+            part = flat[first : first + _CHUNK_BYTES]
+            self._staging.numpy()[: part.nbytes] = part
+            out[first : first + part.nbytes].copy_(self._staging[: part.nbytes], non_blocking=True)
+            torch.cuda.current_stream().synchronize()
+        return out
+
+    def floats(self, tensor: Stored, dtype: torch.dtype) -> Tensor:
+        """The values of any tensor."""
+        kind = tensor.type
+        if kind in FLOATS:
+            return self.send(tensor.data).view(FLOATS[kind]).reshape(tensor.shape).to(dtype)
+        return self.send(dequantize(tensor).view(np.uint8)).view(torch.float32).reshape(tensor.shape).to(dtype)
+
+    def weight(self, tensor: Stored) -> Weight:
+        """A matrix that a product takes."""
+        origin = tensor.origin if isinstance(tensor, MadeTensor) else None
+        if isinstance(origin, Stacked):
+            return stacked([self.weight(part) for part in origin.parts])
+        if isinstance(origin, Grouped) and (packed := self._grouped(origin)) is not None:
+            return packed
+        if isinstance(origin, Scaled):
+            return self._scaled(origin)
+        if tensor.type in gguf.DECODERS:
+            rows = self.send(tensor.data).reshape(*tensor.shape[:-1], -1)
+            return gguf.weight(tensor.type, rows, self.target.scale_type)
+        return self._quantized(self.floats(tensor, self.target.dtype))
+
+    def _grouped(self, m: Grouped) -> Weight | None:
+        """None where the groups are of different sizes."""
+        groups, inputs = m.scales.shape[0], m.shape[1]
+        if inputs % groups or (np.bincount(m.group_of, minlength=groups) != inputs // groups).any():
+            return None
+        codes = self.send(m.codes()).reshape(*m.shape[:1], inputs // 32, -1)
+        if m.bits == 4:
+            codes = torch.cat((codes & 15, codes >> 4), dim=-1)
+        codes = codes.reshape(m.shape)
+        order = None
+        if (np.diff(m.group_of) < 0).any():
+            order = torch.from_numpy(np.argsort(m.group_of, kind="stable")).to(self.target.device)
+            codes = codes[:, order]
+        kind = self.target.scale_type
+        scales = self.floats(m.scales, kind)
+        zeros = self.send(m.zeros()).reshape(scales.shape)
+        if m.bits == 4:
+            return pack_w4(codes, scales, zeros.to(kind), order)
+        centred = (zeros.to(torch.int16) - 128).to(kind)
+        return W8((codes ^ 128).view(torch.int8), scales, centred if bool(centred.any()) else None, order)
+
+    def _scaled(self, m: Scaled) -> Weight:
+        codes = self.send(m.codes.data).view(FP8).reshape(m.codes.shape)
+        scales = self.floats(m.scales, torch.float32)
+        scale = None if m.input_scale is None else self.floats(m.input_scale, torch.float32).reshape(())
+        return F8(codes, scales, m.block, scale, self.target.fp8_inputs)
+
+    def _quantized(self, values: Tensor) -> Weight:
+        match self.target.quantization:
+            case "int8":
+                return make_i8(values)
+            case "int4" if values.shape[-1] % INT4_GROUP == 0:
+                return make_w4(values, self.target.scale_type)
+            case "fp8":
+                return make_f8(values, self.target.fp8_inputs)
+        return Dense(values)
+
+
+def make_i8(values: Tensor) -> I8:
+    """One scale for each output: the largest magnitude is 127."""
+    exact = values.float()
+    scales = exact.abs().amax(-1).clamp_min(1e-10) / 127
+    return I8((exact / scales.unsqueeze(-1)).round().to(torch.int8), scales)
+
+
+def make_w4(values: Tensor, kind: torch.dtype) -> W4:
+    """Codes 0 to 15 from the least to the largest value of each group."""
+    grouped = torch.unflatten(values.float(), -1, (-1, INT4_GROUP))
+    low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+    scales = ((high - low) / 15).clamp_min(1e-7).to(kind)
+    zeros = (-low / scales.float()).round().clamp(0, 15)
+    codes = (grouped / scales.float().unsqueeze(-1)).round() + zeros.unsqueeze(-1)
+    packed = codes.clamp(0, 15).to(torch.uint8).flatten(-2)
+    return pack_w4(packed, scales.transpose(-1, -2).contiguous(), zeros.to(kind).transpose(-1, -2).contiguous())
+
+
+def make_f8(values: Tensor, quantize_input: bool) -> F8:
+    """One scale for each output: the largest magnitude is 448."""
+    exact = values.float()
+    scales = exact.abs().amax(-1, keepdim=True).clamp_min(1e-10) / FP8_MAX
+    return F8((exact / scales).to(FP8), scales, quantize_input=quantize_input)

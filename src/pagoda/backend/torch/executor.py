@@ -1,0 +1,219 @@
+"""The PyTorch executor: loads a model onto a GPU (or, in tests, a CPU), sizes its cache, runs each step there."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from pagoda.arch import memory
+from pagoda.arch.registry import bind
+from pagoda.arch.sharding import activation_bytes
+from pagoda.arch.spec import ModelSpec
+from pagoda.backend.base import Capacity, Done, Limits, Pending, Progress
+from pagoda.backend.torch.answer import Chosen, choose, fetch
+from pagoda.backend.torch.convert import Target
+from pagoda.backend.torch.device import Device, Room, choose_dtype, open_device, room
+from pagoda.backend.torch.load import Loader
+from pagoda.backend.torch.model import Decoder, KvCache
+from pagoda.backend.torch.packs import FP8
+from pagoda.backend.torch.size import weight_bytes
+from pagoda.backend.torch.split import joined, part
+from pagoda.backend.torch.upload import upload
+from pagoda.config import KV_EIGHT_BITS
+from pagoda.errors import EngineError
+from pagoda.types import BLOCK_SIZE, StepPlan, StepResult
+from pagoda.weights.source import TensorSource
+
+_log = logging.getLogger(__name__)
+
+
+class Running:
+    """A step that the device works on."""
+
+    def __init__(self, plan: StepPlan, pieces: list[Chosen]) -> None:
+        self._plan, self._pieces = plan, pieces
+
+    def wait(self) -> StepResult:
+        try:
+            return fetch(self._plan, self._pieces)
+        except torch.AcceleratorError as error:
+            raise device_lost(self._plan) from error
+
+
+class TorchExecutor:
+    """See backend.base.Executor. `launch` queues the work on the device; `wait` fetches what came of it."""
+
+    def __init__(self, decoder: Decoder, capacity: Capacity, device: Device) -> None:
+        self.decoder = decoder
+        self.capacity = capacity
+        self._device = device
+        self._most_tokens: int | None = None
+
+    @classmethod
+    def load(
+        cls,
+        spec: ModelSpec,
+        source: TensorSource,
+        limits: Limits,
+        progress: Progress | None = None,
+        *,
+        cuda: bool = True,
+    ) -> TorchExecutor:
+        """Raises ConfigError (no GPU), ModelError, or, before any weight is read, MemoryShort."""
+        device = open_device(cuda)
+        dtype = choose_dtype(limits.dtype, source.config, device)
+        target = Target(device.device, dtype, limits.quantization, device.fp8)
+        kv_type = FP8 if limits.kv_cache_dtype in KV_EIGHT_BITS else dtype
+        tensors = bind(spec, source)
+        space = room(device, limits.memory_share)
+        stored, work = weight_bytes(tensors, target), activation_bytes(spec, limits, 1, dtype.itemsize)
+        blocks = fitting(spec, limits, space, stored, work, kv_type)
+        decoder = Loader(spec, tensors, target).decoder(limits.max_model_len, progress)
+        if device.is_gpu:
+            stored, work = measured(decoder, limits, device, kv_type)
+            blocks = fitting(spec, limits, space, stored, work, kv_type)
+        decoder.caches = make_caches(spec, blocks, kv_type, device.device)
+        kv_bytes = blocks * memory.kv_bytes_per_block(spec, kv_kind(kv_type))
+        name = f"{'cuda' if device.is_gpu else 'torch'} ({device.name}, {str(dtype).removeprefix('torch.')})"
+        return cls(decoder, Capacity(blocks, stored, kv_bytes, work, name), device)
+
+    def launch(self, plan: StepPlan) -> Pending:
+        try:
+            with torch.inference_mode():
+                return self._launch(plan)
+        except torch.AcceleratorError as error:
+            raise device_lost(plan) from error
+        except torch.OutOfMemoryError as error:
+            _log.exception("step %d: no memory for one token", plan.step)
+            raise EngineError("the GPU has no memory left for this step") from error
+        except (IndexError, ValueError, RuntimeError) as error:
+            # the libraries' own words are for the log: the text of an EngineError reaches clients
+            _log.exception("step %d failed", plan.step)
+            raise EngineError("the step failed") from error
+
+    def _launch(self, plan: StepPlan) -> Pending:
+        """The step whole, or where the memory does not suffice in halves; steps are never that large again."""
+        count = len(plan.tokens)
+        if self._most_tokens is None or count <= self._most_tokens:
+            try:
+                return self._run(plan)
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise
+                self._most_tokens = count // 2
+                _log.warning("no memory for a step of %d tokens: steps are cut to %d from now on", count, count // 2)
+            release(self._device)
+        # each half is waited for: its scratch is free before the next begins
+        halves = [part(plan, 0, count // 2), part(plan, count // 2, count)]
+        return Done(joined(plan, [(self._launch(half).wait(), rows) for half, rows in halves]))
+
+    def _run(self, plan: StepPlan) -> Pending:
+        batch, turns = upload(plan, self._device.device, self.capacity.num_blocks)
+        hidden = self.decoder.hidden(batch)
+        return Running(plan, [choose(self.decoder.logits(hidden[t.first : t.last]), t, plan) for t in turns])
+
+    def close(self) -> None:
+        self.decoder.caches, self.decoder.layers = [], ()
+        release(self._device)
+
+
+def device_lost(plan: StepPlan) -> SystemExit:
+    """After a fault the GPU serves this process no more: it ends, and the server starts another one."""
+    _log.critical("step %d broke the GPU's context; the engine ends", plan.step, exc_info=True)
+    return SystemExit(EngineError.exit_code)
+
+
+def release(device: Device) -> None:
+    gc.collect()
+    if device.is_gpu:
+        torch.cuda.empty_cache()
+
+
+def fitting(spec: ModelSpec, limits: Limits, space: Room, stored: int, work: int, kv_type: torch.dtype) -> int:
+    return memory.fit(
+        spec,
+        replace(limits, memory_share=space.share),
+        free_bytes=space.total_bytes,
+        weight_bytes=stored,
+        activation_bytes=work,
+        kv_type=kv_kind(kv_type),
+        used_bytes=space.used_bytes,
+        used_by=space.used_by,
+    )
+
+
+def kv_kind(kind: torch.dtype) -> memory.KvType:
+    return "fp8" if kind == FP8 else "float32" if kind == torch.float32 else "float16"
+
+
+def make_caches(spec: ModelSpec, blocks: int, kind: torch.dtype, device: torch.device) -> list[KvCache]:
+    shapes = [(blocks, BLOCK_SIZE, layer.attention.kv_heads, layer.attention.head_dim) for layer in spec.layers]
+    return [(_zeros(shape, kind, device), _zeros(shape, kind, device)) for shape in shapes]
+
+
+def _zeros(shape: tuple[int, ...], kind: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8 if kind == FP8 else kind, device=device).view(kind)
+
+
+def measured(decoder: Decoder, limits: Limits, device: Device, kv_type: torch.dtype) -> tuple[int, int]:
+    """Bytes that the weights take, and those that the largest step takes beside them and the cache."""
+    release(device)
+    weights = torch.cuda.memory_allocated(device.device)
+    count = limits.max_num_batched_tokens
+    plan = largest_step(count, min(limits.max_num_seqs, count), limits.max_model_len)
+    decoder.caches = make_caches(decoder.spec, int(plan.block_tables.max()) + 1, kv_type, device.device)
+    begun = torch.cuda.memory_allocated(device.device)
+    torch.cuda.reset_peak_memory_stats(device.device)
+    with torch.inference_mode():
+        batch, turns = upload(plan, device.device, int(plan.block_tables.max()) + 1)
+        hidden = decoder.hidden(batch)
+        for turn in turns:
+            choose(decoder.logits(hidden[turn.first : turn.last]), turn, plan)
+    torch.cuda.synchronize(device.device)
+    work = torch.cuda.max_memory_reserved(device.device) - begun
+    decoder.caches = []
+    release(device)
+    return weights, work
+
+
+def largest_step(tokens: int, requests: int, max_model_len: int) -> StepPlan:
+    """Prompts of `requests` that fill a step, all in the same few blocks; each is sampled with all that there is."""
+    lengths = np.full(requests, tokens // requests, np.int32)
+    lengths[0] += tokens - int(lengths.sum())
+    lengths = np.minimum(lengths, max_model_len)
+    starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    ints, floats = np.zeros(requests, np.int32), np.ones(requests, np.float32)
+    nothing = np.zeros(0, np.int32)
+    width = memory.blocks_for(int(lengths.max()))
+    return StepPlan(
+        step=0,
+        slots=np.arange(requests, dtype=np.int32),
+        starts=starts,
+        positions=ints,
+        tokens=np.zeros(int(starts[-1]), np.int32),
+        block_tables=np.tile(np.arange(width, dtype=np.int32), (requests, 1)),
+        rows=starts[1:] - 1,
+        row_request=np.arange(requests, dtype=np.int32),
+        row_target=np.full(requests, -1, np.int32),
+        row_top=np.full(requests, 20, np.int32),
+        temperature=floats,
+        top_k=ints + 50,
+        top_p=floats * np.float32(0.9),
+        min_p=floats * np.float32(0.1),
+        presence=floats * 0,
+        frequency=floats * 0,
+        repetition=floats,
+        seed=np.zeros(requests, np.uint64),
+        history_start=np.zeros(requests + 1, np.int32),
+        history_ids=nothing,
+        history_counts=nothing,
+        bias_start=np.zeros(requests + 1, np.int32),
+        bias_ids=nothing,
+        bias_values=np.zeros(0, np.float32),
+        mask_index=ints - 1,
+        masks=np.zeros((0, 1), np.uint32),
+    )

@@ -1,0 +1,95 @@
+"""Streams a checkpoint onto the device, one layer at a time by a few threads, and builds the decoder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagoda.arch.spec import Layer, ModelSpec
+from pagoda.backend.base import Progress
+from pagoda.backend.torch.convert import FLOATS, Converter, Target
+from pagoda.backend.torch.join import side_by_side
+from pagoda.backend.torch.model import Decoder, DecoderLayer, GatedMlp, Linear
+from pagoda.backend.torch.ops import Heads
+from pagoda.backend.torch.packs import Dense, Weight
+from pagoda.errors import ModelError
+from pagoda.weights.grouped import MadeTensor
+from pagoda.weights.source import Tensor as Stored
+
+_THREADS = 6
+"""Enough to read a fast disk; each holds a pinned buffer and converts a matrix of its own."""
+
+
+class Loader:
+    def __init__(self, spec: ModelSpec, tensors: Mapping[str, Stored], target: Target) -> None:
+        self._spec, self._tensors, self._target = spec, tensors, target
+        self._local = threading.local()
+
+    @property
+    def _converter(self) -> Converter:
+        if not hasattr(self._local, "converter"):
+            self._local.converter = Converter(self._target)
+        converter: Converter = self._local.converter
+        return converter
+
+    def decoder(self, max_model_len: int, progress: Progress | None) -> Decoder:
+        spec = self._spec
+        layers: list[DecoderLayer] = []
+        with ThreadPoolExecutor(_THREADS) as pool:
+            try:
+                ends = pool.submit(self._ends)
+                for layer in pool.map(self._layer, range(len(spec.layers)), spec.layers):
+                    layers.append(layer)
+                    if progress:
+                        progress("weights", len(layers) / len(spec.layers))
+                embed, norm, head = ends.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        table = np.concatenate(spec.rope.tables(max_model_len), axis=1)
+        cos_sin = torch.from_numpy(table).to(self._target.device)
+        return Decoder(spec, embed, norm, head, tuple(layers), cos_sin, [])
+
+    def _ends(self) -> tuple[Tensor, Tensor, Linear]:
+        embed = self._converter.floats(self._tensors["embed"], self._target.dtype)
+        head = Linear((Dense(embed),)) if self._spec.tied else Linear((self._head(),))
+        return embed, self._vector("norm"), head
+
+    def _head(self) -> Weight:
+        """Quantized where it is stored so; rounding it on load costs more than it saves."""
+        tensor = self._tensors["head"]
+        if tensor.type in FLOATS and not isinstance(tensor, MadeTensor):
+            return Dense(self._converter.floats(tensor, self._target.dtype))
+        return self._converter.weight(tensor)
+
+    def _layer(self, index: int, layer: Layer) -> DecoderLayer:
+        p, a = f"layers.{index}.", layer.attention
+        if layer.mlp.activation != "silu":
+            raise ModelError(f"the PyTorch backend has no activation {layer.mlp.activation!r}")
+        shape = Heads(
+            a.heads, a.kv_heads, a.head_dim, a.scale, a.window, self._spec.norm_eps, self._spec.rope.interleaved
+        )
+        return DecoderLayer(
+            heads=shape,
+            attn_norm=self._vector(p + "attn_norm"),
+            qkv=self._linear(p + "q", p + "k", p + "v"),
+            q_norm=self._vector(p + "q_norm") if a.qk_norm else None,
+            k_norm=self._vector(p + "k_norm") if a.qk_norm else None,
+            o=self._linear(p + "o"),
+            mlp_norm=self._vector(p + "mlp_norm"),
+            mlp=GatedMlp(self._linear(p + "gate", p + "up"), self._linear(p + "down")),
+        )
+
+    def _linear(self, *slots: str) -> Linear:
+        parts = side_by_side([self._converter.weight(self._tensors[slot]) for slot in slots])
+        biases = [slot + "_bias" for slot in slots if slot + "_bias" in self._tensors]
+        bias = [self._converter.floats(self._tensors[slot], self._target.dtype) for slot in biases]
+        return Linear(parts, torch.cat(bias) if bias else None)
+
+    def _vector(self, slot: str) -> Tensor:
+        return self._converter.floats(self._tensors[slot], torch.float32)

@@ -1,0 +1,83 @@
+"""The decoder as the device runs it: the weights of a spec, and one pass from tokens to logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pagoda.arch.spec import ModelSpec
+from pagoda.backend.torch import ops
+from pagoda.backend.torch.ops import Batch, Heads
+from pagoda.backend.torch.packs import Weight
+
+KvCache = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each [num_blocks, BLOCK_SIZE, kv_heads, head_dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """Matrices that share an input, their outputs side by side: one where they are stored alike."""
+
+    parts: tuple[Weight, ...]
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(self.parts) == 1:
+            return ops.matmul(x, self.parts[0], self.bias)
+        y = torch.cat([ops.matmul(x, part) for part in self.parts], dim=-1)
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMlp:
+    gate_up: Linear
+    down: Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(ops.silu_mul(self.gate_up(x)))
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    heads: Heads
+    attn_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Linear
+    mlp_norm: Tensor
+    mlp: GatedMlp
+
+
+@dataclass(slots=True)
+class Decoder:
+    """All weights of a model. `caches` is empty until the executor knows how many blocks fit."""
+
+    spec: ModelSpec
+    embed: Tensor  # [vocab, hidden] in the type of computation
+    norm: Tensor
+    head: Linear
+    layers: tuple[DecoderLayer, ...]
+    cos_sin: Tensor  # float32 [positions, rope dim]
+    caches: list[KvCache]
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The normed final hidden states of the rows of a batch, [L, hidden]."""
+        eps, batch = self.spec.norm_eps, ops.prepared(batch)
+        total = self.embed[batch.tokens]
+        x = torch.zeros_like(total)
+        for layer, (k_cache, v_cache) in zip(self.layers, self.caches, strict=True):
+            x, total = ops.add_rms_norm(x, total, layer.attn_norm, eps)
+            q = ops.rope_and_cache(
+                layer.qkv(x), layer.q_norm, layer.k_norm, self.cos_sin, batch, k_cache, v_cache, layer.heads
+            )
+            x = layer.o(ops.paged_attention(q, k_cache, v_cache, batch, layer.heads).flatten(1))
+            x, total = ops.add_rms_norm(x, total, layer.mlp_norm, eps)
+            x = layer.mlp(x)
+        return ops.add_rms_norm(x[batch.rows], total[batch.rows], self.norm, eps)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [L, vocab] from final hidden states."""
+        return self.head(hidden).float()

@@ -1,0 +1,51 @@
+"""How large stored tensors are once they are on the device, before any is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pagoda.backend.torch.convert import INT4_GROUP, Target, is_product
+from pagoda.backend.torch.gguf import FORMS
+from pagoda.weights.fp8 import Scaled
+from pagoda.weights.grouped import Grouped, MadeTensor, Stacked
+from pagoda.weights.source import Tensor
+
+_SCALE_BYTES = 4
+
+
+def weight_bytes(bound: Mapping[str, Tensor], target: Target) -> int:
+    """All tensors of a model, by slot."""
+    total = 0
+    for slot, tensor in bound.items():
+        # a head in floats is never quantized on load
+        own = replace(target, quantization=None) if slot == "head" else target
+        total += _bytes(tensor, own) if is_product(slot, tensor) else _float_bytes(slot, tensor, target)
+    return total
+
+
+def _float_bytes(slot: str, tensor: Tensor, target: Target) -> int:
+    vector = len(tensor.shape) == 1 and not slot.endswith("_bias")
+    return math.prod(tensor.shape) * (4 if vector else target.dtype.itemsize)
+
+
+def _bytes(tensor: Tensor, target: Target) -> int:
+    count, outputs = math.prod(tensor.shape), math.prod(tensor.shape[:-1])
+    item = target.scale_type.itemsize
+    match tensor.origin if isinstance(tensor, MadeTensor) else None:
+        case Stacked(parts):
+            return sum(_bytes(part, target) for part in parts)
+        case Grouped() as m:
+            return count * m.bits // 8 + 2 * math.prod(m.scales.shape) * item
+        case Scaled() as m:
+            return count + math.prod(m.scales.shape) * _SCALE_BYTES
+    if tensor.type in FORMS:
+        bits, group, has_zeros = FORMS[tensor.type]
+        return count * bits // 8 + count // group * item * (1 + has_zeros)
+    match target.quantization:
+        case "int8" | "fp8":
+            return count + outputs * _SCALE_BYTES
+        case "int4" if tensor.shape[-1] % INT4_GROUP == 0:
+            return count // 2 + 2 * count // INT4_GROUP * item
+    return count * target.dtype.itemsize

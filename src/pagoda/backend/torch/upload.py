@@ -1,0 +1,140 @@
+"""A step's arrays on the device: everything of a StepPlan in one copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pagoda.backend.torch.ops import Batch
+from pagoda.backend.torch.sampling import Ragged, Sampling
+from pagoda.types import BLOCK_SIZE, StepPlan
+
+MAX_ROWS = 256
+"""Rows of logits that are computed at a time; more (log-probabilities of prompts) are taken in turns."""
+
+_ALIGN_BYTES = 16
+_FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows first:last of a plan's logits. `targets` int64: given tokens, or -1."""
+
+    first: int
+    last: int
+    targets: Tensor
+    sampling: Sampling
+
+
+class Parcel:
+    """Collects arrays, sends them in one copy, gives them out as tensors by name."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, npt.NDArray[Any]] = {}
+        self._tensors: dict[str, Tensor] = {}
+
+    def add(self, prefix: str = "", **arrays: npt.NDArray[Any]) -> None:
+        self._arrays |= {prefix + name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+    def send(self, device: torch.device) -> None:
+        sizes = [-(-array.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES for array in self._arrays.values()]
+        host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        begins = np.cumsum([0, *sizes])[:-1].tolist()
+        raw = host.numpy()
+        for begin, array in zip(begins, self._arrays.values(), strict=True):
+            raw[begin : begin + array.nbytes] = array.reshape(-1).view(np.uint8)
+        sent = host.to(device, non_blocking=True)
+        for begin, (name, array) in zip(begins, self._arrays.items(), strict=True):
+            kind = torch.from_numpy(np.empty(0, array.dtype)).dtype
+            self._tensors[name] = sent[begin : begin + array.nbytes].view(kind).reshape(array.shape)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def upload(plan: StepPlan, device: torch.device, num_blocks: int) -> tuple[Batch, list[Rows]]:
+    """The batch of a plan, and its rows of logits in turns. IndexError for a block that the cache does not have."""
+    parcel = Parcel()
+    lengths = np.diff(plan.starts)
+    contexts = plan.positions + lengths
+    max_context = int(contexts.max(initial=0))
+    tables = plan.block_tables[plan.slots, : -(-max_context // BLOCK_SIZE)]
+    request_of = np.repeat(np.arange(len(plan.slots)), lengths)
+    positions = np.arange(len(plan.tokens)) - plan.starts[request_of] + plan.positions[request_of]
+    cells = tables[request_of, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+    if len(cells) and not 0 <= int(cells.min()) <= int(cells.max()) < num_blocks * BLOCK_SIZE:
+        raise IndexError("the plan names a block outside the cache")
+    parcel.add(cells=cells, tokens=plan.tokens, positions=positions.astype(np.int32), starts=plan.starts)
+    parcel.add(contexts=contexts, tables=tables, rows=plan.rows)
+    turns = [(first, min(first + MAX_ROWS, len(plan.rows))) for first in range(0, len(plan.rows), MAX_ROWS)]
+    for first, last in turns:
+        _add_rows(parcel, plan, first, last)
+    parcel.send(device)
+    batch = Batch(
+        tokens=parcel["tokens"],
+        positions=parcel["positions"],
+        cells=parcel["cells"],
+        starts=parcel["starts"],
+        contexts=parcel["contexts"],
+        block_tables=parcel["tables"],
+        rows=parcel["rows"],
+        max_query=int(lengths.max(initial=0)),
+        max_context=max_context,
+    )
+    return batch, [_rows(parcel, plan, first, last) for first, last in turns]
+
+
+def _add_rows(parcel: Parcel, plan: StepPlan, first: int, last: int) -> None:
+    prefix, request = f"{first}.", plan.row_request[first:last]
+    parcel.add(prefix, **{name: getattr(plan, name)[request] for name in _FLOATS})
+    position = plan.positions[request] + plan.rows[first:last] - plan.starts[request] + 1
+    parcel.add(prefix, position=position.astype(np.int64), seed=plan.seed[request].view(np.int64))
+    parcel.add(prefix, top_k=plan.top_k[request].astype(np.int64), targets=plan.row_target[first:last].astype(np.int64))
+    _add_ragged(parcel, f"{prefix}history.", plan.history_start, plan.history_ids, plan.history_counts, request)
+    _add_ragged(parcel, f"{prefix}bias.", plan.bias_start, plan.bias_ids, plan.bias_values, request)
+    masked = np.flatnonzero(plan.mask_index[request] >= 0)
+    words = plan.masks[plan.mask_index[request[masked]]]
+    parcel.add(prefix, mask_rows=masked.astype(np.int64), mask_words=words.view(np.int32))
+
+
+def _add_ragged(
+    parcel: Parcel,
+    prefix: str,
+    start: npt.NDArray[np.int32],
+    ids: npt.NDArray[Any],
+    values: npt.NDArray[Any],
+    request: npt.NDArray[np.int32],
+) -> None:
+    """The entries start[r]:start[r + 1] of the request of each row."""
+    counts = (start[1:] - start[:-1])[request]
+    rows = np.repeat(np.arange(len(request)), counts)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    entries = start[request[rows]] + within
+    parcel.add(prefix, rows=rows, ids=ids[entries].astype(np.int64), values=values[entries].astype(np.float32))
+
+
+def _rows(parcel: Parcel, plan: StepPlan, first: int, last: int) -> Rows:
+    def ragged(name: str) -> Ragged | None:
+        rows, ids, values = (parcel[f"{first}.{name}.{part}"] for part in ("rows", "ids", "values"))
+        return Ragged(rows, ids, values) if len(rows) else None
+
+    def number(name: str) -> Tensor:
+        return parcel[f"{first}.{name}"]
+
+    request = plan.row_request[first:last]
+    drawn = (plan.temperature[request] > 0) & (plan.row_target[first:last] < 0)
+    shortened = (plan.top_k[request] > 0) | (plan.top_p[request] < 1)
+    sampling = Sampling(
+        **{name: number(name) for name in (*_FLOATS, "seed", "position", "top_k")},
+        history=ragged("history"),
+        bias=ragged("bias"),
+        mask=(number("mask_rows"), number("mask_words")) if len(number("mask_rows")) else None,
+        random=bool(drawn.any()),
+        sorted=bool((drawn & shortened).any()),
+    )
+    return Rows(first, last, number("targets"), sampling)
