@@ -88,7 +88,7 @@ def test_spellings(line: str, name: str, value: Any) -> None:
         ("--max-model-len 8q", "8192"),
         ("--max-model-len 0", "1 or more"),
         ("--gpu-memory-utilization 1.5", "0.01 to 1"),
-        ("--dtype fp8", "int8 or int4"),
+        ("--device tpu", "cuda"),
         ("--dtype bfloat17", "bfloat16"),
         ("--load-format pt", "safetensors"),
         ("--enable-lora", "LoRA"),
@@ -181,7 +181,7 @@ def test_a_mistyped_variable_is_named() -> None:
     [
         ("-tp 2", "only 1"),
         ("--quantization squeezellm", "dead"),
-        ("--quantization fp8", "int8 or int4"),
+        ("--quantization bitsandbytes", "int8, int4 and fp8"),
         ("--dtype int8 --quantization int4", "contradict"),
         ("--quantization something", "not supported"),
     ],

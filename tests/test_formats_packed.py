@@ -119,7 +119,7 @@ def test_groups_follow_each_other_where_no_order_is_stored(tmp_path: Path) -> No
         ("gptq-32", {"checkpoint_format": "marlin"}, (), "marlin"),
         ("gptq-order", {}, ("g_idx",), "desc_act"),
         ("gptq-order", {"group_size": 64}, (), "group size"),
-        ("gptq-32", {"quant_method": "fp8"}, (), "fp8, which cannot be read yet"),
+        ("gptq-32", {"quant_method": "hqq"}, (), "hqq, which cannot be read yet"),
         ("gptq-32", {"quant_method": None}, (), "an unknown method"),
     ],
 )

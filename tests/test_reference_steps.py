@@ -134,7 +134,7 @@ def test_too_large_a_cache_is_refused_before_loading(checkpoint: Path) -> None:
     assert not seen
 
 
-@pytest.mark.parametrize(("device", "said"), [("cuda", "use --device cpu"), ("tpu", "auto, cpu, reference")])
+@pytest.mark.parametrize(("device", "said"), [("cuda", "Use --device cpu"), ("tpu", "auto, cpu, cuda, reference")])
 def test_devices_that_are_not_there(checkpoint: Path, device: str, said: str) -> None:
     source = open_source(str(checkpoint))
     with pytest.raises(ConfigError, match=said):

@@ -70,7 +70,7 @@ def test_keys_and_values_of_eight_bits(tmp_path: Path) -> None:
 
 
 def mixed_plan() -> StepPlan:
-    """Rows of every kind: greedy, drawn with each parameter, penalties, biases, masks, given tokens, log-probabilities."""
+    """Rows of every kind: greedy, drawn with each parameter, penalties, biases, masks, given tokens."""
     draw = {"temperature": 0.9, "seed": 2**63 + 5}
     history = {5: 2, 9: 0, 77: 1}
     feeds = [

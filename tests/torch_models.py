@@ -13,7 +13,7 @@ from reference_plans import Feed, make_plan
 from pagoda.arch.registry import load_spec
 from pagoda.backend.base import Limits
 from pagoda.backend.reference import ReferenceExecutor
-from pagoda.backend.torch.executor import TorchExecutor
+from pagoda.backend.torch.executor import TorchCpuExecutor
 from pagoda.backend.torch.upload import upload
 from pagoda.types import Float32, StepPlan
 from pagoda.weights.open import open_source
@@ -23,13 +23,13 @@ TOKENS: list[int] = np.random.default_rng(0).integers(3, VOCAB, 60).tolist()
 PLAN = make_plan([Feed(tokens=TOKENS, blocks=[9, 2, 5, 3], rows=[(i, -1, -1) for i in range(len(TOKENS))])], VOCAB)
 
 
-def load(path: Path, **limits: Any) -> TorchExecutor:
+def load(path: Path, **limits: Any) -> TorchCpuExecutor:
     source = open_source(str(path))
     chosen = Limits(**{**{name: getattr(LIMITS, name) for name in LIMITS.__slots__}, **limits})
-    return TorchExecutor.load(load_spec(source), source, chosen, cuda=False)
+    return TorchCpuExecutor.load(load_spec(source), source, chosen)
 
 
-def logits(executor: TorchExecutor, plan: StepPlan) -> Float32:
+def logits(executor: TorchCpuExecutor, plan: StepPlan) -> Float32:
     with torch.inference_mode():
         batch, _ = upload(plan, torch.device("cpu"), executor.capacity.num_blocks)
         return executor.decoder.logits(executor.decoder.hidden(batch)).numpy()

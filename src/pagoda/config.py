@@ -31,11 +31,23 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
 QUANTIZE_ON_LOAD = ("int8", "int4")
 """Values of --quantization that make 8 or 4 bits of float weights while they are loaded."""
 
+QUANTIZE_ON_LOAD_GPU = (*QUANTIZE_ON_LOAD, "fp8")
+"""Those of a GPU."""
+
 KV_EIGHT_BITS = ("int8", "q8_0", "fp8", "fp8_e4m3", "fp8_e5m2")
 """Values of --kv-cache-dtype that ask for a cache of 8 bits."""
 
 QUANTIZATION_METHODS: Mapping[str, str] = MappingProxyType(
-    {"gguf": "gguf", "awq": "awq", "awq_marlin": "awq", "auto_awq": "awq", "gptq": "gptq", "gptq_marlin": "gptq"}
+    {
+        "gguf": "gguf",
+        "awq": "awq",
+        "awq_marlin": "awq",
+        "auto_awq": "awq",
+        "gptq": "gptq",
+        "gptq_marlin": "gptq",
+        "fp8": "fp8",
+        "compressed-tensors": "compressed-tensors",
+    }
 )
 """Values of --quantization that say how a checkpoint was made -> the method. They choose nothing, and must be true."""
 
@@ -43,7 +55,8 @@ QUANTIZATION_METHODS: Mapping[str, str] = MappingProxyType(
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine process needs to know, resolved: the model is local, None means `auto` (choose what fits).
 
-    `device`: "auto", "cpu" (native), "reference" (numpy) or "cuda". `memory_share`: see `backend.base.Limits`.
+    `device`: "auto", "cpu" (native), "cuda", "reference" (numpy) or, for tests, "torch-cpu". `memory_share`: see
+    `backend.base.Limits`.
     """
 
     model: str
@@ -121,15 +134,16 @@ class Options:
     )
     dtype: str = _option(
         "auto",
-        "Type of float computation where there is a choice; quantized weights run in their own bits. int8 and int4 are "
-        "the same as --quantization int8 and int4",
+        "Type of float computation where there is a choice; quantized weights run in their own bits. int8, int4 "
+        "and fp8 are the same as --quantization int8, int4 and fp8",
         "Model",
-        choices=("auto", "half", "float16", "bfloat16", "float", "float32", *QUANTIZE_ON_LOAD),
+        choices=("auto", "half", "float16", "bfloat16", "float", "float32", *QUANTIZE_ON_LOAD_GPU),
     )
     quantization: str | None = _option(
         None,
-        "int8 or int4: make 8 or 4 bits of float weights while they are loaded. awq, gptq, gguf (and awq_marlin, "
-        "gptq_marlin): how the model is quantized; read from the model, so it need not be given",
+        "int8, int4 or (on a GPU) fp8: make 8 or 4 bits of float weights while they are loaded. awq, gptq, fp8, "
+        "compressed-tensors, gguf (and awq_marlin, gptq_marlin): how the model is quantized; read from the model, so "
+        "it need not be given",
         "Model",
         aliases=("-q",),
     )
@@ -178,31 +192,33 @@ class Options:
 
     device: str = _option(
         "auto",
-        "Where to compute: cpu (native kernels) or reference (plain numpy, slow, to compare with)",
+        "Where to compute: cuda (an NVIDIA GPU, with PyTorch), cpu (native kernels) or reference (plain numpy, slow, "
+        "to compare with); auto takes a GPU where PyTorch finds one",
         "Machine",
-        choices=("auto", "cpu", "reference"),
+        choices=("auto", "cpu", "cuda", "reference"),
     )
     threads: int | None = _option(
         None, "CPU threads of the engine; the default is one per physical core", "Machine", low=1
     )
     gpu_memory_utilization: float | None = _option(
         None,
-        "Share of the memory that weights, cache and activations may use, 0 to 1; on a CPU, of the free memory",
+        "Share of the memory that weights, cache and activations may use, 0 to 1: of all that the GPU has; on a CPU, "
+        "of the free memory",
         "Machine",
         aliases=("--device-memory-utilization",),
         env=("GPU_MEMORY_UTILIZATION",),
         low=0.01,
         high=1,
-        note="there is no GPU in use: it is the share of the memory that is free now",
+        note="on a CPU it is the share of the memory that is free now",
     )
     kv_cache_memory_bytes: int | None = _option(
         None, "Exact size of the KV cache in bytes (512M, 2G)", "Machine", low=1
     )
     kv_cache_dtype: str = _option(
         "auto",
-        "How keys and values are kept. auto, float16 and bfloat16: float16 on a CPU. int8, q8_0, fp8, fp8_e4m3 and "
-        "fp8_e5m2: 8 bits, about half the cache; on a CPU all of them mean whole numbers from -127 to 127 with a "
-        "float16 scale for each 32, which is nearer to the values than fp8",
+        "How keys and values are kept. auto, float16 and bfloat16: float16 on a CPU, on a GPU the type of computation. "
+        "int8, q8_0, fp8, fp8_e4m3 and fp8_e5m2: 8 bits, about half the cache; on a GPU fp8_e4m3, on a CPU whole "
+        "numbers from -127 to 127 with a float16 scale for each 32, which is nearer to the values than fp8",
         "Machine",
         choices=("auto", "float16", "bfloat16", *KV_EIGHT_BITS),
     )
@@ -274,8 +290,8 @@ class Options:
         return EngineConfig(
             model=model_path,
             device=self.device,
-            dtype="auto" if self.dtype in QUANTIZE_ON_LOAD else _DTYPE.get(self.dtype, self.dtype),
-            quantization=self.dtype if self.dtype in QUANTIZE_ON_LOAD else self.quantization,
+            dtype="auto" if self.dtype in QUANTIZE_ON_LOAD_GPU else _DTYPE.get(self.dtype, self.dtype),
+            quantization=self.dtype if self.dtype in QUANTIZE_ON_LOAD_GPU else self.quantization,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,

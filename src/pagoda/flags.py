@@ -147,7 +147,7 @@ _ALIASES = MappingProxyType(
     }
 )
 
-_ON_LOAD = ("of the ways to quantize while loading there are int8 and int4", "Give int8 or int4")
+_ON_LOAD = ("of the ways to quantize while loading there are int8, int4 and fp8", "Give one of them")
 _PICKLE = (
     "PyTorch's .bin and .pt files can run code when they are read, and are not read yet",
     "Use the model's safetensors or GGUF files",
@@ -155,7 +155,6 @@ _PICKLE = (
 
 REFUSED_VALUES: Mapping[tuple[str, str], tuple[str, str]] = MappingProxyType(
     {
-        ("dtype", "fp8"): _ON_LOAD,
         ("load_format", "pt"): _PICKLE,
         ("load_format", "bin"): _PICKLE,
         ("load_format", "pytorch_model.bin"): _PICKLE,
@@ -163,7 +162,7 @@ REFUSED_VALUES: Mapping[tuple[str, str], tuple[str, str]] = MappingProxyType(
             "SqueezeLLM is dead: vLLM dropped it and nobody publishes such models",
             "Use a GGUF file of the model (Q4_K_M is of similar size)",
         ),
-        **{("quantization", name): _ON_LOAD for name in ("fp8", "bitsandbytes", "experts_int8")},
+        **{("quantization", name): _ON_LOAD for name in ("bitsandbytes", "experts_int8")},
     }
 )
 

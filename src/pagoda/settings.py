@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pagoda.config import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD, Options, Setting, declared, speculation_from
+from pagoda.config import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD_GPU, Options, Setting, declared, speculation_from
 from pagoda.errors import ConfigError
 from pagoda.flags import REFUSED_VALUES, not_yet, without_effect
 
@@ -273,13 +273,13 @@ def check(settings: Settings) -> None:
             f"--tensor-parallel-size {size} needs {size} GPUs, and the model runs on the CPU here, where only 1 works",
             remedy="Leave --tensor-parallel-size out, or give 1",
         )
-    if quantization is not None and quantization not in (*QUANTIZATION_METHODS, *QUANTIZE_ON_LOAD):
+    if quantization is not None and quantization not in (*QUANTIZATION_METHODS, *QUANTIZE_ON_LOAD_GPU):
         message, remedy = REFUSED_VALUES.get(
             ("quantization", quantization),
             (f"{quantization} is not supported yet", "Leave it out, or use a GGUF file of the model"),
         )
         raise ConfigError(f"--quantization {quantization}: {message}", remedy=remedy)
-    if options.dtype in QUANTIZE_ON_LOAD and quantization not in (None, options.dtype):
+    if options.dtype in QUANTIZE_ON_LOAD_GPU and quantization not in (None, options.dtype):
         raise ConfigError(
             f"--dtype {options.dtype} and --quantization {quantization} contradict each other",
             remedy="Give one of them",

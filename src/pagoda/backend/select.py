@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import logging
+from pathlib import Path
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Executor, Limits, Progress
@@ -13,26 +16,52 @@ from pagoda.weights.source import TensorSource
 
 _EXECUTORS = MappingProxyType(
     {
-        "auto": ("pagoda.backend.cpu.executor", "CpuExecutor"),
         "cpu": ("pagoda.backend.cpu.executor", "CpuExecutor"),
+        "cuda": ("pagoda.backend.torch.executor", "TorchExecutor"),
         "reference": ("pagoda.backend.reference", "ReferenceExecutor"),
+        "torch-cpu": ("pagoda.backend.torch.executor", "TorchCpuExecutor"),
     }
 )
+_OFFERED = ("auto", "cpu", "cuda", "reference")
+_GPU_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")  # the last under Windows' Linux
+_EXTRA = "pip install 'pagoda-llm[cuda]'"
+
+_log = logging.getLogger(__name__)
+
+
+def resolve_device(device: str, spec: ModelSpec) -> str:
+    """What "auto" is on this machine: "cuda" where PyTorch finds a GPU, else "cpu", which alone has encoders."""
+    if device != "auto":
+        return device
+    if spec.encoder is not None or not any(Path(file).exists() for file in _GPU_FILES):
+        return "cpu"  # without asking PyTorch, which takes seconds to import
+    if importlib.util.find_spec("torch") is None:
+        _log.info("an NVIDIA GPU is here and PyTorch is not: the CPU computes. To use the GPU: %s", _EXTRA)
+        return "cpu"
+    return "cuda" if _imported("pagoda.backend.torch.device").gpu_is_there() else "cpu"
 
 
 def load_executor(
     device: str, spec: ModelSpec, source: TensorSource, limits: Limits, progress: Progress | None = None
 ) -> Executor:
-    """Load the model for a device: "auto" (the CPU), "cpu" (native) or "reference" (numpy)."""
-    if device == "cuda":
-        raise ConfigError("the CUDA backend is not here yet; use --device cpu", param="device")
+    """Load the model for a device: "auto", "cpu" (native), "cuda" or "reference" (numpy)."""
+    device = resolve_device(device, spec)
     if device not in _EXECUTORS:
-        raise ConfigError(
-            f"unknown device {device!r}", remedy=f"Choose one of: {', '.join(_EXECUTORS)}", param="device"
-        )
+        raise ConfigError(f"unknown device {device!r}", remedy=f"Choose one of: {', '.join(_OFFERED)}", param="device")
     module, name = _EXECUTORS[device]
     if device == "reference" and spec.encoder is not None:
         module, name = "pagoda.backend.reference_encoder", "ReferenceEncoder"
-    # Imported only now: a backend may need a library that a machine without its device lacks.
-    executor_class = getattr(importlib.import_module(module), name)
+    executor_class = getattr(_imported(module), name)
     return cast(Executor, executor_class.load(spec, source, limits, progress))
+
+
+def _imported(module: str) -> Any:
+    """Imported only now: a backend may need a library that a machine without its device lacks."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "triton"):
+            raise
+        raise ConfigError(
+            f"--device cuda needs {error.name}, which is not installed", remedy=f"Run: {_EXTRA}", param="device"
+        ) from error

@@ -138,9 +138,6 @@ def _notes(model: PlannedModel, plan: Plan) -> list[str]:
     notes = list(model.notes)
     if model.method is None and plan.quantization in ("awq", "awq_marlin", "gptq", "gptq_marlin", "auto_awq"):
         notes.append(f"these weights are floats: this is the plan for the {plan.quantization} version of the model")
-    choices = next(setting.choices for setting in declared() if setting.name == "device")
-    if plan.gpus and "cuda" not in choices:
-        notes.append("this version of Pagoda computes on CPUs only: for GPUs it can plan, and not serve yet")
     return notes
 
 

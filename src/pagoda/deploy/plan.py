@@ -11,13 +11,15 @@ import msgspec
 from pagoda.arch import memory, sharding
 from pagoda.backend.base import Limits
 from pagoda.backend.cpu import executor, program
-from pagoda.config import QUANTIZE_ON_LOAD, EngineConfig
+from pagoda.config import QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU, EngineConfig
 from pagoda.deploy.machines import Machine
 from pagoda.deploy.plan_model import PlannedModel, packed
 from pagoda.engine.core import resolve_limits
 from pagoda.errors import ConfigError, MemoryShort
 from pagoda.types import BLOCK_SIZE
+from pagoda.weights.fp8 import Scaled
 from pagoda.weights.ggml import BLOCKS, nbytes
+from pagoda.weights.grouped import MadeTensor
 from pagoda.weights.source import Tensor
 
 _SHORT_CONTEXT = 2048
@@ -115,7 +117,7 @@ def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Pl
 
 
 def _gpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine, gpus: int | None) -> Plan:
-    quantization, model = _as_asked(model, config.quantization, ("int8", "int4"))
+    quantization, model = _as_asked(model, config.quantization, QUANTIZE_ON_LOAD_GPU)
     limits = resolve_limits(msgspec.structs.replace(config, device="cuda"), model.spec)
     sizes = sharding.parallel_sizes(model.spec, machine.count, _group_of(model))
     size = gpus or max(sizes)
@@ -199,9 +201,11 @@ def _gpu_bytes(slot: str, tensor: Tensor, quantization: str | None, group: int, 
     count = math.prod(tensor.shape)
     matrix = len(tensor.shape) == 2 and slot.startswith("layers.")
     kind = quantization if quantization and matrix and tensor.type in _FLOATS else tensor.type
+    if isinstance(tensor, MadeTensor) and isinstance(tensor.origin, Scaled):
+        return tensor.origin.codes.nbytes + tensor.origin.scales.nbytes
     if kind in _FLOATS:
         return count * itemsize
-    if kind == "int8":
+    if kind in ("int8", "fp8"):
         return count + 2 * tensor.shape[0]
     if kind in _BITS:
         return count * _BITS[kind] // 8 + math.ceil(count / group) * (16 + _BITS[kind]) // 8

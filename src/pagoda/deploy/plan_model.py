@@ -20,8 +20,8 @@ from pagoda.weights.quantization import method_of
 from pagoda.weights.source import Tensor
 
 _FLOATS = MappingProxyType({"bfloat16": "BF16", "float16": "F16", "float32": "F32"})
-_PACKED = MappingProxyType({"awq": "U4G", "gptq": "U4G", "fp8": "F8_E4M3"})
-_SERVED = ("awq", "gptq", "gguf", None)
+_PACKED = MappingProxyType({"awq": "U4G", "gptq": "U4G", "fp8": "F8_E4M3", "compressed-tensors": "F8_E4M3"})
+_SERVED = ("awq", "gptq", "gguf", "fp8", "compressed-tensors", None)
 _LANGUAGE_PARTS = MappingProxyType({"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"})
 _GROUP = 128
 NO_IMAGES = "this is the language model alone: the image encoder is not planned yet, nor served"

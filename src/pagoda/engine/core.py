@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Executor, Limits, Progress
 from pagoda.backend.pooler import Head
-from pagoda.backend.select import load_executor
-from pagoda.config import QUANTIZE_ON_LOAD, EngineConfig
+from pagoda.backend.select import load_executor, resolve_device
+from pagoda.config import QUANTIZE_ON_LOAD_GPU, EngineConfig
 from pagoda.engine.draft_model import DraftModel
 from pagoda.engine.grammars import Grammars
 from pagoda.engine.messages import EngineStats, ModelInfo
@@ -41,8 +42,9 @@ class EngineCore:
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
         started = time.monotonic()
         self._source = open_source(config.model)
-        check_quantization(self._source, config.quantization)
         self.spec = load_spec(self._source, config.task)
+        config = msgspec.structs.replace(config, device=resolve_device(config.device, self.spec))
+        check_quantization(self._source, config.quantization, gpu=config.device in ("cuda", "torch-cpu"))
         limits = resolve_limits(config, self.spec)
         self._drafts: DraftModel | None = None
         if config.speculation is not None and config.speculation.model is not None:
@@ -261,7 +263,7 @@ def weight_types(source: TensorSource, quantization: str | None = None) -> str:
     for tensor in source.tensors.values():
         sizes[tensor.type] += tensor.nbytes
     types = ", ".join(name for name, size in sizes.most_common() if size * 100 >= sizes.total())
-    return f"{types} as {quantization}" if quantization in QUANTIZE_ON_LOAD else types
+    return f"{types} as {quantization}" if quantization in QUANTIZE_ON_LOAD_GPU else types
 
 
 def _describe(

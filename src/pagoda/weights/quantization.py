@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagoda.config import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD
+from pagoda.config import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU
 from pagoda.errors import ConfigError
 from pagoda.weights.ggml import BLOCKS
 from pagoda.weights.source import TensorSource
@@ -18,23 +18,33 @@ def method_of(source: TensorSource) -> str | None:
     return str((isinstance(table, dict) and table.get("quant_method")) or "an unknown method").lower()
 
 
-def check_quantization(source: TensorSource, asked: str | None) -> None:
+def check_quantization(source: TensorSource, asked: str | None, *, gpu: bool = False) -> None:
     """ConfigError where --quantization asks for what the weights are not, or cannot become."""
     if asked is None:
         return
-    if asked in QUANTIZATION_METHODS:
-        found = method_of(source) or "not quantized"
+    found = method_of(source)
+    if asked in QUANTIZATION_METHODS and not (asked == "fp8" and found in (None, "compressed-tensors")):
         if QUANTIZATION_METHODS[asked] != found:
-            raise _refused(f"--quantization {asked}: the weights in {source.path} are {found}")
+            said = found or "not quantized"
+            raise _refused(f"--quantization {asked}: the weights in {source.path} are {said}")
         return
-    if asked not in QUANTIZE_ON_LOAD:
+    if found == "compressed-tensors" and asked == "fp8":
+        return  # of that method only FP8 can be opened
+    if asked not in (QUANTIZE_ON_LOAD_GPU if gpu else QUANTIZE_ON_LOAD):
+        if asked in QUANTIZE_ON_LOAD_GPU:
+            raise ConfigError(
+                f"--quantization {asked} makes {asked} of float weights on a GPU only",
+                remedy=f"On a CPU give {' or '.join(QUANTIZE_ON_LOAD)}",
+                param="quantization",
+            )
         known = ", ".join((*QUANTIZATION_METHODS, *QUANTIZE_ON_LOAD))
         raise ConfigError(f"--quantization {asked} is not known", remedy=f"Give one of {known}", param="quantization")
     kinds = {tensor.type for tensor in source.tensors.values() if len(tensor.shape) == 2}
-    if quantized := sorted(kind for kind in kinds if BLOCKS[kind].elements > 1):
-        raise _refused(
-            f"--quantization {asked} needs float weights, and those in {source.path} are {', '.join(quantized)} already"
-        )
+    quantized = sorted(kind for kind in kinds if BLOCKS[kind].elements > 1)
+    # a CPU makes floats of FP8, a GPU keeps it
+    if quantized or (gpu and found not in (None, "gguf")):
+        what = ", ".join(quantized) or found
+        raise _refused(f"--quantization {asked} needs float weights, and those in {source.path} are {what} already")
 
 
 def _refused(message: str) -> ConfigError:

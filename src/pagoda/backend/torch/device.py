@@ -92,7 +92,7 @@ def room(device: Device, share: float | None) -> Room:
         return Room(free_memory_bytes(), 0, "", share)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device.device)
-    used = total - free - torch.cuda.memory_reserved(device.device)
+    used = total - free  # a draft model of this process counts too
     return Room(total, used, f"{size_text(used)} are held by {holders(_uuid(device))}", share)
 
 

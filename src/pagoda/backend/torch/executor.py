@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from dataclasses import replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from pagoda.arch.registry import bind
 from pagoda.arch.sharding import activation_bytes
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Done, Limits, Pending, Progress
+from pagoda.backend.reference import pooled_rows
 from pagoda.backend.torch.answer import Chosen, choose, fetch
 from pagoda.backend.torch.convert import Target
 from pagoda.backend.torch.device import Device, Room, choose_dtype, open_device, room
@@ -24,7 +26,7 @@ from pagoda.backend.torch.size import weight_bytes
 from pagoda.backend.torch.split import joined, part
 from pagoda.backend.torch.upload import upload
 from pagoda.config import KV_EIGHT_BITS
-from pagoda.errors import EngineError
+from pagoda.errors import EngineError, ModelError
 from pagoda.types import BLOCK_SIZE, StepPlan, StepResult
 from pagoda.weights.source import TensorSource
 
@@ -44,8 +46,20 @@ class Running:
             raise device_lost(self._plan) from error
 
 
+class Pooled:
+    """A step of a model that is pooled: it samples nothing."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self._hidden = hidden
+
+    def wait(self) -> StepResult:
+        return pooled_rows(self._hidden.float().cpu().numpy())
+
+
 class TorchExecutor:
     """See backend.base.Executor. `launch` queues the work on the device; `wait` fetches what came of it."""
+
+    cuda = True
 
     def __init__(self, decoder: Decoder, capacity: Capacity, device: Device) -> None:
         self.decoder = decoder
@@ -60,14 +74,14 @@ class TorchExecutor:
         source: TensorSource,
         limits: Limits,
         progress: Progress | None = None,
-        *,
-        cuda: bool = True,
-    ) -> TorchExecutor:
+    ) -> Self:
         """Raises ConfigError (no GPU), ModelError, or, before any weight is read, MemoryShort."""
-        device = open_device(cuda)
+        device = open_device(cls.cuda)
         dtype = choose_dtype(limits.dtype, source.config, device)
         target = Target(device.device, dtype, limits.quantization, device.fp8)
         kv_type = FP8 if limits.kv_cache_dtype in KV_EIGHT_BITS else dtype
+        if spec.encoder is not None:
+            raise ModelError("the PyTorch backend has no encoders yet", remedy="Use --device cpu")
         tensors = bind(spec, source)
         space = room(device, limits.memory_share)
         stored, work = weight_bytes(tensors, target), activation_bytes(spec, limits, 1, dtype.itemsize)
@@ -114,11 +128,19 @@ class TorchExecutor:
     def _run(self, plan: StepPlan) -> Pending:
         batch, turns = upload(plan, self._device.device, self.capacity.num_blocks)
         hidden = self.decoder.hidden(batch)
+        if self.decoder.spec.pooling is not None:
+            return Pooled(hidden)
         return Running(plan, [choose(self.decoder.logits(hidden[t.first : t.last]), t, plan) for t in turns])
 
     def close(self) -> None:
         self.decoder.caches, self.decoder.layers = [], ()
         release(self._device)
+
+
+class TorchCpuExecutor(TorchExecutor):
+    """The same in plain PyTorch on a CPU: how tests run it without a GPU."""
+
+    cuda = False
 
 
 def device_lost(plan: StepPlan) -> SystemExit:
@@ -137,7 +159,7 @@ def fitting(spec: ModelSpec, limits: Limits, space: Room, stored: int, work: int
     return memory.fit(
         spec,
         replace(limits, memory_share=space.share),
-        free_bytes=space.total_bytes,
+        free_bytes=space.total_bytes if space.used_by else max(0, space.total_bytes - limits.reserved_bytes),
         weight_bytes=stored,
         activation_bytes=work,
         kv_type=kv_kind(kv_type),
@@ -171,7 +193,7 @@ def measured(decoder: Decoder, limits: Limits, device: Device, kv_type: torch.dt
     with torch.inference_mode():
         batch, turns = upload(plan, device.device, int(plan.block_tables.max()) + 1)
         hidden = decoder.hidden(batch)
-        for turn in turns:
+        for turn in turns if decoder.spec.pooling is None else ():
             choose(decoder.logits(hidden[turn.first : turn.last]), turn, plan)
     torch.cuda.synchronize(device.device)
     work = torch.cuda.max_memory_reserved(device.device) - begun

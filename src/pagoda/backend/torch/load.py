@@ -57,7 +57,8 @@ class Loader:
 
     def _ends(self) -> tuple[Tensor, Tensor, Linear]:
         embed = self._converter.floats(self._tensors["embed"], self._target.dtype)
-        head = Linear((Dense(embed),)) if self._spec.tied else Linear((self._head(),))
+        own = not self._spec.tied and self._spec.pooling is None
+        head = Linear((self._head() if own else Dense(embed),))
         return embed, self._vector("norm"), head
 
     def _head(self) -> Weight:

@@ -44,6 +44,7 @@ def part(plan: StepPlan, first: int, last: int) -> tuple[StepPlan, Places]:
         bias_start=_ints(plan.bias_start[begin : end + 1] - bias.start),
         bias_ids=plan.bias_ids[bias],
         bias_values=plan.bias_values[bias],
+        second_texts=None if plan.second_texts is None else plan.second_texts[own],
     )
     return smaller, rows
 
@@ -55,7 +56,11 @@ def joined(plan: StepPlan, results: Sequence[tuple[StepResult, Places]]) -> Step
         width = result.top_ids.shape[1]
         whole.tokens[rows], whole.logprobs[rows], whole.ok[rows] = result.tokens, result.logprobs, result.ok
         whole.top_ids[rows, :width], whole.top_logprobs[rows, :width] = result.top_ids, result.top_logprobs
-    return whole
+    hidden = [(result.hidden, rows) for result, rows in results if result.hidden is not None and len(rows)]
+    if not hidden:
+        return whole
+    states = np.concatenate([values for values, _ in hidden])
+    return replace(whole, hidden=states[np.argsort(np.concatenate([rows for _, rows in hidden]))])
 
 
 def empty_result(plan: StepPlan) -> StepResult:
