@@ -66,7 +66,7 @@ def test_encoders_equal_transformers(kind: str, pooling: str, device: str, tmp_p
     check(vectors(tmp_path, device), [s[0] if pooling == "cls_token" else s.mean(dim=0) for s in states])
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", (*DEVICES, "torch-cpu"))
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean_tokens"])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_decoders_equal_transformers(kind: str, pooling: str, device: str, tmp_path: Path) -> None:
