@@ -1,0 +1,125 @@
+"""CUDA graphs of decode steps: a step of single tokens is replayed as one launch, in a batch padded to a few sizes.
+
+A size is recorded in the first step that needs it: that step runs as it is, in the padded batch (which compiles and
+loads every kernel it takes), and is recorded behind it. So nothing waits for graphs when the server starts.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pagoda.backend.torch.kernels.stage import stage
+from pagoda.backend.torch.ops import Batch
+from pagoda.types import BLOCK_SIZE
+
+_log = logging.getLogger(__name__)
+
+Forward = Callable[[Batch], Tensor]
+Replay = Callable[[], object]
+Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
+"""Records what a call does; gives a way to do it again, and the tensor that then holds its result."""
+
+
+def sizes(most: int) -> tuple[int, ...]:
+    """The batch sizes that are recorded: 1, 2, 4, 8, from 16 on in steps of an eighth to a quarter, up to `most`."""
+    found, size = [], 1
+    while size < most:
+        found.append(size)
+        size += size if size < 16 else max(8, 1 << (size.bit_length() - 3))
+    return (*found, most)
+
+
+class Recorder:
+    """Records CUDA graphs that share one pool of memory: only one of them runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # a collection in the middle would free tensors of others, which a recording forbids
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = run()
+        finally:
+            gc.enable()
+        return graph.replay, result
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    batch: Batch
+    replay: Replay
+    result: Tensor
+
+
+class DecodeGraphs:
+    """Runs batches in which every request has one token and wants its logits; leaves all others to the caller."""
+
+    def __init__(
+        self, forward: Forward, record: Record, *, most_requests: int, most_context: int, device: torch.device
+    ) -> None:
+        self._forward, self._record = forward, record
+        self._sizes = sizes(most_requests)
+        self._recorded: dict[int, Recorded] = {}
+        self._fixed = _buffers(most_requests, most_context, device)
+
+    def run(self, batch: Batch) -> Tensor | None:
+        """The forward pass of a batch, [L, hidden], good until the next one; None where no graph is for it."""
+        requests = len(batch.contexts)
+        if batch.max_query != 1 or not requests == len(batch.tokens) == len(batch.rows) <= self._most:
+            return None
+        size = self._sizes[bisect_left(self._sizes, requests)]
+        recorded = self._recorded.get(size)
+        fixed = recorded.batch if recorded else self._of_size(size)
+        stage(batch, fixed)
+        if recorded:
+            recorded.replay()
+            return recorded.result[:requests]
+        result = self._forward(fixed)
+        self._add(size, fixed)
+        return result[:requests]
+
+    def _add(self, size: int, fixed: Batch) -> None:
+        try:
+            replay, result = self._record(lambda: self._forward(fixed))
+        except torch.OutOfMemoryError:
+            self._sizes = tuple(s for s in self._sizes if s < size)
+            _log.warning("no memory for a CUDA graph of %d requests: steps of so many run without", size)
+            return
+        self._recorded[size] = Recorded(fixed, replay, result)
+
+    @property
+    def _most(self) -> int:
+        return self._sizes[-1] if self._sizes else 0
+
+    def _of_size(self, size: int) -> Batch:
+        """The first `size` requests of the fixed buffers."""
+        f = self._fixed
+        parts = {name: getattr(f, name)[:size] for name in ("tokens", "positions", "cells", "contexts", "rows")}
+        return replace(f, starts=f.starts[: size + 1], block_tables=f.block_tables[:size], **parts)
+
+
+def _buffers(requests: int, context: int, device: torch.device) -> Batch:
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return Batch(
+        tokens=zeros(requests),
+        positions=zeros(requests),
+        cells=zeros(requests, dtype=torch.int64),
+        starts=zeros(requests + 1),
+        contexts=zeros(requests),
+        block_tables=zeros(requests, -(-context // BLOCK_SIZE)),
+        rows=zeros(requests),
+        max_query=1,
+        max_context=context,
+    )

@@ -1,0 +1,58 @@
+"""A batch of single tokens into the fixed buffers that a CUDA graph reads, padded, in one Triton kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from pagoda.backend.torch.ops import Batch
+
+
+@triton.jit
+def _stage(
+    tokens: tl.tensor,
+    positions: tl.tensor,
+    cells: tl.tensor,
+    contexts: tl.tensor,
+    rows: tl.tensor,
+    tables: tl.tensor,
+    to_tokens: tl.tensor,
+    to_positions: tl.tensor,
+    to_cells: tl.tensor,
+    to_starts: tl.tensor,
+    to_contexts: tl.tensor,
+    to_rows: tl.tensor,
+    to_tables: tl.tensor,
+    requests: tl.tensor,
+    width: tl.tensor,
+    pitch: tl.tensor,
+    to_pitch: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    r = tl.program_id(0)
+    here = r < requests
+    tl.store(to_tokens + r, tl.load(tokens + r, mask=here, other=0))
+    tl.store(to_positions + r, tl.load(positions + r, mask=here, other=0))
+    tl.store(to_cells + r, tl.load(cells + r, mask=here, other=-1))
+    tl.store(to_contexts + r, tl.load(contexts + r, mask=here, other=0))
+    tl.store(to_rows + r, tl.load(rows + r, mask=here, other=0))
+    tl.store(to_starts + r, tl.minimum(r, requests))
+    tl.store(to_starts + r + 1, tl.minimum(r + 1, requests))
+    if here:
+        for begin in range(0, width, BLOCK):
+            at = begin + tl.arange(0, BLOCK)
+            blocks = tl.load(tables + r * pitch + at, mask=at < width, other=0)
+            tl.store(to_tables + r * to_pitch + at, blocks, mask=at < width)
+
+
+def stage(batch: Batch, fixed: Batch) -> None:
+    """Copy a batch of single tokens into the tensors of a batch of as many requests or more; the rest is padding."""
+    tables, to_tables = batch.block_tables, fixed.block_tables
+    _stage[(len(fixed.contexts),)](
+        batch.tokens, batch.positions, batch.cells, batch.contexts, batch.rows, tables, fixed.tokens, fixed.positions,
+        fixed.cells, fixed.starts, fixed.contexts, fixed.rows, to_tables, len(batch.contexts), tables.shape[1],
+        tables.stride(0), to_tables.stride(0), BLOCK=256, num_warps=4,
+    )  # fmt: skip
