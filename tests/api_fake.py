@@ -145,7 +145,8 @@ class FakeEngine:
         self.live += 1
         whole = False
         try:
-            for count, token in enumerate(self.tokens):
+            known = len(request.output_token_ids)
+            for count, token in enumerate(self.tokens[known:], known):
                 await asyncio.sleep(self.delay_s)
                 if count == self.fail_after:
                     yield Delta(request_id=request.request_id, finish_reason="error", error="the model ran out of luck")

@@ -54,7 +54,9 @@ async def messages(server: Server, request: Request) -> Reply:
     params = sampling_params(asked, server.default_params, server.vocab_size)
     with called("output_config.format"):
         turn = await prepare_turn(server, asked)
-    generation = server.start("msg", [turn.prompt], turn.limit(params), model=model, shown=turn.shown)
+    generation = server.start(
+        "msg", [turn.prompt], turn.limit(params), model=model, shown=turn.shown, thinking=turn.thinking
+    )
     message = _Message(generation, new_answer(server, turn))
     if body.stream:
         reply: Reply = EventStream(generation, message.events(), server.aborted, ANTHROPIC)

@@ -36,6 +36,7 @@ async def chat_completions(server: Server, request: Request) -> Reply:
         priority=body.priority or 0,
         shown=turn.shown,
         deadline_s=body.deadline_s,
+        thinking=turn.thinking,
     )
     chat = _Chat(server, body, turn, generation)
     if body.stream:

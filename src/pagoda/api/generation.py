@@ -6,11 +6,15 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from pagoda.api.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 from pagoda.errors import EngineError, Overloaded, PagodaError
 from pagoda.text.output import TextOutput
+from pagoda.text.reasoning import ReasoningFormat
 from pagoda.types import Delta, Request, TokenLogprob
 
 if TYPE_CHECKING:
@@ -30,6 +34,16 @@ class DeadlineExceeded(PagodaError):
     type = "TimeoutError"
 
 
+@dataclass(frozen=True, slots=True)
+class ThinkingLimit:
+    """The reasoning ends after `tokens` at the latest, if need be with `closing`. `opened`: the prompt began it."""
+
+    tokens: int
+    form: ReasoningFormat
+    closing: list[int]
+    opened: bool
+
+
 class Generation:
     """Yields (index, delta) of all sequences; sequence `i` of prompt `p` has the index `p * n + i`.
 
@@ -45,8 +59,10 @@ class Generation:
         n: int,
         shown: frozenset[int] = frozenset(),
         deadline_s: float | None = None,
+        thinking: ThinkingLimit | None = None,
     ) -> None:
         self.id = id
+        self._thinking = thinking
         self.deadline_s = deadline_s
         self.model = model
         self.created = int(time.time())
@@ -119,7 +135,8 @@ class Generation:
     async def _sequence(self, index: int) -> AsyncGenerator[tuple[int, Delta], None]:
         request = self.requests[index]
         output = TextOutput(self._server.tokenizer, request, self._shown)
-        async with aclosing(self._server.engine.generate(request)) as stream:
+        deltas = self._server.engine.generate(request) if self._thinking is None else self._limited(index)
+        async with aclosing(deltas) as stream:
             async for raw in stream:
                 delta = output.feed(raw)
                 self._account(index, delta)
@@ -131,6 +148,52 @@ class Generation:
                 if delta.finish_reason is not None:
                     return
         raise EngineError("the engine ended this request without a reason")
+
+    async def _limited(self, index: int) -> AsyncGenerator[Delta, None]:
+        """Deltas of a sequence whose reasoning has a limit: it is run up to there, and goes on behind its end.
+
+        The limit is a number of tokens, so the answer is the same however they arrive.
+        """
+        request, limit = self.requests[index], self._thinking
+        most = request.params.max_tokens
+        if limit is None or most is None or limit.tokens >= most:
+            async with aclosing(self._server.engine.generate(request)) as stream:
+                async for raw in stream:
+                    yield raw
+            return
+        known: list[int] = []
+        params = msgspec.structs.replace(request.params, max_tokens=limit.tokens)
+        async with aclosing(self._server.engine.generate(msgspec.structs.replace(request, params=params))) as stream:
+            async for raw in stream:
+                known += raw.token_ids
+                if raw.finish_reason != "length":
+                    yield raw
+                    if raw.finish_reason is not None:
+                        return
+                    continue
+                yield msgspec.structs.replace(raw, finish_reason=None)
+        text = self._server.tokenizer.decode(known, skip_special_tokens=False)
+        if limit.form.goes_on_in(text, opened=limit.opened):
+            closing = limit.closing[: most - len(known)]
+            known += closing
+            yield self._forced(request, closing, over=len(known) == most)
+            if len(known) == most:
+                return
+        rest = msgspec.structs.replace(request, request_id=request.request_id + "-on", output_token_ids=known)
+        async with aclosing(self._server.engine.generate(rest)) as stream:
+            async for raw in stream:
+                # What is in the cache now is this call's own.
+                yield msgspec.structs.replace(raw, request_id=request.request_id, cached_tokens=0)
+
+    def _forced(self, request: Request, tokens: list[int], *, over: bool) -> Delta:
+        """Tokens that nobody had to choose."""
+        wanted = request.params.logprobs is not None
+        return Delta(
+            request_id=request.request_id,
+            token_ids=tokens,
+            logprobs=[TokenLogprob(token, 0.0, []) for token in tokens] if wanted else None,
+            finish_reason="length" if over else None,
+        )
 
     def _account(self, index: int, delta: Delta) -> None:
         now = time.monotonic()

@@ -105,8 +105,25 @@ def template_kwargs(body: ChatBody | TokenizeBody) -> dict[str, Any]:
         ]
         if isinstance(effort, str):
             given.setdefault("reasoning_effort", effort)
+        switches.append(False if thinking_budget(body) == 0 else None)
     switch = next((value for value in switches if value is not None), None)
     if switch is not None:
         for name in _SWITCHES:
             given.setdefault(name, switch)
     return given
+
+
+def thinking_budget(body: ChatBody) -> int | None:
+    """How many tokens the reasoning may take, under any of the names that clients use; 0: no reasoning."""
+    given = (
+        ("thinking_token_budget", body.thinking_token_budget),
+        ("thinking_budget", body.thinking_budget),
+        ("thinking", (body.thinking or {}).get("budget_tokens")),
+        ("reasoning", (body.reasoning or {}).get("max_tokens")),
+    )
+    name, budget = next((each for each in given if each[1] is not None), ("", None))
+    if budget is None:
+        return None
+    if not isinstance(budget, int) or isinstance(budget, bool) or not -1 <= budget < 2**31:
+        raise BadRequest(f"{name}: the budget must be a number of tokens, or -1 for no limit", param=name)
+    return None if budget == -1 else budget

@@ -79,6 +79,8 @@ class ChatBody(SamplingFields, kw_only=True):
     thinking: dict[str, Any] | None = None
     think: bool | str | None = None
     reasoning_effort: str | None = None
+    thinking_token_budget: int | None = None
+    thinking_budget: int | None = None
     reasoning: dict[str, Any] | None = None
 
 

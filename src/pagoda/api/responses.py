@@ -68,6 +68,7 @@ async def responses(server: Server, request: Request) -> Reply:
         priority=body.priority or 0,
         shown=turn.shown,
         deadline_s=body.deadline_s,
+        thinking=turn.thinking,
     )
     reply = _new_reply(server, body, generation, params.temperature, params.top_p)
     stored = Stored(reply, items)

@@ -13,6 +13,7 @@ from pagoda.errors import BadRequest
 _ALIKE = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
     "stop", "stop_token_ids", "ignore_eos", "logit_bias", "reasoning", "enable_thinking", "chat_template_kwargs",
+    "thinking_token_budget",
     "parallel_tool_calls", "cache_salt", "priority", "deadline_s",
 )  # fmt: skip
 _ROLES = ("user", "assistant", "system", "developer")

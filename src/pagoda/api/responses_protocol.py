@@ -58,6 +58,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     priority: int | None = None
     deadline_s: float | None = None
     enable_thinking: bool | None = None
+    thinking_token_budget: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from pagoda.api.generation import Generation, ShuttingDown
+from pagoda.api.generation import Generation, ShuttingDown, ThinkingLimit
 from pagoda.api.metrics import Metrics
 from pagoda.api.names import ServedNames
 from pagoda.api.responses_store import ResponseStore
@@ -196,6 +196,7 @@ class Server:
         priority: int = 0,
         shown: frozenset[int] = frozenset(),
         deadline_s: float | None = None,
+        thinking: ThinkingLimit | None = None,
     ) -> Generation:
         """Admit one call: `params.n` sequences for each prompt. Whoever calls this must close the Generation.
 
@@ -218,7 +219,9 @@ class Server:
             for index, prompt in enumerate(prompts)
             for i in range(params.n)
         ]
-        generation = Generation(self, generation_id, model or self.names[0], requests, params.n, shown, deadline_s)
+        generation = Generation(
+            self, generation_id, model or self.names[0], requests, params.n, shown, deadline_s, thinking
+        )
         self._admit(generation)
         return generation
 

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from pagoda.api.answers import Answer
-from pagoda.api.messages import all_kwargs, chat_prompt
+from pagoda.api.generation import ThinkingLimit
+from pagoda.api.messages import all_kwargs, chat_prompt, thinking_budget
 from pagoda.api.protocol import ChatBody
 from pagoda.api.server import Server
 from pagoda.api.structured import answer_part, checked
@@ -26,7 +27,7 @@ class Turn:
     """`schemas`: the functions that may be called, None if none may. `opened`: the answer begins as reasoning.
 
     `form` is how the answer is written, `grammar` what it must match. `shown` are special tokens to read it by.
-    `ignored` names what the template has no place for.
+    `ignored` names what the template has no place for. `thinking` is the limit for its reasoning, if there is one.
     """
 
     prompt: list[int]
@@ -37,6 +38,7 @@ class Turn:
     parallel: bool
     grammar: str
     ignored: tuple[str, ...]
+    thinking: ThinkingLimit | None
 
     def limit(self, params: SamplingParams) -> SamplingParams:
         """The parameters with what the answer must match."""
@@ -73,7 +75,17 @@ async def prepare_turn(server: Server, body: ChatBody) -> Turn:
         body.parallel_tool_calls,
         await _grammar(server, body, form, forced, callable_, opened=opened, thinks=thinks),
         ("tools",) if callable_ and not server.format.takes_tools else (),
+        _thinking_limit(server, body, opened),
     )
+
+
+def _thinking_limit(server: Server, body: ChatBody, opened: bool) -> ThinkingLimit | None:
+    """None where nobody set one, or the model does not think."""
+    tokens, form = thinking_budget(body), server.format.reasoning
+    if not tokens or form is None:
+        return None
+    closing = server.tokenizer.encode(form.closing, add_special_tokens=False)
+    return ThinkingLimit(tokens, form, closing, opened)
 
 
 async def _grammar(

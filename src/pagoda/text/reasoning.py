@@ -14,11 +14,15 @@ _MAX_BLANK_CHARS = 64
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
-    """The marks of a family. `opened`: the reasoning begins without its first mark, whatever the prompt says."""
+    """The marks of a family. `opened`: the reasoning begins without its first mark, whatever the prompt says.
+
+    `then` is what has to follow the last mark before the answer can begin.
+    """
 
     start: str
     end: str
     opened: bool = False
+    then: str = "\n\n"
 
     def is_open(self, prompt: str) -> bool:
         """Whether an answer to a prompt with this end begins as reasoning."""
@@ -31,12 +35,18 @@ class ReasoningFormat:
 
     @property
     def closing(self) -> str:
-        """What ends a reasoning that the prompt has opened, so that the model answers at once."""
-        return f"\n{self.end}\n\n"
+        """What ends a reasoning that has begun, so that the model answers at once."""
+        return f"\n{self.end}{self.then}"
+
+    def goes_on_in(self, text: str, *, opened: bool) -> bool:
+        """Whether an answer that has come so far is still reasoning."""
+        return (opened or text.lstrip().startswith(self.start)) and self.end not in text
 
 
 _THINK = ReasoningFormat("<think>", "</think>")
-HARMONY = ReasoningFormat("<|channel|>analysis<|message|>", "<|end|>")
+HARMONY = ReasoningFormat(
+    "<|channel|>analysis<|message|>", "<|end|>", then="<|start|>assistant<|channel|>final<|message|>"
+)
 """gpt-oss: the channels of its messages say what is reasoning; see `tool_parsers.harmony`."""
 
 _FORMATS: Mapping[str, ReasoningFormat] = MappingProxyType(
