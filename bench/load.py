@@ -8,6 +8,8 @@ Workloads (--workloads, comma separated, in this order):
   prefix      16 requests sharing a 512-token prefix, 32 output tokens:
                 distinct (no sharing: the yardstick), cold (nobody saw the prefix before),
                 warm (one request with it was answered before)
+  pause       --pause-streams streams run, then a prompt of --pause-prompt tokens arrives: the longest gap between
+                two chunks of the running streams, with and without it, and the time to the long prompt's first token
 
 Every request: temperature 0, stream, ignore_eos, max_tokens = wanted output.  Prompts are token-like text (common
 English words, one token each in the usual BPE vocabularies), seeded, and differ in their first words, so that a prefix
@@ -166,6 +168,31 @@ def summary(rs, wall, cpu, n_out):
     return d
 
 
+async def pause(session, a, prompt):
+    """Running streams while a long prompt comes in: the longest gap between their chunks then, and before."""
+    running = [asyncio.create_task(one(session, a, prompt(a.prompt), a.pause_output)) for _ in range(a.pause_streams)]
+    await asyncio.sleep(a.pause_after)
+    late = digest(await one(session, a, prompt(a.pause_prompt), 1))
+    done = [digest(r) for r in await asyncio.gather(*running)]
+    errors = [r.err for r in [late, *done] if r.err]
+    if errors or not late.times:
+        return {"failed": len(errors), "first_error": errors[0] if errors else "no token chunk"}
+    end = late.times[0]
+    gaps = [(x, b - x) for r in done for x, b in zip(r.times, r.times[1:], strict=False)]
+    during = [gap for x, gap in gaps if late.t0 <= x + gap and x <= end]
+    before = [gap for x, gap in gaps if x + gap < late.t0]
+    return {
+        "failed": 0,
+        "pause_ms": ms(max(during, default=None)),
+        "pause_ms_p50": ms(pct(during, 50)),
+        "itl_ms_p50": ms(pct(before, 50)),
+        "itl_ms_max": ms(max(before, default=None)),
+        "long_ttft_ms": ms(end - late.t0),
+        "long_prompt_tokens": late.prompt_tokens,
+        "out_tok_s": round(sum(r.out_tokens for r in done) / (max(r.t1 for r in done) - min(r.t0 for r in done)), 2),
+    }
+
+
 def med(runs, key):
     v = [r[key] for r in runs if r.get(key) is not None]
     return round(statistics.median(v), 2) if v else None
@@ -186,6 +213,11 @@ def rounds(runs):
         "prompt_tokens_median",
         "cached_tokens",
         "client_cpu_s",
+        "pause_ms",
+        "pause_ms_p50",
+        "itl_ms_max",
+        "long_ttft_ms",
+        "long_prompt_tokens",
     )
     return {"median": {k: med(runs, k) for k in keys if any(k in r for r in runs)}, "runs": runs}
 
@@ -253,6 +285,8 @@ async def main_async(a):
                         kinds[kind].append(summary(rs, wall, cpu, a.prefix_output))
                 for kind, runs in kinds.items():
                     R["prefix_" + kind] = rounds(runs)
+            elif w == "pause":
+                R["pause"] = rounds([await pause(s, a, prompt) for _ in range(a.repeats)])
             else:
                 sys.exit("unknown workload " + w)
             print(f"# {w} done", file=sys.stderr, flush=True)
@@ -260,10 +294,9 @@ async def main_async(a):
         for k in out["results"]:
             runs = out["results"][k].pop("runs")
             errs = [r["first_error"] for r in runs if "first_error" in r]
-            out["results"][k]["out_tok_s_min_max"] = [
-                min(r["out_tok_s"] for r in runs),
-                max(r["out_tok_s"] for r in runs),
-            ]
+            rates = [r["out_tok_s"] for r in runs if "out_tok_s" in r]
+            if rates:
+                out["results"][k]["out_tok_s_min_max"] = [min(rates), max(rates)]
             if errs:
                 out["results"][k]["first_error"] = errs[0]
             wl = sum(r.get("wrong_length", 0) for r in runs)
@@ -289,6 +322,10 @@ def main():
     p.add_argument("--prefix", type=int, default=512)
     p.add_argument("--prefix-requests", type=int, default=16)
     p.add_argument("--prefix-output", type=int, default=32)
+    p.add_argument("--pause-streams", type=int, default=1)
+    p.add_argument("--pause-prompt", type=int, default=2000)
+    p.add_argument("--pause-output", type=int, default=400)
+    p.add_argument("--pause-after", type=float, default=0.6, help="seconds before the long prompt is sent")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--warmup", type=int, default=1)
     p.add_argument("--seed", type=int, default=1)

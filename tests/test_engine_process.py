@@ -20,7 +20,6 @@ import pytest
 
 from pagoda.config import EngineConfig
 from pagoda.engine import process as engine_process
-from pagoda.engine.link import COMMAND
 from pagoda.engine.messages import (
     MAX_FRAME_BYTES,
     Cancel,
@@ -36,6 +35,7 @@ from pagoda.engine.messages import (
     Submit,
     frame,
 )
+from pagoda.engine.spawn import COMMAND, EngineProcess
 from pagoda.sched.scheduler import SchedulerStats
 from pagoda.types import Delta, Request, SamplingParams
 
@@ -267,3 +267,15 @@ def gone(process: psutil.Process, limit_s: float) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def test_a_process_that_nobody_takes_over_ends_with_its_block() -> None:
+    before = set(psutil.Process().children())
+    with EngineProcess("cpu"):
+        assert len(set(psutil.Process().children()) - before) == 1
+    assert set(psutil.Process().children()) <= before
+    with EngineProcess("cpu") as early:
+        process, sock = early.take()
+    assert process.poll() is None, "who took it ends it"
+    sock.close()
+    assert process.wait(60) == 0, "it sees that nobody is there"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import signal
 import socket
@@ -78,7 +77,6 @@ class _Serving:
                     loading.cancel()
                     return 0
                 serving = await self._open()
-                gc.freeze()  # vocabulary and templates stay: no collection has to walk over them between two tokens
                 if on_ready is not None:
                     on_ready()
                 async with self._batches():

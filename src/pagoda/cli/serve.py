@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import json
 import os
@@ -12,10 +13,8 @@ from typing import TYPE_CHECKING
 from pagoda import __version__
 from pagoda.cli.help import serve_help
 from pagoda.cli.inputs import load, show, split
-from pagoda.cli.model import local_model, sampling_defaults
 from pagoda.cli.screen import ProgressLine, size, table
 from pagoda.config import Options
-from pagoda.deploy.default_model import NAME
 from pagoda.settings import Settings, check
 
 if TYPE_CHECKING:
@@ -40,17 +39,24 @@ def run(argv: list[str]) -> int:
 
 def _serve(settings: Settings) -> int:
     from pagoda.api.listen import bind_socket
-    from pagoda.engine.client import EngineClient
+    from pagoda.engine.spawn import EngineProcess
     from pagoda.observe import setup_logging
 
     options = settings.options
     setup_logging(options.log_level)
-    with bind_socket(options.host, options.port, options.uds) as listener:
+    gc.disable()  # all that is made from here to the first request stays
+    with (
+        bind_socket(options.host, options.port, options.uds) as listener,
+        # It imports, and then loads, in its own time; what this process needs is imported and read meanwhile.
+        EngineProcess(options.device) as process,
+    ):
+        from pagoda.cli.model import local_model
+        from pagoda.engine.client import EngineClient
+
         for line in (*settings.notices, *_warnings(options)):
             print(f"note: {line}", file=sys.stderr)
         path = local_model(options)
-        engine = EngineClient(options.engine_config(path))
-        # The engine loads in its own process from here on; what this one needs is imported and read meanwhile.
+        engine = EngineClient(options.engine_config(path), process=process)
         engine.spawn()
         from pagoda.api.run import run_server
 
@@ -58,6 +64,8 @@ def _serve(settings: Settings) -> int:
         progress = ProgressLine()
 
         def ready() -> None:
+            gc.freeze()  # so no later collection walks over vocabulary and templates between two tokens
+            gc.enable()
             progress.clear()
             url = address(options, listener)
             print(welcome(server.names[0], engine.info, url, needs_key=bool(options.api_key)), flush=True)
@@ -75,6 +83,8 @@ def make_server(options: Options, path: str, engine: EngineClient) -> Server:
     from pagoda.api.batch_store import BatchStore
     from pagoda.api.file_store import FileStore
     from pagoda.api.server import Server
+    from pagoda.cli.model import sampling_defaults
+    from pagoda.deploy.default_model import NAME
     from pagoda.text.chat import load_chat_template
     from pagoda.text.generation import load_generation_defaults
     from pagoda.text.tokenizer import load_tokenizer

@@ -13,7 +13,7 @@ import msgspec
 
 from pagoda.backend.base import Progress
 from pagoda.config import EngineConfig
-from pagoda.engine.link import COMMAND, Link, describe_exit
+from pagoda.engine.link import Link, describe_exit
 from pagoda.engine.messages import (
     Cancel,
     EngineStats,
@@ -26,6 +26,7 @@ from pagoda.engine.messages import (
     Submit,
 )
 from pagoda.engine.roster import Roster
+from pagoda.engine.spawn import COMMAND, EngineProcess
 from pagoda.engine.stream import DeltaStream, Stream
 from pagoda.errors import ConfigError, EngineError, MemoryShort, ModelError, Overloaded, PagodaError
 from pagoda.sched.scheduler import SchedulerStats
@@ -59,7 +60,8 @@ class EngineClient:
 
     `on_dead` is called once, with the reason, when the engine died too often to be started again: the server then
     ends with exit code 70. `max_queued` is the last bound on memory: the API admits whole calls, by a smaller one.
-    `command` is the engine's command line without the file descriptor (tests put their own).
+    `command` is the engine's command line without the file descriptor (tests put their own); `process` is its first
+    life, where that was started before.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class EngineClient:
         config: EngineConfig,
         *,
         command: Sequence[str] = COMMAND,
+        process: EngineProcess | None = None,
         max_queued: int = 8192,
         hang_limit_s: float = 60.0,
         backoff_s: float = 1.0,
@@ -78,6 +81,7 @@ class EngineClient:
         self.on_dead = on_dead
         self._config = config
         self._command = tuple(command)
+        self._process = process
         self._max_queued = max_queued
         self._hang_limit_s = hang_limit_s
         self._backoff_s = backoff_s
@@ -115,7 +119,7 @@ class EngineClient:
     def spawn(self) -> None:
         """Start the process now, before there is a loop; `start` does it otherwise."""
         if self._link is None:
-            self._link = Link(self._config, self._command)
+            self._link = Link(self._config, self._command, self._process)
 
     async def start(self, on_progress: Progress | None = None) -> None:
         """Wait until the model is loaded. Raises the error that loading ended with."""

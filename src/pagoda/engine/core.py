@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -18,7 +19,6 @@ from pagoda.backend.base import Capacity, Executor, Limits, Progress
 from pagoda.backend.pooler import Head
 from pagoda.backend.select import load_executor, resolve_device
 from pagoda.config import QUANTIZE_ON_LOAD_GPU, EngineConfig
-from pagoda.engine.draft_model import DraftModel
 from pagoda.engine.grammars import Grammars
 from pagoda.engine.messages import EngineStats, ModelInfo
 from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
@@ -28,6 +28,9 @@ from pagoda.types import BLOCK_SIZE, Delta, Request
 from pagoda.weights.open import open_source
 from pagoda.weights.quantization import check_quantization
 from pagoda.weights.source import TensorSource
+
+if TYPE_CHECKING:
+    from pagoda.engine.draft_model import DraftModel
 
 _log = logging.getLogger(__name__)
 _CUDA_SEQS, _CPU_SEQS = 256, 64
@@ -48,7 +51,9 @@ class EngineCore:
         limits = resolve_limits(config, self.spec)
         self._drafts: DraftModel | None = None
         if config.speculation is not None and config.speculation.model is not None:
-            self._drafts = DraftModel(config.speculation, config.device, limits, self._source, self.spec)
+            # Imported only now: it compares vocabularies, with the tokenizer that no other engine needs.
+            kind = importlib.import_module("pagoda.engine.draft_model").DraftModel
+            self._drafts = kind(config.speculation, config.device, limits, self._source, self.spec)
             limits = replace(limits, reserved_bytes=self._drafts.unseen_bytes)
         self._executor = load_executor(config.device, self.spec, self._source, limits, progress)
         capacity = self._executor.capacity if self._drafts is None else _both(self._executor, self._drafts)

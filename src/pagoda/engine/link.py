@@ -5,11 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -17,42 +13,24 @@ import msgspec
 
 from pagoda.config import EngineConfig
 from pagoda.engine.messages import Framer, FromEngine, ProtocolError, Shutdown, ToEngine, frame
+from pagoda.engine.spawn import COMMAND, EngineProcess
 
-COMMAND = (sys.executable, "-P", "-m", "pagoda.engine.process")
-_STDERR = 2
 _EXIT_S = 2.0
 _POLL_S = 0.01
 
 _log = logging.getLogger(__name__)
 
 
-def _environment(config: EngineConfig) -> dict[str, str]:
-    """Ours; numpy's own threads serve the reference executor only, elsewhere they would just take memory."""
-    threads = {} if config.device == "reference" else {"OPENBLAS_NUM_THREADS": "1"}
-    return {**os.environ, **threads}
-
-
 class Link(asyncio.Protocol):
-    """Starts the process on construction, without a running loop, so that it loads while the server still imports.
+    """Starts the process on construction, without a running loop, so that it loads while the server still imports;
+    `process` is one that was started before, and waits for its configuration."""
 
-    Call it in a thread that lives as long as the server: Linux kills the engine when that thread ends.
-    """
-
-    def __init__(self, config: EngineConfig, command: Sequence[str] = COMMAND) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            # Its own process group: a terminal's Ctrl-C is for the server. Standard output belongs to the server.
-            self._process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=_STDERR,
-                process_group=0,
-                env=_environment(config),
-            )
+    def __init__(
+        self, config: EngineConfig, command: Sequence[str] = COMMAND, process: EngineProcess | None = None
+    ) -> None:
+        self._process, self._sock = (process or EngineProcess(config.device, command)).take()
         with contextlib.suppress(BrokenPipeError):  # dead already; `lost` will tell
-            ours.sendall(frame(config))
-        self._sock = ours
+            self._sock.sendall(frame(config))
         self._framer = Framer()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._transport: asyncio.Transport | None = None

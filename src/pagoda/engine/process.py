@@ -135,12 +135,14 @@ def run(sock: socket.socket, make_core: CoreFactory = EngineCore) -> int:
         while not first:
             first = wire.receive(wait=True)
         config = msgspec.msgpack.decode(first[0], type=EngineConfig)
+        gc.disable()  # what is loaded stays
         try:
             core = make_core(config, _Reporter(wire))
         except PagodaError as error:
             wire.send(LoadFailed(type(error).__name__, error.message, error.remedy, error.exit_code))
             return error.exit_code
-        gc.freeze()  # what was loaded stays: no collection has to walk over it, in the middle of a stream
+        gc.freeze()  # so no later collection walks over it in the middle of a stream
+        gc.enable()
         wire.send(Ready(core.info))
         serve(wire, core)
     except Gone:
