@@ -113,11 +113,9 @@ PG_INLINE void join(Running& r, float* acc, const float* part, int dim, float to
 // What one segment gives to a query: weighted values [dim], then their maximum and total (0: nothing to attend).
 constexpr int partial_width(int dim) { return dim + 2; }
 
-// The hardware does not see from one block to the next.
-PG_INLINE void prefetch_half(const KvCache& c, const uint8_t* block, int half) {  // 0: K, 1: V
-  const int64_t bytes = c.values() * (c.int8 ? 1 : 2);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(block + half * bytes + i);
-  if (c.int8) __builtin_prefetch(block + 2 * bytes + half * 2 * c.scales());
+// The hardware does not see from one block to the next. Into the second level: the values are needed later.
+PG_INLINE void prefetch(const KvCache& c, const uint8_t* block) {
+  for (int64_t i = 0; i < c.stride(); i += 64) __builtin_prefetch(block + i, 0, 2);
 }
 
 // Positions that query vector n sees: [first, last].
@@ -139,7 +137,7 @@ PG_INLINE void segment(const AttentionJob& job, int first, int start, const floa
   const int blocks = (end + kTokens - 1) / kTokens, skipped = least > start ? (least - start) / kTokens : 0;
   const int32_t* table = job.table + start / kTokens;
   for (int b = skipped; b < blocks; b++) {
-    if (first == 0 && b + 1 < blocks) prefetch_half(cache, cache.at(job.layer, table[b + 1], job.kv_head), 0);
+    if (first == 0 && b + 1 < blocks) prefetch(cache, cache.at(job.layer, table[b + 1], job.kv_head));
     block_scores<N, Int8>(q + first * dim, {cache, cache.at(job.layer, table[b], job.kv_head)}, dim, scores + b * kTokens);
   }
   float acc[N * kMaxHeadDim];
@@ -153,7 +151,6 @@ PG_INLINE void segment(const AttentionJob& job, int first, int start, const floa
   }
   for (int b = skipped; b < blocks; b++) {
     const int count = end - b * kTokens < kTokens ? end - b * kTokens : kTokens;
-    if (first == 0 && b + 1 < blocks) prefetch_half(cache, cache.at(job.layer, table[b + 1], job.kv_head), 1);
     block_values<N, Int8>(scores + b * kTokens, {cache, cache.at(job.layer, table[b], job.kv_head)}, dim, count, acc);
   }
   for (int n = 0; n < N; n++) memcpy(partials + (first + n) * width, acc + n * dim, dim * sizeof(float));

@@ -12,11 +12,12 @@ using namespace pagoda;
 
 namespace pagoda {
 
-Pages::Pages(int64_t bytes) : bytes_(bytes) {
+Pages::Pages(int64_t bytes, bool huge) : bytes_(bytes) {
   if (bytes <= 0) return;
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   data_ = static_cast<uint8_t*>(p);
+  if (huge) madvise(data_, bytes, MADV_HUGEPAGE);  // only advice: without it all is the same, but slower
 }
 
 Pages::~Pages() {
@@ -25,15 +26,12 @@ Pages::~Pages() {
 
 // Pages are reserved in large pieces, and taken from the system only as they are written.
 uint8_t* Arena::take(int64_t bytes) {
-  constexpr int64_t piece = 256 << 20, huge = 2 << 20, line = 64;
+  constexpr int64_t piece = 256 << 20, line = 64;
   used_ += bytes;
   bytes = (bytes + line - 1) / line * line;
   if (bytes > free_) {
-    pages_.emplace_back(std::max(bytes, piece) + huge);
-    uint8_t* data = pages_.back().data();
-    const int64_t skip = -reinterpret_cast<intptr_t>(data) & (huge - 1);
-    free_ = pages_.back().bytes() - skip;
-    madvise(data + skip, free_, MADV_HUGEPAGE);  // only advice: without it all is the same, but slower
+    pages_.emplace_back(std::max(bytes, piece), true);
+    free_ = pages_.back().bytes();
   }
   const Pages& last = pages_.back();
   uint8_t* at = last.data() + last.bytes() - free_;
@@ -169,8 +167,8 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     c->buffers.clear();
     for (int i = 0; i < n_buffers; i++) c->buffers.push_back(make_buffer(buffers[i], *d));
     c->ops.assign(ops, ops + n_ops);
-    c->kv = {nullptr, d->num_blocks, d->kv_heads, d->head_dim, d->kv_int8 != 0};
-    c->kv_pages = Pages((int64_t)d->layers * d->num_blocks * d->kv_heads * c->kv.stride());
+    c->kv = {nullptr, d->layers, d->kv_heads, d->head_dim, d->kv_int8 != 0};
+    c->kv_pages = Pages((int64_t)d->layers * d->num_blocks * d->kv_heads * c->kv.stride(), true);
     c->kv.data = c->kv_pages.data();
     c->rope_pages = Pages((int64_t)d->max_tokens * d->rope_dim * 4);
     c->logit_pages = Pages((int64_t)d->max_rows * d->vocab * 4);

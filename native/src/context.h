@@ -14,7 +14,7 @@ namespace pagoda {
 class Pages {
  public:
   Pages() = default;
-  explicit Pages(int64_t bytes);
+  explicit Pages(int64_t bytes, bool huge = false);
   Pages(Pages&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr; }
   Pages& operator=(Pages&& other) noexcept { std::swap(data_, other.data_), std::swap(bytes_, other.bytes_); return *this; }
   ~Pages();

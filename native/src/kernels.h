@@ -36,17 +36,16 @@ constexpr int kMaxHeadDim = 512;
 
 constexpr int kKvGroup = 32;      // values of a head that share a scale in an 8-bit cache
 
-// [layer][block][kv head] of K [head_dim][16], then V [16][head_dim]: in f16, or in signed bytes, and behind them the
+// [block][layer][kv head] of K [head_dim][16], then V [16][head_dim]: in f16, or in signed bytes, and behind them the
 // f16 scales of K and those of V, [groups of head_dim][16] each.
 struct KvCache {
   uint8_t* data;
-  int64_t blocks;
-  int heads, head_dim;
+  int layers, heads, head_dim;
   bool int8;
   int64_t values() const { return (int64_t)kTokens * head_dim; }  // of K or V in a block
   int64_t scales() const { return (int64_t)kTokens * ((head_dim + kKvGroup - 1) / kKvGroup); }
   int64_t stride() const { return int8 ? 2 * values() + 4 * scales() : 4 * values(); }
-  uint8_t* at(int layer, int64_t block, int head) const { return data + ((layer * blocks + block) * heads + head) * stride(); }
+  uint8_t* at(int layer, int64_t block, int head) const { return data + ((block * layers + layer) * heads + head) * stride(); }
 };
 
 struct AttentionJob {  // consecutive tokens of one request, the query heads of one KV head
