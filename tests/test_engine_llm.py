@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import engine_tiny
 import pytest
 
 import pagoda
-from pagoda import LLM, RequestOutput, SamplingParams
+from pagoda import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from pagoda.errors import BadRequest, ConfigError, ContextLengthExceeded, ModelError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -181,3 +182,21 @@ def test_the_root_exports_lazily() -> None:
     assert pagoda.LLM is LLM and pagoda.SamplingParams is SamplingParams
     with pytest.raises(AttributeError, match="nothing"):
         pagoda.nothing  # noqa: B018
+
+
+def test_structured_outputs_as_in_vllm(llm: LLM) -> None:
+    kinds = [
+        ({"regex": "[a-f]{10}"}, "[a-f]{10}"),
+        ({"choice": ["yes", "no"]}, "yes|no"),
+        ({"grammar": 'root ::= "a" [bc] "d"'}, "a[bc]d"),
+        ({"json": {"enum": [12, "x"]}}, '12|"x"'),
+    ]
+    params = [
+        SamplingParams(max_tokens=20, seed=1, structured_outputs=StructuredOutputsParams(**given)) for given, _ in kinds
+    ]
+    outputs = llm.generate(["Say it:"] * len(kinds), params)
+    for output, (_, pattern) in zip(outputs, kinds, strict=True):
+        assert re.fullmatch(pattern, output.outputs[0].text) and output.outputs[0].finish_reason == "stop"
+    wrong = StructuredOutputsParams(regex="a", choice=["b"])
+    with pytest.raises(BadRequest, match="it may hold one of"):
+        llm.generate("Say it:", SamplingParams(structured_outputs=wrong))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pagoda.engine.llm import LLM
     from pagoda.engine.outputs import CompletionOutput, RequestOutput
-    from pagoda.types import SamplingParams
+    from pagoda.types import SamplingParams, StructuredOutputsParams
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]
 __version__ = "0.1.0"
 
 _HOMES = MappingProxyType(
@@ -20,6 +20,7 @@ _HOMES = MappingProxyType(
         "CompletionOutput": "pagoda.engine.outputs",
         "RequestOutput": "pagoda.engine.outputs",
         "SamplingParams": "pagoda.types",
+        "StructuredOutputsParams": "pagoda.types",
     }
 )
 

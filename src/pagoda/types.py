@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -23,13 +23,26 @@ MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 1024
 
 
+class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
+    """What an output must be, in one of six ways; names and meaning as in vLLM."""
+
+    json: Any = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Any = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose tokens; names and meaning as in vLLM.
 
     `top_k` 0 or -1 means all tokens. `max_tokens` None means the rest of the context. `logprobs` k asks for the
     chosen token's log-probability and those of the k likeliest tokens (0: only the chosen token's), taken from the
     model's raw logits, before temperature and penalties. `seed` None lets the server choose one. `grammar` is what the
-    output must match, as `text.grammar` writes it.
+    output must match, as `text.grammar` writes it; `LLM` makes it from `structured_outputs`.
     """
 
     n: int = 1
@@ -51,6 +64,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     grammar: str = ""
+    structured_outputs: StructuredOutputsParams | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from pagoda.api.protocol import SamplingFields
 from pagoda.api.server import Server
 from pagoda.errors import BadRequest
-from pagoda.text.grammar import (
-    Part,
-    choice_part,
-    decoded,
-    document,
-    grammar_part,
-    json_part,
-    object_part,
-    regex_part,
-    tags_part,
-)
+from pagoda.text.grammar import Part, document, grammar_part, json_part, object_part, regex_part
+from pagoda.text.structured import chosen, part_of_kind, structural_tag_part, structured_part
 from pagoda.text.tokenizer import Tokenizer
 
 _FORMATS = "text, json_object, json_schema, structural_tag, regex or grammar"
-_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 _OLD_NAMES = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object")
 
 
@@ -33,7 +23,7 @@ def answer_part(body: SamplingFields, tokenizer: Tokenizer) -> tuple[str, Part] 
     given = body.structured_outputs
     if given is not None and not isinstance(given, Mapping):
         raise BadRequest("structured_outputs must be an object", param="structured_outputs")
-    found += [("structured_outputs", given)] if given and _chosen(given) else []
+    found += [("structured_outputs", given)] if given and chosen(given) else []
     if (body.response_format or {}).get("type", "text") != "text":
         found.append(("response_format", body.response_format))
     if not found:
@@ -48,38 +38,12 @@ def answer_part(body: SamplingFields, tokenizer: Tokenizer) -> tuple[str, Part] 
         raise BadRequest(f"{name}: {error.message}", remedy=error.remedy, param=name) from None
 
 
-def _chosen(given: Mapping[str, Any]) -> list[str]:
-    return [kind for kind in _KINDS if given.get(kind) not in (None, False)]
-
-
 def _part(name: str, value: Any, whitespace: str | None, tokenizer: Tokenizer) -> Part:
     if name == "response_format":
         return _response_format(value, tokenizer)
     if name == "structured_outputs":
-        return _structured_outputs(value, tokenizer)
-    return _of_kind(name.removeprefix("guided_"), value, tokenizer, whitespace=whitespace)
-
-
-def _of_kind(kind: str, value: Any, tokenizer: Tokenizer, **options: Any) -> Part:
-    makers: dict[str, Callable[[], Part]] = {
-        "json": lambda: json_part(value, **options),
-        "regex": lambda: regex_part(value),
-        "choice": lambda: choice_part(value),
-        "grammar": lambda: grammar_part(value),
-        "json_object": lambda: object_part(options.get("whitespace")),
-        "structural_tag": lambda: _structural_tag(value, tokenizer),
-    }
-    return makers[kind]()
-
-
-def _structured_outputs(given: Mapping[str, Any], tokenizer: Tokenizer) -> Part:
-    kinds = _chosen(given)
-    if len(kinds) > 1:
-        raise BadRequest(f"it may hold one of {', '.join(_KINDS)}, but holds {', '.join(kinds)}")
-    whitespace = "" if given.get("disable_any_whitespace") else given.get("whitespace_pattern")
-    if whitespace is not None and not isinstance(whitespace, str):
-        raise BadRequest("whitespace_pattern must be a string")
-    return _of_kind(kinds[0], given[kinds[0]], tokenizer, whitespace=whitespace)
+        return structured_part(value, tokenizer)
+    return part_of_kind(name.removeprefix("guided_"), value, tokenizer, whitespace=whitespace)
 
 
 def _response_format(given: Mapping[str, Any], tokenizer: Tokenizer) -> Part:
@@ -94,25 +58,12 @@ def _response_format(given: Mapping[str, Any], tokenizer: Tokenizer) -> Part:
             raise BadRequest('json_schema needs a schema: {"name": "...", "schema": {...}}')
         return json_part(asked)
     if kind == "structural_tag":
-        return _structural_tag(given, tokenizer)
+        return structural_tag_part(given, tokenizer)
     if kind == "regex":
         return regex_part(given.get("pattern", given.get("regex")))
     if kind == "grammar":
         return grammar_part(given.get("grammar"))
     raise BadRequest(f"its type must be {_FORMATS}")
-
-
-def _structural_tag(given: Any, tokenizer: Tokenizer) -> Part:
-    if isinstance(given, str):
-        given = decoded(given)
-    if not isinstance(given, Mapping):
-        raise BadRequest("a structural tag must be an object with structures and triggers")
-    structures, triggers = given.get("structures"), given.get("triggers")
-    if not isinstance(structures, list) or not all(isinstance(each, dict) for each in structures):
-        raise BadRequest("a structural tag needs structures, a list of objects with begin, schema and end")
-    if not isinstance(triggers, list) or not all(isinstance(each, str) and each for each in triggers):
-        raise BadRequest("a structural tag needs triggers, a list of strings")
-    return tags_part(structures, triggers, tokenizer)
 
 
 @contextmanager

@@ -8,11 +8,10 @@ import sys
 from typing import BinaryIO
 
 import msgspec
-from llguidance.gbnf_to_lark import any_to_lark
 
 from pagoda.engine.messages import Verdict, frame
 from pagoda.errors import BadRequest
-from pagoda.text.matcher import Vocabulary, reason
+from pagoda.text.matcher import Vocabulary, translated
 
 CPU_S = 1.0
 MEMORY_BYTES = 1 << 30
@@ -21,27 +20,13 @@ MEMORY_BYTES = 1 << 30
 def judge(vocabulary: Vocabulary, text: str) -> Verdict:
     """Translate, compile, and ask once what may come first."""
     try:
-        text = _translated(text)
+        text = translated(text)
         matcher = vocabulary.compile(text)
     except BadRequest as error:
         return Verdict(error=error.message)
     if not matcher.mask().any():
         return Verdict(error=matcher.error or "nothing can match it")
     return Verdict(text)
-
-
-def _translated(text: str) -> str:
-    """The same text with GBNF as Lark."""
-    document = msgspec.json.decode(text)
-    parts = [part for part in document["grammars"] if "gbnf" in part]
-    if not parts:
-        return text
-    for part in parts:
-        try:
-            part["lark_grammar"] = any_to_lark(part.pop("gbnf"))
-        except Exception as error:  # the translator raises whatever its author's code does
-            raise BadRequest(f"the GBNF grammar cannot be read: {reason(str(error))}") from None
-    return msgspec.json.encode(document).decode()
 
 
 def receive(source: BinaryIO) -> bytes | None:

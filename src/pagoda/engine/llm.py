@@ -20,6 +20,7 @@ from pagoda.errors import BadRequest, ContextLengthExceeded, ModelError
 from pagoda.settings import Catalog, check, resolve
 from pagoda.text.chat import load_chat_template
 from pagoda.text.generation import load_generation_defaults
+from pagoda.text.structured import structured_grammar
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
 from pagoda.types import Request, SamplingParams
 
@@ -170,7 +171,10 @@ class LLM:
         except msgspec.ValidationError as error:
             raise BadRequest(f"sampling_params: {error}", param="sampling_params") from None
         params.check(self.info.vocab_size)
-        return params
+        if (asked := params.structured_outputs) is None:
+            return params
+        grammar = structured_grammar(msgspec.structs.asdict(asked), self._tokenizer)
+        return msgspec.structs.replace(params, grammar=grammar, structured_outputs=None)
 
     def _run(
         self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams], show: bool
