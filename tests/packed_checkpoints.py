@@ -69,8 +69,17 @@ def gptq(q: Quantized, bits: int, group_of: Array, version: int) -> dict[str, Ar
     }
 
 
+_SAME_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
 def write(
-    folder: Path, case: str, table: Mapping[str, Any], *, drop: tuple[str, ...] = (), biases: bool = False
+    folder: Path,
+    case: str,
+    table: Mapping[str, Any],
+    *,
+    drop: tuple[str, ...] = (),
+    biases: bool = False,
+    one_order: bool = True,
 ) -> Any:
     """A tiny model, its linear layers packed as `table` (quantization_config) says; `drop` leaves parts out.
 
@@ -87,7 +96,11 @@ def write(
         stem, inputs = name.removesuffix(".weight"), parameter.shape[1]
         group_of = np.arange(inputs) // (size if size > 0 else inputs)
         if table.get("desc_act"):
-            group_of = rng.permutation(group_of)
+            # by the importance of the inputs: matrices with the same inputs have the same order
+            reader = next((shared for shared in _SAME_INPUTS if any(part in stem for part in shared)), stem)
+            layer = stem.split(".")[2]
+            seed = [11, int(layer), *str(reader if one_order else stem).encode()]
+            group_of = np.random.default_rng(seed).permutation(group_of)
         q = Quantized(parameter.numpy() * 0.6, bits, group_of, rng, symmetric=bool(table.get("sym")))
         version = 2 if table.get("checkpoint_format") == "gptq_v2" else 1
         parts = awq(q) if table["quant_method"] == "awq" else gptq(q, bits, group_of, version)

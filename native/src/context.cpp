@@ -154,6 +154,13 @@ int32_t pg_vector(pg_context* c, const float* data, int64_t n) {
   });
 }
 
+int32_t pg_order(pg_context* c, const int32_t* places, int64_t n) {
+  return guarded(c, [&]() -> int32_t {
+    c->orders.emplace_back(places, places + n);
+    return (int32_t)c->orders.size();
+  });
+}
+
 int64_t pg_weight_bytes(pg_context* c) {
   int64_t total = c->arena.used();
   for (auto& v : c->vectors) total += (int64_t)v.size() * 4;
@@ -172,7 +179,9 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     c->kv.data = c->kv_pages.data();
     c->rope_pages = Pages((int64_t)d->max_tokens * d->rope_dim * 4);
     c->logit_pages = Pages((int64_t)d->max_rows * d->vocab * 4);
-    for (auto& s : c->attention_scratch) s.resize(std::max(attention_scratch(d->head_dim), encoder_scratch(d->head_dim)));
+    int64_t widest = std::max(attention_scratch(d->head_dim), encoder_scratch(d->head_dim));
+    for (auto& b : c->buffers) widest = std::max(widest, b.width);
+    for (auto& s : c->row_scratch) s.resize(widest);
     return 0;
   });
 }

@@ -58,13 +58,14 @@ struct Buffer {  // [rows][width] floats, and the 8-bit form of the same rows
 }  // namespace pagoda
 
 struct pg_context {
-  pg_context(int threads, const pagoda::Kernels* k) : team(threads), kernels(k), scratch(threads), attention_scratch(threads) {}
+  pg_context(int threads, const pagoda::Kernels* k) : team(threads), kernels(k), scratch(threads), row_scratch(threads) {}
   pagoda::Team team;
   const pagoda::Kernels* kernels;
   std::string error;
   pagoda::Arena arena;
   std::vector<pagoda::Weight> weights;
   std::vector<std::vector<float>> vectors;
+  std::vector<std::vector<int32_t>> orders;
   std::vector<pagoda::Buffer> buffers;
   std::vector<pg_op> ops;
   pg_dims dims{};
@@ -72,5 +73,5 @@ struct pg_context {
   pagoda::Pages kv_pages, rope_pages, logit_pages;
   pagoda::KvCache kv{};
   std::vector<pagoda::SampleScratch> scratch;
-  std::vector<std::vector<float>> attention_scratch;
+  std::vector<std::vector<float>> row_scratch;  // for attention, and for a row that is put in order
 };

@@ -50,6 +50,7 @@ struct pg_op {
   int32_t kind, in, out, weight, vector, vector2, layer, flags;
   float f;
   int32_t window;  // of attention: how many positions a token sees, its own included; 0 for all
+  int32_t order;   // out is put in this order, before it is quantized, for a weight whose k are in it; 0 for none
 };
 
 struct pg_dims {
@@ -96,6 +97,8 @@ const char* pg_error(pg_context*);
 // Repack one or more matrices with the same k, stacked along rows. Returns its id, or -1 (see pg_error).
 int32_t pg_weight(pg_context*, const pg_part* parts, int32_t n_parts);
 int32_t pg_vector(pg_context*, const float* data, int64_t n);
+// The k-th of n values is the one that was at places[k]. Returns a number for pg_op's `order`, from 1.
+int32_t pg_order(pg_context*, const int32_t* places, int64_t n);
 int64_t pg_weight_bytes(pg_context*);
 // Bytes that a matrix [rows, k] will take once repacked; -1 for a type or k that cannot run.
 int64_t pg_matrix_bytes(int32_t type, int64_t rows, int64_t k);

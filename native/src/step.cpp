@@ -126,10 +126,10 @@ class StepJob : public Job {
     for (int64_t row = from; row < to; row++)
       if (task.kind == kRopeTables) rope_table(row);
       else if (task.kind == kSample) sample(task.first, row, thread);
-      else run_row(task, row);
+      else run_row(task, row, thread);
   }
 
-  void run_row(const Task& task, int64_t row) {
+  void run_row(const Task& task, int64_t row, int thread) {
     const pg_op& op = *task.op;
     const Kernels& k = *c_.kernels;
     float *in = op.in >= 0 ? c_.buffers[op.in].row(row) : nullptr, *out = op.out >= 0 ? c_.buffers[op.out].row(row) : nullptr;
@@ -154,7 +154,13 @@ class StepJob : public Job {
         return;
       }
     }
+    if (op.order > 0) put_in_order(c_.orders[op.order - 1], out, c_.row_scratch[thread].data());
     if (op.flags & PG_QUANTIZE) quantize(c_.buffers[op.out], row);
+  }
+
+  static void put_in_order(const std::vector<int32_t>& places, float* row, float* scratch) {
+    memcpy(scratch, row, places.size() * sizeof(float));
+    for (size_t i = 0; i < places.size(); i++) row[i] = scratch[places[i]];
   }
 
   const float* vector(int32_t id) const { return id >= 0 ? c_.vectors[id].data() : nullptr; }
@@ -267,7 +273,7 @@ class StepJob : public Job {
   void attention(const pg_op& op, int64_t chunk, int thread) {
     const Tokens& t = attention_[chunk / c_.dims.kv_heads];
     const int head = (int)(chunk % c_.dims.kv_heads);
-    float* scratch = c_.attention_scratch[thread].data();
+    float* scratch = c_.row_scratch[thread].data();
     if (t.segment < 0) return c_.kernels->attention(job(op, t, head), scratch);
     c_.kernels->attention_segment(job(op, t, head), t.segment, &partials_[(t.partials + head) * partial_stride()], scratch);
   }
@@ -276,7 +282,7 @@ class StepJob : public Job {
     const Join& j = joins_[chunk / c_.dims.kv_heads];
     const int head = (int)(chunk % c_.dims.kv_heads);
     c_.kernels->attention_join(job(op, j.tokens, head), &partials_[(j.tokens.partials + head) * partial_stride()],
-                               c_.dims.kv_heads * partial_stride(), j.segments, c_.attention_scratch[thread].data());
+                               c_.dims.kv_heads * partial_stride(), j.segments, c_.row_scratch[thread].data());
   }
 
   void add_positions(const pg_op& op, int64_t token, float* out) {
@@ -302,7 +308,7 @@ class StepJob : public Job {
     const float* keys = in.row(first) + hidden + column;
     c_.kernels->attend_all({in.row(first + t.from) + column, keys, keys + hidden, in.width, t.count,
                             st_.starts[t.request + 1] - st_.starts[t.request], d.head_dim, op.f,
-                            out.row(first + t.from) + column, out.width}, c_.attention_scratch[thread].data());
+                            out.row(first + t.from) + column, out.width}, c_.row_scratch[thread].data());
   }
 
   void sample(int64_t first, int64_t l, int thread) {

@@ -25,6 +25,7 @@ from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
 from pagoda.sched.scheduler import Scheduler, SchedulerConfig
 from pagoda.sched.state import Grammar
 from pagoda.types import BLOCK_SIZE, Delta, Request
+from pagoda.weights.grouped import OrderedTensor
 from pagoda.weights.open import open_source
 from pagoda.weights.quantization import check_quantization
 from pagoda.weights.source import TensorSource
@@ -266,7 +267,8 @@ def weight_types(source: TensorSource, quantization: str | None = None) -> str:
     """The types that the weights are stored in, largest share first; those under one percent are left out."""
     sizes: Counter[str] = Counter()
     for tensor in source.tensors.values():
-        sizes[tensor.type] += tensor.nbytes
+        stored = tensor.packed if isinstance(tensor, OrderedTensor) else tensor
+        sizes[stored.type] += stored.nbytes
     types = ", ".join(name for name, size in sizes.most_common() if size * 100 >= sizes.total())
     return f"{types} as {quantization}" if quantization in QUANTIZE_ON_LOAD_GPU else types
 

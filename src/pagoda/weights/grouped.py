@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,22 @@ class MadeTensor(Tensor):
         return nbytes(self.type, self.shape)
 
 
+class OrderedTensor(MadeTensor):
+    """A matrix in float32 that can also be had in few bits, once its inputs are put in an order.
+
+    `packed` is the same matrix with input `order[k]` at place k, in the bits that it is stored in.
+    """
+
+    __slots__ = ("order", "packed")
+    order: npt.NDArray[np.int32]
+    packed: Tensor
+
+    def __init__(self, floats: MadeTensor, order: npt.NDArray[np.int32], packed: Tensor) -> None:
+        super().__init__(floats.name, floats.shape, floats.type, floats._make, floats.origin)
+        object.__setattr__(self, "order", order)
+        object.__setattr__(self, "packed", packed)
+
+
 @dataclass(frozen=True, slots=True)
 class Grouped:
     """A matrix [out, in]: value = scale * (code - zero), the scale and zero those of the input's group.
@@ -60,11 +76,20 @@ class Grouped:
     codes: Callable[[], Bytes]
 
     def tensor(self) -> Tensor:
-        """In blocks where each block of inputs has one group and an f16 scale, else in float32: always exact."""
+        """In blocks where each block of inputs has one group and an f16 scale, else in float32: always exact.
+
+        Where groups are whole blocks once the inputs are sorted by them, it is an OrderedTensor.
+        """
+        if self._fills_blocks():
+            return MadeTensor(self.name, self.shape, {4: "U4G", 8: "U8G"}[self.bits], partial(_blocks, self), self)
+        floats = MadeTensor(self.name, self.shape, "F32", partial(_floats, self), self)
+        order = np.argsort(self.group_of, kind="stable").astype(np.int32)
+        sorted = replace(self, group_of=self.group_of[order], codes=partial(_in_order, self, order))
+        return OrderedTensor(floats, order, sorted.tensor()) if sorted._fills_blocks() else floats
+
+    def _fills_blocks(self) -> bool:
         blocks = self.group_of.reshape(-1, BLOCK)
-        whole = self.scales.type == "F16" and bool((blocks == blocks[:, :1]).all())
-        type = {4: "U4G", 8: "U8G"}[self.bits] if whole else "F32"
-        return MadeTensor(self.name, self.shape, type, partial(_blocks if whole else _floats, self), self)
+        return self.scales.type == "F16" and bool((blocks == blocks[:, :1]).all())
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +117,22 @@ def _blocks(m: Grouped) -> Bytes:
     return out.reshape(-1).view(np.uint8)
 
 
-def _floats(m: Grouped) -> Bytes:
+def _each_code(m: Grouped) -> Bytes:
+    """One byte for each, [out, in]."""
     codes = m.codes()
-    if m.bits == 4:
-        codes = np.stack((codes & 15, codes >> 4), axis=2)
-    distance = codes.reshape(m.shape).astype(np.float32) - m.zeros()[m.group_of].T
+    return (np.stack((codes & 15, codes >> 4), axis=2) if m.bits == 4 else codes).reshape(m.shape)
+
+
+def _in_order(m: Grouped, order: npt.NDArray[np.int32]) -> Bytes:
+    codes: Bytes = _each_code(m)[:, order].reshape(m.shape[0], -1, BLOCK)
+    if m.bits == 8:
+        return codes
+    codes[..., :16] |= codes[..., 16:] << 4
+    return np.ascontiguousarray(codes[..., :16])
+
+
+def _floats(m: Grouped) -> Bytes:
+    distance = _each_code(m).astype(np.float32) - m.zeros()[m.group_of].T
     return np.ascontiguousarray(dequantize(m.scales)[m.group_of].T * distance).reshape(-1).view(np.uint8)
 
 

@@ -12,7 +12,7 @@ from pagoda.backend.base import Capacity, Done, Limits, Progress
 from pagoda.backend.cpu.encoder_program import EncoderProgram
 from pagoda.backend.cpu.library import Native, matrix_bytes
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
-from pagoda.backend.cpu.program import VECTORS, Program, buffer_bytes, panel_type
+from pagoda.backend.cpu.program import VECTORS, Program, buffer_bytes, in_their_order, panel_type
 from pagoda.types import StepPlan
 from pagoda.weights.source import Tensor, TensorSource
 
@@ -67,7 +67,7 @@ class CpuExecutor:
 def weight_bytes(tensors: Mapping[str, Tensor], quantization: str | None = None) -> int:
     """What the tensors take once they are repacked; vectors are kept in float32."""
     total = 0
-    for slot, t in tensors.items():
+    for slot, t in in_their_order(tensors)[0].items():
         matrix = len(t.shape) == 2 and slot not in VECTORS
         total += matrix_bytes(panel_type(slot, t, quantization), *t.shape) if matrix else math.prod(t.shape) * 4
     return total

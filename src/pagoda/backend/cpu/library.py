@@ -41,6 +41,7 @@ class Op(c.Structure):
     _fields_ = [
         ("kind", c.c_int32), ("in_", c.c_int32), ("out", c.c_int32), ("weight", c.c_int32), ("vector", c.c_int32),
         ("vector2", c.c_int32), ("layer", c.c_int32), ("flags", c.c_int32), ("f", c.c_float), ("window", c.c_int32),
+        ("order", c.c_int32),
     ]  # fmt: skip
 
 
@@ -90,6 +91,7 @@ def _load() -> c.CDLL:
         "pg_matrix_bytes": (c.c_int64, [c.c_int32, c.c_int64, c.c_int64]),
         "pg_weight": (c.c_int32, [c.c_void_p, c.POINTER(Part), c.c_int32]),
         "pg_vector": (c.c_int32, [c.c_void_p, c.c_void_p, c.c_int64]),
+        "pg_order": (c.c_int32, [c.c_void_p, c.c_void_p, c.c_int64]),
         "pg_weight_bytes": (c.c_int64, [c.c_void_p]),
         "pg_program": (
             c.c_int32,
@@ -163,6 +165,10 @@ class Native:
 
     def vector(self, values: npt.NDArray[np.float32]) -> int:
         return self._checked(self._lib.pg_vector(self._handle, values.ctypes.data, values.size), ModelError)
+
+    def order(self, places: npt.NDArray[np.int32]) -> int:
+        """For the field `order` of an operation: value k of its output becomes the one that was at places[k]."""
+        return self._checked(self._lib.pg_order(self._handle, places.ctypes.data, places.size), ModelError)
 
     def program(self, dims: Dims, buffers: Sequence[BufferShape], ops: Sequence[Op], hidden: int = 0) -> None:
         """Fix the program. `hidden`: width of the hidden states that it gives in place of tokens."""

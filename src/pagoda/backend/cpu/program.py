@@ -16,7 +16,10 @@ from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
 from pagoda.config import QUANTIZE_ON_LOAD
 from pagoda.errors import ModelError
 from pagoda.weights.ggml import dequantize
+from pagoda.weights.grouped import OrderedTensor
 from pagoda.weights.source import Tensor
+
+Places = npt.NDArray[np.int32]
 
 MAX_ROWS = 32
 """Rows of logits that go through the head at a time; more are taken in turns."""
@@ -28,6 +31,9 @@ _INT4 = MappingProxyType({"embed": "Q8_0", "head": "Q8_0", "v": "Q5_1", "down": 
 
 VECTORS = ("positions", "types", "score", "pool_dense")
 """Tables that are added, or used for a whole request at once: kept in float32."""
+
+FUSED = MappingProxyType({"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)})
+"""The products of a layer, and the slots that each is stacked from."""
 
 X, H, QKV, ATT, GATE_UP, MLP, LAST, LAST_NORMED = range(8)
 
@@ -43,11 +49,13 @@ class Program:
         progress: Progress | None,
         quantization: str | None = None,
     ) -> None:
-        self._lib, self._spec, self._tensors = lib, spec, tensors
-        self._panel_types = {s: panel_type(s, t, quantization) for s, t in tensors.items() if len(t.shape) == 2}
+        self._lib, self._spec = lib, spec
+        self._tensors, orders = in_their_order(tensors)
+        self._panel_types = {s: panel_type(s, t, quantization) for s, t in self._tensors.items() if len(t.shape) == 2}
         self._progress = progress or (lambda phase, share: None)
         self._ops: list[Op] = []
         check_spec(spec)
+        self._orders = {name: lib.order(order) for name, order in orders.items()}
         self._weights()
 
     def _weights(self) -> None:
@@ -113,24 +121,23 @@ class Program:
 
     def _layer(self, i: int, layer: Layer) -> None:
         p, eps = f"layers.{i}.", self._spec.norm_eps
-        self._emit(native.NORM, in_=X, out=H, vector=p + "attn_norm", f=eps)
+        self._emit(native.NORM, in_=X, out=H, vector=p + "attn_norm", f=eps, order=p + "qkv")
         self._emit(native.MATMUL, in_=H, out=QKV, weight=p + "qkv", vector=p + "qkv_bias")
         self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=i, f=eps)
-        self._emit(
-            native.ATTENTION, in_=QKV, out=ATT, layer=i, f=layer.attention.scale, window=layer.attention.window or 0
-        )
+        a = layer.attention
+        self._emit(native.ATTENTION, in_=QKV, out=ATT, layer=i, f=a.scale, window=a.window or 0, order=p + "o")
         self._emit(native.MATMUL, in_=ATT, out=X, weight=p + "o", vector=p + "o_bias", flags=native.ADD)
-        self._emit(native.NORM, in_=X, out=H, vector=p + "mlp_norm", f=eps)
+        self._emit(native.NORM, in_=X, out=H, vector=p + "mlp_norm", f=eps, order=p + "gate_up")
         self._emit(native.MATMUL, in_=H, out=GATE_UP, weight=p + "gate_up", vector=p + "gate_up_bias")
-        self._emit(native.SILU, in_=GATE_UP, out=MLP)
+        self._emit(native.SILU, in_=GATE_UP, out=MLP, order=p + "down")
         self._emit(native.MATMUL, in_=MLP, out=X, weight=p + "down", vector=p + "down_bias", flags=native.ADD)
 
     def _emit(
         self, kind: int, *, in_: int = -1, out: int = -1, weight: str = "", vector: str = "", vector2: str = "",
-        layer: int = 0, flags: int = 0, f: float = 0.0, window: int = 0,
+        layer: int = 0, flags: int = 0, f: float = 0.0, window: int = 0, order: str = "",
     ) -> None:  # fmt: skip
         w, v, v2 = (self._ids.get(name, -1) for name in (weight, vector, vector2))
-        self._ops.append(Op(kind, in_, out, w, v, v2, layer, flags, f, window))
+        self._ops.append(Op(kind, in_, out, w, v, v2, layer, flags, f, window, self._orders.get(order, 0)))
 
     def _quantize_inputs(self) -> None:
         """Let the producer of each quantized product's input quantize it, once."""
@@ -144,11 +151,10 @@ class Program:
     @property
     def _quantized(self) -> set[int]:
         """Ids of weights that hold a part which is not float."""
-        fused = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
         found = set()
         for name, number in self._ids.items():
             prefix, _, short = name.rpartition(".")
-            slots = [f"{prefix}.{s}" if prefix else s for s in fused.get(short, (short,))]
+            slots = [f"{prefix}.{s}" if prefix else s for s in FUSED.get(short, (short,))]
             if name == "head" and self._spec.tied:
                 slots = ["embed"]
             if any(self._panel_types.get(s, "F32") not in FLOATS for s in slots):
@@ -184,6 +190,24 @@ def panel_type(slot: str, tensor: Tensor, quantization: str | None) -> str:
         return kind
     part = slot.rpartition(".")[2]
     return "Q8_0" if quantization == "int8" else _INT4.get(part, "Q4_1")
+
+
+def in_their_order(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Places]]:
+    """The tensors, with the packed form of those that have their inputs in an order of their own, and these orders by
+    product. Matrices of one product that do not share an order stay as they are, in float32.
+    """
+    out, orders = dict(tensors), {}
+    # the layers of decoders: what the operations of an encoder give is put in no order
+    for prefix in [slot.removesuffix(".gate") for slot in tensors if slot.endswith(".gate")]:
+        for name, parts in FUSED.items():
+            found = {slot: tensors.get(slot) for slot in (f"{prefix}.{part}" for part in parts)}
+            ordered = {slot: t for slot, t in found.items() if isinstance(t, OrderedTensor)}
+            first = next(iter(ordered.values()), None)
+            if first and len(ordered) == len(found):
+                if all(np.array_equal(t.order, first.order) for t in ordered.values()):
+                    out |= {slot: t.packed for slot, t in ordered.items()}
+                    orders[f"{prefix}.{name}"] = first.order
+    return out, orders
 
 
 def _runnable(tensor: Tensor) -> Tensor:
