@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import make_batch
+from triton_cases import again, make_batch
 
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.graphs import DecodeGraphs, Recorder, sizes
@@ -27,12 +27,6 @@ def test_sizes() -> None:
     for requests in range(1, 513):
         padded = next(size for size in many if size >= requests)
         assert padded <= max(requests + 7, 1.25 * requests)
-
-
-def again(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
-    """Stands for a recording where there is no GPU: runs the call again, into the same result."""
-    result = run()
-    return lambda: result.copy_(run()), result
 
 
 def tokens(*, contexts: list[int], width: int = 4) -> Batch:

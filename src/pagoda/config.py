@@ -69,6 +69,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     memory_share: float | None = None
     kv_cache_bytes: int | None = None
     kv_cache_dtype: str = "auto"
+    enforce_eager: bool = False
     num_blocks: int | None = None
     threads: int | None = None
     prefix_caching: bool = True
@@ -222,6 +223,12 @@ class Options:
         "Machine",
         choices=("auto", "float16", "bfloat16", *KV_EIGHT_BITS),
     )
+    enforce_eager: bool = _option(
+        False,
+        "Run decode steps on a GPU without CUDA graphs: slower, and a little more memory is left for the cache",
+        "Machine",
+        note="on a CPU there are no CUDA graphs to turn off",
+    )
     num_gpu_blocks_override: int | None = _option(
         None, "Exact number of blocks (16 tokens each) of the KV cache", "Machine", low=1
     )
@@ -298,6 +305,7 @@ class Options:
             memory_share=self.gpu_memory_utilization,
             kv_cache_bytes=self.kv_cache_memory_bytes,
             kv_cache_dtype=self.kv_cache_dtype,
+            enforce_eager=self.enforce_eager,
             num_blocks=self.num_gpu_blocks_override,
             threads=self.threads,
             prefix_caching=self.enable_prefix_caching,

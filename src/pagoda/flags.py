@@ -12,7 +12,6 @@ from pagoda.config import Setting
 _ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
     {
         "trust_remote_code": (False, "accepted; code from a model directory is never run"),
-        "enforce_eager": (False, "nothing to do on a CPU: there are no CUDA graphs to turn off"),
         "disable_custom_all_reduce": (False, "nothing to do: one device has nobody to reduce with"),
         "enable_chunked_prefill": (True, "always on: long prompts run in chunks beside the answers"),
         "swap_space": (None, "not needed: a request that has to wait is computed again from its prefix"),

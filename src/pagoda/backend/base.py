@@ -21,7 +21,7 @@ class Limits:
     where a backend has a choice ("auto", "float32", "float16", "bfloat16"). `quantization` "int8" or "int4" makes 8 or
     4 bits of float matrices while they are loaded; anything else leaves the weights as they are stored.
     `kv_cache_dtype` is the option of that name; arch.memory.kv_type says what it means on a CPU. `reserved_bytes` of
-    the memory that looks free is promised to somebody else.
+    the memory that looks free is promised to somebody else. `enforce_eager`: no CUDA graphs.
     """
 
     max_model_len: int
@@ -35,6 +35,7 @@ class Limits:
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
     reserved_bytes: int = 0
+    enforce_eager: bool = False
 
 
 @dataclass(frozen=True, slots=True)

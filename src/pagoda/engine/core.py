@@ -230,6 +230,7 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
         dtype=config.dtype,
         quantization=config.quantization,
         kv_cache_dtype=config.kv_cache_dtype,
+        enforce_eager=config.enforce_eager,
     )
 
 

@@ -19,6 +19,7 @@ from pagoda.backend.reference import pooled_rows
 from pagoda.backend.torch.answer import Chosen, choose, fetch
 from pagoda.backend.torch.convert import Target
 from pagoda.backend.torch.device import Device, Room, choose_dtype, open_device, room
+from pagoda.backend.torch.graphs import DecodeGraphs, Recorder
 from pagoda.backend.torch.load import Loader
 from pagoda.backend.torch.model import Decoder, KvCache
 from pagoda.backend.torch.packs import FP8
@@ -61,8 +62,11 @@ class TorchExecutor:
 
     cuda = True
 
-    def __init__(self, decoder: Decoder, capacity: Capacity, device: Device) -> None:
+    def __init__(
+        self, decoder: Decoder, capacity: Capacity, device: Device, graphs: DecodeGraphs | None = None
+    ) -> None:
         self.decoder = decoder
+        self._graphs = graphs
         self.capacity = capacity
         self._device = device
         self._most_tokens: int | None = None
@@ -93,7 +97,13 @@ class TorchExecutor:
         decoder.caches = make_caches(spec, blocks, kv_type, device.device)
         kv_bytes = blocks * memory.kv_bytes_per_block(spec, kv_kind(kv_type))
         name = f"{'cuda' if device.is_gpu else 'torch'} ({device.name}, {str(dtype).removeprefix('torch.')})"
-        return cls(decoder, Capacity(blocks, stored, kv_bytes, work, name), device)
+        graphs = None
+        if device.is_gpu and spec.pooling is None and not limits.enforce_eager:
+            most, length = limits.max_num_seqs, limits.max_model_len
+            graphs = DecodeGraphs(
+                decoder.hidden, Recorder(), most_requests=most, most_context=length, device=device.device
+            )
+        return cls(decoder, Capacity(blocks, stored, kv_bytes, work, name), device, graphs)
 
     def launch(self, plan: StepPlan) -> Pending:
         try:
@@ -127,12 +137,15 @@ class TorchExecutor:
 
     def _run(self, plan: StepPlan) -> Pending:
         batch, turns = upload(plan, self._device.device, self.capacity.num_blocks)
-        hidden = self.decoder.hidden(batch)
+        hidden = self._graphs.run(batch) if self._graphs else None
+        if hidden is None:
+            hidden = self.decoder.hidden(batch)
         if self.decoder.spec.pooling is not None:
             return Pooled(hidden)
         return Running(plan, [choose(self.decoder.logits(hidden[t.first : t.last]), t, plan) for t in turns])
 
     def close(self) -> None:
+        self._graphs = None
         self.decoder.caches, self.decoder.layers = [], ()
         release(self._device)
 
