@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
 from pathlib import Path
 
 import msgspec
@@ -12,7 +15,8 @@ from pagoda.api.replies import ServerInfo, ServerLoad, StatusReply, VersionReply
 from pagoda.api.server import Server
 from pagoda.api.shape import JSON
 
-_PAGE = Path(__file__).with_name("page.html")
+_PAGE = Path(__file__).with_name("page")
+_SCRIPTS = ("words.js", "markdown.js", "api.js", "live.js", "chat.js", "main.js")
 
 
 async def health(server: Server, request: Request) -> Response:
@@ -61,14 +65,32 @@ def wants_page(request: Request) -> bool:
 
 def page(status: int = 200) -> Response:
     """The page at /. It holds nothing of this server; what it shows it asks for, with the key that is typed there."""
-    return page_response(_PAGE.read_bytes(), status)
+    body, policy = _assembled()
+    return _response(body, f"{policy}; connect-src 'self'; img-src data:", status)
 
 
-def page_response(body: bytes, status: int = 200) -> Response:
+@functools.cache
+def _assembled() -> tuple[bytes, str]:
+    """One document made of the files in page/, so that it needs no other request, and the policy that lets it run."""
+    style = "\n" + (_PAGE / "style.css").read_text("utf-8")
+    script = '\n"use strict";\n' + "".join((_PAGE / name).read_text("utf-8") for name in _SCRIPTS)
+    text = (_PAGE / "index.html").read_text("utf-8")
+    text = text.replace("<!-- style -->", f"<style>{style}</style>")
+    text = text.replace("<!-- script -->", f"<script>{script}</script>")
+    return text.encode(), f"style-src {_digest(style)}; script-src {_digest(script)}"
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def page_response(body: bytes) -> Response:
+    """A page of plain HTML with its style inside; it runs no script."""
+    return _response(body, "style-src 'unsafe-inline'")
+
+
+def _response(body: bytes, policy: str, status: int = 200) -> Response:
     """A page that loads nothing from elsewhere, and whose browser holds it to that."""
-    policy = (
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-        "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-    )
+    policy = f"default-src 'none'; {policy}; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
     return Response(body, status, headers, "text/html")
