@@ -75,7 +75,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
     step_time_target_s: float | None = None  # 0: no target
     speculation: Speculation | None = Speculation()
-    task: Literal["auto", "generate", "embed", "score"] = "auto"
+    task: Literal["auto", "generate", "pooling", "embed", "score"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +162,25 @@ class Options:
         "Model",
         env=("MAX_MODEL_LEN",),
         low=1,
+    )
+    runner: str = _option(
+        "auto",
+        "What to do with the model: generate text, or pooling (embeddings and scores); found in its files",
+        "Model",
+        choices=("auto", "generate", "pooling"),
+    )
+    convert: str = _option(
+        "auto",
+        "What to make of a model that generates text: embed (its last hidden state is the embedding) or classify (yes "
+        "over no is the score, as Qwen3-Reranker does)",
+        "Model",
+        choices=("auto", "none", "embed", "classify"),
+    )
+    task: str = _option(
+        "auto",
+        "Both in one word, as older vLLM has it; the name of a model with `rerank` in it means score",
+        "Model",
+        choices=("auto", "generate", "embed", "embedding", "score", "classify"),
     )
     chat_template: str | None = _option(
         None, "A Jinja file (or the template itself) to use in place of the model's own chat template", "Model"
@@ -311,7 +330,19 @@ class Options:
             prefix_caching=self.enable_prefix_caching,
             step_time_target_s=self.step_time_target,
             speculation=speculation_from(self.speculative_config),
+            task=_task(self),
         )
+
+
+def _task(options: Options) -> Literal["auto", "generate", "pooling", "embed", "score"]:
+    if options.runner == "generate" or options.task == "generate":
+        return "generate"
+    if options.convert == "embed" or options.task in ("embed", "embedding"):
+        return "embed"
+    by_name = options.task == "auto" and "rerank" in (options.model or "").rpartition("/")[2].lower()
+    if options.convert == "classify" or options.task in ("score", "classify") or by_name:
+        return "score"
+    return "pooling" if options.runner == "pooling" else "auto"
 
 
 _DTYPE = {"half": "float16", "float": "float32"}

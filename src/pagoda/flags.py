@@ -99,8 +99,8 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
         {"hf_token": None},
     ),
     (
-        "embedding and classifying models are not here yet",
-        {"runner": None, "convert": None, "task": None, "pooler_config": None},
+        "the model's own files say how it is pooled",
+        {"pooler_config": None},
     ),
     (
         "TLS is not here yet; put a proxy such as nginx or caddy in front",

@@ -18,7 +18,7 @@ from pagoda.text.reasoning import ReasoningFormat
 from pagoda.types import Delta, Request, TokenLogprob
 
 if TYPE_CHECKING:
-    from pagoda.api.server import Server
+    from pagoda.api.server import Deltas, Server
 
 
 class ShuttingDown(Overloaded):
@@ -219,6 +219,28 @@ class Generation:
         self._server.release(self)
         self._server.metrics.finished(self, time.monotonic() - self.started)
         self._server.log_generation(self, status)
+
+
+class Pooled(Generation):
+    """One admitted call of a pooled model: each sequence gives one vector and ends."""
+
+    async def vectors(self) -> list[bytes]:
+        """What each sequence gave, float32 bytes. Raises EngineError when one failed; leaving cancels all of them."""
+        streams = [self._server.engine.generate(request) for request in self.requests]
+        try:
+            return [await self._vector(index, stream) for index, stream in enumerate(streams)]
+        finally:
+            for stream in streams:
+                await stream.aclose()
+
+    async def _vector(self, index: int, stream: Deltas) -> bytes:
+        async for delta in stream:
+            self._account(index, delta)
+            if delta.pooled is not None:
+                return delta.pooled
+            if delta.finish_reason is not None:
+                raise EngineError(delta.error or "the engine could not finish this request")
+        raise EngineError("the engine ended this request without a reason")
 
 
 class Gathered:

@@ -62,7 +62,7 @@ async def ps(server: Server, request: Request) -> Response:
 async def show(server: Server, request: Request) -> Response:
     body, ignored = parse(await read_body(request), OllamaNameBody)
     name = resolve(server, body.model or body.name)
-    details = _details(server, name)
+    details, width = _details(server, name), server.engine.info.width
     reply = OllamaShow(
         modelfile=f"# Served by Pagoda\nFROM {tagged(name)}\n",
         parameters=_parameters(server),
@@ -73,6 +73,7 @@ async def show(server: Server, request: Request) -> Response:
             "general.basename": name,
             f"{details.family}.context_length": server.max_model_len,
             f"{details.family}.vocab_size": server.vocab_size,
+            **({f"{details.family}.embedding_length": width} if width else {}),
         },
         capabilities=_capabilities(server),
         modified_at=timestamp(server.created),
@@ -89,13 +90,6 @@ async def pull(server: Server, request: Request) -> Response:
         return _dressed(server, _json(done), ignored)
     lines = line(OllamaStatus(status="pulling manifest")) + line(done)
     return _dressed(server, Response(lines, media_type=OLLAMA.media_type), ignored)
-
-
-async def embed(server: Server, request: Request) -> Response:
-    raise NotSupported(
-        f"{server.names[0]} does not support embeddings: it generates text",
-        remedy="Ask a server that has an embedding model",
-    )
 
 
 async def manage(server: Server, request: Request) -> Response:
@@ -137,6 +131,8 @@ def _details(server: Server, name: str) -> OllamaDetails:
 
 
 def _capabilities(server: Server) -> list[str]:
+    if server.engine.info.task != "generate":
+        return ["embedding"]
     thinking = ["thinking"] if server.format.reasoning is not None else []
     return ["completion", *(["tools"] if server.format.tools is not None else []), *thinking]
 

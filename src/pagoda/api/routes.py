@@ -16,10 +16,12 @@ from pagoda.api import (
     chat,
     completions,
     docs,
+    embeddings,
     files,
     models,
     ollama,
     ollama_models,
+    rerank,
     responses,
     responses_stored,
     status,
@@ -47,6 +49,18 @@ from pagoda.api.ollama_protocol import (
     OllamaStatus,
     OllamaVersion,
 )
+from pagoda.api.pooling_protocol import (
+    EmbeddingBody,
+    EmbeddingReply,
+    OllamaEmbedBody,
+    OllamaEmbeddingsBody,
+    OllamaEmbeddingsReply,
+    OllamaEmbedReply,
+    RerankBody,
+    RerankReply,
+    ScoreBody,
+    ScoreReply,
+)
 from pagoda.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from pagoda.api.replies import (
     ChatChunk,
@@ -66,7 +80,7 @@ from pagoda.api.replies import (
 from pagoda.api.responses_protocol import InputItems, ResponseDeleted, ResponseEvent, ResponseReply, ResponsesBody
 from pagoda.api.server import Server
 from pagoda.api.stream import Reply
-from pagoda.api.tasks import GENERATE
+from pagoda.api.tasks import COMPARE, EMBED, GENERATE
 
 _QUERY: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -139,6 +153,7 @@ def endpoints() -> tuple[Endpoint, ...]:
             CompletionBody, CompletionReply, CompletionReply, openai=True, tasks=GENERATE,
         ),
         *_responses(),
+        *_pooled(),
         *_files(),
         *_anthropic(),
         *_ollama(),
@@ -162,6 +177,31 @@ def endpoints() -> tuple[Endpoint, ...]:
         ),
         Endpoint("/docs", ("GET",), docs_page, "This list", media=("text/html",)),
         Endpoint("/openapi.json", ("GET",), openapi_json, "The OpenAPI 3.1 description"),
+    )  # fmt: skip
+
+
+def _pooled() -> tuple[Endpoint, ...]:
+    what = "Sort documents by how well they answer a query"
+    return (
+        Endpoint(
+            "/embeddings", ("POST",), embeddings.embeddings, "Texts or token ids to vectors",
+            EmbeddingBody, EmbeddingReply, openai=True, tasks=EMBED,
+        ),
+        Endpoint("/rerank", ("POST",), rerank.rerank, what, RerankBody, RerankReply, openai=True, tasks=COMPARE),
+        Endpoint("/v2/rerank", ("POST",), rerank.rerank, what, RerankBody, RerankReply, tasks=COMPARE),
+        Endpoint("/api/rerank", ("POST",), rerank.rerank, what, RerankBody, RerankReply, tasks=COMPARE),
+        Endpoint(
+            "/score", ("POST",), rerank.score, "How well pairs of texts go together",
+            ScoreBody, ScoreReply, openai=True, tasks=COMPARE,
+        ),
+        Endpoint(
+            "/api/embed", ("POST",), embeddings.embed, "Ollama: texts to vectors",
+            OllamaEmbedBody, OllamaEmbedReply, dialect=OLLAMA, tasks=EMBED,
+        ),
+        Endpoint(
+            "/api/embeddings", ("POST",), embeddings.embed_one, "Ollama: one text to a vector, the older way",
+            OllamaEmbeddingsBody, OllamaEmbeddingsReply, dialect=OLLAMA, tasks=EMBED,
+        ),
     )  # fmt: skip
 
 
@@ -249,10 +289,6 @@ def _ollama() -> tuple[Endpoint, ...]:
             OllamaNameBody, OllamaStatus, OllamaStatus, dialect=OLLAMA,
         ),
         Endpoint("/api/version", ("GET",), told.version, "Ollama: its version", reply=OllamaVersion, dialect=OLLAMA),
-        *(
-            Endpoint(f"/api/{name}", ("POST",), told.embed, "Ollama: not for this model", dialect=OLLAMA)
-            for name in ("embed", "embeddings")
-        ),
         *(
             Endpoint(f"/api/{name}", (method,), told.manage, "Ollama: not on this server", dialect=OLLAMA)
             for name, method in not_here

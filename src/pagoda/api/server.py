@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from pagoda.api.generation import Generation, ShuttingDown, ThinkingLimit
+from pagoda.api.generation import Generation, Pooled, ShuttingDown, ThinkingLimit
 from pagoda.api.metrics import Metrics
 from pagoda.api.names import ServedNames
 from pagoda.api.responses_store import ResponseStore
@@ -21,6 +21,7 @@ from pagoda.engine.grammar_check import GrammarCheck, Words
 from pagoda.errors import BadRequest, ContextLengthExceeded, Overloaded
 from pagoda.observe import log_request
 from pagoda.text.reply import find_format
+from pagoda.text.sentence import SentenceFiles
 from pagoda.text.tokenizer import token_table
 from pagoda.types import Delta, Request, SamplingParams
 
@@ -43,6 +44,7 @@ CHARS_PER_TOKEN = 8
 """Texts with more characters than this per token of context are measured by their beginning first."""
 SEED_STEP = 0x9E3779B97F4A7C15
 MASK_64 = 2**64 - 1
+_POOLED = SamplingParams(seed=0)  # a pooled model samples nothing
 
 
 class Deltas(Protocol):
@@ -91,6 +93,7 @@ class Server:
     log_requests: bool = False
     reasoning_parser: str | None = None
     tool_call_parser: str | None = None
+    sentence: SentenceFiles = field(default_factory=SentenceFiles)
     batches: BatchStore | None = None
     version: str = "0"
 
@@ -224,6 +227,37 @@ class Server:
         )
         self._admit(generation)
         return generation
+
+    def start_pooled(
+        self, kind: str, prompts: Sequence[tuple[list[int], int | None]], *, model: str, priority: int = 0
+    ) -> Pooled:
+        """Admit one call of a pooled model: prompts, each with the place of its second text, if it is a pair.
+
+        Whoever calls this must close it.
+        """
+        if self.draining:
+            raise ShuttingDown("the server is shutting down")
+        call_id = f"{kind}-{secrets.token_hex(16)}"
+        self.check_count(len(prompts))
+        limit = self.max_model_len
+        for ids, _ in prompts:
+            if not ids:
+                raise BadRequest("an input is empty: each must hold at least one token", param="input")
+            if len(ids) > limit:
+                raise too_long(limit, len(ids))
+        requests = [
+            Request(
+                request_id=f"{call_id}-{index}",
+                prompt_token_ids=ids,
+                second_text=second,
+                params=_POOLED,
+                priority=priority,
+            )
+            for index, (ids, second) in enumerate(prompts)
+        ]
+        call = Pooled(self, call_id, model, requests, 1)
+        self._admit(call)
+        return call
 
     def check_count(self, sequences: int) -> None:
         if sequences > self.capacity:

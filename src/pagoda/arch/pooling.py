@@ -15,7 +15,7 @@ from pagoda.errors import ModelError
 from pagoda.text.sentence import sentence_files
 from pagoda.weights.source import TensorSource
 
-Task = Literal["auto", "generate", "embed", "score"]
+Task = Literal["auto", "generate", "pooling", "embed", "score"]
 Kind = Literal["cls", "mean", "last"]
 
 ANSWERS = ("no", "yes")
@@ -25,7 +25,10 @@ _GGUF_KINDS: Mapping[int, Kind] = {1: "mean", 2: "cls", 3: "last"}
 
 
 def with_pooling(spec: ModelSpec, source: TensorSource, task: Task) -> ModelSpec:
-    """The spec as it is run for a task; `auto` does what the model was made for. ModelError for one it cannot do."""
+    """The spec as it is run for a task; ModelError for one that the model cannot do.
+
+    `auto` does what it was made for, and `pooling` makes an embedding model of one that was made for text.
+    """
     classifies = "ForSequenceClassification" in _made_for(source.config)
     if spec.encoder is None and (task == "generate" or (task == "auto" and not (classifies or _embeds(spec, source)))):
         return spec

@@ -87,6 +87,7 @@ def make_server(options: Options, path: str, engine: EngineClient) -> Server:
     from pagoda.deploy.default_model import NAME
     from pagoda.text.chat import load_chat_template
     from pagoda.text.generation import load_generation_defaults
+    from pagoda.text.sentence import sentence_files
     from pagoda.text.tokenizer import load_tokenizer
     from pagoda.weights.open import open_source
 
@@ -102,6 +103,7 @@ def make_server(options: Options, path: str, engine: EngineClient) -> Server:
         default_template_kwargs=options.default_chat_template_kwargs,
         reasoning_parser=options.reasoning_parser,
         tool_call_parser=options.tool_call_parser,
+        sentence=sentence_files(path),
         eos_token_ids=defaults.eos_token_ids,
         api_keys=options.api_key,
         allowed_origins=options.allowed_origins,

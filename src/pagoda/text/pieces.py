@@ -1,4 +1,4 @@
-"""The bytes behind a token's stored text, for byte-level and for SentencePiece vocabularies."""
+"""The bytes behind a token's stored text, for byte-level, SentencePiece and WordPiece vocabularies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["byte", "space"]
+Kind = Literal["byte", "space", "word"]
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -27,7 +27,8 @@ _TO_LATIN1 = _latin1_table()
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """How a vocabulary stores text: `byte` (byte-level BPE) or `space` (SentencePiece: a mark for the space).
+    """How a vocabulary stores text: `byte` (byte-level BPE), `space` (SentencePiece: a mark for the space) or `word`
+    (WordPiece: a mark where no space is).
 
     `strip_first`: the first token of a text drops one leading space, which encoding had put there.
     """
@@ -44,6 +45,8 @@ class Pieces:
                 return token.encode("utf-8", "replace")
         if byte := _BYTE_TOKEN.fullmatch(token):
             return bytes([int(byte[1], 16)])
+        if self.kind == "word":
+            return (token.removeprefix(self.mark) if token.startswith(self.mark) else f" {token}").encode()
         return self.added_to_bytes(token)
 
     def added_to_bytes(self, token: str) -> bytes:
@@ -64,6 +67,8 @@ def from_decoder(decoder: Any) -> Pieces | None:
         step = by_type["Metaspace"]
         strip = step.get("prepend_scheme", "always") != "never" and step.get("add_prefix_space", True)
         return Pieces("space", step.get("replacement", "▁"), bool(strip))
+    if "WordPiece" in by_type:
+        return Pieces("word", str(by_type["WordPiece"].get("prefix", "##")), strip_first=True)
     if "Replace" in by_type and by_type.keys() <= {"Replace", "ByteFallback", "Fuse", "Strip"}:
         mark = by_type["Replace"].get("pattern", {}).get("String")
         if isinstance(mark, str) and by_type["Replace"].get("content") == " ":

@@ -23,13 +23,17 @@ _LENGTH_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class SentenceFiles:
-    """`pooling` is None where there are no such files. `default_prompt` is the text for inputs that name no prompt."""
+    """`pooling` is None where there are no such files. `default_prompt` is the text for inputs that name no prompt.
+
+    `dimensions` are the lengths that vectors may be cut to (Matryoshka, arXiv 2205.13147): None for none, () for all.
+    """
 
     pooling: str | None = None
     normalize: bool = True
     max_len: int | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str = ""
+    dimensions: tuple[int, ...] | None = None
 
 
 def sentence_files(model_path: str) -> SentenceFiles:
@@ -41,14 +45,16 @@ def sentence_files(model_path: str) -> SentenceFiles:
     default = prompts.get(str(config.get("default_prompt_name")), "")
     max_len = next((n for name in _LENGTH_FILES if (n := read_json(folder, name).get("max_seq_length"))), None)
     max_len = max_len if isinstance(max_len, int) and max_len > 0 else None
+    dimensions = _dimensions(read_json(folder, "config.json"))
     if text is None:
-        return SentenceFiles(max_len=max_len, prompts=prompts, default_prompt=default)
+        return SentenceFiles(max_len=max_len, prompts=prompts, default_prompt=default, dimensions=dimensions)
     modules = _modules(folder, text)
     unknown = [kind for kind, _ in modules if kind not in ("Transformer", "Pooling", "Normalize")]
     if unknown:
         raise ModelError(f"{folder / 'modules.json'}: the step {unknown[0]} behind the model is not supported")
     pooling = next((_pooling(folder, path) for kind, path in modules if kind == "Pooling"), None)
-    return SentenceFiles(pooling, any(kind == "Normalize" for kind, _ in modules), max_len, prompts, default)
+    normalize = any(kind == "Normalize" for kind, _ in modules)
+    return SentenceFiles(pooling, normalize, max_len, prompts, default, dimensions)
 
 
 def _modules(folder: Path, text: str) -> list[tuple[str, str]]:
@@ -76,6 +82,14 @@ def _pooling(folder: Path, path: str) -> str:
             remedy="Models that take the first token, the last one, or the mean of all are",
         )
     return found[0]
+
+
+def _dimensions(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    given = config.get("matryoshka_dimensions")
+    if isinstance(given, list) and all(isinstance(each, int) for each in given):
+        return tuple(given)
+    # Qwen3-Embedding was trained for it, and its files do not say so
+    return () if config.get("is_matryoshka") is True or config.get("model_type") == "qwen3" else None
 
 
 def _table(value: Any) -> Mapping[str, Any]:

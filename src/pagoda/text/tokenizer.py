@@ -65,7 +65,28 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text. Raises BadRequest for a text that is not valid Unicode."""
         ids = self.encode_spans(text, parse_special=parse_special).ids
-        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+        return self.framed(ids) if add_special_tokens else ids
+
+    def framed(self, ids: list[int], most: int | None = None) -> list[int]:
+        """The ids of a text with what belongs before and after it; with `most`, cut at its end to so many in all."""
+        room = None if most is None else max(0, most - len(self._prefix) - len(self._suffix))
+        return [*self._prefix, *ids[:room], *self._suffix]
+
+    def beginning(self, text: str, most: int) -> str:
+        """The text up to the end of its token number `most`."""
+        offsets = self.encode_spans(text).offsets
+        return text if len(offsets) <= most else text[: offsets[most - 1][1]]
+
+    def encode_pair(self, first: str, second: str, most: int | None = None) -> tuple[list[int], int | None]:
+        """Ids of two texts, joined as the model was trained with, and the place of the second where types tell them
+        apart. With `most`, the second one is cut to what the first leaves of so many tokens.
+        """
+        a, b = self.encode_spans(first), self.encode_spans(second)
+        around = self._backend.num_special_tokens_to_add(True)
+        if most is not None and len(a.ids) + len(b.ids) + around > most:
+            b.truncate(max(0, most - len(a.ids) - around))
+        joined = self._backend.post_process(a, b)
+        return joined.ids, joined.type_ids.index(1) if 1 in joined.type_ids else None
 
     def encode_spans(self, text: str, *, parse_special: bool = True) -> tokenizers.Encoding:
         """The library's encoding, with the span of text behind each token; nothing put before or after."""
@@ -102,7 +123,8 @@ class Tokenizer:
     def _find_bytes(self, token_id: int) -> bytes:
         if self._pieces is None:
             raise ModelError(
-                "the decoder in tokenizer.json is neither byte-level nor SentencePiece: this model can't generate text"
+                "the decoder in tokenizer.json is neither byte-level, SentencePiece nor WordPiece: this model can't "
+                "generate text"
             )
         if token_id in self._added:
             found = self._pieces.added_to_bytes(self._added[token_id])
