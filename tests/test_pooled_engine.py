@@ -13,6 +13,11 @@ from checkpoints import make_model, write_gguf_checkpoint
 from pooled_models import hidden_states, write_model, write_sentence_files
 
 from pagoda.config import EngineConfig
+from pagoda.deploy.check import check_model
+from pagoda.deploy.findings import problems
+from pagoda.deploy.machines import Machine
+from pagoda.deploy.plan import make_plan
+from pagoda.deploy.plan_model import planned_model
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
 from pagoda.types import Float32, Request, SamplingParams
@@ -170,3 +175,16 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]')
     with pytest.raises(ModelError, match="the step Dense behind the model is not supported"):
         EngineCore(EngineConfig(model=str(tmp_path)))
+
+
+def test_check_and_plan_know_such_models(tmp_path: Path) -> None:
+    write_model(tmp_path, "xlm-roberta", transformers.AutoModelForSequenceClassification, num_labels=1)
+    findings = check_model(str(tmp_path), {})
+    assert not problems(findings)
+    assert any("xlm_roberta, 2 layers, context 256, gives scores" in each.text for each in findings)
+    config = EngineConfig(model=str(tmp_path))
+    made = make_plan(planned_model(tmp_path), config, Machine("this CPU", 1 << 30))
+    core = EngineCore(config)
+    assert made.fits and made.kv_bytes == core.info.kv_bytes == 0 and made.context == 256
+    assert made.activation_bytes == pytest.approx(core.info.activation_bytes, rel=0.02)
+    assert made.weight_bytes == pytest.approx(core.info.weight_bytes, rel=0.1)

@@ -6,11 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from pagoda.errors import ConfigError
+from pagoda.tasks import Task, task_of
 
 
 class Speculation(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +76,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
     step_time_target_s: float | None = None  # 0: no target
     speculation: Speculation | None = Speculation()
-    task: Literal["auto", "generate", "pooling", "embed", "score"] = "auto"
+    task: Task = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,20 +166,19 @@ class Options:
     )
     runner: str = _option(
         "auto",
-        "What to do with the model: generate text, or pooling (embeddings and scores); found in its files",
+        "Generate text, or pooling (embeddings, scores); found in the model's files",
         "Model",
         choices=("auto", "generate", "pooling"),
     )
     convert: str = _option(
         "auto",
-        "What to make of a model that generates text: embed (its last hidden state is the embedding) or classify (yes "
-        "over no is the score, as Qwen3-Reranker does)",
+        "What to make of a chat model: embed (by its last hidden state), or classify (score by yes over no)",
         "Model",
         choices=("auto", "none", "embed", "classify"),
     )
     task: str = _option(
         "auto",
-        "Both in one word, as older vLLM has it; the name of a model with `rerank` in it means score",
+        "Both in one word, as older vLLM has it; a model with rerank in its name scores",
         "Model",
         choices=("auto", "generate", "embed", "embedding", "score", "classify"),
     )
@@ -330,19 +330,8 @@ class Options:
             prefix_caching=self.enable_prefix_caching,
             step_time_target_s=self.step_time_target,
             speculation=speculation_from(self.speculative_config),
-            task=_task(self),
+            task=task_of(self.model, self.runner, self.convert, self.task),
         )
-
-
-def _task(options: Options) -> Literal["auto", "generate", "pooling", "embed", "score"]:
-    if options.runner == "generate" or options.task == "generate":
-        return "generate"
-    if options.convert == "embed" or options.task in ("embed", "embedding"):
-        return "embed"
-    by_name = options.task == "auto" and "rerank" in (options.model or "").rpartition("/")[2].lower()
-    if options.convert == "classify" or options.task in ("score", "classify") or by_name:
-        return "score"
-    return "pooling" if options.runner == "pooling" else "auto"
 
 
 _DTYPE = {"half": "float16", "float": "float32"}

@@ -12,9 +12,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from pagoda.arch.names import bind_tensors, checkpoint_name
-from pagoda.arch.pooling import Task, with_pooling
+from pagoda.arch.pooling import with_pooling
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
+from pagoda.tasks import Task
 from pagoda.weights.source import Tensor, TensorSource
 
 # every other module of this folder is an architecture

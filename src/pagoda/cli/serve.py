@@ -8,7 +8,9 @@ import json
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from pagoda import __version__
 from pagoda.cli.help import serve_help
@@ -142,6 +144,16 @@ def address(options: Options, listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+_FIRST: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "generate": ("chat/completions", {"messages": [{"role": "user", "content": "Hello!"}]}),
+        "embed": ("embeddings", {"input": "Hello!"}),
+        "score": ("rerank", {"query": "Hello!", "documents": ["Good day to you.", "A pagoda is a tower."]}),
+    }
+)
+"""A first request for each kind of model: its path and body."""
+
+
 def welcome(name: str, info: ModelInfo, url: str, *, needs_key: bool) -> str:
     """What is printed when the server is ready: a short table, the address, a first request to copy."""
     context = f"{info.max_model_len} tokens"
@@ -156,9 +168,10 @@ def welcome(name: str, info: ModelInfo, url: str, *, needs_key: bool) -> str:
         ("device", info.device),
         ("loaded in", f"{info.load_s:.2f} s"),
     ]
-    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]}, ensure_ascii=False)
+    path, fields = _FIRST[info.task]
+    body = json.dumps({"model": name, **fields}, ensure_ascii=False)
     quoted = body.replace("'", "'\\''")
     target = f"--unix-socket {url[5:]} http://localhost" if url.startswith("unix:") else url
     headers = " -H 'Content-Type: application/json'" + (" -H 'Authorization: Bearer KEY'" if needs_key else "")
-    curl = f"curl {target}/v1/chat/completions{headers} \\\n    -d '{quoted}'"
+    curl = f"curl {target}/v1/{path}{headers} \\\n    -d '{quoted}'"
     return f"\n{table(rows)}\n\n  {url}/v1 answers now, Ctrl-C stops it. Try:\n\n  {curl}\n"

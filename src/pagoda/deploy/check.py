@@ -117,7 +117,8 @@ def _architecture(source: TensorSource) -> tuple[ModelSpec | None, list[Finding]
         unknown = "not supported" in error.message
         cure = error.remedy or ("Take another model, or a newer Pagoda" if unknown else DOWNLOAD_AGAIN)
         return None, [problem("architecture", error.message, cure)]
-    findings = [ok("architecture", f"{spec.model_type}, {len(spec.layers)} layers, context {spec.max_position}")]
+    gives = "" if spec.pooling is None else ", gives scores" if spec.pooling.labels else ", makes embeddings"
+    findings = [ok("architecture", f"{spec.model_type}, {len(spec.layers)} layers, context {spec.max_position}{gives}")]
     if "vision_config" in source.config:
         findings.append(note("architecture", "it reads images too; images cannot be given to it yet"))
     if source.config.get("auto_map"):
@@ -153,6 +154,8 @@ def _texts(path: str, metadata: Mapping[str, Any], spec: ModelSpec | None) -> It
         yield problem("tokenizer", text, "It is another model's: download tokenizer.json and config.json again")
     else:
         yield ok("tokenizer", f"{tokenizer.vocab_size} tokens")
+    if spec is not None and spec.pooling is not None:
+        return
     if not tokenizer.eos_token_ids and not (spec and spec.eos_token_ids):
         yield note("tokenizer", "no token that ends an answer is named: answers end at max_tokens only")
     try:

@@ -153,7 +153,8 @@ def _filled(
     model: PlannedModel,
     config: EngineConfig,
 ) -> Plan:
-    most = max(0, int(machine.memory_bytes * share) - sum(parts)) // block_bytes
+    left = max(0, int(machine.memory_bytes * share) - sum(parts))
+    most = left // block_bytes if block_bytes else blocks  # an encoder has no cache
     return Plan(
         machine=machine,
         share=share,
