@@ -58,11 +58,12 @@ def test_pull_of_what_is_here_and_of_what_is_not(client: Client) -> None:
 
 
 def test_what_a_server_of_one_model_does_not_do(client: Client) -> None:
-    calls = [("POST", "/api/" + name) for name in ("embed", "embeddings", "create", "copy", "push")]
+    calls = [("POST", "/api/" + name) for name in ("create", "copy", "push")]
     for method, path in [*calls, ("DELETE", "/api/delete")]:
         response = client.call(method, path, json={"model": "mine:4b", "input": "x"})
         assert response.status_code == 501 and list(response.json()) == ["error"]
-    assert "does not support embeddings" in client.post("/api/embed", {"input": "x"}).json()["error"]
+    refused = client.post("/api/embed", {"input": "x"})
+    assert refused.status_code == 400 and "cannot make embeddings" in refused.json()["error"]
 
 
 def test_version_and_root(client: Client) -> None:

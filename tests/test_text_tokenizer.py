@@ -138,7 +138,7 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_decoder_encodes_but_does_not_decode(tmp_path: Path) -> None:
-    data = json.loads(trained_json()) | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
+    data = json.loads(trained_json()) | {"decoder": {"type": "BPEDecoder", "suffix": "</w>"}}
     tokenizer = load_tokenizer(str(write_model(tmp_path, json.dumps(data))), {})
     ids = tokenizer.encode("hello")
     with pytest.raises(ModelError, match="decoder"):
