@@ -144,3 +144,26 @@ def test_what_begins_like_a_call_becomes_one(name: str) -> None:
     begun.advance([*start, *rest] if not any(m in form.written.start[len(mark or "") :] for m in form.marks) else start)
     assert not begun.error
     assert not begun.mask()[8] & 1, "a call that was begun has to be ended"
+
+
+@pytest.mark.parametrize("name", ["pythonic", "qwen3_coder", "hermes"])
+def test_schemas_of_any_kind_make_a_grammar_in_no_time(name: str) -> None:
+    """Functions that refer to themselves ten times over, values where lists belong, names with signs in them."""
+    itself = {"type": "object", "properties": {f"p{i}": {"$ref": "#"} for i in range(10)}}
+    odd = {
+        "properties": {"a": {"enum": 5}, "b": {"type": [{}, "null"]}, "c": {"anyOf": 1}, "d": {"type": None}, "e": 1}
+    }
+    letters = Letters(())
+    for schemas in ({"f": itself}, {'g"h\n</s>': odd}):
+        rules = forced_calls(format_of(name), schemas, letters, parallel=True)
+        assert len("".join(rules)) < 20_000
+
+
+def test_arguments_in_python_may_refer_to_themselves() -> None:
+    tree = {"type": "object", "properties": {"t": {"$ref": "#/$defs/t"}}, "required": ["t"]}
+    tree["$defs"] = {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}
+    letters = Letters(())
+    rules = forced_calls(format_of("pythonic"), {"f": tree}, letters, parallel=False)
+    text = reply_grammar(ReplyFormat(None, format_of("pythonic")), letters, calls=rules, thinks=False)
+    matcher = Vocabulary(letters.table, [256], [256]).compile(text)
+    assert matcher.advance(list(b"[f(t=[[], [[]]])]")) and not matcher.error

@@ -37,7 +37,7 @@ def json_part(schema: Any, *, strict: bool = False, closed: bool = True, whitesp
         schema = decoded(schema)
     if not isinstance(schema, bool | dict):
         raise BadRequest("a JSON schema must be an object")
-    _check_schema(schema)
+    check_schema(schema)
     if closed and '"allOf"' not in json.dumps(schema):  # its members describe one object together
         schema = close(schema)
     options: dict[str, Any] = {"coerce_one_of": True, "lenient": not strict}
@@ -180,7 +180,7 @@ def _check_size(text: str) -> None:
         raise BadRequest(f"it is larger than {MAX_TEXT_BYTES >> 10} KiB")
 
 
-def _check_schema(schema: Any) -> None:
+def check_schema(schema: Any) -> None:
     """Refuse what is too large or lies elsewhere, before anybody recurses into it."""
     level, nodes = [schema], 0
     for _ in range(MAX_DEPTH):

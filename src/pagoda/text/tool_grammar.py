@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pagoda.text.grammar import ANYTHING, begun_by, inline, json_part, literal, quoted, regex
+from pagoda.text.grammar import ANYTHING, begun_by, check_schema, inline, json_part, literal, quoted, regex
 from pagoda.text.tokenizer import Tokenizer
 
 MAX_CALLS = 8
@@ -21,6 +21,12 @@ _PYTHON = {
     "boolean": '("True" | "False")',
     "null": '"None"',
 }
+_ANY = (
+    f"any_value: {' | '.join(_PYTHON.values())} | any_list | any_dict",
+    'any_list: "[" (any_value (", " any_value)*)? "]"',
+    'any_dict: "{" (any_item (", " any_item)*)? "}"',
+    f'any_item: {_PYTHON["string"]} ": " any_value',
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +55,14 @@ class CallForm:
 
 @dataclass(slots=True)
 class _Rules:
-    """Rules as they are made; `schema` is the one that references are looked up in."""
+    """Rules as they are made for the function `name`, in whose schema references are looked up."""
 
     form: CallForm
     tokenizer: Tokenizer
+    name: str = ""
     schema: Mapping[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    referred: dict[str, str] = field(default_factory=dict)
 
     def text(self, text: str) -> str:
         return literal(text, self.tokenizer)
@@ -67,12 +75,13 @@ def call_rules(
     rules = _Rules(form, tokenizer)
     names = []
     for index, (name, schema) in enumerate(schemas.items()):
-        names.append(f"function{index}")
-        rules.schema = _object(schema)
+        rules.name, rules.schema, rules.referred = f"function{index}", _object(schema), {}
+        check_schema(rules.schema)
+        names.append(rules.name)
         shown = json.dumps(name, ensure_ascii=False)[1:-1] if form.arguments == "json" else name
-        inner = {"json": _json, "python": _python, "tags": _tags}[form.arguments](rules, f"function{index}")
+        inner = {"json": _json, "python": _python, "tags": _tags}[form.arguments](rules)
         begun = f"{quoted(shown)} {rules.text(form.between)} {inner} {rules.text(form.after)}"
-        rules.lines.append(f"function{index}: {begun}")
+        rules.lines.append(f"{rules.name}: {begun}")
     call, before = f"({' | '.join(names)})", rules.text(form.before)
     more = f"({rules.text(form.separator)} {before} {call}){{0,{MAX_CALLS - 1}}}" if parallel else ""
     first = rules.text(form.start.removeprefix(cut))
@@ -104,34 +113,36 @@ def _object(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", **(schema or {"properties": {}})}
 
 
-def _json(rules: _Rules, name: str) -> str:
+def _json(rules: _Rules) -> str:
     return inline(json_part(rules.schema))
 
 
-def _tags(rules: _Rules, name: str) -> str:
+def _tags(rules: _Rules) -> str:
     out = []
     for index, (key, schema, needed) in enumerate(_properties(rules.schema)):
-        resolved = _resolve(schema, rules.schema)
-        end = rules.text(rules.form.end)
-        if resolved.get("type") == "string" and "enum" not in resolved and "const" not in resolved:
-            rules.lines += begun_by(f"{name}_text{index}", rules.form.end, rules.tokenizer)
-            value = f"{name}_text{index}"
-        elif all(isinstance(each, str) for each in resolved.get("enum", [None])):
-            value = f"({' | '.join(map(quoted, resolved['enum']))}) {end}"
-        else:
-            defs = {key: rules.schema[key] for key in ("$defs", "definitions") if key in rules.schema}
-            value = f"{inline(json_part({**schema, **defs}))} {end}"
-        rules.lines.append(
-            f"{name}_{index}: {rules.text(rules.form.key)} {quoted(key)} {rules.text(rules.form.value)} {value}"
-        )
-        out.append(f"{name}_{index}" + ("" if needed else "?"))
+        name = f"{rules.name}_{index}"
+        begin = " ".join((rules.text(rules.form.key), quoted(key), rules.text(rules.form.value)))
+        rules.lines.append(f"{name}: {begin} {_tagged(rules, schema, name)}")
+        out.append(name if needed else f"{name}?")
     return " ".join(out)
 
 
-def _python(rules: _Rules, name: str) -> str:
+def _tagged(rules: _Rules, schema: Mapping[str, Any], name: str) -> str:
+    """A value up to its end mark: text as it is, all else as JSON."""
+    resolved = _resolve(schema, rules.schema)
+    end, choices = rules.text(rules.form.end), resolved.get("enum")
+    if isinstance(choices, list) and choices and all(isinstance(each, str) for each in choices):
+        return f"({' | '.join(map(quoted, choices))}) {end}"
+    if resolved.get("type") == "string" and choices is None and "const" not in resolved:
+        rules.lines += begun_by(f"{name}_text", rules.form.end, rules.tokenizer)
+        return f"{name}_text"
+    defs = {key: rules.schema[key] for key in ("$defs", "definitions") if key in rules.schema}
+    return f"{inline(json_part({**schema, **defs}))} {end}"
+
+
+def _python(rules: _Rules) -> str:
     members = [
-        (f"{quoted(key + '=')} {_literal(rules, schema, 0)}", needed)
-        for key, schema, needed in _properties(rules.schema)
+        (f"{quoted(key + '=')} {_literal(rules, schema)}", needed) for key, schema, needed in _properties(rules.schema)
     ]
     return _listed(members)
 
@@ -146,44 +157,45 @@ def _listed(members: Sequence[tuple[str, bool]]) -> str:
     return f"({' | '.join(firsts)})?" if firsts else ""
 
 
-def _literal(rules: _Rules, given: Any, depth: int) -> str:
-    """A value as Python writes it."""
-    schema = _resolve(given, rules.schema)
+def _literal(rules: _Rules, given: Any) -> str:
+    """A value as Python writes it. What is referred to is a rule of its own, so that it may refer to itself."""
+    target = given.get("$ref") if isinstance(given, dict) else None
+    if isinstance(target, str):
+        name = rules.referred.get(target)
+        if name is None:
+            name = rules.referred[target] = f"{rules.name}_ref{len(rules.referred)}"
+            rules.lines.append(f"{name}: {_literal(rules, _resolve(given, rules.schema))}")
+        return name
+    schema = given if isinstance(given, dict) else {}
     if "const" in schema or isinstance(schema.get("enum"), list):
         values = [schema["const"]] if "const" in schema else schema["enum"]
         return "(" + " | ".join(quoted(_shown(value)) for value in values) + ")"
     some = schema.get("anyOf") or schema.get("oneOf")
-    if isinstance(some, list) and depth < _MAX_DEPTH:
-        return "(" + " | ".join(_literal(rules, each, depth + 1) for each in some) + ")"
-    kinds = schema.get("type", "any")
+    if isinstance(some, list):
+        return "(" + " | ".join(_literal(rules, each) for each in some) + ")"
+    kinds = schema.get("type")
     return (
         "("
-        + " | ".join(_of_type(rules, schema, kind, depth) for kind in ([kinds] if isinstance(kinds, str) else kinds))
+        + " | ".join(_of_type(rules, schema, kind) for kind in (kinds if isinstance(kinds, list) else [kinds]))
         + ")"
     )
 
 
-def _of_type(rules: _Rules, schema: Mapping[str, Any], kind: Any, depth: int) -> str:
+def _of_type(rules: _Rules, schema: Mapping[str, Any], given: Any) -> str:
+    kind = given if isinstance(given, str) else "any"
     if kind in _PYTHON:
         return _PYTHON[kind]
-    if kind == "array" and depth < _MAX_DEPTH:
-        item = _literal(rules, schema.get("items", {}), depth + 1)
+    if kind == "array":
+        item = _literal(rules, schema.get("items"))
         return f'"[" ({item} (", " {item})*)? "]"'
-    if kind == "object" and isinstance(schema.get("properties"), dict) and depth < _MAX_DEPTH:
+    if kind == "object" and isinstance(schema.get("properties"), dict):
         members = [
-            (f"{quoted(_shown(key) + ': ')} {_literal(rules, each, depth + 1)}", needed)
-            for key, each, needed in _properties(schema)
+            (f"{quoted(_shown(key) + ': ')} {_literal(rules, each)}", must) for key, each, must in _properties(schema)
         ]
         return f'"{{" {_listed(members)} "}}"'
-    if "any_value" not in {line.partition(":")[0] for line in rules.lines}:
-        simple = " | ".join(_PYTHON.values())
-        rules.lines += [
-            f"any_value: {simple} | any_list | any_dict",
-            'any_list: "[" (any_value (", " any_value)*)? "]"',
-            'any_dict: "{" (any_item (", " any_item)*)? "}"',
-            f'any_item: {_PYTHON["string"]} ": " any_value',
-        ]
-    return {"array": "any_list", "object": "any_dict"}.get(kind, "any_value")
+    if _ANY[0] not in rules.lines:
+        rules.lines += _ANY
+    return "any_dict" if kind == "object" else "any_value"
 
 
 def _shown(value: Any) -> str:
