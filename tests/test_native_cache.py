@@ -165,6 +165,22 @@ def test_the_same_bits_alone_batched_chunked_cached_and_resumed(
         small.close()
 
 
+def test_the_file_of_the_weights_takes_no_memory_once_they_are_loaded(smollm2_path: str) -> None:
+    source = open_source(smollm2_path)
+    before = {name: bytes(tensor.data[:64]) for name, tensor in source.tensors.items()}
+
+    def resident_kib() -> int:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        starts = [i for i, line in enumerate(lines) if line.endswith(Path(smollm2_path).name)]
+        return sum(int(line.split()[1]) for i in starts for line in lines[i : i + 6] if line.startswith("Rss:"))
+
+    assert resident_kib() > 0
+    executor = CpuExecutor.load(load_spec(source), source, replace(LIMITS, num_blocks=None, kv_cache_bytes=64 << 20))
+    assert resident_kib() < 8 << 10
+    executor.close()
+    assert {name: bytes(tensor.data[:64]) for name, tensor in source.tensors.items()} == before
+
+
 def perplexity(core: EngineCore, ids: list[int]) -> float:
     params = SamplingParams(max_tokens=0, prompt_logprobs=0, seed=0)
     core.add(Request(request_id="p", prompt_token_ids=ids, params=params))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagoda.errors import ModelError
+from pagoda.weights.grouped import MadeTensor
 from pagoda.weights.source import Tensor
 
 Kind = Literal["gguf", "safetensors", "pointer", "pickle", "old", "answer", "empty", "other"]
@@ -119,6 +120,19 @@ def map_file(path: Path, kind: Kind) -> MappedFile:
     with reading(path), _open_regular(path) as fd:
         raw = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
     return MappedFile(path, raw, np.frombuffer(raw, dtype=np.uint8))
+
+
+def drop_pages(tensors: Iterable[Tensor]) -> None:
+    """Give back the memory of the mapped files that the tensors are views of; read again, it comes from the cache."""
+    files: dict[int, mmap.mmap] = {}
+    for tensor in tensors:
+        owner: Any = None if isinstance(tensor, MadeTensor) else tensor.data
+        while isinstance(owner, np.ndarray | memoryview):
+            owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+        if isinstance(owner, mmap.mmap):
+            files[id(owner)] = owner
+    for file in files.values():
+        file.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(slots=True)

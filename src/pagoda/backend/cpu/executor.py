@@ -14,6 +14,7 @@ from pagoda.backend.cpu.library import Native, matrix_bytes
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
 from pagoda.backend.cpu.program import VECTORS, Program, buffer_bytes, in_their_order, panel_type
 from pagoda.types import StepPlan
+from pagoda.weights.files import drop_pages
 from pagoda.weights.source import Tensor, TensorSource
 
 
@@ -48,6 +49,7 @@ class CpuExecutor:
         except BaseException:
             lib.close()
             raise
+        drop_pages(tensors.values())  # the repacked weights are what is read from now on
         capacity = Capacity(
             num_blocks=blocks,
             weight_bytes=lib.weight_bytes,
