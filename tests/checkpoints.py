@@ -39,6 +39,14 @@ def _rope(**recipe: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_theta": 10000.0, **recipe}}
 
 
+_EXPERTS = {
+    "model_type": "qwen3_moe",
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+}
+
 CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "llama": {"model_type": "llama"},
@@ -68,11 +76,19 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen3-window": {"model_type": "qwen3", "head_dim": 32, **_QWEN_WINDOW},
     }
 )
+# Not among the others: the native executor does not have them.
+EXPERT_CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "qwen3-experts": {**_EXPERTS, "norm_topk_prob": True},
+        "qwen3-experts-as-shares": {**_EXPERTS, "norm_topk_prob": False},
+        "qwen3-experts-here-and-there": {**_EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": True},
+    }
+)
 
 
 def make_model(case: str, **changes: Any) -> Any:
     """The transformers model (float32, CPU) of a case, with random weights that depend on nothing but the case."""
-    settings = {**_TINY, **CASES[case], **changes}
+    settings = {**_TINY, **{**CASES, **EXPERT_CASES}[case], **changes}
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()

@@ -88,7 +88,7 @@ def activation_bytes(spec: ModelSpec, limits: Limits) -> int:
 
 def _layer_values(layer: Layer) -> int:
     a = layer.attention
-    return 2 * (a.heads + a.kv_heads) * a.head_dim + 2 * layer.mlp.size
+    return 2 * (a.heads + a.kv_heads) * a.head_dim + 2 * layer.mlp.width
 
 
 def blocks_that_fit(spec: ModelSpec, free_bytes: int, kv_type: KvType = "float16") -> int:

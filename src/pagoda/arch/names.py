@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pagoda.arch.names_pooled import encoder_name, plain_tensors, unused
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
+from pagoda.weights.grouped import Stacked
 from pagoda.weights.source import Tensor
 
 # slot part: (name in safetensors, name in GGUF), both without layer prefix and `.weight` or `.bias`
@@ -29,6 +30,11 @@ _LAYER_NAMES = {
     "gate": ("mlp.gate_proj", "ffn_gate"),
     "up": ("mlp.up_proj", "ffn_up"),
     "down": ("mlp.down_proj", "ffn_down"),
+    "router": ("mlp.gate", "ffn_gate_inp"),
+    # `*`: one tensor for each expert
+    "gate_experts": ("mlp.experts.*.gate_proj", "ffn_gate_exps"),
+    "up_experts": ("mlp.experts.*.up_proj", "ffn_up_exps"),
+    "down_experts": ("mlp.experts.*.down_proj", "ffn_down_exps"),
 }
 # buffers that old exporters stored; the spec holds their meaning
 _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope_freqs\.weight")
@@ -50,6 +56,7 @@ def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) 
     """The tensor of every slot. Raises ModelError for one that is missing, has another shape, or is left over."""
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)
+    tensors = with_stacked_experts(spec, tensors) if not gguf else tensors
     encoder = spec.encoder is not None
     names = {slot: encoder_name(spec, slot) if encoder else checkpoint_name(slot, gguf=gguf) for slot in spec.slots()}
     head = checkpoint_name("head", gguf=gguf)
@@ -73,6 +80,23 @@ def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) 
     if left_over:
         raise ModelError(f"the checkpoint holds tensors that a {spec.model_type} model lacks: {_some(left_over)}")
     return bound
+
+
+def with_stacked_experts(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors with those of the experts of a layer as one, under the name with the `*`."""
+    out = dict(tensors)
+    for slot, shape in spec.slots().items():
+        if not slot.endswith("_experts"):
+            continue
+        name = checkpoint_name(slot, gguf=False)
+        parts = [name.replace("*", str(expert)) for expert in range(shape[0])]
+        if missing := [part for part in parts if part not in out]:
+            raise _missing(missing, "")
+        experts = tuple(out.pop(part) for part in parts)
+        if len({(expert.type, expert.shape) for expert in experts}) > 1:
+            raise ModelError(f"the experts {name} are not all stored alike", remedy="Take another version of the model")
+        out[name] = Stacked(experts).tensor(name)
+    return out
 
 
 def _missing(missing: list[str], head: str) -> ModelError:

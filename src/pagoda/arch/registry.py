@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -34,6 +35,7 @@ _HELPERS = frozenset(
         "spec",
     }
 )
+_GGUF_NAMES = MappingProxyType({"qwen3moe": "qwen3_moe"})
 
 
 class Architecture(Protocol):
@@ -70,7 +72,7 @@ def bind(spec: ModelSpec, source: TensorSource) -> dict[str, Tensor]:
 def _architecture(name: object, where: str) -> Architecture:
     # only names of files that are here are ever imported, whatever the checkpoint says
     known = supported()
-    module = name.replace("-", "_") if isinstance(name, str) else name
+    module = _GGUF_NAMES.get(name, name.replace("-", "_")) if isinstance(name, str) else name
     if module not in known:
         said = f"the architecture {name!r} is not supported" if name else f"{where} is missing"
         raise ModelError(f"{said} (supported: {', '.join(known)})")

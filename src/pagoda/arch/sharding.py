@@ -17,7 +17,7 @@ EXCHANGE_BYTES = 256 << 20
 _LOGITS_BYTES, _TABLE_BYTES = 2 * 4, 4  # logits in float32 and a copy to sample from; RoPE tables in float32
 _BY_VOCAB = ("embed", "head")
 _BY_KV_HEADS = ("k", "v", "k_bias", "v_bias")
-_WHOLE = ("norm", "attn_norm", "mlp_norm", "q_norm", "k_norm", "o_bias", "down_bias")
+_WHOLE = ("norm", "attn_norm", "mlp_norm", "q_norm", "k_norm", "o_bias", "down_bias", "router")
 
 
 def parallel_sizes(spec: ModelSpec, most: int, group: int = 1) -> list[int]:
@@ -60,7 +60,7 @@ def kv_bytes_per_block(spec: ModelSpec, size: int, kv_itemsize: int = 2) -> int:
 def activation_bytes(spec: ModelSpec, limits: Limits, size: int, itemsize: int = 2) -> int:
     """The largest step on each GPU: the widest layer's buffers once, the logits of every request, RoPE tables."""
     widest = max(
-        2 * (a.heads // size + max(1, a.kv_heads // size)) * a.head_dim + 3 * m.size // size
+        2 * (a.heads // size + max(1, a.kv_heads // size)) * a.head_dim + 3 * m.width // size
         for a, m in ((layer.attention, layer.mlp) for layer in spec.layers)
     )
     tokens = limits.max_num_batched_tokens * (2 * spec.hidden_size + widest) * itemsize

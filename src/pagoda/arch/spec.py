@@ -51,13 +51,31 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts: a token goes through the `active` of `count` MLPs that its router likes best.
+
+    Their shares are the softmax of the router over all experts, divided by their sum where `normalized`.
+    """
+
+    count: int
+    active: int
+    normalized: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Mlp:
-    """Gated MLP: down(act(gate(x)) * up(x)); without the gate: down(act(up(x)))."""
+    """Gated MLP: down(act(gate(x)) * up(x)); without the gate: down(act(up(x))). With `experts` each is one of them."""
 
     size: int
     activation: str = "silu"
     bias: bool = False
     gated: bool = True
+    experts: Experts | None = None
+
+    @property
+    def width(self) -> int:
+        """Values of a token between up and down."""
+        return self.size * (1 if self.experts is None else self.experts.active)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +145,9 @@ class ModelSpec:
 
         Slots: `embed`, `norm`, `head` (absent if tied) and per layer `layers.{i}.` + `attn_norm`, `q`, `k`, `v`, `o`,
         `q_bias`, `k_bias`, `v_bias`, `o_bias`, `q_norm`, `k_norm`, `mlp_norm`, `gate`, `up`, `down`, `gate_bias`,
-        `up_bias`, `down_bias`. Encoders also have `positions`, `types` and the biases of their norms; pooled models
-        with labels `score`, and `pool_dense` in front of it where they have it.
+        `up_bias`, `down_bias`; with experts `router`, `gate_experts`, `up_experts`, `down_experts` in place of the
+        last, the experts on the first axis. Encoders also have `positions`, `types` and the biases of their norms;
+        pooled models with labels `score`, and `pool_dense` in front of it where they have it.
         """
         h = self.hidden_size
         out: dict[str, tuple[int, ...]] = {"embed": (self.vocab_size, h), "norm": (h,)}
@@ -167,6 +186,10 @@ def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
         out["o_bias"] = (hidden,)
     if a.qk_norm:
         out |= {"q_norm": (a.head_dim,), "k_norm": (a.head_dim,)}
+    if m.experts is not None:
+        e = m.experts.count
+        out |= {"router": (e, hidden), "gate_experts": (e, m.size, hidden), "up_experts": (e, m.size, hidden)}
+        return out | {"down_experts": (e, hidden, m.size)}
     out |= {"gate": (m.size, hidden)} if m.gated else {}
     out |= {"up": (m.size, hidden), "down": (hidden, m.size)}
     if m.bias:

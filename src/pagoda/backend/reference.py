@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pagoda.arch import memory
 from pagoda.arch.memory import KV_GROUP, KvType
 from pagoda.arch.registry import bind
-from pagoda.arch.spec import Attention, Mlp, ModelSpec, Rope
+from pagoda.arch.spec import Attention, Experts, Mlp, ModelSpec, Rope
 from pagoda.backend.base import Capacity, Done, Limits, Progress
 from pagoda.backend.cpu.machine import free_memory_bytes
 from pagoda.backend.sampling import sample_rows
@@ -160,8 +160,24 @@ class ReferenceExecutor:
     def mlp(self, i: int, mlp: Mlp, x: Float32) -> Float32:
         if mlp.activation != "silu":
             raise EngineError(f"the reference executor has no activation {mlp.activation!r}")
-        gate, up = self.linear(f"layers.{i}.gate", x), self.linear(f"layers.{i}.up", x)
-        return self.linear(f"layers.{i}.down", gate / (1 + np.exp(-gate)) * up)
+        if mlp.experts is not None:
+            return self.mixture(f"layers.{i}.", mlp.experts, x)
+        return self.linear(
+            f"layers.{i}.down", gated(self.linear(f"layers.{i}.gate", x), self.linear(f"layers.{i}.up", x))
+        )
+
+    def mixture(self, name: str, experts: Experts, x: Float32) -> Float32:
+        """Each token through the experts that its router likes best, ties by lower number."""
+        shares = softmax(matmul(x, self.weights[name + "router"]))
+        chosen = np.argsort(-shares, axis=-1, kind="stable")[:, : experts.active]
+        if experts.normalized:
+            shares = shares / np.take_along_axis(shares, chosen, axis=-1).sum(axis=-1, keepdims=True)
+        out = np.zeros_like(x)
+        for e in np.unique(chosen):
+            rows = np.flatnonzero((chosen == e).any(axis=-1))
+            gate, up = (matmul(x[rows], self.weights[f"{name}{part}_experts"][e]) for part in ("gate", "up"))
+            out[rows] += shares[rows, e, None] * matmul(gated(gate, up), self.weights[name + "down_experts"][e])
+        return out
 
     def linear(self, slot: str, x: Float32) -> Float32:
         y = matmul(x, self.weights[slot])
@@ -172,6 +188,16 @@ class ReferenceExecutor:
         """RMS norm over the last axis."""
         mean_square = np.square(x).mean(axis=-1, keepdims=True)
         return np.asarray(x / np.sqrt(mean_square + np.float32(self.spec.norm_eps)) * self.weights[slot])
+
+
+def gated(gate: Float32, up: Float32) -> Float32:
+    """silu(gate) * up."""
+    return np.asarray(gate / (1 + np.exp(-gate)) * up)
+
+
+def softmax(x: Float32) -> Float32:
+    weights = np.exp(x - x.max(axis=-1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
 
 
 def rounded_to_8_bits(x: Float32) -> Float32:
@@ -219,9 +245,7 @@ def attend(q: Float32, keys: Float32, values: Float32, position: int, a: Attenti
     k, v = keys[first : position + 1].transpose(1, 2, 0), values[first : position + 1].transpose(1, 0, 2)
     grouped = q.reshape(a.kv_heads, a.heads // a.kv_heads, a.head_dim)
     scores = (grouped @ k) * np.float32(a.scale)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    return np.asarray(weights @ v).reshape(a.heads, a.head_dim)
+    return np.asarray(softmax(scores) @ v).reshape(a.heads, a.head_dim)
 
 
 def rotate(x: Float32, cos: Float32, sin: Float32, rope: Rope) -> Float32:

@@ -200,7 +200,7 @@ def _group_of(model: PlannedModel) -> int:
 def _gpu_bytes(slot: str, tensor: Tensor, quantization: str | None, group: int, itemsize: int) -> int:
     """What a tensor takes on a GPU: floats in the type of computation, packed matrices with scales and zero points."""
     count = math.prod(tensor.shape)
-    matrix = len(tensor.shape) == 2 and slot.startswith("layers.")
+    matrix = len(tensor.shape) > 1 and not slot.endswith("router") and slot.startswith("layers.")
     kind = quantization if quantization and matrix and tensor.type in _FLOATS else tensor.type
     if isinstance(tensor, MadeTensor) and isinstance(tensor.origin, Scaled):
         return tensor.origin.codes.nbytes + tensor.origin.scales.nbytes

@@ -107,10 +107,14 @@ def packed(model: PlannedModel, method: str, bits: int = 0) -> PlannedModel:
     if kind is None:
         raise ModelError(f"weights quantized with {method} cannot be planned", remedy=f"Known: {', '.join(_PACKED)}")
     tensors = {
-        slot: replace(tensor, type=kind) if slot.startswith("layers.") and len(tensor.shape) == 2 else tensor
+        slot: replace(tensor, type=kind) if _is_packed(slot, tensor) else tensor
         for slot, tensor in _tensors(model.spec, "F16" if kind != "F8_E4M3" else "BF16").items()
     }
     return replace(model, tensors=tensors, method=method)
+
+
+def _is_packed(slot: str, tensor: Tensor) -> bool:
+    return slot.startswith("layers.") and len(tensor.shape) > 1 and not slot.endswith("router")
 
 
 def _tensors(spec: ModelSpec, kind: str) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def check_quantization(source: TensorSource, asked: str | None, *, gpu: bool = F
             )
         known = ", ".join((*QUANTIZATION_METHODS, *QUANTIZE_ON_LOAD))
         raise ConfigError(f"--quantization {asked} is not known", remedy=f"Give one of {known}", param="quantization")
-    kinds = {tensor.type for tensor in source.tensors.values() if len(tensor.shape) == 2}
+    kinds = {tensor.type for tensor in source.tensors.values() if len(tensor.shape) > 1}
     quantized = sorted(kind for kind in kinds if BLOCKS[kind].elements > 1)
     # a CPU makes floats of FP8, a GPU keeps it
     if quantized or (gpu and found not in (None, "gguf")):

@@ -12,7 +12,7 @@ from pagoda.backend.base import Capacity, Done, Limits, Progress
 from pagoda.backend.cpu.encoder_program import EncoderProgram
 from pagoda.backend.cpu.library import Native, matrix_bytes
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
-from pagoda.backend.cpu.program import VECTORS, Program, buffer_bytes, in_their_order, panel_type
+from pagoda.backend.cpu.program import VECTORS, Program, buffer_bytes, check_spec, in_their_order, panel_type
 from pagoda.types import StepPlan
 from pagoda.weights.files import drop_pages
 from pagoda.weights.source import Tensor, TensorSource
@@ -30,6 +30,7 @@ class CpuExecutor:
         cls, spec: ModelSpec, source: TensorSource, limits: Limits, progress: Progress | None = None
     ) -> CpuExecutor:
         """Raises ModelError (a tensor is missing or cannot run) or, before any weight is read, MemoryShort."""
+        check_spec(spec)
         tensors = bind(spec, source)
         kv_type = memory.kv_type(limits.kv_cache_dtype)
         threads = limits.threads or usable_cores()

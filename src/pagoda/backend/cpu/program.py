@@ -221,6 +221,10 @@ def _runnable(tensor: Tensor) -> Tensor:
 def check_spec(spec: ModelSpec) -> None:
     """ModelError where the kernels lack something that the model needs."""
     first = spec.layers[0]
+    if any(layer.mlp.experts is not None for layer in spec.layers):
+        raise ModelError(
+            "the CPU backend has no mixtures of experts yet", remedy="Use --device cuda, or try --device reference"
+        )
     if len({(replace(layer.attention, window=None), layer.mlp.size) for layer in spec.layers}) > 1:
         raise ModelError("the CPU backend needs all layers of one shape", remedy="Try --device reference")
     if first.attention.head_dim % 16 or first.attention.head_dim > 512:

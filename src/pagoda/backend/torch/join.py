@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, cast
@@ -51,14 +51,20 @@ def _fp8(weights: Sequence[F8]) -> tuple[Weight, ...]:
 
 def stacked(weights: Sequence[Weight]) -> Weight:
     """Experts that are stored alike, as one weight with a leading axis."""
-    return _joined(weights, {f.name: partial(torch.stack, dim=0) for f in fields(weights[0])})
+    stack = {f.name: partial(torch.stack, dim=0) for f in fields(weights[0]) if f.name != "input_scale"}
+    joined = _joined(weights, stack)
+    if isinstance(joined, F8) and joined.input_scale is not None:
+        # one for all, the largest, covers the inputs of each
+        scales = [w.input_scale for w in weights if isinstance(w, F8) and w.input_scale is not None]
+        return replace(joined, input_scale=torch.stack(scales).amax())
+    return joined
 
 
 def _concatenated(weights: Sequence[Weight], axes: dict[str, int]) -> Weight:
     return _joined(weights, {name: partial(torch.cat, dim=axis) for name, axis in axes.items()})
 
 
-def _joined(weights: Sequence[Weight], how: dict[str, Callable[[list[Tensor]], Tensor]]) -> Weight:
+def _joined(weights: Sequence[Weight], how: Mapping[str, Callable[[list[Tensor]], Tensor]]) -> Weight:
     """The first weight with each tensor that `how` names joined with those of the others."""
     changes: dict[str, Any] = {}
     for name, join in how.items():

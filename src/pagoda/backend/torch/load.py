@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagoda.arch.spec import Layer, ModelSpec
+from pagoda.arch.spec import Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.torch.convert import FLOATS, Converter, Target
 from pagoda.backend.torch.join import side_by_side
-from pagoda.backend.torch.model import Decoder, DecoderLayer, GatedMlp, Linear
+from pagoda.backend.torch.model import Decoder, DecoderLayer, GatedMlp, Linear, Mixture
 from pagoda.backend.torch.ops import Heads
 from pagoda.backend.torch.packs import Dense, Weight
 from pagoda.errors import ModelError
@@ -83,8 +83,17 @@ class Loader:
             k_norm=self._vector(p + "k_norm") if a.qk_norm else None,
             o=self._linear(p + "o"),
             mlp_norm=self._vector(p + "mlp_norm"),
-            mlp=GatedMlp(self._linear(p + "gate", p + "up"), self._linear(p + "down")),
+            mlp=self._mlp(p, layer.mlp),
         )
+
+    def _mlp(self, p: str, mlp: Mlp) -> GatedMlp | Mixture:
+        if mlp.experts is None:
+            return GatedMlp(self._linear(p + "gate", p + "up"), self._linear(p + "down"))
+        gate, up, down = (
+            self._converter.weight(self._tensors[f"{p}{part}_experts"]) for part in ("gate", "up", "down")
+        )
+        router = self._converter.floats(self._tensors[p + "router"], self._target.dtype)
+        return Mixture(mlp.experts, router, side_by_side([gate, up]), down)
 
     def _linear(self, *slots: str) -> Linear:
         parts = side_by_side([self._converter.weight(self._tensors[slot]) for slot in slots])

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pagoda.arch.spec import ModelSpec
+from pagoda.arch.spec import Experts, ModelSpec
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.ops import Batch, Heads
-from pagoda.backend.torch.packs import Weight
+from pagoda.backend.torch.packs import Dense, Weight
 
 KvCache = tuple[Tensor, Tensor]
 """Keys and values of one layer, each [num_blocks, BLOCK_SIZE, kv_heads, head_dim]."""
@@ -40,6 +40,29 @@ class GatedMlp:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """The experts of a layer: tokens sorted by expert, one grouped product for each matrix."""
+
+    experts: Experts
+    router: Tensor  # [experts, hidden] in the type of computation
+    gate_up: tuple[Weight, ...]  # [experts, 2 * size, hidden], or gate and up apart
+    down: Weight  # [experts, hidden, size]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        active = self.experts.active
+        shares, ids = ops.route(ops.matmul(x, Dense(self.router)), active, self.experts.normalized)
+        sorted_ids, order = ids.flatten().sort(stable=True)
+        ends = torch.arange(self.experts.count + 1, device=x.device)
+        starts = torch.searchsorted(sorted_ids, ends).int()
+        rows = x[order // active]
+        hidden = torch.cat([ops.grouped_matmul(rows, part, starts) for part in self.gate_up], dim=-1)
+        y = ops.grouped_matmul(ops.silu_mul(hidden), self.down, starts)
+        each = torch.empty_like(y).index_copy_(0, order, y)
+        weighted = torch.unflatten(each.float(), 0, (-1, active)) * shares.unsqueeze(-1)
+        return weighted.sum(1).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
     heads: Heads
     attn_norm: Tensor
@@ -48,7 +71,7 @@ class DecoderLayer:
     k_norm: Tensor | None
     o: Linear
     mlp_norm: Tensor
-    mlp: GatedMlp
+    mlp: GatedMlp | Mixture
 
 
 @dataclass(slots=True)
