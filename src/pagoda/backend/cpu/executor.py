@@ -30,7 +30,8 @@ class CpuExecutor:
         cls, spec: ModelSpec, source: TensorSource, limits: Limits, progress: Progress | None = None
     ) -> CpuExecutor:
         """Raises ModelError (a tensor is missing or cannot run) or, before any weight is read, MemoryShort."""
-        check_spec(spec)
+        if spec.encoder is None:
+            check_spec(spec)
         tensors = bind(spec, source)
         kv_type = memory.kv_type(limits.kv_cache_dtype)
         threads = limits.threads or usable_cores()
