@@ -1,0 +1,325 @@
+"""Each kernel of the CUDA backend alone: is it right, how near is it to the roof, which tiles are best for it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from pagoda.backend.torch import ops
+from pagoda.backend.torch.dummy import Maker
+from pagoda.backend.torch.kernels import attention, matmul
+from pagoda.backend.torch.kernels.tuning import DEFAULTS, Tile, bucket
+from pagoda.backend.torch.packs import F8, FP8, I8, W8, Weight
+
+Row = dict[str, Any]
+CACHE_BYTES = 256 << 20
+"""Inputs take turns over so many bytes: what one call left in the cache is gone when its turn comes again."""
+
+
+@contextmanager
+def dispatch(kernels: bool) -> Iterator[None]:
+    """Whether ops goes to the kernels, whatever the device: plain PyTorch is what they are compared with."""
+    before = ops.on_gpu
+    ops.on_gpu = lambda x: kernels
+    try:
+        yield
+    finally:
+        ops.on_gpu = before
+
+
+def timed(calls: list[Callable[[], Any]], device: torch.device, repeats: int = 5) -> float:
+    """Seconds of one call: the median over replays of a graph of all of them (on a CPU: over plain runs)."""
+    for call in calls:
+        call()
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - started) / len(calls)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def in_turns(make: Callable[[], Callable[[], Any]], nbytes: int, device: torch.device) -> list[Callable[[], Any]]:
+    """So many calls with inputs of their own that none finds them in the cache."""
+    count = 2 if device.type != "cuda" else max(3, min(64, CACHE_BYTES // max(1, nbytes)))
+    return [make() for _ in range(count)]
+
+
+def batch_of(requests: list[tuple[int, int]], device: torch.device) -> ops.Batch:
+    """Requests of (tokens now, tokens before), their blocks one after the other."""
+    contexts = [now + before for now, before in requests]
+    width = -(-max(contexts) // 16)
+    tables = torch.randperm(len(requests) * width, device=device, dtype=torch.int64).view(-1, width).int()
+    positions = torch.cat([torch.arange(before, now + before) for now, before in requests]).to(device)
+    owners = torch.repeat_interleave(torch.tensor([now for now, _ in requests])).to(device)
+    cells = tables[owners, positions // 16].long() * 16 + positions % 16
+    starts = torch.tensor([0, *[now for now, _ in requests]]).cumsum(0)
+    ints = {"dtype": torch.int32, "device": device}
+    return ops.Batch(
+        tokens=torch.zeros(len(positions), **ints),
+        positions=positions.int(),
+        cells=cells,
+        starts=starts.to(**ints),
+        contexts=torch.tensor(contexts, **ints),
+        block_tables=tables,
+        rows=torch.arange(len(requests), **ints),
+        max_query=max(now for now, _ in requests),
+        max_context=max(contexts),
+    )
+
+
+def weights(n: int, k: int, dtype: torch.dtype, device: torch.device) -> dict[str, Weight]:
+    make = {kind: Maker(kind, dtype, device) for kind in ("float", "w4", "fp8")}
+    signed = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
+    by_row = torch.full((n,), 0.01 * k**-0.5, device=device)
+    fp8 = torch.randn(n, k, dtype=dtype, device=device).to(FP8)
+    return {
+        "dense": make["float"].matrix(n, k),
+        "w4": make["w4"].matrix(n, k),
+        "w8": W8(signed, by_row[None, :]),
+        "i8": I8(signed, by_row),
+        "f8 row": F8(fp8, (by_row * 50)[:, None]),
+        "f8 block": make["fp8"].matrix(n, k),
+    }
+
+
+def cases(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls of ops, by name; every one is made twice, with and without the kernels."""
+    hidden, size = (64, 16) if small else (4096, 128)
+    x, residual = (torch.randn(5, hidden, device=device).to(dtype) for _ in range(2))
+    norm = torch.rand(hidden, device=device)
+    yield "rms_norm", lambda: ops.rms_norm(x, norm, 1e-6)
+    yield "add_rms_norm", lambda: ops.add_rms_norm(x, residual, norm, 1e-6)[0]
+    yield "silu_mul", lambda: ops.silu_mul(x)
+    yield "quantize_rows", lambda: ops.quantize_rows(x)[0]
+    yield "quantize_f8", lambda: ops.quantize_f8(x, 16 if small else 128)[0]
+    for name, requests in {
+        "prompt": [(70, 0), (33, 50)],
+        "decode": [(1, 700), (1, 30), (1, 255)],
+        "mixed": [(1, 300), (40, 7)],
+    }.items():
+        for kind in (dtype, FP8):
+            for heads, kv_heads in ((8, 2), (7, 1)):
+                shape = ops.Heads(heads, kv_heads, size, size**-0.5, None, 1e-6, False)
+                batch = batch_of(requests, device)
+                caches = [
+                    torch.randn(int(batch.block_tables.numel()), 16, kv_heads, size, device=device).to(kind)
+                    for _ in range(2)
+                ]
+                q = torch.randn(len(batch.tokens), heads, size, device=device).to(dtype)
+                label = f"attention {name} {heads}/{kv_heads} {str(kind)[6:]}"
+                yield label, lambda q=q, c=caches, b=batch, s=shape: ops.paged_attention(q, *c, b, s)  # type: ignore[misc]
+    batch, table = batch_of([(5, 3), (1, 40)], device), torch.randn(64, size, device=device)
+    shape = ops.Heads(8, 2, size, 1.0, None, 1e-6, False)
+    qkv, unit = torch.randn(6, 12 * size, device=device).to(dtype), torch.rand(size, device=device)
+
+    def rope() -> torch.Tensor:
+        caches = [torch.zeros(16, 16, 2, size, dtype=dtype, device=device) for _ in range(2)]
+        q = ops.rope_and_cache(qkv, unit, unit, table, batch, *caches, shape)
+        return torch.cat([q.flatten(), *(cache.flatten() for cache in caches)])
+
+    yield "rope_and_cache", rope
+    n, k = (48, 128) if small else (1024, 4096)
+    for name, weight in weights(n, k, dtype, device).items():
+        for rows in (1, 3, 17) if small else (1, 3, 16, 17, 100):
+            inputs = torch.randn(rows, k, device=device).to(dtype)
+            yield f"matmul {name} {rows}", lambda x=inputs, w=weight: product(x, w)  # type: ignore[misc]
+
+
+def product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    if isinstance(weight, I8) and not ops.on_gpu(x):
+        codes, scales = ops.quantize_rows(x)  # PyTorch's own product of whole numbers takes no few rows on a GPU
+        return (codes.double() @ weight.codes.double().t()).float() * scales * weight.scales
+    return ops.matmul(x, weight)
+
+
+def correctness(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[Row]:
+    for name, call in cases(dtype, device, small):
+        try:
+            with dispatch(False):
+                wanted = call().float()
+            with dispatch(True):
+                got = call().float()
+            error = float((got - wanted).norm() / wanted.norm())
+            # FP8 on both sides is compared with FP8 on one side only, up to 16 rows
+            bound = 0.06 if "f8" in name else 0.02
+            yield {"kernel": name, "error": error, "ok": bool(error < bound and got.isfinite().all())}
+        except Exception as error:  # one wrong kernel must not hide the others
+            yield {"kernel": name, "error": repr(error)[:300], "ok": False}
+
+
+def roofs(dtype: torch.dtype, device: torch.device, small: bool) -> Row:
+    """What the device gives at best: reading, copying, and the product of large matrices."""
+    size, n = (1 << 20, 128) if small else (1 << 31, 8192)
+    data = torch.randint(0, 100, (size // 4,), dtype=torch.int32, device=device).view(torch.float32)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out: Row = {"read_gb_s": size / timed([data.sum], device) / 1e9}
+    out["copy_gb_s"] = 2 * size / timed([data.clone], device) / 1e9
+    out["tflop_s"] = 2 * n**3 / timed([lambda: a @ b], device) / 1e12
+    if device.type == "cuda":
+        one = torch.ones((), device=device)
+        f8 = a.to(FP8)
+        product = timed([lambda: torch._scaled_mm(f8, f8.t(), one, one, out_dtype=dtype, use_fast_accum=True)], device)
+        out["fp8_tflop_s"] = 2 * n**3 / product / 1e12
+    return out
+
+
+def weight_nbytes(weight: Weight) -> int:
+    fields = [getattr(weight, name, None) for name in ("data", "codes", "scales", "zeros")]
+    return sum(f.nbytes for f in fields if f is not None)
+
+
+def micro(shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[Row]:
+    """Bytes and operations per second of each kernel on real shapes."""
+    for n, k in shapes:
+        for name, weight in weights(n, k, dtype, device).items():
+            nbytes = weight_nbytes(weight)
+            for rows in (1, 3) if small else (1, 8, 64, 256):
+                with dispatch(True):
+
+                    def make(rows: int = rows, name: str = name, n: int = n, k: int = k) -> Callable[[], Any]:
+                        own, x = weights(n, k, dtype, device)[name], torch.randn(rows, k, device=device).to(dtype)
+                        return lambda: ops.matmul(x, own)
+
+                    seconds = timed(in_turns(make, nbytes, device), device)
+                yield {"kernel": f"{name} {n}x{k}", "rows": rows, **rates(seconds, nbytes, 2 * rows * n * k)}
+    for count, context in ((2, 64),) if small else ((1, 1024), (8, 1024), (64, 1024), (256, 1024), (8, 16384)):
+        yield attention_row([(1, context - 1)] * count, dtype, device, small)
+    for tokens in (64,) if small else (1024, 4096, 16384):
+        yield attention_row([(tokens, 0)], dtype, device, small)
+
+
+def attention_row(requests: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, small: bool) -> Row:
+    heads, kv_heads, size = (4, 2, 16) if small else (32, 8, 128)
+    shape = ops.Heads(heads, kv_heads, size, size**-0.5, None, 1e-6, False)
+    batch, call = attention_call(requests, shape, dtype, device)
+    keys = sum(now + before for now, before in requests)
+    pairs = sum(now * before + now * (now + 1) // 2 for now, before in requests)
+    kind = "decode" if batch.max_query == 1 else "prefill"
+    seconds = timed([call], device)
+    nbytes = 2 * keys * kv_heads * size * dtype.itemsize
+    name = f"attention {kind} {heads}/{kv_heads}/{size} {len(requests)} of {requests[0][0] + requests[0][1]}"
+    return {"kernel": name, "rows": len(requests), **rates(seconds, nbytes, 4 * pairs * heads * size)}
+
+
+def attention_call(
+    requests: list[tuple[int, int]], shape: ops.Heads, dtype: torch.dtype, device: torch.device
+) -> tuple[ops.Batch, Callable[[], Any]]:
+    batch = batch_of(requests, device)
+    blocks = int(batch.block_tables.numel())
+    k, v = (torch.randn(blocks, 16, shape.kv_heads, shape.head_dim, device=device).to(dtype) for _ in range(2))
+    q = torch.randn(len(batch.tokens), shape.heads, shape.head_dim, device=device).to(dtype)
+    with dispatch(True):
+        batch = ops.prepared(batch)
+    return batch, lambda: attention.paged_attention(q, k, v, batch, shape)
+
+
+def rates(seconds: float, nbytes: int, operations: int) -> Row:
+    return {"us": seconds * 1e6, "gb_s": nbytes / seconds / 1e9, "tflop_s": operations / seconds / 1e12}
+
+
+# few enough that compiling them all leaves time to measure them
+GEMV_TILES = tuple(Tile(n=n, k=k, warps=w) for n in (2, 4, 8) for k in (512, 1024) for w in (4, 8))
+FEW_TILES = tuple(Tile(m=16, n=n, k=k, split=split, stages=4) for n in (16, 32) for k in (64, 128) for split in (1, 4))
+MANY_TILES = tuple(Tile(m=64, n=n, warps=w, stages=s) for n in (64, 128) for w in (4, 8) for s in (3, 4))
+PREFILL_TILES = tuple(Tile(m=m, n=n, warps=w, stages=2) for m in (64, 128) for n in (64, 128) for w in (4, 8))
+DECODE_TILES = tuple(Tile(n=n, warps=w) for n in (32, 64, 128) for w in (2, 4))
+
+
+def best(tiles: tuple[Tile, ...], seconds_of: Callable[[Tile], float], until: float) -> tuple[Tile | None, float]:
+    """The fastest tile; those that do not fit the GPU are passed over."""
+    found, least = None, float("inf")
+    for tile in tiles:
+        if time.monotonic() > until:
+            break
+        try:
+            seconds = seconds_of(tile)
+        except Exception:  # too much shared memory, too few registers: this tile is not for this GPU
+            continue
+        if seconds < least:
+            found, least = tile, seconds
+    return found, least
+
+
+def autotune(
+    shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, small: bool, until: float
+) -> Iterator[tuple[str, Tile, Row]]:
+    """Keys of tuned.json with the best tile. A float matrix gets one only where it beats cuBLAS by 3 %."""
+    cut = slice(0, 2) if small else slice(None)
+    shape = (
+        ops.Heads(4, 2, 16, 0.25, None, 1e-6, False) if small else ops.Heads(32, 8, 128, 128**-0.5, None, 1e-6, False)
+    )
+    for name, tiles, requests in (
+        ("prefill", PREFILL_TILES, [(32 if small else 4096, 0)]),
+        ("decode", DECODE_TILES, [(1, 63 if small else 1023)] * (2 if small else 64)),
+    ):
+        call = attention_call(requests, shape, dtype, device)[1]
+
+        def attend(tile: Tile, call: Callable[[], Any] = call) -> float:
+            before = attention.choose
+            attention.choose = lambda kernel: tile
+            try:
+                return timed([call], device, 3)
+            finally:
+                attention.choose = before
+
+        tile, seconds = best(tiles[cut], attend, until)
+        if tile:
+            yield name, tile, {"us": seconds * 1e6, "default": asdict(DEFAULTS[name])}
+    for n, k in shapes:
+        for name in ("w4", "f8 block", "dense"):
+            for rows, tiles in ((1, GEMV_TILES), (8, FEW_TILES), (64, MANY_TILES)):
+                if time.monotonic() > until:
+                    return
+                yield from tuned_product(n, k, name, rows, tiles[cut], dtype, device, until)
+
+
+def tuned_product(
+    n: int,
+    k: int,
+    name: str,
+    rows: int,
+    tiles: tuple[Tile, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    until: float,
+) -> Iterator[tuple[str, Tile, Row]]:
+    first = weights(n, k, dtype, device)[name]
+    copies = [weights(n, k, dtype, device)[name] for _ in range(min(6, CACHE_BYTES // weight_nbytes(first)))]
+    operands = [matmul.operand(w) for w in (first, *copies)]
+    x = torch.randn(rows, k, device=device).to(dtype)
+
+    def seconds_of(tile: Tile) -> float:
+        run = matmul.gemv if rows == 1 else lambda x, p, t: matmul.tiled(x, p, dtype, tile=t)
+        return timed([lambda p=p: run(x, p, tile) for p in operands], device, 3)  # type: ignore[misc]
+
+    tile, seconds = best(tiles, seconds_of, until)
+    row: Row = {"us": seconds * 1e6, "gb_s": weight_nbytes(first) / seconds / 1e9}
+    if name == "dense":
+        plain = timed([lambda p=p: torch.nn.functional.linear(x, p.codes) for p in operands if p], device, 3)  # type: ignore[misc]
+        row["cublas_us"] = plain * 1e6
+        if seconds > 0.97 * plain:
+            return
+    if tile:
+        kernel = name.split()[0]
+        yield f"{'gemv_' if rows == 1 else ''}{kernel}/{n}/{k}/{bucket(rows)}", tile, row
