@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import EXPERT_CASES, VOCAB, write_checkpoint
+from gguf_writer import write_gguf
 from reference_plans import Feed, make_plan
 from safetensors.torch import load_file, save_file
 from test_torch_formats import fp8_blocks, taken
 from torch_models import PLAN, TOKENS, expected, load, logits, reference, relative
 
+from pagoda.arch.names import checkpoint_name
 from pagoda.arch.registry import bind, load_spec
 from pagoda.backend.base import Limits
 from pagoda.backend.cpu.executor import CpuExecutor
@@ -23,6 +25,7 @@ from pagoda.backend.torch.model import Mixture
 from pagoda.backend.torch.packs import F8, I8, W4
 from pagoda.backend.torch.size import weight_bytes
 from pagoda.errors import ModelError
+from pagoda.weights.ggml import dequantize
 from pagoda.weights.open import open_source
 
 LIMITS = Limits(max_model_len=256, max_num_seqs=4, max_num_batched_tokens=128, num_blocks=32)
@@ -37,6 +40,37 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     assert relative(logits(executor, PLAN), exact) < 1e-4
     kinds = [isinstance(layer.mlp, Mixture) for layer in executor.decoder.layers]
     assert kinds == ([False, True, False] if "there" in case else [True] * 3)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_gguf_keeps_the_experts_of_a_layer_in_one_tensor(kind: str, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path, "qwen3-experts")
+    source = open_source(str(tmp_path))
+    spec, table = load_spec(source), {"general.architecture": "qwen3moe"}
+    attention, mlp = spec.layers[0].attention, spec.layers[0].mlp
+    assert mlp.experts is not None
+    numbers = {
+        "block_count": len(spec.layers),
+        "context_length": spec.max_position,
+        "embedding_length": spec.hidden_size,
+        "expert_count": mlp.experts.count,
+        "expert_used_count": mlp.experts.active,
+        "expert_feed_forward_length": mlp.size,
+        "attention.head_count": attention.heads,
+        "attention.head_count_kv": attention.kv_heads,
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+        "attention.layer_norm_rms_epsilon": spec.norm_eps,
+        "rope.freq_base": float(model.config.rope_parameters["rope_theta"]),
+    }
+    tensors: dict[str, Any] = {}
+    for slot, tensor in bind(spec, source).items():
+        values = dequantize(tensor).copy()
+        stored = kind if slot.endswith(("_experts", ".q", ".k", ".v", ".o")) else "F32"
+        tensors[checkpoint_name(slot, gguf=True)] = values if values.ndim == 1 else (values, stored)
+    write_gguf(tmp_path / "tiny.gguf", {**table, **{f"qwen3moe.{n}": v for n, v in numbers.items()}}, tensors)
+    exact = expected(model) if kind == "F32" else reference(tmp_path / "tiny.gguf").logits(PLAN)
+    assert relative(logits(load(tmp_path / "tiny.gguf"), PLAN), exact) < 1e-4
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 23])
