@@ -15,7 +15,7 @@ from pagoda.backend.torch import ops
 from pagoda.backend.torch.dummy import Maker
 from pagoda.backend.torch.kernels import attention, matmul
 from pagoda.backend.torch.kernels.tuning import DEFAULTS, Tile, bucket
-from pagoda.backend.torch.packs import F8, FP8, I8, W8, Weight
+from pagoda.backend.torch.packs import F8, FP8, I8, W8, Dense, Weight
 
 Row = dict[str, Any]
 CACHE_BYTES = 256 << 20
@@ -144,6 +144,10 @@ def cases(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[tup
         for rows in (1, 3, 17) if small else (1, 3, 16, 17, 100):
             inputs = torch.randn(rows, k, device=device).to(dtype)
             yield f"matmul {name} {rows}", lambda x=inputs, w=weight: product(x, w)  # type: ignore[misc]
+    experts = Dense(torch.randn(4, n, k, device=device).to(dtype))
+    rows_of = torch.tensor([0, 3, 3, 24, 30], dtype=torch.int32, device=device)
+    sorted_rows = torch.randn(30, k, device=device).to(dtype)
+    yield "grouped dense 30", lambda: ops.grouped_matmul(sorted_rows, experts, rows_of)
 
 
 def product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -161,8 +165,8 @@ def correctness(dtype: torch.dtype, device: torch.device, small: bool) -> Iterat
             with dispatch(True):
                 got = call().float()
             error = float((got - wanted).norm() / wanted.norm())
-            # FP8 on both sides is compared with FP8 on one side only, up to 16 rows
-            bound = 0.06 if "f8" in name else 0.02
+            # FP8 on both sides is compared with FP8 on one side only, up to 16 rows; the interpreter cuts, not rounds
+            bound = (0.06 if device.type == "cuda" else 0.15) if "f8" in name else 0.02
             yield {"kernel": name, "error": error, "ok": bool(error < bound and got.isfinite().all())}
         except Exception as error:  # one wrong kernel must not hide the others
             yield {"kernel": name, "error": repr(error)[:300], "ok": False}
