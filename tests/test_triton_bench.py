@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pagoda.backend.torch.kernels.tuning import Tile
 
 SCRIPT = Path(__file__).parent.parent / "bench" / "gpu.py"
 
 
+@pytest.mark.slow
 def test_every_phase_of_the_gpu_benchmark(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--quick", "--out", str(tmp_path)], capture_output=True, text=True, timeout=900
