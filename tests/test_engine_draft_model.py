@@ -9,10 +9,11 @@ from typing import Any
 import engine_tiny
 import pytest
 
-from pagoda.config import EngineConfig, Options, Speculation, speculation_from
+from pagoda.config import EngineConfig, Options
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
 from pagoda.sched.scheduler import SchedulerStats
+from pagoda.speculation import Speculation, speculation_from
 from pagoda.types import Request, SamplingParams, TokenLogprob
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "logprobs": 2}

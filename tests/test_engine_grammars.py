@@ -10,8 +10,9 @@ from typing import Any
 import engine_tiny
 import pytest
 
-from pagoda.config import EngineConfig, Speculation
+from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
+from pagoda.speculation import Speculation
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
 from pagoda.types import Delta, Request, SamplingParams
 

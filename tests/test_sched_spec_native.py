@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from pagoda.config import EngineConfig, Speculation
+from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.sched.scheduler import SchedulerStats
+from pagoda.speculation import Speculation
 from pagoda.text.tokenizer import load_tokenizer
 from pagoda.types import Delta, Request, SamplingParams, TokenLogprob
 from pagoda.weights.open import open_source

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pagoda.config import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD_GPU, Options, Setting, declared, speculation_from
+from pagoda.config import Options, Setting, declared
 from pagoda.errors import ConfigError
 from pagoda.flags import REFUSED_VALUES, not_yet, without_effect
+from pagoda.formats import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD_GPU
+from pagoda.speculation import speculation_from
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from pagoda.arch.spec import Layer, ModelSpec
-from pagoda.config import KV_EIGHT_BITS
 from pagoda.errors import MemoryShort
+from pagoda.formats import KV_EIGHT_BITS
 from pagoda.types import BLOCK_SIZE
 from pagoda.weights.source import Tensor
 

@@ -125,7 +125,7 @@ def _text(settings: Settings, model: PlannedModel, plan: Plan) -> str:
 
 
 def _kinds(model: PlannedModel, plan: Plan) -> str:
-    from pagoda.config import QUANTIZATION_METHODS
+    from pagoda.formats import QUANTIZATION_METHODS
 
     found = model.method or next(iter(model.tensors.values())).type
     asked = plan.quantization

@@ -11,11 +11,12 @@ import msgspec
 from pagoda.arch import memory, sharding
 from pagoda.backend.base import Limits
 from pagoda.backend.cpu import executor, program
-from pagoda.config import QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU, EngineConfig
+from pagoda.config import EngineConfig
 from pagoda.deploy.machines import Machine
 from pagoda.deploy.plan_model import PlannedModel, packed
 from pagoda.engine.core import resolve_limits
 from pagoda.errors import ConfigError, MemoryShort
+from pagoda.formats import QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU
 from pagoda.types import BLOCK_SIZE
 from pagoda.weights.fp8 import Scaled
 from pagoda.weights.ggml import BLOCKS, nbytes

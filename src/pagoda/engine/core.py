@@ -18,10 +18,11 @@ from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Executor, Limits, Progress
 from pagoda.backend.pooler import Head
 from pagoda.backend.select import load_executor, resolve_device
-from pagoda.config import QUANTIZE_ON_LOAD_GPU, EngineConfig
+from pagoda.config import EngineConfig
 from pagoda.engine.grammars import Grammars
 from pagoda.engine.messages import EngineStats, ModelInfo
 from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
+from pagoda.formats import QUANTIZE_ON_LOAD_GPU
 from pagoda.sched.scheduler import Scheduler, SchedulerConfig
 from pagoda.sched.state import Grammar
 from pagoda.types import BLOCK_SIZE, Delta, Request

@@ -13,11 +13,11 @@ from pagoda.arch.registry import load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Limits
 from pagoda.backend.select import load_executor
-from pagoda.config import Speculation
 from pagoda.errors import ConfigError, EngineError
 from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
 from pagoda.sched.state import Sequence, Turn
+from pagoda.speculation import Speculation
 from pagoda.text.tokenizer import load_tokenizer
 from pagoda.types import BLOCK_SIZE
 from pagoda.weights.open import open_source

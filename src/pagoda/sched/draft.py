@@ -6,8 +6,8 @@ samples at their place are kept.
 
 from __future__ import annotations
 
-from pagoda.config import Speculation
 from pagoda.sched.pace import Load, Pace
+from pagoda.speculation import Speculation
 
 _READ_AT_ONCE = 1024  # tokens: a long prompt is read over several steps, none of which waits for it
 _FIRST_RATE, _RATE_WEIGHT = 0.3, 0.2

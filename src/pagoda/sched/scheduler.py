@@ -13,7 +13,6 @@ from typing import Protocol
 
 import msgspec
 
-from pagoda.config import Speculation
 from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
 from pagoda.sched.draft import Speculator
@@ -21,6 +20,7 @@ from pagoda.sched.outcome import NO_LOGITS, Outcome
 from pagoda.sched.pace import Load, Pace
 from pagoda.sched.pooled import PoolKind
 from pagoda.sched.state import Grammar, Sequence, Turn
+from pagoda.speculation import Speculation
 from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan, StepResult
 
 _ORDER = attrgetter("order")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pagoda.config import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU
 from pagoda.errors import ConfigError
+from pagoda.formats import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU
 from pagoda.weights.ggml import BLOCKS
 from pagoda.weights.source import TensorSource
 

@@ -13,8 +13,8 @@ from pagoda.arch.spec import Layer, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
-from pagoda.config import QUANTIZE_ON_LOAD
 from pagoda.errors import ModelError
+from pagoda.formats import QUANTIZE_ON_LOAD
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import OrderedTensor
 from pagoda.weights.source import Tensor

@@ -26,8 +26,8 @@ from pagoda.backend.torch.packs import FP8
 from pagoda.backend.torch.size import weight_bytes
 from pagoda.backend.torch.split import joined, part
 from pagoda.backend.torch.upload import upload
-from pagoda.config import KV_EIGHT_BITS
 from pagoda.errors import EngineError, ModelError
+from pagoda.formats import KV_EIGHT_BITS
 from pagoda.types import BLOCK_SIZE, StepPlan, StepResult
 from pagoda.weights.source import TensorSource
 

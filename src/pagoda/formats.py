@@ -1,0 +1,29 @@
+"""The names of number formats that options take: what is made while loading, and how checkpoints were made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+QUANTIZE_ON_LOAD = ("int8", "int4")
+"""Values of --quantization that make 8 or 4 bits of float weights while they are loaded."""
+
+QUANTIZE_ON_LOAD_GPU = (*QUANTIZE_ON_LOAD, "fp8")
+"""Those of a GPU."""
+
+KV_EIGHT_BITS = ("int8", "q8_0", "fp8", "fp8_e4m3", "fp8_e5m2")
+"""Values of --kv-cache-dtype that ask for a cache of 8 bits."""
+
+QUANTIZATION_METHODS: Mapping[str, str] = MappingProxyType(
+    {
+        "gguf": "gguf",
+        "awq": "awq",
+        "awq_marlin": "awq",
+        "auto_awq": "awq",
+        "gptq": "gptq",
+        "gptq_marlin": "gptq",
+        "fp8": "fp8",
+        "compressed-tensors": "compressed-tensors",
+    }
+)
+"""Values of --quantization that say how a checkpoint was made -> the method. They choose nothing, and must be true."""
