@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -109,6 +110,8 @@ class FakeEngine:
     def __init__(self, text: str = TEXT, *, delay_s: float = 0.0, fail_after: int | None = None, **info: Any) -> None:
         self.info = model_info(**info)
         self.ready = True
+        self.responsive = True
+        self.pid: int | None = os.getpid()
         self.restarts = 3
         self.on_dead: Callable[[str], None] | None = None
         self.tokens = [*text.encode(), EOS]

@@ -20,7 +20,7 @@ def log_file(tmp_path: Path) -> Iterator[Path]:
     before, level = list(root.handlers), root.level
     root.handlers = []
     path = tmp_path / "logs" / "pagoda.log"
-    setup_logging("info", path)
+    setup_logging("info", str(path))
     yield path
     for handler in root.handlers:
         handler.close()
@@ -36,7 +36,7 @@ def test_one_line_per_event_with_controls_escaped(log_file: Path) -> None:
 
 
 def test_setting_up_twice_does_not_log_twice(log_file: Path) -> None:
-    setup_logging("warning", log_file)
+    setup_logging("warning", str(log_file))
     logging.getLogger("pagoda.x").warning("once")
     logging.getLogger("pagoda.x").info("below the level")
     assert log_file.read_text("utf-8").count("\n") == 1

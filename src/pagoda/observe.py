@@ -8,8 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-LOG_FILE_BYTES = 20_000_000
-LOG_FILES_KEPT = 5
+from pagoda.errors import ConfigError
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -33,16 +32,13 @@ class OneLine(logging.Formatter):
         return super().formatMessage(record)
 
 
-def setup_logging(level: str = "info", file: Path | None = None) -> None:
-    """Send all logs to stderr, and to `file` if given. May be called again: the last call counts."""
+def setup_logging(
+    level: str = "info", file: str | None = None, file_bytes: int = 20_000_000, files_kept: int = 5
+) -> None:
+    """Send all logs to stderr, and to `file` if given, which rotates. May be called again: the last call counts."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(
-            logging.handlers.RotatingFileHandler(
-                file, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8"
-            )
-        )
+        handlers.append(_rotating(Path(file).expanduser(), file_bytes, files_kept))
     for handler in handlers:
         handler.setFormatter(OneLine())
     root = logging.getLogger()
@@ -55,6 +51,16 @@ def setup_logging(level: str = "info", file: Path | None = None) -> None:
     # Libraries tell of every connection; only what went wrong there is news here.
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _rotating(path: Path, file_bytes: int, files_kept: int) -> logging.Handler:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return logging.handlers.RotatingFileHandler(path, maxBytes=file_bytes, backupCount=files_kept, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--log-file: {path} cannot be written: {error.strerror}", remedy="Name a file in a folder of yours"
+        ) from None
 
 
 def log_request(

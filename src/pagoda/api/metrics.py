@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import psutil
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
@@ -20,6 +21,14 @@ _FIRST_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1,
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 _TOTAL_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 _COUNTS = tuple(float(base * 10**power) for power in range(6) for base in (1, 2, 5))
+
+
+def _resident_bytes(pid: int | None) -> float:
+    """Memory that a process holds now; 0 for one that has ended."""
+    try:
+        return 0.0 if pid is None else float(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0.0
 
 
 class Metrics:
@@ -123,6 +132,7 @@ class _EngineCollector:
         yield self._cache_config()
         for name, text, value in (
             ("engine_ready", "1 if the engine takes requests", float(engine.ready)),
+            ("engine_resident_memory_bytes", "Memory of the engine process", _resident_bytes(engine.pid)),
             ("engine_last_step_seconds", "Duration of the latest step", stats.last_step_s),
         ):
             gauge = GaugeMetricFamily(f"pagoda:{name}", text, labels=_LABELS)

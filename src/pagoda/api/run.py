@@ -17,6 +17,7 @@ from pagoda.api.app import create_app
 from pagoda.api.batch_runner import BatchRunner
 from pagoda.api.connection import Connection
 from pagoda.api.listen import BACKLOG, bind_socket, cannot_listen
+from pagoda.api.notify import Notifier
 from pagoda.api.server import Server
 from pagoda.backend.base import Progress
 
@@ -34,6 +35,8 @@ class StartedEngine(Protocol):
 
     on_dead: Callable[[str], None] | None
 
+    @property
+    def responsive(self) -> bool: ...
     async def start(self, on_progress: Progress | None = None) -> None: ...
     async def stop(self) -> None: ...
 
@@ -46,25 +49,32 @@ def run_server(
     drain_s: float = DRAIN_S,
     on_progress: Progress | None = None,
     on_ready: Callable[[], None] | None = None,
+    notifier: Notifier | None = None,
 ) -> int:
     """Load, serve, drain. Returns the exit code; raises the PagodaError that loading ended with.
 
     `server.engine` and `engine` are the same object, once as the routes see it and once as its owner does. The
     listener already holds the port, but nobody is answered before the engine is ready. `on_ready` is called then.
+    `notifier` tells the service manager, if there is one.
     """
     http = _http(server)
     with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
-        return runner.run(_Serving(server, engine, listener, http).run(drain_s, on_progress, on_ready))
+        return runner.run(
+            _Serving(server, engine, listener, http, notifier or Notifier({})).run(drain_s, on_progress, on_ready)
+        )
 
 
 class _Serving:
     """The life of one serving process, from loading to the last answer."""
 
-    def __init__(self, server: Server, engine: StartedEngine, listener: socket.socket, http: _Http) -> None:
+    def __init__(
+        self, server: Server, engine: StartedEngine, listener: socket.socket, http: _Http, notifier: Notifier
+    ) -> None:
         self._server = server
         self._engine = engine
         self._listener = listener
         self._http = http
+        self._notifier = notifier
         self._stopping = asyncio.Event()
         self._dead = False
 
@@ -72,19 +82,29 @@ class _Serving:
         self._engine.on_dead = self._on_dead
         try:
             with _signals(self._stopping):
-                loading = asyncio.ensure_future(self._engine.start(on_progress))
+                loading = asyncio.ensure_future(self._engine.start(self._progress(on_progress)))
                 if not await _either(loading, self._stopping):
                     loading.cancel()
                     return 0
                 serving = await self._open()
                 if on_ready is not None:
                     on_ready()
-                async with self._batches():
+                self._notifier.send(READY=1)
+                async with self._batches(), self._beats():
                     await _either(serving, self._stopping)
                 await self._finish(serving, drain_s)
         finally:
+            self._notifier.send(STOPPING=1)
             await self._engine.stop()
         return EXIT_ENGINE_DEAD if self._dead else 0
+
+    def _progress(self, shown: Progress | None) -> Progress:
+        def both(phase: str, share: float) -> None:
+            self._notifier.loading(phase, share)
+            if shown is not None:
+                shown(phase, share)
+
+        return both
 
     def _on_dead(self, reason: str) -> None:
         log.error("the engine is gone for good: %s", reason)
@@ -102,6 +122,22 @@ class _Serving:
         while not self._http.started and not serving.done():
             await asyncio.sleep(0.002)
         return serving
+
+    @contextlib.asynccontextmanager
+    async def _beats(self) -> AsyncGenerator[None, None]:
+        """Tell the service manager meanwhile that the engine lives, as long as it does."""
+        beating = asyncio.create_task(self._notifier.beat(lambda: self._engine.responsive, self._status))
+        try:
+            yield
+        finally:
+            beating.cancel()
+            await asyncio.wait([beating])
+
+    def _status(self) -> str:
+        """One line for `systemctl status`."""
+        now = self._server.engine.stats.scheduler
+        state = "" if self._server.state == "ready" else f"{self._server.state}, "
+        return f"{state}{now.running} running, {now.waiting} waiting, {now.generation_tokens} tokens generated"
 
     @contextlib.asynccontextmanager
     async def _batches(self) -> AsyncGenerator[None, None]:

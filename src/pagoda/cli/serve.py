@@ -45,20 +45,24 @@ def _serve(settings: Settings) -> int:
     from pagoda.observe import setup_logging
 
     options = settings.options
-    setup_logging(options.log_level)
+    setup_logging(options.log_level, options.log_file, options.log_file_size, options.log_file_count)
     gc.disable()  # all that is made from here to the first request stays
     with (
         bind_socket(options.host, options.port, options.uds) as listener,
         # It imports, and then loads, in its own time; what this process needs is imported and read meanwhile.
         EngineProcess(options.device) as process,
     ):
+        from pagoda.api.notify import Notifier
         from pagoda.cli.model import local_model
-        from pagoda.engine.client import EngineClient
+        from pagoda.engine.client import HANG_LIMIT_S, EngineClient
 
         for line in (*settings.notices, *_warnings(options)):
             print(f"note: {line}", file=sys.stderr)
         path = local_model(options)
-        engine = EngineClient(options.engine_config(path), process=process)
+        notifier = Notifier(os.environ)
+        # Half of what the service manager allows: the engine is started again before the whole server would be.
+        hang_limit_s = HANG_LIMIT_S if notifier.limit_s is None else min(HANG_LIMIT_S, notifier.limit_s / 2)
+        engine = EngineClient(options.engine_config(path), process=process, hang_limit_s=hang_limit_s)
         engine.spawn()
         from pagoda.api.run import run_server
 
@@ -74,7 +78,13 @@ def _serve(settings: Settings) -> int:
 
         try:
             return run_server(
-                server, engine, listener, drain_s=options.shutdown_timeout, on_progress=progress, on_ready=ready
+                server,
+                engine,
+                listener,
+                drain_s=options.shutdown_timeout,
+                on_progress=progress,
+                on_ready=ready,
+                notifier=notifier,
             )
         finally:
             progress.clear()

@@ -21,6 +21,7 @@ from pagoda.engine.messages import (
     LoadFailed,
     Loading,
     ModelInfo,
+    Ping,
     Ready,
     Step,
     Submit,
@@ -33,10 +34,12 @@ from pagoda.sched.scheduler import SchedulerStats
 from pagoda.types import Request
 
 MAX_DEATHS = 5
+HANG_LIMIT_S = 60.0
 DEATHS_WINDOW_S = 600.0
 _LONGEST_BACKOFF_S = 30.0
 _DEATHS_BEFORE_READY = 2
 _TICKS_PER_LIMIT = 8
+_LOAD_LIMIT_S = 1800.0
 _SLOWEST_OPS_PER_S = 5e9
 _DUMP_S = 0.2
 _LOAD_ERRORS: dict[str, type[PagodaError]] = {e.__name__: e for e in (ConfigError, ModelError, MemoryShort)}
@@ -71,7 +74,7 @@ class EngineClient:
         command: Sequence[str] = COMMAND,
         process: EngineProcess | None = None,
         max_queued: int = 8192,
-        hang_limit_s: float = 60.0,
+        hang_limit_s: float = HANG_LIMIT_S,
         backoff_s: float = 1.0,
         on_dead: Callable[[str], None] | None = None,
     ) -> None:
@@ -96,6 +99,7 @@ class EngineClient:
         self._load_error: PagodaError | None = None
         self._deaths: deque[float] = deque()
         self._silent_ticks = 0
+        self._idle = False
         self._longest_step_s = 0.0
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -115,6 +119,11 @@ class EngineClient:
     @property
     def pid(self) -> int | None:
         return None if self._link is None else self._link.pid
+
+    @property
+    def responsive(self) -> bool:
+        """False when it has owed a sign of life for half the time after which it is stopped."""
+        return not self.dead and self._silent_s <= self._patience_s() / 2
 
     def spawn(self) -> None:
         """Start the process now, before there is a loop; `start` does it otherwise."""
@@ -177,6 +186,7 @@ class EngineClient:
         if not self._roster.sent:
             self._silent_ticks = 0
         for request in self._roster.due():
+            self._idle = False
             self._link.send(Submit(request))
 
     def _cancel(self, wire_ids: list[str]) -> None:
@@ -201,6 +211,7 @@ class EngineClient:
         match message:
             case Step(deltas, stats):
                 self._stats = stats
+                self._idle = not (self._roster.sent or stats.scheduler.running or stats.scheduler.waiting)
                 self._longest_step_s = max(self._longest_step_s, stats.last_step_s)
                 for delta in deltas:
                     self._cancel(self._roster.deliver(delta))
@@ -263,6 +274,8 @@ class EngineClient:
         self._note_empty()
         self._stats = EngineStats(scheduler=_NO_SCHEDULE)
         self._longest_step_s = 0.0
+        self._silent_ticks = 0
+        self._idle = False
 
     def _count_death(self) -> None:
         now = time.monotonic()
@@ -302,26 +315,40 @@ class EngineClient:
             self.on_dead(reason)
 
     async def _watch(self) -> None:
-        """Restart an engine that has work and gives no sign. Ticks, not clocks: that the server slept is no proof."""
-        tick_s = self._hang_limit_s / _TICKS_PER_LIMIT
+        """Restart an engine that gives no sign. Ticks, not clocks: that the server slept is no proof.
+
+        An engine that works or loads speaks by itself; one without work is asked.
+        """
         while True:
-            await asyncio.sleep(tick_s)
+            await asyncio.sleep(self._tick_s)
             link = self._link
-            if link is None or not self.ready or not self._roster.sent:
+            if link is None:
                 self._silent_ticks = 0
                 continue
+            if self.ready and not self._roster.sent:
+                link.send(Ping())
             self._silent_ticks += 1
-            if self._silent_ticks * tick_s > self._patience_s():
-                _log.error(
-                    "the engine has work and made no step for %.0f s; it is stopped", self._silent_ticks * tick_s
-                )
+            if self._silent_s > self._patience_s():
+                _log.error("the engine gave no sign of life for %.0f s; it is stopped", self._silent_s)
                 self.ready = False
                 link.dump_stacks()
                 await asyncio.sleep(_DUMP_S)
                 link.kill()
 
+    @property
+    def _tick_s(self) -> float:
+        return self._hang_limit_s / _TICKS_PER_LIMIT
+
+    @property
+    def _silent_s(self) -> float:
+        return self._silent_ticks * self._tick_s
+
     def _patience_s(self) -> float:
         """The hang limit, and more where one step may take long by itself: a large model on a slow machine."""
+        if not self.ready:
+            return _LOAD_LIMIT_S
+        if self._idle:
+            return self._hang_limit_s
         info = self.info
         guess_s = 0.0
         if info.device.startswith(("cpu", "reference")):

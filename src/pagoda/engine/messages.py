@@ -51,6 +51,10 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Asked of an engine without work: a Step without deltas is the answer."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End now; whoever wants to drain waits before sending it."""
 
@@ -85,7 +89,7 @@ class Verdict(msgspec.Struct, frozen=True):
     error: str = ""
 
 
-ToEngine = Submit | Cancel | Shutdown
+ToEngine = Submit | Cancel | Ping | Shutdown
 FromEngine = Loading | Ready | Step | LoadFailed
 
 

@@ -23,6 +23,7 @@ from pagoda.engine.messages import (
     Framer,
     LoadFailed,
     Loading,
+    Ping,
     ProtocolError,
     Ready,
     Shutdown,
@@ -111,19 +112,21 @@ def serve(wire: Wire, core: EngineCore) -> None:
     """Take in messages and compute steps until told to end. Without work it sleeps in the kernel."""
     decoder = msgspec.msgpack.Decoder(ToEngine)
     while True:
-        cancelled = False
+        asked = False
         for data in wire.receive(wait=wire.full or not core.has_work):
             match decoder.decode(data):
                 case Submit(request):
                     core.add(request)
                 case Cancel(request_id):
                     core.cancel(request_id)
-                    cancelled = True
+                    asked = True
+                case Ping():
+                    asked = True
                 case Shutdown():
                     return
         if core.has_work and not wire.full:
             wire.send_step(Step(core.step(), core.stats()))
-        elif cancelled:
+        elif asked:
             wire.send(Step([], core.stats()))
 
 
