@@ -18,6 +18,7 @@ FLOORS = MappingProxyType(
         "gateway": 7,
         "api": 6,
         "deploy": 6,
+        "integrations": 6,
         "engine": 5,
         "backend": 4,
         "sched": 3,
@@ -131,12 +132,21 @@ def test_no_import_is_hidden_in_a_function() -> None:
     assert not hidden, hidden
 
 
-@pytest.mark.parametrize("library", ["torch", "triton", "transformers"])
-def test_heavy_libraries_stay_in_their_folder(library: str) -> None:
+@pytest.mark.parametrize(
+    ("library", "folder"),
+    [
+        ("torch", "backend.torch"),
+        ("triton", "backend.torch"),
+        ("transformers", "backend.torch"),
+        ("langchain_core", "integrations"),
+        ("pydantic", "integrations"),
+    ],
+)
+def test_libraries_of_extras_stay_in_their_folder(library: str, folder: str) -> None:
     users = [
         name
         for name, tree in TREES.items()
-        if not name.startswith("pagoda.backend.torch")
+        if not name.startswith(f"pagoda.{folder}")
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for other in imported(node, name)

@@ -6,7 +6,8 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -34,7 +35,7 @@ _log = logging.getLogger("pagoda")
 
 
 class LLM:
-    """Loads a model (a folder or a .gguf file) and generates. Not thread-safe.
+    """Loads a model (a folder or a .gguf file) and generates. Calls of several threads are computed together.
 
     Options are the server's, under vLLM's names: `dtype`, `max_model_len`, `gpu_memory_utilization`, `max_num_seqs`,
     ... Those of vLLM that mean nothing here are accepted, each with one line in the log. `seed` makes the seeds of
@@ -53,13 +54,17 @@ class LLM:
         self._core = EngineCore(self._options.engine_config(path))
         metadata = self._core.metadata
         self._tokenizer = load_tokenizer(path, metadata)
-        self._template = load_chat_template(path, metadata, self._options.chat_template)
+        self.chat_template = load_chat_template(path, metadata, self._options.chat_template)
         defaults = load_generation_defaults(path, metadata)
         named = (*defaults.eos_token_ids, *self._tokenizer.eos_token_ids, *self.info.eos_token_ids)
         self._eos_token_ids = tuple(dict.fromkeys(named))
         params = {} if self._options.generation_config == "vllm" else defaults.params
         self._default_params = {**params, **self._options.override_generation_config}
         self._calls = 0
+        self._open: dict[str, Answer] = {}
+        self._inbox: list[Request | str] = []  # to add, or (by name) to cancel, between two steps
+        self._stepping = False
+        self._turn = threading.Condition()  # guards all of the above
 
     @property
     def info(self) -> ModelInfo:
@@ -100,27 +105,68 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several."""
-        template = self._template
+        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        encoded = []
+        for conversation in conversations:
+            ids = self.encode_chat(
+                conversation,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template=chat_template,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            encoded.append((self._tokenizer.decode(ids, skip_special_tokens=False), ids))
+        return self._run(encoded, self._params_for(sampling_params, len(encoded)), use_tqdm)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The prompt of one conversation, through the model's template."""
+        template = self.chat_template
         if chat_template is not None:
             template = load_chat_template(self._path, self._core.metadata, chat_template)
         if template is None:
             raise ModelError(
                 "this model has no chat template", remedy="Give one with chat_template=, or use generate()"
             )
-        kwargs = {**self._options.default_chat_template_kwargs, **(chat_template_kwargs or {})}
-        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        encoded = []
-        for conversation in conversations:
-            ids = template.encode(
-                self._tokenizer,
-                conversation,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                template_kwargs=kwargs,
-            )
-            encoded.append((self._tokenizer.decode(ids, skip_special_tokens=False), ids))
-        return self._run(encoded, self._params_for(sampling_params, len(encoded)), use_tqdm)
+        return template.encode(
+            self._tokenizer,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs={**self._options.default_chat_template_kwargs, **(chat_template_kwargs or {})},
+        )
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, shown: frozenset[int] = frozenset()
+    ) -> Iterator[CompletionOutput]:
+        """Answer one prompt in pieces: each holds the text and tokens since the last, the last one how it ended.
+
+        Whoever stops before the end cancels the answer. The special tokens in `shown` are part of the text.
+        """
+        (params,) = self._params_for(sampling_params, 1)
+        if params.n != 1:
+            raise BadRequest("a stream has one answer: n must be 1", param="n")
+        _, answers = self._begin([self._encode(prompt)], [params], shown)
+        (answer,) = answers.values()
+        finished = False
+        try:
+            while not finished:
+                self._advance(answers)
+                if (news := answer.news()) is not None:
+                    finished = news.finished()
+                    yield news
+        finally:
+            self._end(answers)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -179,26 +225,85 @@ class LLM:
     def _run(
         self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams], show: bool
     ) -> list[RequestOutput]:
+        results, answers = self._begin(prompts, params)
+        try:
+            shown = -1
+            while shown < len(answers):
+                done = sum(answer.output.finished() for answer in answers.values())
+                if show and done > shown:
+                    _show(done, len(answers))
+                shown = done
+                self._advance(answers)
+        finally:
+            self._end(answers)
+        return results
+
+    def _begin(
+        self,
+        prompts: Sequence[tuple[str | None, list[int]]],
+        params: Sequence[SamplingParams],
+        shown: frozenset[int] = frozenset(),
+    ) -> tuple[list[RequestOutput], dict[str, Answer]]:
+        """Hand the prompts to the engine; whoever calls this must call `_end`."""
         if self.info.task != "generate":
             raise BadRequest("this model generates no text: it makes embeddings or scores", param="prompts")
         results: list[RequestOutput] = []
         answers: dict[str, Answer] = {}
         requests: list[Request] = []
-        for (text, ids), one in zip(prompts, params, strict=True):
-            name, self._calls = str(self._calls), self._calls + 1
-            whole = RequestOutput(name, text, ids, [CompletionOutput(i) for i in range(one.n)])
-            results.append(whole)
-            for i, request in enumerate(self._requests(name, ids, one)):
-                requests.append(request)
-                answers[request.request_id] = Answer(self._tokenizer, request, whole, i)
-        for request in requests:
-            self._core.add(request)
+        with self._turn:
+            for (text, ids), one in zip(prompts, params, strict=True):
+                name, self._calls = str(self._calls), self._calls + 1
+                whole = RequestOutput(name, text, ids, [CompletionOutput(i) for i in range(one.n)])
+                results.append(whole)
+                for i, request in enumerate(self._requests(name, ids, one)):
+                    requests.append(request)
+                    answers[request.request_id] = Answer(self._tokenizer, request, whole, i, shown)
+            self._open.update(answers)
+            self._tell(requests)
+        return results, answers
+
+    def _advance(self, answers: Mapping[str, Answer]) -> None:
+        """Until the next step is over, whichever thread computes it; nothing where these are complete."""
+        with self._turn:
+            if all(answer.output.finished() for answer in answers.values()):
+                return
+            if self._stepping:
+                self._turn.wait()
+                return
+            self._stepping = True
+        ended: list[str] = []
         try:
-            self._finish(answers, show)
+            for delta in self._core.step():
+                answer = self._open.get(delta.request_id)
+                if answer is None or not answer.feed(delta):
+                    continue
+                del self._open[delta.request_id]
+                if delta.finish_reason is None:  # a stop string ended it, of which the engine knows nothing
+                    ended.append(delta.request_id)
+                if answer.output.error is not None:
+                    _log.warning("request %s failed: %s", delta.request_id, answer.output.error)
         finally:
-            for name in answers:  # what is left after an interrupt
-                self._core.cancel(name)
-        return results
+            with self._turn:
+                self._stepping = False
+                self._tell(ended)
+                self._turn.notify_all()
+
+    def _end(self, answers: Mapping[str, Answer]) -> None:
+        """What is left after an interrupt is cancelled."""
+        with self._turn:
+            self._tell([name for name in answers if self._open.pop(name, None) is not None])
+
+    def _tell(self, what: Sequence[Request | str]) -> None:
+        """Add requests, or cancel those named, as soon as no step is being computed. With the lock held."""
+        self._inbox += what
+        if self._stepping:
+            return
+        for one in self._inbox:
+            if isinstance(one, str):
+                self._core.cancel(one)
+            else:
+                self._core.add(one)
+        self._inbox.clear()
 
     def _requests(self, name: str, ids: list[int], params: SamplingParams) -> list[Request]:
         room = self.info.max_model_len - len(ids)
@@ -227,23 +332,6 @@ class LLM:
             for i in range(params.n)
         ]
 
-    def _finish(self, answers: dict[str, Answer], show: bool) -> None:
-        """Step until all answers are complete; they leave `answers` as they are."""
-        total = len(answers)
-        while answers:
-            for delta in self._core.step():
-                answer = answers.get(delta.request_id)
-                if answer is None or not answer.feed(delta):
-                    continue
-                del answers[delta.request_id]
-                if delta.finish_reason is None:  # a stop string ended it, of which the engine knows nothing
-                    self._core.cancel(delta.request_id)
-                if answer.output.error is not None:
-                    _log.warning("request %s failed: %s", delta.request_id, answer.output.error)
-                if show:
-                    end = "" if answers else "\n"
-                    print(f"\r{total - len(answers)}/{total} answers", end=end, file=sys.stderr, flush=True)
-
 
 def _options(table: Mapping[str, Any]) -> Options:
     """The server's options from keywords. TypeError for one that nobody knows, as Python does it."""
@@ -256,6 +344,11 @@ def _options(table: Mapping[str, Any]) -> Options:
     for notice in settings.notices:
         _log.warning("%s", notice)
     return settings.options
+
+
+def _show(done: int, total: int) -> None:
+    end = "\n" if done == total else ""
+    print(f"\r{done}/{total} answers", end=end, file=sys.stderr, flush=True)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

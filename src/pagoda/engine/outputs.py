@@ -54,12 +54,20 @@ class RequestOutput:
 class Answer:
     """Fills one CompletionOutput, and the prompt's part of its RequestOutput, from the deltas of a request."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, whole: RequestOutput, index: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: Request,
+        whole: RequestOutput,
+        index: int,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         self.output = whole.outputs[index]
         self._whole = whole
         self._tokenizer = tokenizer
-        self._text = TextOutput(tokenizer, request)
+        self._text = TextOutput(tokenizer, request, shown)
         self._pieces: list[str] = []
+        self._told = (0, 0)  # pieces and tokens
 
     def feed(self, raw: Delta) -> bool:
         """Take in what came; True when the answer is complete, which a stop string may make it before the engine."""
@@ -75,9 +83,25 @@ class Answer:
         self._whole.num_cached_tokens = max(self._whole.num_cached_tokens, delta.cached_tokens)
         if delta.finish_reason is None:
             return False
-        output.finish_reason, output.stop_reason, output.error = delta.finish_reason, delta.stop_reason, delta.error
-        output.text = "".join(self._pieces)
+        output.text, output.stop_reason, output.error = "".join(self._pieces), delta.stop_reason, delta.error
+        output.finish_reason = delta.finish_reason  # last: it says that the others are there
         return True
+
+    def news(self) -> CompletionOutput | None:
+        """What came since this was last asked for; None: nothing."""
+        output, (pieces, tokens) = self.output, self._told
+        reason = output.finish_reason  # first: another thread may be feeding
+        self._told = len(self._pieces), len(output.token_ids)
+        if self._told == (pieces, tokens) and reason is None:
+            return None
+        return CompletionOutput(
+            output.index,
+            "".join(self._pieces[pieces : self._told[0]]),
+            output.token_ids[tokens : self._told[1]],
+            finish_reason=reason,
+            stop_reason=output.stop_reason,
+            error=output.error,
+        )
 
     def _table(self, one: TokenLogprob) -> dict[int, Logprob]:
         text = self._tokenizer.token_text
