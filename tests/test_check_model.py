@@ -105,6 +105,11 @@ def pickles_only(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + bytes(100))
 
 
+def old_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
+
+
 def garbage(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 20)
 
@@ -179,7 +184,8 @@ def change(folder: Path, **values: object) -> None:
         (truncated, "weights", "truncated", "Download it again"),
         (pointer, "files", "git-lfs pointer for 4.00 GiB", "lfs pull"),
         (web_page, "files", "web server's answer", "proxy"),
-        (pickles_only, "weights", "pytorch_model.bin", "save_pretrained"),
+        (pickles_only, "weights", "no directory at its end", "Download it again"),
+        (old_pickle, "weights", "before 1.6", "weights_only=True"),
         (garbage, "files", "is damaged", "Download it again"),
         (no_weights, "weights", "holds no weights", "safetensors"),
         (no_config, "config", "config.json is missing", "config.json"),

@@ -90,7 +90,7 @@ def test_spellings(line: str, name: str, value: Any) -> None:
         ("--gpu-memory-utilization 1.5", "0.01 to 1"),
         ("--device tpu", "cuda"),
         ("--dtype bfloat17", "bfloat16"),
-        ("--load-format pt", "safetensors"),
+        ("--load-format bin", "--load-format pt"),
         ("--enable-lora", "LoRA"),
         ("--speculative-model x", "--speculative-config"),
         ("--pipeline-parallel-size 2", "several devices"),

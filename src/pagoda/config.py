@@ -115,7 +115,9 @@ class Options:
     download_dir: str | None = _option(
         None, "Folder in which such models are kept, in Hugging Face's layout (default: its cache)", "Model"
     )
-    load_format: str = _option("auto", "File format of the weights", "Model", choices=("auto", "safetensors", "gguf"))
+    load_format: str = _option(
+        "auto", "File format of the weights; pt: PyTorch's .bin", "Model", choices=("auto", "safetensors", "gguf", "pt")
+    )
     max_model_len: int | None = _option(
         None,
         "Longest context in tokens, prompt and answer together (8192, 8k, 8K; auto or -1: what the model and the "

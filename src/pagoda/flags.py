@@ -147,16 +147,12 @@ _ALIASES = MappingProxyType(
 )
 
 _ON_LOAD = ("of the ways to quantize while loading there are int8, int4 and fp8", "Give one of them")
-_PICKLE = (
-    "PyTorch's .bin and .pt files can run code when they are read, and are not read yet",
-    "Use the model's safetensors or GGUF files",
-)
+_PT = ("PyTorch's files are named pt", "Give --load-format pt, or leave it out")
 
 REFUSED_VALUES: Mapping[tuple[str, str], tuple[str, str]] = MappingProxyType(
     {
-        ("load_format", "pt"): _PICKLE,
-        ("load_format", "bin"): _PICKLE,
-        ("load_format", "pytorch_model.bin"): _PICKLE,
+        ("load_format", "bin"): _PT,
+        ("load_format", "pytorch_model.bin"): _PT,
         ("quantization", "squeezellm"): (
             "SqueezeLLM is dead: vLLM dropped it and nobody publishes such models",
             "Use a GGUF file of the model (Q4_K_M is of similar size)",

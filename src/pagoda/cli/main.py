@@ -18,6 +18,7 @@ COMMANDS = MappingProxyType(
         "run-batch": "answer a file of requests, and end",
         "check": "is a model complete, sound and supported?",
         "plan": "does a model fit in the memory, and with which context?",
+        "convert": "make safetensors of a pytorch_model.bin",
         "doctor": "is this machine fit to serve?",
         "pull": "fetch a model from Hugging Face or ModelScope",
         "list": "the models that are on this machine",

@@ -16,7 +16,7 @@ from pagoda.arch.memory import size_text
 from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.deploy.check_deep import deep_findings
-from pagoda.deploy.check_files import holes, scan, shards
+from pagoda.deploy.check_files import holes, of_pytorch, scan, shards
 from pagoda.deploy.find_model import find_model
 from pagoda.deploy.findings import Finding, note, of_error, ok, problem, problems
 from pagoda.errors import ModelError, PagodaError
@@ -57,6 +57,11 @@ def _folder(folder: Path) -> tuple[list[Finding], TensorSource | None]:
     if seen.of_kind("gguf", ".gguf") and not seen.of_kind("safetensors", ".safetensors"):
         more, source = _opened(folder)
         return findings + more, source
+    if of_pytorch(seen) and not problems(findings):
+        more, source = _opened(folder)
+        total = sum(tensor.nbytes for tensor in source.tensors.values()) if source else 0
+        done = [ok("weights", f"{len(source.tensors)} tensors, {size_text(total)}")] if source else []
+        return [*findings, *more, *done], source
     config, more = _config(folder)
     tensors, of_shards = shards(seen)
     findings += more + of_shards

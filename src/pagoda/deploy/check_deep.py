@@ -14,6 +14,7 @@ from pagoda.errors import ModelError
 from pagoda.weights.files import DOWNLOAD_AGAIN, sniff
 from pagoda.weights.ggml import BLOCKS, dequantize, nbytes
 from pagoda.weights.gguf import SPLIT_NAME, open_gguf
+from pagoda.weights.pytorch import TRAINING, read_pytorch
 from pagoda.weights.safetensors import read_shard
 from pagoda.weights.source import Tensor
 
@@ -26,7 +27,7 @@ def deep_findings(path: Path) -> Iterator[Finding]:
     """For each file with weights: its tensors' values, and its hash."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
-        if file.suffix not in (".safetensors", ".gguf") or not file.is_file():
+        if file.suffix not in (".safetensors", ".gguf", ".bin") or file.name in TRAINING or not file.is_file():
             continue
         try:
             tensors = _tensors(file)
@@ -41,6 +42,8 @@ def _tensors(file: Path) -> Mapping[str, Tensor]:
     kind, split = sniff(file), SPLIT_NAME.fullmatch(file.name)
     if kind == "gguf":
         return open_gguf(file).tensors if split is None or int(split[2]) == 1 else {}  # the first opens them all
+    if kind == "torch":
+        return read_pytorch(file)
     return read_shard(file) if kind == "safetensors" else {}
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from pagoda.arch.memory import size_text
 from pagoda.deploy.findings import Finding, note, of_error, ok, problem
 from pagoda.errors import ModelError
-from pagoda.weights.files import DOWNLOAD_AGAIN, USE_SAFETENSORS, Kind, sniff, wrong_kind
+from pagoda.weights.files import DOWNLOAD_AGAIN, SAVE_AGAIN, Kind, sniff, wrong_kind
+from pagoda.weights.pytorch import PT_INDEX, TRAINING
 from pagoda.weights.safetensors import INDEX, SINGLE, read_shard
 from pagoda.weights.source import Tensor
 
 _LEFTOVERS = (".incomplete", ".part", ".partial", ".aria2", ".crdownload", ".download", ".tmp", ".temp")
 _LEFTOVER_FOLDERS = ("._____temp", ".____temp")  # of modelscope
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_TRAINING = ("optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth")
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _SHOWN = 5
 _FEW_BYTES = 1 << 20
@@ -100,17 +100,24 @@ def _lfs(file: Path) -> str:
 
 
 def _pickles(seen: Files) -> Iterator[Finding]:
-    names = [n for n in seen.kinds if n.endswith(_PICKLES) and seen.kinds[n] in ("pickle", "other")]
-    names = [n for n in names if n not in _TRAINING]
+    names = [n for n in seen.kinds if n.endswith(_PICKLES) and seen.kinds[n] in ("torch", "pickle", "other")]
+    names = [n for n in names if n not in TRAINING]
     if not names:
         return
-    what = (
-        f"{_some(names)} ({size_text(sum(seen.sizes[n] for n in names))}): PyTorch files, which can run code when read"
-    )
+    what = f"{_some(names)} ({size_text(sum(seen.sizes[n] for n in names))}): PyTorch files"
     if seen.of_kind("safetensors", ".safetensors") or seen.of_kind("gguf", ".gguf"):
         yield note("files", f"{what}; not used, the safetensors or GGUF files are", "They can be deleted")
+    elif old := [n for n in names if seen.kinds[n] != "torch"]:
+        yield problem("weights", f"{_some(old)}: refused, PyTorch's format from before 1.6, or no model", SAVE_AGAIN)
     else:
-        yield problem("weights", f"{what}; refused", USE_SAFETENSORS.capitalize())
+        cure = f"Make safetensors of them: pagoda convert {seen.folder} {seen.folder}-safetensors"
+        yield note("weights", f"{what}, read through a list of allowed names; no code in them is run", cure)
+
+
+def of_pytorch(seen: Files) -> bool:
+    """True if PyTorch files are all that the folder has of weights, and they can be opened."""
+    others = seen.of_kind("safetensors", ".safetensors") or seen.of_kind("gguf", ".gguf") or INDEX in seen.kinds
+    return not others and (PT_INDEX in seen.kinds or bool(seen.of_kind("torch", ".bin")))
 
 
 def shards(seen: Files) -> tuple[dict[str, Tensor], list[Finding]]:

@@ -11,7 +11,7 @@ from pagoda.errors import ModelError
 
 # Tried in this order where a repository has several GGUF files and none was named.
 PREFERRED_QUANTS = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_XS", "Q5_K_M", "Q8_0", "Q6_K", "F16", "BF16")
-_TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _SIDECARS = ("mmproj", "mtp-", "imatrix")
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)")
 
@@ -25,7 +25,7 @@ def choose(
         chosen = [file for file in files if any(fnmatchcase(file.path, pattern) for pattern in include)]
     else:
         top = [file for file in files if "/" not in file.path]
-        texts = [file for file in top if any(fnmatchcase(file.path, pattern) for pattern in _TEXTS)]
+        texts = [file for file in top if any(fnmatchcase(file.path, pattern) for pattern in TEXTS)]
         chosen = texts + _weights(listing, part)
     chosen = [file for file in chosen if not any(fnmatchcase(file.path, pattern) for pattern in exclude)]
     if not chosen:

@@ -13,8 +13,10 @@ from pagoda.deploy.choose import pick_gguf
 from pagoda.deploy.hub import split_name
 from pagoda.deploy.layout import hf_folder
 from pagoda.errors import ConfigError, ModelError
+from pagoda.weights.pytorch import PT_INDEX
+from pagoda.weights.safetensors import INDEX
 
-_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(safetensors|gguf)$")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(safetensors|gguf|bin)$")
 
 
 def find_model(name: str, environ: Mapping[str, str]) -> str:
@@ -59,11 +61,15 @@ def is_complete(folder: Path) -> bool:
     """True if the folder has a model's weights, in all their pieces."""
     names = [p.name for p in folder.iterdir() if p.exists()] if folder.is_dir() else []
     tensors = [name for name in names if name.endswith(".safetensors")]
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    index_name = INDEX if tensors or ggufs else PT_INDEX
+    if not tensors and not ggufs:
+        tensors = [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
     if "config.json" not in names or not tensors:
-        return _all_pieces([name for name in names if name.endswith(".gguf")])
-    if "model.safetensors.index.json" in names:
+        return _all_pieces(ggufs)
+    if index_name in names:
         try:
-            index = json.loads((folder / "model.safetensors.index.json").read_bytes())["weight_map"]
+            index = json.loads((folder / index_name).read_bytes())["weight_map"]
             return set(index.values()) <= set(names)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
@@ -84,9 +90,10 @@ def check_format(path: str, load_format: str, quantization: str | None) -> None:
     """Refuse a --load-format or --quantization that contradicts the files at `path`."""
     folder = Path(path)
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else [folder.name]
-    found = "safetensors" if any(n.endswith(".safetensors") for n in names) else "gguf"
+    formats = (("safetensors", (".safetensors",)), ("gguf", (".gguf",)), ("pt", (".bin", ".pt", ".pth")))
+    found = next((format for format, ends in formats if any(name.endswith(ends) for name in names)), "gguf")
     for flag, wanted in (("--load-format", load_format), ("--quantization", quantization)):
-        if wanted in ("safetensors", "gguf") and wanted != found:
+        if wanted in ("safetensors", "gguf", "pt") and wanted != found:
             raise ConfigError(f"{flag} {wanted}: the weights in {path} are {found}", remedy=f"Leave {flag} out")
 
 

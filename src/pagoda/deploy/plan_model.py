@@ -46,7 +46,7 @@ def planned_model(path: Path) -> PlannedModel:
     """From a folder, a .gguf file or a config.json. Without weights in the folder, its config.json says it all."""
     if path.name == "config.json":
         return _from_config(path, ())
-    has_weights = not path.is_dir() or any(any(path.glob(f"*.{end}")) for end in ("safetensors", "gguf"))
+    has_weights = not path.is_dir() or any(any(path.glob(f"*.{end}")) for end in ("safetensors", "gguf", "bin"))
     if not has_weights:
         return _from_config(path / "config.json", ("there are no weights here: planned from config.json alone",))
     try:

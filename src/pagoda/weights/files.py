@@ -18,18 +18,18 @@ from pagoda.errors import ModelError
 from pagoda.weights.grouped import MadeTensor
 from pagoda.weights.source import Tensor
 
-Kind = Literal["gguf", "safetensors", "pointer", "pickle", "old", "answer", "empty", "other"]
+Kind = Literal["gguf", "safetensors", "torch", "pointer", "pickle", "old", "answer", "empty", "other"]
 
 DOWNLOAD_AGAIN = "Download it again"
-USE_SAFETENSORS = (
-    "pagoda reads safetensors and GGUF: take the model's safetensors version, or convert it with transformers: "
-    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+SAVE_AGAIN = (
+    "Save it again where PyTorch is: torch.save(torch.load(FILE, weights_only=True), FILE); or take the model's "
+    "safetensors version"
 )
 
 _MAGICS: tuple[tuple[bytes, Kind], ...] = (
     (b"GGUF", "gguf"),
     (b"version https://git-lfs", "pointer"),
-    (b"PK\x03\x04", "pickle"),
+    (b"PK\x03\x04", "torch"),
     (b"lmgg", "old"),
     (b"fmgg", "old"),
     (b"tjgg", "old"),
@@ -39,11 +39,18 @@ _WEAK_MAGICS: tuple[tuple[bytes, Kind], ...] = ((b"\x80", "pickle"), (b"<", "ans
 
 _WRONG: dict[Kind, tuple[str, str]] = {
     "pointer": ("is a git-lfs pointer, not the file itself", "Run `git lfs pull` in its folder, or download the file"),
-    "pickle": ("is a PyTorch pickle, which can run code when it is loaded", USE_SAFETENSORS),
+    "torch": ("is a PyTorch file, which is not expected here", "Give it the name pytorch_model.bin"),
+    "pickle": (
+        "is in PyTorch's format from before 1.6, or a bare pickle, which can run code when it is read",
+        SAVE_AGAIN,
+    ),
     "old": ("is a GGML file from before GGUF", "Download the model as GGUF"),
     "answer": ("is a web server's answer, not a model", "Download it again, and check the address and the proxy"),
     "empty": ("is empty", DOWNLOAD_AGAIN),
-    "other": ("is neither safetensors nor GGUF", "Give a model directory, a .gguf file or a .safetensors file"),
+    "other": (
+        "is neither safetensors nor GGUF nor PyTorch's",
+        "Give a model directory, or a .gguf, .safetensors or .bin file",
+    ),
 }
 
 

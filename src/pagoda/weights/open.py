@@ -13,6 +13,7 @@ from pagoda.weights.files import Checkpoint, reading, sniff, wrong_kind
 from pagoda.weights.fp8 import fp8_tensors
 from pagoda.weights.gguf import SPLIT_NAME, open_gguf
 from pagoda.weights.gptq import gptq_tensors
+from pagoda.weights.pytorch import PT_INDEX, TRAINING, open_pytorch
 from pagoda.weights.quantization import method_of
 from pagoda.weights.safetensors import INDEX, open_safetensors
 from pagoda.weights.source import TensorSource
@@ -26,9 +27,9 @@ _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
 
 def open_source(path: str) -> TensorSource:
-    """Open a GGUF file, a safetensors file, or a directory with a model in either format.
+    """Open a GGUF, safetensors or PyTorch file, or a directory with a model in one of these formats.
 
-    A directory that has both is opened as safetensors; the GGUF file can be named by its own path.
+    A directory that has several is opened as safetensors, else as GGUF; a file can be named by its own path.
     """
     place = Path(path)
     with reading(path):
@@ -43,6 +44,8 @@ def open_source(path: str) -> TensorSource:
         return open_gguf(place)
     if kind == "safetensors":
         return _unpacked(open_safetensors(place))
+    if kind == "torch" or place.name == PT_INDEX:
+        return _unpacked(open_pytorch(place))
     raise wrong_kind(place, kind)
 
 
@@ -78,11 +81,13 @@ def _open_directory(folder: Path) -> TensorSource:
     ggufs = [name for name, kind in kinds.items() if kind == "gguf"]
     if ggufs:
         return open_gguf(folder / _choose(folder, ggufs))
+    if PT_INDEX in kinds or any(kind == "torch" and name.endswith(".bin") for name, kind in kinds.items()):
+        return _unpacked(open_pytorch(folder))
     for name, kind in kinds.items():
         if name.endswith(_WEIGHTS):
             raise wrong_kind(folder / name, kind)
     raise ModelError(
-        f"{folder} holds no model: no safetensors and no GGUF file",
+        f"{folder} holds no model: no safetensors, GGUF or PyTorch file",
         remedy="Give the directory that has config.json and *.safetensors, or the path of a .gguf file",
     )
 
@@ -90,7 +95,7 @@ def _open_directory(folder: Path) -> TensorSource:
 def _is_candidate(file: Path) -> bool:
     if file.name.endswith(_WEIGHTS) and not file.exists():
         raise _missing(str(file))
-    return file.is_file() and not file.name.startswith(".")
+    return file.is_file() and not file.name.startswith(".") and file.name not in TRAINING
 
 
 def _choose(folder: Path, names: list[str]) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
 from pagoda.errors import ModelError
-from pagoda.weights.files import DOWNLOAD_AGAIN, Checkpoint, map_file, read_small
+from pagoda.weights.files import DOWNLOAD_AGAIN, Checkpoint, map_file
 from pagoda.weights.ggml import BLOCKS
+from pagoda.weights.shards import Format, open_shards
 from pagoda.weights.source import Tensor
 
 SINGLE = "model.safetensors"
@@ -19,7 +19,6 @@ INDEX = "model.safetensors.index.json"
 
 _MAX_HEADER_BYTES = 25_000_000
 _MAX_ENTRIES = 1 << 17  # in one file; the largest whole models have about 100,000 tensors
-_MAX_JSON_BYTES = 64_000_000
 _MAX_ELEMENTS = 1 << 60  # of a shape, zeros taken as ones: numpy counts no further
 _TYPES = {name: block for name, block in BLOCKS.items() if block.elements == 1}
 
@@ -34,77 +33,9 @@ class _Entry(msgspec.Struct):
     data_offsets: tuple[_Size, _Size] | str = ""
 
 
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
-
-
 def open_safetensors(path: Path) -> Checkpoint:
     """Open a directory, one .safetensors file, or an index; config.json is read beside it."""
-    folder = path if path.is_dir() else path.parent
-    shards = _shards(path)
-    config = _config(folder)
-    tensors: dict[str, Tensor] = {}
-    for name, expected in sorted(shards.items()):
-        shard = read_shard(folder / name)
-        if twice := tensors.keys() & shard.keys():
-            raise ModelError(f"{folder / name} repeats the tensor {min(twice)} of another shard", remedy=DOWNLOAD_AGAIN)
-        if missing := expected - shard.keys():
-            raise ModelError(
-                f"{folder / name} lacks the tensor {min(missing)} that {INDEX} promises",
-                remedy="Download the shard and the index again",
-            )
-        tensors |= shard
-    return Checkpoint(str(path), {}, config, tensors)
-
-
-def _shards(path: Path) -> dict[str, set[str]]:
-    """The files that make the checkpoint, each with the tensors that an index says it has."""
-    if not path.is_dir():
-        return _index(path) if path.name == INDEX else {path.name: set()}
-    if (path / SINGLE).exists():
-        return {SINGLE: set()}
-    if (path / INDEX).exists():
-        return _index(path / INDEX)
-    names = sorted(file.name for file in path.glob("*.safetensors"))
-    if len(names) == 1:
-        return {names[0]: set()}
-    raise ModelError(
-        f"{path} has {len(names)} safetensors files and no {INDEX} that says how they belong together",
-        remedy=f"Download {INDEX} into it, or give the path of one file",
-    )
-
-
-def _index(path: Path) -> dict[str, set[str]]:
-    try:
-        weight_map = msgspec.json.decode(read_small(path, _MAX_JSON_BYTES), type=_Index).weight_map
-    except (msgspec.MsgspecError, ValueError, RecursionError) as e:
-        raise ModelError(f"{path} is not a safetensors index: {e}", remedy=DOWNLOAD_AGAIN) from e
-    shards: dict[str, set[str]] = {}
-    for tensor, name in weight_map.items():
-        shards.setdefault(name, set()).add(tensor)
-    for name in shards:
-        if not name.endswith(".safetensors") or Path(name).name != name or "\0" in name:
-            raise ModelError(f"{path} names {name!r}, which is no safetensors file beside it", remedy=DOWNLOAD_AGAIN)
-    missing = sorted(name for name in shards if not (path.parent / name).exists())
-    if missing or not shards:
-        raise ModelError(
-            f"{len(missing)} of the {len(shards)} shards that {path} names are missing: {', '.join(missing[:5])}",
-            remedy="Download them into the same folder",
-        )
-    return shards
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.exists():
-        raise ModelError(f"{path} is missing, and safetensors need it", remedy="Download the model's config.json")
-    try:
-        config = json.loads(read_small(path, _MAX_JSON_BYTES))
-    except (ValueError, RecursionError) as e:
-        raise ModelError(f"{path} is not JSON: {e}", remedy=DOWNLOAD_AGAIN) from e
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} is not a JSON object", remedy=DOWNLOAD_AGAIN)
-    return config
+    return open_shards(path, Format("safetensors", SINGLE, INDEX, ".safetensors", read_shard))
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
