@@ -19,6 +19,7 @@ FLOORS = MappingProxyType(
         "api": 6,
         "deploy": 6,
         "integrations": 6,
+        "bench": 6,
         "engine": 5,
         "backend": 4,
         "sched": 3,

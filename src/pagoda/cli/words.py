@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from pagoda.errors import ConfigError
 
+_MANY = ("include", "exclude", "goodput")
+"""Options that take all words up to the next option, as in `hf download --include A B C`."""
+
 
 @dataclass
 class Words:
@@ -43,7 +46,6 @@ def read_words(
             raise ConfigError(f"{flag} needs a value", remedy=f"See: pagoda {command} --help")
         else:
             out.values.setdefault(name, []).append(value if equals else rest.pop(0))
-            # Like `hf download`: --include A B C.
-            while name in ("include", "exclude") and not equals and rest and not rest[0].startswith("-"):
+            while name in _MANY and not equals and rest and not rest[0].startswith("-"):
                 out.values[name].append(rest.pop(0))
     return out
