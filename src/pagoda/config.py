@@ -275,7 +275,7 @@ class Options:
         None, "File to which the log is written too; it rotates: --log-file-size, --log-file-count", "Server"
     )
     log_file_size: int = _option(
-        20_000_000, "Bytes of the log file (20M) after which the next one begins", "Server", low=1000
+        20_000_000, "Bytes of the log file (20M) after which the next one begins", "Server", low=1
     )
     log_file_count: int = _option(5, "Older log files that are kept: FILE.1 is the latest of them", "Server", low=1)
     enable_log_requests: bool = _option(False, "One log line per request: sizes and times, never its text", "Server")
