@@ -24,6 +24,7 @@ COMMANDS = MappingProxyType(
         "pull": "fetch a model from Hugging Face or ModelScope",
         "list": "the models that are on this machine",
         "rm": "remove models from the caches",
+        "service": "keep a server running: systemd, tmux or compose",
         "version": "print the version (--verbose: and the CPU kernels)",
     }
 )
