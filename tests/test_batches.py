@@ -146,6 +146,42 @@ def test_a_crash_while_the_output_is_published(tmp_path: Path) -> None:
     assert batch.status == "completed" and batch.output_file_id == first and not engine.requests
 
 
+def test_a_full_disk_makes_a_batch_wait(tmp_path: Path) -> None:
+    batches = store_of(tmp_path)
+    batch = begin(batches, line("a"), line("b"))
+    (tmp_path / "batches" / f"{batch.id}.json.tmp").symlink_to("/dev/full")  # it is gone after the first try
+
+    async def main() -> None:
+        running = asyncio.create_task(BatchRunner(make_server(batches=batches), batches, retry_s=0.001).run())
+        end = time.monotonic() + 20
+        while not batch.is_over and time.monotonic() < end:
+            await asyncio.sleep(0.002)
+        running.cancel()
+
+    asyncio.run(main())
+    assert batch.status == "completed" and set(results(batches, batch.output_file_id)) == {"a", "b"}
+    batches.files.close()
+    assert store_of(tmp_path).get(batch.id).status == "completed"
+
+
+def test_an_input_that_is_gone_fails_its_batch_only(tmp_path: Path) -> None:
+    batches = store_of(tmp_path)
+    lost, batch = begin(batches, line("a")), begin(batches, line("b"))
+    batches.files.path(lost.input_file_id).unlink()
+    work(batches, batch)
+    assert lost.status == "failed" and batch.status == "completed"
+
+
+def test_old_batches_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagoda.api.batch_store.MAX_BATCHES", 1)
+    batches = store_of(tmp_path)
+    old = begin(batches, line("a"))
+    batches.part(old, "errors").write_bytes(b"x")
+    batches.enter(old, "failed")
+    new = begin(batches, line("b"))
+    assert [path.name for path in (tmp_path / "batches").iterdir()] == [f"{new.id}.json"]
+
+
 def test_cancelling_keeps_what_is_there(tmp_path: Path) -> None:
     batches = store_of(tmp_path)
     batch = begin(batches, *(line(f"r{i}") for i in range(40)))

@@ -114,3 +114,47 @@ def test_the_folder_outlives_the_server(tmp_path: Path) -> None:
     file.write_text("")
     with pytest.raises(ConfigError, match="can't be written"):
         FileStore(str(file))
+
+
+def test_a_full_disk_keeps_no_half_of_a_file(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagoda.api.files.new_file_id", lambda: "file-full")
+    folder = tmp_path / "files"
+    for name in ("file-full.tmp", "file-full.json.tmp"):
+        (folder / name).symlink_to("/dev/full")
+        answer = upload(client)
+        assert answer.status_code == 507 and "No space left" in answer.json()["error"]["message"]
+        assert not list(folder.iterdir()) and client.get("/v1/files").json()["data"] == []
+    assert upload(client).status_code == 200
+
+
+def test_a_crash_while_a_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FileStore(str(tmp_path))
+    source = tmp_path / "results"
+    source.write_bytes(b"results")
+
+    def crash(_: Path, to: Path) -> None:
+        if to.name == "file-a":
+            raise KeyboardInterrupt
+        _.rename(to)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", crash)
+        store.keep(source, "out.jsonl", "batch_output", "file-a")
+    store.close()
+    again = FileStore(str(tmp_path))
+    assert again.find("file-a") is None and source.read_bytes() == b"results"
+    assert again.keep(source, "out.jsonl", "batch_output", "file-a").bytes == 7
+    assert again.path("file-a").read_bytes() == b"results"
+    again.close()
+
+
+@pytest.mark.parametrize("charset", ["undefined", "unicode_escape", "utf-16", "idna", "punycode"])
+def test_odd_encodings_of_a_form(client: Client, charset: str) -> None:
+    body = (
+        b'--a\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--a\r\n'
+        b'Content-Disposition: form-data; name="file"; filename="\\ud800"\r\n\r\n1\r\n--a--\r\n'
+    )
+    headers = {"content-type": f"multipart/form-data; boundary=a; charset={charset}"}
+    response = client.call("POST", "/v1/files", content=body, headers=headers)
+    assert response.status_code in (200, 400)
+    assert client.get("/v1/files").status_code == 200

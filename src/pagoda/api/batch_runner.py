@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import time
@@ -15,6 +16,7 @@ import msgspec
 from pagoda.api.batch_call import ask, failed, read_line
 from pagoda.api.batch_store import BatchStore
 from pagoda.api.body import MAX_BODY_BYTES
+from pagoda.api.file_store import DiskFull
 from pagoda.api.files_protocol import Batch, BatchError, BatchErrors, BatchLine, BatchResult, RequestCounts
 from pagoda.api.server import Server
 from pagoda.errors import BadRequest
@@ -31,9 +33,10 @@ log = logging.getLogger("pagoda.api")
 class BatchRunner:
     """`run` never ends. Cancelled, it leaves on disk what it takes to go on."""
 
-    def __init__(self, server: Server, batches: BatchStore) -> None:
+    def __init__(self, server: Server, batches: BatchStore, *, retry_s: float = 30.0) -> None:
         self._server = server
         self._batches = batches
+        self._retry_s = retry_s
 
     async def run(self) -> None:
         while True:
@@ -43,10 +46,20 @@ class BatchRunner:
                 await self._batches.changed.wait()
                 continue
             try:
-                await self._work_on(batch)
-            except Exception as error:
-                log.exception("batch %s failed", batch.id)
-                self._fail(batch, [BatchError(code="internal_error", message=type(error).__name__)])
+                await self._advance(batch)
+            except (DiskFull, OSError) as error:
+                log.warning("batch %s waits %g s, and is tried again: %s", batch.id, self._retry_s, error)
+                await asyncio.sleep(self._retry_s)
+
+    async def _advance(self, batch: Batch) -> None:
+        """Raises DiskFull or OSError where only the disk's room is missing: what is there stays good."""
+        try:
+            await self._work_on(batch)
+        except Exception as error:
+            if isinstance(error, DiskFull) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.exception("batch %s failed", batch.id)
+            self._fail(batch, [BatchError(code="internal_error", message=type(error).__name__)])
 
     async def _work_on(self, batch: Batch) -> None:
         if batch.status == "validating":

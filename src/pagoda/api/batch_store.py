@@ -7,7 +7,7 @@ import hashlib
 import secrets
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pagoda.api.file_store import FileStore, load_all, write_whole
 from pagoda.api.files_protocol import Batch, RequestCounts, Status
@@ -45,6 +45,8 @@ class BatchStore:
         for each in over[max(0, MAX_BATCHES - 1 - (len(self._batches) - len(over))) :]:
             self._state(each.id).unlink()
             del self._batches[each.id]
+            for kind in get_args(Kind):
+                self.part(each, kind).unlink(missing_ok=True)
         now = int(time.time())
         batch = Batch(
             id=f"batch_{secrets.token_hex(12)}",
@@ -56,8 +58,8 @@ class BatchStore:
             request_counts=RequestCounts(),
             metadata=metadata or None,
         )
-        self._batches[batch.id] = batch
         self.save(batch)
+        self._batches[batch.id] = batch
         self.changed.set()
         return batch
 

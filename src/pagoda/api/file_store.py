@@ -8,13 +8,14 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import msgspec
 
 from pagoda.api.files_protocol import FileObject
-from pagoda.errors import ConfigError, NotFound, TooLarge
+from pagoda.errors import ConfigError, NotFound, PagodaError, TooLarge
 
 MAX_FILE_BYTES = 200 << 20
 MAX_TOTAL_BYTES = 4 << 30
@@ -23,6 +24,13 @@ _TEMPORARY = ".tmp"
 _META = ".json"
 
 T = TypeVar("T", bound=msgspec.Struct)
+
+
+class DiskFull(PagodaError):
+    """Nothing more can be stored now."""
+
+    status = 507
+    code = "insufficient_storage"
 
 
 class FileStore:
@@ -49,6 +57,8 @@ class FileStore:
         for path in self._files.iterdir():
             if path.suffix != _META and path.name not in self._known:
                 path.unlink()  # an upload that was never finished
+        for file_id in [each for each in self._known if not (self._files / each).exists()]:
+            self.delete(file_id)  # `keep` came no further than the description
 
     def close(self) -> None:
         """Let another server have the folder."""
@@ -84,24 +94,27 @@ class FileStore:
 
     def copy_in(self, content: BinaryIO, file_id: str) -> None:
         """Take a copy of a content, which `keep` then makes a file."""
-        with (self._files / (file_id + _TEMPORARY)).open("wb") as out:
+        path = self._files / (file_id + _TEMPORARY)
+        with removed_on_error(path), path.open("wb") as out:
             shutil.copyfileobj(content, out)
 
     def keep(self, source: Path | None, filename: str, purpose: str, file_id: str) -> FileObject:
         """Make a file of what was copied in, or of a file of this folder's file system, which is moved."""
         path = self._files / file_id
-        os.replace(source or self._files / (file_id + _TEMPORARY), path)
-        made = FileObject(
-            id=file_id, bytes=path.stat().st_size, created_at=int(time.time()), filename=filename, purpose=purpose
-        )
-        write_whole(path.with_name(file_id + _META), made)
+        copied = path.with_name(file_id + _TEMPORARY)
+        size_bytes = (source or copied).stat().st_size
+        made = FileObject(id=file_id, bytes=size_bytes, created_at=int(time.time()), filename=filename, purpose=purpose)
+        with removed_on_error(copied):
+            # The description first: a crash between leaves a source that is moved again.
+            write_whole(path.with_name(file_id + _META), made)
+            os.replace(source or copied, path)
         self._known[file_id] = made
         return made
 
     def delete(self, file_id: str) -> None:
         path = self.path(file_id)
-        path.with_name(path.name + _META).unlink()
-        path.unlink()
+        path.with_name(path.name + _META).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         del self._known[file_id]
 
 
@@ -112,11 +125,32 @@ def new_file_id() -> str:
 def write_whole(path: Path, value: msgspec.Struct) -> None:
     """Replace a file's content so that a crash leaves the old or the new one."""
     temporary = path.with_name(path.name + _TEMPORARY)
-    with temporary.open("wb") as out:
-        out.write(msgspec.json.encode(value))
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
+    with removed_on_error(temporary):
+        with temporary.open("wb") as out:
+            out.write(msgspec.json.encode(value))
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def removed_on_error(path: Path) -> Iterator[None]:
+    """A disk that is full must not keep half a file. Raises DiskFull for what the system refuses to write."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise disk_full(error) from error
+        raise
+
+
+def disk_full(error: OSError) -> DiskFull:
+    return DiskFull(
+        f"the file can't be stored: {error.strerror}",
+        remedy="Delete some with DELETE /v1/files/{id}, or give the server's disk more room",
+    )
 
 
 def load_all(folder: Path, kind: type[T]) -> dict[str, T]:

@@ -14,7 +14,7 @@ from starlette.responses import FileResponse, Response
 
 from pagoda.api.batch_store import BatchStore
 from pagoda.api.body import stream_body
-from pagoda.api.file_store import MAX_FILE_BYTES, new_file_id
+from pagoda.api.file_store import MAX_FILE_BYTES, disk_full, new_file_id
 from pagoda.api.files_protocol import FileDeleted, FileList
 from pagoda.api.query import choice, number
 from pagoda.api.replies import to_json
@@ -62,7 +62,9 @@ async def upload(server: Server, request: Request) -> Response:
         files.check_room(content.size or 0)
         file_id = new_file_id()
         await asyncio.to_thread(files.copy_in, content.file, file_id)
-        made = files.keep(None, (content.filename or "file")[:255], purpose, file_id)
+        # a form names the encoding of its names, and some of those give halves of surrogate pairs
+        name = (content.filename or "file")[:255].encode("utf-8", "replace").decode()
+        made = files.keep(None, name, purpose, file_id)
         response = Response(to_json(made), media_type=JSON)
         server.dress(response, [name for name in form if name not in ("file", "purpose")])
         return response
@@ -81,7 +83,9 @@ async def _form(request: Request) -> FormData:
 
     try:
         return await MultiPartParser(request.headers, parts(), max_files=1, max_fields=MAX_FIELDS).parse()
-    except (MultiPartException, FormParserError, LookupError, UnicodeDecodeError):
+    except OSError as error:
+        raise disk_full(error) from error
+    except (MultiPartException, FormParserError, LookupError, UnicodeError):
         raise BadRequest(
             f"the body is not a form of at most one file and {MAX_FIELDS} fields, as multipart/form-data writes it"
         ) from None
