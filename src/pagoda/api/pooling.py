@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from pagoda.errors import BadRequest
 from pagoda.text.rerank import judged
 from pagoda.types import Float32
 
+T = TypeVar("T")
 Prompt = tuple[list[int], int | None]
 """Token ids, and the place of the second text of a pair."""
 
@@ -51,7 +52,12 @@ async def text_prompts(server: Server, texts: Sequence[str], most: int | None, s
             out.append((server.tokenizer.framed(ids, most) if special else ids[:most], None))
         return out
 
-    return encode() if sum(map(len, texts)) < INLINE_CHARS else await asyncio.to_thread(encode)
+    return await unhurried(texts, encode)
+
+
+async def unhurried(texts: Iterable[str], work: Callable[[], T]) -> T:
+    """The result of work on texts, done in a thread where there is much of it."""
+    return work() if sum(map(len, texts)) < INLINE_CHARS else await asyncio.to_thread(work)
 
 
 async def input_prompts(
@@ -84,8 +90,7 @@ async def pair_prompts(
     def encode() -> list[Prompt]:
         return [_pair(server, first, second[:longest], most, instruction) for first, second in pairs]
 
-    size = sum(len(first) + len(second) for first, second in pairs)
-    return encode() if size < INLINE_CHARS else await asyncio.to_thread(encode)
+    return await unhurried((text for pair in pairs for text in pair), encode)
 
 
 def _pair(server: Server, first: str, second: str, most: int | None, instruction: str | None) -> Prompt:

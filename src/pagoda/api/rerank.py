@@ -10,7 +10,17 @@ from starlette.requests import Request
 
 from pagoda.api.body import parse, read_body
 from pagoda.api.generation import Pooled
-from pagoda.api.pooling import Prompt, limit_of, pair_prompts, probability, text_prompts, usage, vector
+from pagoda.api.pooling import (
+    MAX_CHARS_PER_TOKEN,
+    Prompt,
+    limit_of,
+    pair_prompts,
+    probability,
+    text_prompts,
+    unhurried,
+    usage,
+    vector,
+)
 from pagoda.api.pooling_protocol import (
     Ranked,
     RankedDocument,
@@ -35,7 +45,7 @@ async def rerank(server: Server, request: Request) -> Reply:
     texts = [_text(document) for document in body.documents]
     if not texts:
         raise BadRequest("documents is empty: give at least one", param="documents")
-    pairs = [(body.query, await _cut(server, text, body.max_tokens_per_doc)) for text in texts]
+    pairs = [(body.query, text) for text in await _cut(server, texts, body.max_tokens_per_doc)]
     asking = _Comparison(server, body.truncate_prompt_tokens, body.instruction)
     call = await asking.start("rerank", pairs, model, body.priority, roles=("query", "document"))
     plain = request.scope["path"].endswith(_PLAIN_TEXTS)
@@ -133,13 +143,14 @@ def _text(document: str | dict[str, Any]) -> str:
     raise BadRequest('documents must hold texts, or objects with a "text"', param="documents")
 
 
-async def _cut(server: Server, text: str, most: int | None) -> str:
-    """A document cut to so many of its own tokens, as Cohere counts them."""
+async def _cut(server: Server, texts: list[str], most: int | None) -> list[str]:
+    """Documents cut to so many of their own tokens, as Cohere counts them."""
     if most is None:
-        return text
+        return texts
     if most < 1:
         raise BadRequest("max_tokens_per_doc must be at least 1", param="max_tokens_per_doc")
-    return server.tokenizer.beginning(text, most)
+    longest = most * MAX_CHARS_PER_TOKEN
+    return await unhurried(texts, lambda: [server.tokenizer.beginning(text[:longest], most) for text in texts])
 
 
 def _flag(value: bool | str) -> bool:

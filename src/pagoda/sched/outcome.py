@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pagoda.sched.state import Sequence, Turn
 from pagoda.types import Delta, FinishReason, StepResult, TokenLogprob
 
+_NOTHING_LEFT = "it and allowed_token_ids leave no token"
 NO_LOGITS = "the model produced no usable logits for this request"
 
 
@@ -52,7 +53,7 @@ class Outcome:
             return self._pool(turn, rows, start)
         sampled = start + len(turn.scoring)
         if not all(rows.ok[start : sampled + turn.samples]):
-            why = "" if seq.grammar is None else seq.grammar.error
+            why = "" if seq.grammar is None else seq.grammar.error or (seq.mask is not None and _NOTHING_LEFT)
             error = f"the grammar of this request cannot be followed any further: {why}" if why else NO_LOGITS
             return Delta(request_id=seq.request_id, finish_reason="error", error=error)
         if seq.prompt_scores is not None:
