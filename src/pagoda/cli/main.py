@@ -25,6 +25,7 @@ COMMANDS = MappingProxyType(
         "list": "the models that are on this machine",
         "rm": "remove models from the caches",
         "service": "keep a server running: systemd, tmux or compose",
+        "top": "how busy running servers are",
         "version": "print the version (--verbose: and the CPU kernels)",
     }
 )
