@@ -37,6 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_time_target_s: float | None = None  # 0: no target
     speculation: Speculation | None = Speculation()
     task: Task = "auto"
+    load_format: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,11 @@ class Options:
         None, "Folder in which such models are kept, in Hugging Face's layout (default: its cache)", "Model"
     )
     load_format: str = _option(
-        "auto", "File format of the weights; pt: PyTorch's .bin", "Model", choices=("auto", "safetensors", "gguf", "pt")
+        "auto",
+        "File format of the weights. pt: PyTorch's .bin; dummy: random weights of the shapes in a folder's config.json, to measure speed "
+        "without a download; without a tokenizer.json there each byte of a text is a token",
+        "Model",
+        choices=("auto", "safetensors", "gguf", "pt", "dummy"),
     )
     max_model_len: int | None = _option(
         None,
@@ -300,6 +305,7 @@ class Options:
             step_time_target_s=self.step_time_target,
             speculation=speculation_from(self.speculative_config),
             task=task_of(self.model, self.runner, self.convert, self.task),
+            load_format=self.load_format,
         )
 
 

@@ -52,13 +52,17 @@ def checkpoint_name(slot: str, *, gguf: bool) -> str:
     return f"{'blk' if gguf else 'model.layers'}.{layer}.{_LAYER_NAMES[stem][gguf]}.{suffix}"
 
 
+def slot_name(spec: ModelSpec, slot: str, *, gguf: bool = False) -> str:
+    """The name of the tensor that fills a slot of this model; `*` stands for the experts of a layer."""
+    return checkpoint_name(slot, gguf=gguf) if spec.encoder is None else encoder_name(spec, slot)
+
+
 def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) -> dict[str, Tensor]:
     """The tensor of every slot. Raises ModelError for one that is missing, has another shape, or is left over."""
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)
     tensors = with_stacked_experts(spec, tensors) if not gguf else tensors
-    encoder = spec.encoder is not None
-    names = {slot: encoder_name(spec, slot) if encoder else checkpoint_name(slot, gguf=gguf) for slot in spec.slots()}
+    names = {slot: slot_name(spec, slot, gguf=gguf) for slot in spec.slots()}
     head = checkpoint_name("head", gguf=gguf)
     left_over = {name for name in tensors if not _HARMLESS.fullmatch(name)}
     if spec.tied:

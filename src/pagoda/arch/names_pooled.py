@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from types import MappingProxyType
 
 from pagoda.arch.spec import ModelSpec
@@ -55,7 +54,7 @@ def encoder_name(spec: ModelSpec, slot: str) -> str:
 
 def plain_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A pooled model's tensors under one spelling: such models are stored with and without their outer class."""
-    return {name: replace(tensor, name=name) for old, tensor in tensors.items() for name in [_plain(spec, old)]}
+    return {_plain(spec, old): tensor for old, tensor in tensors.items()}
 
 
 def unused(name: str) -> bool:

@@ -23,6 +23,7 @@ from pagoda.weights.source import Tensor, TensorSource
 _HELPERS = frozenset(
     {
         "decoder",
+        "dummy",
         "encoder",
         "fields",
         "memory",

@@ -95,19 +95,19 @@ def make_server(options: Options, path: str, engine: EngineClient) -> Server:
     from pagoda.api.batch_store import BatchStore
     from pagoda.api.file_store import FileStore
     from pagoda.api.server import Server
+    from pagoda.arch.dummy import open_model
     from pagoda.cli.model import sampling_defaults
     from pagoda.deploy.default_model import NAME
     from pagoda.text.chat import load_chat_template
     from pagoda.text.generation import load_generation_defaults
     from pagoda.text.sentence import sentence_files
     from pagoda.text.tokenizer import load_tokenizer
-    from pagoda.weights.open import open_source
 
-    source = open_source(path)
+    source = open_model(path, options.load_format)
     defaults = load_generation_defaults(path, source.metadata)
     server = Server(
         engine=engine,
-        tokenizer=load_tokenizer(path, source.metadata),
+        tokenizer=load_tokenizer(path, source.metadata, bytes_else=options.load_format == "dummy"),
         names=options.served_model_name or (options.model or NAME,),
         root=path,
         chat_template=load_chat_template(path, source.metadata, options.chat_template),

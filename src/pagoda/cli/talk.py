@@ -113,15 +113,15 @@ class Local:
     """An engine of its own in this process."""
 
     def __init__(self, options: Options, path: str, sampling: dict[str, Any]) -> None:
+        from pagoda.arch.dummy import open_model
         from pagoda.engine.core import EngineCore
         from pagoda.text.chat import load_chat_template
         from pagoda.text.generation import load_generation_defaults
         from pagoda.text.tokenizer import load_tokenizer
-        from pagoda.weights.open import open_source
 
-        source = open_source(path)
+        source = open_model(path, options.load_format)
         metadata = source.metadata
-        self._tokenizer = load_tokenizer(path, metadata)
+        self._tokenizer = load_tokenizer(path, metadata, bytes_else=options.load_format == "dummy")
         template = load_chat_template(path, metadata, options.chat_template)
         if template is None:
             raise ModelError("This model has no chat template", remedy="Give one with --chat-template FILE")

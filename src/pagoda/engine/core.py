@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from pagoda.arch.dummy import open_model
 from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Executor, Limits, Progress
@@ -27,7 +28,6 @@ from pagoda.sched.scheduler import Scheduler, SchedulerConfig
 from pagoda.sched.state import Grammar
 from pagoda.types import BLOCK_SIZE, Delta, Request
 from pagoda.weights.grouped import OrderedTensor
-from pagoda.weights.open import open_source
 from pagoda.weights.quantization import check_quantization
 from pagoda.weights.source import TensorSource
 
@@ -46,7 +46,7 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
         started = time.monotonic()
-        self._source = open_source(config.model)
+        self._source = open_model(config.model, config.load_format, config.task)
         self.spec = load_spec(self._source, config.task)
         config = msgspec.structs.replace(config, device=resolve_device(config.device, self.spec))
         check_quantization(self._source, config.quantization, gpu=config.device in ("cuda", "torch-cpu"))
@@ -77,7 +77,9 @@ class EngineCore:
             self._drafts,
         )
         self._head = _head(self.spec, self._source)
-        self._grammars = Grammars(config.model, self._source.metadata, self.spec)
+        self._grammars = Grammars(
+            config.model, self._source.metadata, self.spec, bytes_else=config.load_format == "dummy"
+        )
         self._refused: list[Delta] = []
         self._steps = 0
         self._last_step_s = 0.0

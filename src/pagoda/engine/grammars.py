@@ -24,10 +24,11 @@ _log = logging.getLogger(__name__)
 class Grammars:
     """Requests come in with `start` and out of `take`, with a matcher that has read their output so far."""
 
-    def __init__(self, model: str, metadata: Mapping[str, Any], spec: ModelSpec) -> None:
+    def __init__(self, model: str, metadata: Mapping[str, Any], spec: ModelSpec, *, bytes_else: bool = False) -> None:
         self._model = model
         self._metadata = metadata
         self._spec = spec
+        self._bytes_else = bytes_else
         self._vocabulary: Vocabulary | None = None
         self._kept: OrderedDict[str, Matcher] = OrderedDict()
         self._thread: ThreadPoolExecutor | None = None
@@ -61,7 +62,7 @@ class Grammars:
     def _prepare(self, grammar: str, output: list[int]) -> Matcher:
         """Runs in the thread, and nowhere else."""
         if self._vocabulary is None:
-            self._vocabulary = _load(self._model, self._metadata, self._spec)
+            self._vocabulary = _load(self._model, self._metadata, self._spec, self._bytes_else)
         kept = self._kept.get(grammar)
         if kept is None:
             kept = self._kept[grammar] = self._vocabulary.compile(grammar)
@@ -73,14 +74,15 @@ class Grammars:
         return matcher
 
 
-def _load(model: str, metadata: Mapping[str, Any], spec: ModelSpec) -> Vocabulary:
+def _load(model: str, metadata: Mapping[str, Any], spec: ModelSpec, bytes_else: bool) -> Vocabulary:
     """Imports late: an engine without grammars needs no tokenizer, and starts a tenth of a second earlier."""
     from pagoda.text.generation import load_generation_defaults
     from pagoda.text.matcher import load_vocabulary
     from pagoda.text.tokenizer import load_tokenizer
 
     ends = load_generation_defaults(model, metadata).eos_token_ids
-    return load_vocabulary(load_tokenizer(model, metadata), spec.vocab_size, (*ends, *spec.eos_token_ids))
+    tokenizer = load_tokenizer(model, metadata, bytes_else=bytes_else)
+    return load_vocabulary(tokenizer, spec.vocab_size, (*ends, *spec.eos_token_ids))
 
 
 def _result(future: Future[Matcher]) -> Matcher | str:

@@ -53,7 +53,7 @@ class LLM:
         path = self._path = os.path.expanduser(model)
         self._core = EngineCore(self._options.engine_config(path))
         metadata = self._core.metadata
-        self._tokenizer = load_tokenizer(path, metadata)
+        self._tokenizer = load_tokenizer(path, metadata, bytes_else=self._options.load_format == "dummy")
         self.chat_template = load_chat_template(path, metadata, self._options.chat_template)
         defaults = load_generation_defaults(path, metadata)
         named = (*defaults.eos_token_ids, *self._tokenizer.eos_token_ids, *self.info.eos_token_ids)

@@ -142,14 +142,27 @@ def token_table(tokenizer: Tokenizer, size: int) -> list[bytes]:
     return [tokenizer.token_bytes(i) if i < tokenizer.vocab_size else b"" for i in range(size)]
 
 
-def load_tokenizer(model_path: str, metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a model directory or, from its metadata, of a GGUF file."""
+def load_tokenizer(model_path: str, metadata: Mapping[str, Any], *, bytes_else: bool = False) -> Tokenizer:
+    """The tokenizer of a model directory or, from its metadata, of a GGUF file.
+
+    `bytes_else`: where there is none, one whose tokens are the 256 bytes.
+    """
     file = Path(model_path) / "tokenizer.json"
     if file.is_file():
         return _load_directory(file)
     if "tokenizer.ggml.model" in metadata:
         return _load_gguf(metadata)
+    if bytes_else:
+        return _byte_tokenizer()
     raise ModelError(f"there is no tokenizer.json in {model_path}", remedy=_remedy(Path(model_path)))
+
+
+def _byte_tokenizer() -> Tokenizer:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(backend, from_decoder({"type": "ByteLevel"}))
 
 
 def _remedy(directory: Path) -> str:

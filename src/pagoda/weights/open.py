@@ -38,18 +38,18 @@ def open_source(path: str) -> TensorSource:
         if place.is_dir():
             return _open_directory(place)
     if place.name == INDEX:
-        return _unpacked(open_safetensors(place))
+        return unpacked(open_safetensors(place))
     kind = sniff(place)
     if kind == "gguf":
         return open_gguf(place)
     if kind == "safetensors":
-        return _unpacked(open_safetensors(place))
+        return unpacked(open_safetensors(place))
     if kind == "torch" or place.name == PT_INDEX:
-        return _unpacked(open_pytorch(place))
+        return unpacked(open_pytorch(place))
     raise wrong_kind(place, kind)
 
 
-def _unpacked(source: Checkpoint) -> Checkpoint:
+def unpacked(source: Checkpoint) -> Checkpoint:
     """A quantized checkpoint with its packed matrices as tensors like all others."""
     method = method_of(source)
     if method is None:
@@ -77,12 +77,12 @@ def _missing(path: str) -> ModelError:
 def _open_directory(folder: Path) -> TensorSource:
     kinds = {file.name: sniff(file) for file in sorted(folder.iterdir()) if _is_candidate(file)}
     if INDEX in kinds or any(kind == "safetensors" and name.endswith(".safetensors") for name, kind in kinds.items()):
-        return _unpacked(open_safetensors(folder))
+        return unpacked(open_safetensors(folder))
     ggufs = [name for name, kind in kinds.items() if kind == "gguf"]
     if ggufs:
         return open_gguf(folder / _choose(folder, ggufs))
     if PT_INDEX in kinds or any(kind == "torch" and name.endswith(".bin") for name, kind in kinds.items()):
-        return _unpacked(open_pytorch(folder))
+        return unpacked(open_pytorch(folder))
     for name, kind in kinds.items():
         if name.endswith(_WEIGHTS):
             raise wrong_kind(folder / name, kind)
