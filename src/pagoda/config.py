@@ -118,8 +118,9 @@ class Options:
     )
     load_format: str = _option(
         "auto",
-        "File format of the weights. pt: PyTorch's .bin; dummy: random weights of the shapes in a folder's config.json, to measure speed "
-        "without a download; without a tokenizer.json there each byte of a text is a token",
+        "File format of the weights. pt: PyTorch's .bin; dummy: random weights of the shapes in a folder's "
+        "config.json, to measure speed without a download; without a tokenizer.json there each byte of a text is a "
+        "token",
         "Model",
         choices=("auto", "safetensors", "gguf", "pt", "dummy"),
     )
