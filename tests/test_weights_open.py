@@ -103,7 +103,7 @@ def test_a_pointer_among_shards(tmp_path: Path) -> None:
 
 def test_paths_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match=r"looks like a Hugging Face id.*give its directory"):
+    with pytest.raises(ModelError, match=r"name of a model on a hub.*pagoda pull"):
         open_source("Qwen/Qwen3-0.6B")
     for path in ("", "./x", "/x/y/z", "x\0y", "x" * 5000):
         with pytest.raises(ModelError) as error:

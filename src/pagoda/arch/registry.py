@@ -76,7 +76,7 @@ def _architecture(name: object, where: str) -> Architecture:
     module = _GGUF_NAMES.get(name, name.replace("-", "_")) if isinstance(name, str) else name
     if module not in known:
         said = f"the architecture {name!r} is not supported" if name else f"{where} is missing"
-        raise ModelError(f"{said} (supported: {', '.join(known)})")
+        raise ModelError(f"{said} (supported: {', '.join(known)})", remedy="Take another model, or a newer Pagoda")
     return cast(Architecture, importlib.import_module(f"pagoda.arch.{module}"))
 
 

@@ -109,7 +109,7 @@ def build_gguf_vocab(metadata: Mapping[str, Any]) -> GgufVocab:
     else:
         raise ModelError(
             f"the GGUF file has a tokenizer of kind {model!r}; gpt2 and llama can be rebuilt",
-            remedy="Give the directory that holds the model's tokenizer.json with --tokenizer",
+            remedy="Take another GGUF file of the model, or its safetensors version",
         )
     _add_tokens(backend, tokens, types, model)
     eos = _token_id(metadata, "eos_token_id", len(tokens))

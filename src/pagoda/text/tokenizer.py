@@ -171,7 +171,7 @@ def _remedy(directory: Path) -> str:
             "The tokenizer is there in an older form: write the new one with transformers: "
             f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
         )
-    return "Download the model's tokenizer.json into it, or name a directory that has one with --tokenizer"
+    return "Download the model's tokenizer.json into it"
 
 
 class _File(msgspec.Struct):

@@ -68,8 +68,8 @@ def _missing(path: str) -> ModelError:
         return ModelError(f"{path} is a link to {os.readlink(path)}, which is not there", remedy="Download it again")
     if _HUB_ID.fullmatch(path):
         return ModelError(
-            f"{path} is no file or directory here; it looks like a Hugging Face id, and downloads are not built in yet",
-            remedy="Download the model yourself and give its directory",
+            f"{path} is no file or directory here; it looks like the name of a model on a hub",
+            remedy=f"Fetch it: pagoda pull {path}",
         )
     return ModelError(f"{path or 'the empty path'} is no file or directory", remedy="Give the path of a model")
 
