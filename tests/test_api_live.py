@@ -151,6 +151,20 @@ def test_broken_http_is_answered_in_json(url: str, sent: bytes) -> None:
     assert json.loads(body)["error"]["code"] == "invalid_request_error"
 
 
+def test_an_offer_of_http2_is_ignored(url: str) -> None:
+    """Java's HTTP client makes it; the body that follows is the request's own, in one piece with the head or not."""
+    body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n" % len(body) + offer + b"\r\n"
+    with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=5) as raw:
+        for pieces in ([head + body], [head, body]):
+            for piece in pieces:
+                raw.sendall(piece)
+                time.sleep(0.05)
+            got = raw.recv(65536)
+            assert got.startswith(b"HTTP/1.1 200") and b"text_completion" in got
+
+
 def test_endless_headers_are_cut(url: str) -> None:
     status, body = exchange(url, b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * (MAX_HEADER_BYTES + 1) + b"\r\n")
     assert status == 431 and json.loads(body)["error"]["code"] == "headers_too_large"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -15,6 +16,7 @@ from pagoda.errors import BadRequest
 HEADERS_S = 10.0
 MAX_HEADER_BYTES = 32_768
 MAX_HEADERS = 128
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 class TooManyHeaders(BadRequest):
@@ -45,6 +47,8 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        if b"pgrade" in data and (self.cycle is None or self.cycle.response_complete):
+            data = _without_upgrade(data)
         super().data_received(data)
         # The parser tells of a header only when it is complete: one without an end must be noticed here.
         if self._deadline is not None:
@@ -98,3 +102,12 @@ class Connection(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """Ignore an offer of another protocol, as a server may: the parser would take the body for that protocol's.
+
+    The HTTP client of Java makes this offer (h2c) in each first request to a plain address.
+    """
+    head, end, body = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + body

@@ -16,6 +16,7 @@ COMMANDS = MappingProxyType(
         "serve": "answer requests over the OpenAI API",
         "chat": "talk to a model in this terminal",
         "run-batch": "answer a file of requests, and end",
+        "connect": "how to connect Dify, RAGFlow, LangChain, Claude Code, ...",
         "bench": "how fast does a server answer, with how many requests at once?",
         "check": "is a model complete, sound and supported?",
         "plan": "does a model fit in the memory, and with which context?",
