@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pagoda.deploy.findings import Finding, problems, report
+from pagoda.deploy.findings import Finding, columns, problems, report
 from pagoda.errors import ConfigError
 
 _MARKS = {"ok": "  ok", "note": "note", "problem": "FAIL"}
@@ -22,10 +22,11 @@ def show(findings: Iterable[Finding], verdicts: tuple[str, str], *, as_json: boo
         print(json.dumps(report(items, **more), ensure_ascii=False, indent=2))
         return int(failed > 0)
     color = sys.stdout.isatty()
-    width = max((len(item.topic) for item in items), default=0)
+    width = max((columns(item.topic) for item in items), default=0)
     for item in items:
         mark = f"\x1b[{_COLORS[item.level]}m{_MARKS[item.level]}\x1b[0m" if color else _MARKS[item.level]
-        print(f"{mark}  {item.topic:<{width}}  {item.text}")
+        topic = item.topic + " " * (width - columns(item.topic))
+        print(f"{mark}  {topic}  {item.text}")
         if item.cure and item.level != "ok":
             print(f"{'':<6}{'':<{width}}  -> {item.cure}")
     print(f"\n{verdicts[1].format(count=failed) if failed else verdicts[0]}")

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from pagoda.deploy.connect import Served, Text, pick
+from pagoda.deploy.findings import columns
 
 T = TypeVar("T")
 
@@ -44,8 +45,8 @@ def text(guide: Guide, served: Served, root: str, key: str, lang: str) -> str:
     rows = [(pick(name, lang), value if isinstance(value, str) else pick(value, lang)) for name, value in fields]
     parts = [f"{guide.title}: {pick(_of(guide.where, served.task, ('', '')), lang)}"]
     if rows:
-        width = max(_width(name) for name, _ in rows)
-        parts.append("\n".join(f"  {name}{' ' * (width - _width(name))}  {value}" for name, value in rows))
+        width = max(columns(name) for name, _ in rows)
+        parts.append("\n".join(f"  {name}{' ' * (width - columns(name))}  {value}" for name, value in rows))
     if code := _of(guide.code, served.task, ""):
         parts.append("\n".join(f"  {line}" if line else "" for line in code.strip("\n").split("\n")))
     if hint := pick(guide.hint, lang):
@@ -57,11 +58,6 @@ def text(guide: Guide, served: Served, root: str, key: str, lang: str) -> str:
 
 def _of(by_task: Mapping[str, T], task: str, default: T) -> T:
     return by_task.get(task, by_task.get("", default))
-
-
-def _width(shown: str) -> int:
-    """Columns in a terminal: a Chinese character takes two."""
-    return sum(2 if ord(char) > 0x2E7F else 1 for char in shown)
 
 
 _CAN: Text = ("Tool Call", "工具调用")
@@ -227,7 +223,10 @@ docker run -d -p 3000:8080 -v open-webui:/app/backend/data \\
   -e OPENAI_API_BASE_URL=$root/v1 -e OPENAI_API_KEY=$shell_key ghcr.io/open-webui/open-webui:main
 """
             },
-            hint=("Open WebUI asks the server for its models: $model is in its list then.", "Open WebUI 会读取模型列表，之后即可选择 $model。"),
+            hint=(
+                "Open WebUI asks the server for its models: $model is in its list then.",
+                "Open WebUI 会读取模型列表，之后即可选择 $model。",
+            ),
             docker=True,
         ),
         "spring": Guide(

@@ -41,6 +41,11 @@ def problems(findings: Iterable[Finding]) -> int:
     return sum(finding.level == "problem" for finding in findings)
 
 
+def columns(text: str) -> int:
+    """Its width in a terminal: a Chinese character takes two columns."""
+    return sum(2 if ord(char) > 0x2E7F else 1 for char in text)
+
+
 def report(findings: Iterable[Finding], **more: Any) -> dict[str, Any]:
     """The findings as a table for JSON."""
     items = list(findings)
