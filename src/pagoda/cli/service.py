@@ -47,7 +47,7 @@ Options of install:
   --name NAME       the service's name (default: from the model's)
   --user            systemd: a service of this user, without root (default for those who are not root)
   --run-as USER     systemd: the user it runs as (default: who called sudo, else whom the model belongs to)
-  --gpus WHICH      compose: all, a number, or 0,1
+  --gpus WHICH      compose: all, how many, or which: 0,1 (only the first: 0,)
   --replicas N      compose: so many containers, on as many ports from --port on
   --start           start it now
   --dry-run         print the files, and write nothing
@@ -167,8 +167,10 @@ def _planned(own: dict[str, str], rest: list[str]) -> Service:
 
 
 def _gpus(given: str | None) -> str | None:
-    if given is not None and given != "all" and not given.replace(",", "").isdigit():
-        raise ConfigError(f"--gpus {given} names no GPUs", remedy="Give all, a number of GPUs, or some of them: 0,1")
+    if given is not None and given != "all" and (given == "0" or not given.replace(",", "").isdigit()):
+        raise ConfigError(
+            f"--gpus {given} names no GPUs", remedy="Give all, how many, or which: 0,1 (only the first: 0,)"
+        )
     return given
 
 
