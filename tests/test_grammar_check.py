@@ -12,7 +12,7 @@ import pytest
 from api_fake import EOS, SPECIAL, VOCAB, ByteTokenizer
 
 from pagoda.engine.grammar_check import GrammarCheck
-from pagoda.errors import BadRequest
+from pagoda.errors import BadRequest, Overloaded
 from pagoda.text import grammar
 
 START = ("start: @part0",)
@@ -133,3 +133,21 @@ def test_who_leaves_while_it_is_tried_disturbs_nobody() -> None:
         return text
 
     assert "part0" in asyncio.run(go())
+
+
+def test_known_grammars_pass_those_that_are_slow_and_new_ones_wait_so_long_only() -> None:
+    async def go() -> None:
+        check = GrammarCheck(words, turn_s=0.05)
+        known = await check.check(grammar.document(START, lark("start: /a+/")))
+        slow = {"type": "integer", "multipleOf": 999983}
+        busy = asyncio.create_task(check.check(grammar.document(START, grammar.json_part(slow))))
+        await asyncio.sleep(0)
+        assert await check.check(known) == known and not busy.done()
+        with pytest.raises(Overloaded, match="wait to be compiled"):
+            await check.check(grammar.document(START, lark("start: /b+/")))
+        with pytest.raises(BadRequest, match="too long"):
+            await busy
+        await check.check(grammar.document(START, lark("start: /b+/")))
+        check.close()
+
+    asyncio.run(go())

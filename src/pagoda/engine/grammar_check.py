@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from pagoda.engine.messages import Verdict, frame
-from pagoda.errors import BadRequest
+from pagoda.errors import BadRequest, Overloaded
 
 COMMAND = (sys.executable, "-P", "-m", "pagoda.engine.grammar_worker")
 _WALL_S = 120.0  # the worker's own limit is a second on the processor; this one is for a worker that hangs
+_TURN_S = 30.0
 _MAX_KEPT_BYTES = 16 << 20
 _TOO_MUCH = "it takes too long or too much memory to compile"
 
@@ -61,11 +62,17 @@ class GrammarCheck:
     """One worker, started with the first grammar; what it said is remembered."""
 
     def __init__(
-        self, words: Callable[[], Words], *, command: Sequence[str] = COMMAND, wall_s: float = _WALL_S
+        self,
+        words: Callable[[], Words],
+        *,
+        command: Sequence[str] = COMMAND,
+        wall_s: float = _WALL_S,
+        turn_s: float = _TURN_S,
     ) -> None:
         self._words = words
         self._command = tuple(command)
         self._wall_s = wall_s
+        self._turn_s = turn_s
         self._worker: _Worker | None = None
         self._turn = asyncio.Lock()
         self._kept: OrderedDict[str, Verdict] = OrderedDict()
@@ -73,14 +80,27 @@ class GrammarCheck:
 
     async def check(self, grammar: str) -> str:
         """The grammar as the engine takes it. Raises BadRequest with the reason where it cannot."""
-        async with self._turn:
+        verdict = self._kept.get(grammar)  # one that is known need not wait behind those that are slow
+        if verdict is None:
+            verdict = await self._in_turn(grammar)
+        if verdict.error:
+            raise BadRequest(verdict.error)
+        return verdict.grammar
+
+    async def _in_turn(self, grammar: str) -> Verdict:
+        try:
+            async with asyncio.timeout(self._turn_s):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise Overloaded("too many grammars wait to be compiled", remedy="Try again in a moment") from None
+        try:
             verdict = self._kept.get(grammar)
             if verdict is None:
                 verdict = await self._ask(grammar)
                 self._keep(grammar, verdict)
-        if verdict.error:
-            raise BadRequest(verdict.error)
-        return verdict.grammar
+            return verdict
+        finally:
+            self._turn.release()
 
     async def _ask(self, grammar: str) -> Verdict:
         try:
