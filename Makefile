@@ -2,6 +2,7 @@
 # make test     install with the test tools, and run the tests
 # make check    what CI runs: lint, format, types, floors, tests
 # make test-arm compile the native library for ARM, and test its kernels under qemu
+# make test-clients  run the clients' own packages (openai, anthropic, Dify, ...), each of its pinned version
 # make bench    measure, beside llama.cpp: make bench ARGS="--llama FOLDER --model FILE.gguf"
 # make docs     write the pages that are made from code
 
@@ -26,6 +27,25 @@ check: $(VENV)/installed $(VENV)/test-tools
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest
+
+CLIENTS := $(VENV)/clients
+OF_openai3 := openai anthropic ollama cohere langchain
+OF_openai2 := openai instructor llamaindex litellm
+OF_dify := dify
+test-clients: $(VENV)/installed $(VENV)/test-tools $(CLIENTS)/openai3/ready $(CLIENTS)/openai2/ready $(CLIENTS)/dify/ready
+	$(call with_clients,openai3)
+	$(call with_clients,openai2)
+	$(call with_clients,dify)
+
+# Their environments hold no Pagoda: what they see of it is HTTP.
+with_clients = PAGODA_PYTHON=$(abspath $(BIN)/python) $(CLIENTS)/$(1)/bin/python -m pytest --confcutdir=tests/clients \
+	$(OF_$(1):%=tests/clients/test_client_%.py) $(ARGS)
+
+$(CLIENTS)/%/ready: tests/clients/%.txt | $(VENV)/bin/python
+	@echo "Installing the clients of $< ..."
+	@$(VENV)/bin/python -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $<
+	@touch $@
 
 ARM_QEMU ?= $(shell command -v qemu-aarch64-static || command -v qemu-aarch64)
 test-arm:
@@ -63,5 +83,5 @@ $(VENV)/test-tools: pyproject.toml | $(VENV)/installed
 	@$(PIP) --editable '.[test]'
 	@touch $@
 
-.PHONY: serve test test-arm check bench docs clean
+.PHONY: serve test test-clients test-arm check bench docs clean
 .DELETE_ON_ERROR:

@@ -184,7 +184,14 @@ def test_an_answer_of_a_given_form_may_be_a_call_instead(client: Client) -> None
         ({"tool_choice": "required"}, "tool_choice", "no tools"),
         ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice", "must be auto"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "'g'"),
-        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "must be a word or"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "needs a list of tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "tools": [], "mode": 1}}, "tool_choice", "a mode"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "tools": [1], "mode": "required"}},
+            "tool_choice",
+            "no tools",
+        ),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom"}}, "tool_choice", "must be a word or"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools", "tools[0].function.name"),
     ],
 )
@@ -218,6 +225,18 @@ def test_tools_of_other_types_are_left_out(client: Client) -> None:
     assert response.status_code == 200
     template = client.server.chat_template
     assert isinstance(template, PlainTemplate) and template.seen[-1]["tools"] == TOOLS
+
+
+def test_allowed_tools(client: Client) -> None:
+    listed = [{"type": "function", "function": {"name": "now"}}, {"type": "function", "function": {"name": [1]}}]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": listed}}
+    assert client.chat(tools=TOOLS, tool_choice=choice).status_code == 200
+    assert grammar_of(client) == ""
+    template = client.server.chat_template
+    assert isinstance(template, PlainTemplate) and template.seen[-1]["tools"] == TOOLS[1:]
+    choice["allowed_tools"]["mode"] = "required"  # type: ignore[index]
+    client.chat(tools=TOOLS, tool_choice=choice)
+    assert "now" in grammar_of(client) and "get_weather" not in grammar_of(client)
 
 
 def test_mistral_ids_have_nine_letters() -> None:

@@ -159,11 +159,6 @@ def _tools(body: ResponsesBody) -> tuple[list[dict[str, Any]], str | dict[str, A
         if tool.get("type") == "function"
     ]
     choice = body.tool_choice
-    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        given = choice.get("tools")
-        names = {each.get("name") for each in given if isinstance(each, dict)} if isinstance(given, list) else set()
-        tools = [tool for tool in tools if tool["function"].get("name") in names]
-        choice = choice.get("mode") or "auto"
     if not tools and (not isinstance(choice, dict) or choice.get("type") != "function") and choice != "required":
         return [], None
     return tools, choice

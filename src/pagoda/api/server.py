@@ -337,8 +337,9 @@ def _header_safe(name: str) -> str:
 
 
 def too_long(limit: int, held: int, *, at_least: bool = False) -> ContextLengthExceeded:
+    count = f"at least {held}" if at_least else str(held)
     return ContextLengthExceeded(
-        f"maximum context length is {limit} tokens, but the prompt holds {'at least ' if at_least else ''}{held}"
+        f"this model's maximum context length is {limit} tokens, but the prompt holds {count}"
         + (" and leaves no room for an answer" if held == limit else ""),
         remedy="Send a shorter prompt, or start the server with a larger --max-model-len",
     )

@@ -48,9 +48,10 @@ class Turn:
 async def prepare_turn(server: Server, body: ChatBody) -> Turn:
     """Render the messages. Raises BadRequest for what the template, the model or the tools do not allow."""
     tools = [tool for tool in body.tools or [] if tool.get("type", "function") == "function"]
+    tools, choice = _allowed(tools, body.tool_choice)
     schemas = function_schemas(tools)
-    forced = _forced(body.tool_choice, schemas)
-    changes: dict[str, Any] = {"tools": tools or None}
+    forced = _forced(choice, schemas)
+    changes: dict[str, Any] = {"tools": tools or None, "tool_choice": choice}
     if forced is not None:  # templates know the words only
         changes["tool_choice"] = "auto"
     body = msgspec.structs.replace(body, **changes)
@@ -148,6 +149,26 @@ def _forced(choice: str | dict[str, Any] | None, schemas: Schemas) -> Schemas | 
     if name not in schemas:
         raise BadRequest(f"tool_choice names {name[:64]!r}, which is not among the tools", param="tool_choice")
     return {name: schemas[name]}
+
+
+def _allowed(
+    tools: list[dict[str, Any]], choice: str | dict[str, Any] | None
+) -> tuple[list[dict[str, Any]], str | dict[str, Any] | None]:
+    """What `allowed_tools` leaves of the tools, and its mode; it is nested in chats and flat in responses."""
+    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
+        return tools, choice
+    given = choice.get("allowed_tools", choice)
+    named, mode = (given.get("tools"), given.get("mode", "auto")) if isinstance(given, dict) else (None, None)
+    if not isinstance(named, list) or mode not in ("auto", "required"):
+        raise BadRequest("allowed_tools needs a list of tools, and a mode: auto or required", param="tool_choice")
+    inner = [each.get("function", each) for each in named if isinstance(each, dict)]
+    allowed = [each.get("name") for each in inner if isinstance(each, dict)]
+    return [tool for tool in tools if _name_of(tool) in allowed], mode
+
+
+def _name_of(tool: dict[str, Any]) -> Any:
+    function = tool.get("function")
+    return function.get("name") if isinstance(function, dict) else None
 
 
 def _named(choice: str | dict[str, Any]) -> str | None:
