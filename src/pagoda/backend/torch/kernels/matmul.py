@@ -53,7 +53,7 @@ def operand(weight: Weight) -> Operand | None:
     name = _NAMES[type(weight)]
     match weight:
         case Dense(data=data):
-            return Operand(0, name, data, data, None, 0, data.shape[-2], data.shape[-1])
+            return _dense_operand(data)
         case I8(codes=codes, scales=scales):
             return Operand(4, name, codes, scales, None, 0, codes.shape[-2], codes.shape[-1])
         case F8(codes=codes, scales=scales, block=block):
@@ -63,12 +63,17 @@ def operand(weight: Weight) -> Operand | None:
             return Operand(3, name, codes, scales, None, block[1] if block else 0, n, k)
     n, k = weight.rows, weight.codes.shape[-1] * (2 if isinstance(weight, W4) else 1)
     groups = weight.scales.shape[-2]
-    if (groups > 1 and (k // groups) % 32) or k % 16:
+    least = 32 if isinstance(weight, W4) else 16
+    if (groups > 1 and (k // groups) % least) or k % 16:
         return None
     return Operand(
         1 if isinstance(weight, W4) else 2, name, weight.codes, weight.scales, weight.zeros,
         k // groups if groups > 1 else 0, n, k,
     )  # fmt: skip
+
+
+def _dense_operand(data: Tensor) -> Operand:
+    return Operand(0, "dense", data, data, None, 0, data.shape[-2], data.shape[-1])
 
 
 def matmul(x: Tensor, weight: Weight) -> Tensor | None:
@@ -182,11 +187,12 @@ def unpacked(parts: Operand, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def grouped(x: Tensor, weight: Weight, starts: Tensor) -> Tensor | None:
-    """See ops.grouped_matmul; None where no kernel takes it."""
-    parts = operand(weight)
-    if parts is None or getattr(weight, "order", None) is not None:
-        return None
+def grouped(x: Tensor, weight: Weight, starts: Tensor) -> Tensor:
+    """See ops.grouped_matmul. Nothing is read back from the device, so that it can be recorded in a graph."""
+    parts = operand(weight) or _dense_operand(weight.floats().to(x.dtype))
+    if isinstance(weight, W4 | W8) and weight.order is not None:
+        rows = torch.arange(len(x), dtype=starts.dtype, device=x.device)
+        x = x.gather(1, weight.order[torch.searchsorted(starts, rows, right=True) - 1])
     if isinstance(weight, I8):
         codes, scales = quantize_rows(x)
         return tiled(codes, parts, x.dtype, x_scales=scales, starts=starts)
