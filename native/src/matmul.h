@@ -198,11 +198,11 @@ void tile_of(int64_t n, const Part& part, int64_t first, int64_t last, const Row
   tile<Type, M>(part, first, last, a, row, out);
 }
 
-// Panels [first, last) times rows [r0, r1). A few panels stay in the first-level cache while all rows go over them;
+// Panels [first, last) times rows [r0, r1). A pair of panels stays in the first-level cache while all rows go over it;
 // the rows are split evenly into tiles of at most kTile.
 template <int Type>
 void product(const Part& part, int64_t first, int64_t last, const Rows& a, int64_t r0, int64_t r1, const Out& out) {
-  const int64_t rows = r1 - r0, tiles = (rows + kTile - 1) / kTile, step = rows <= kTile ? last - first : panels_at_once<Type>(kTile);
+  const int64_t rows = r1 - r0, tiles = (rows + kTile - 1) / kTile, step = rows <= kTile ? last - first : 2;
   for (int64_t p = first; p < last; p += step) {
     const int64_t end = p + step < last ? p + step : last;
     for (int64_t t = 0; t < tiles; t++) {
