@@ -6,10 +6,10 @@
 Other servers can join: --peer "NAME=COMMAND ... {port}", started the same way, serving the model under the name m.
 
 In process, through llama-bench and through the engine's core without speculation: prefill of 512 tokens; decode of one
-stream (128 tokens behind a prompt of 128), alone and while another process keeps one core busy. Over HTTP: `load.py`
-with 1, 16 and 32 parallel requests (prompt 128, output 128), peak memory after 32 requests of 640 tokens, and 16
+stream (128 tokens behind a prompt of 128), alone and while another process keeps one core busy. Over HTTP: `pagoda
+bench` with 1, 16 and 32 parallel requests (prompt 128, output 128), peak memory after 32 requests of 640 tokens, and 16
 requests that share a prefix of 512 tokens (32 output), against llama-server (split and unified cache), the peers and
-`pagoda serve`. Both sides get --threads threads. Needs aiohttp and psutil.
+`pagoda serve`. Both sides get --threads threads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from typing import Any
 
 import psutil
 
-HERE = Path(__file__).parent
 MEASURES = {
     "prefill_512": "prefill, 512 tokens, tok/s",
     "decode": "decode, one stream, tok/s",
@@ -117,14 +116,18 @@ def first_token(port: int, started: float, process: subprocess.Popen[bytes]) -> 
             time.sleep(0.01)
 
 
-def load(a: argparse.Namespace, workload: str, repeats: int, *more: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(HERE / "load.py"), "--base-url", f"http://127.0.0.1:{a.port}/v1", "--model", "m",
-         "--workloads", workload, "--concurrency", "1,16,32", "--repeats", str(repeats), *more],
-        capture_output=True, check=True,
-    )  # fmt: skip
-    results: dict[str, Any] = json.loads(done.stdout)["results"]
-    return {name: value["median"] for name, value in results.items()}
+def load(a: argparse.Namespace, requests: int, repeats: int, *more: str) -> dict[str, float]:
+    """So many requests at once, and no more; the median of each number."""
+    command = [sys.executable, "-m", "pagoda.cli.main", "bench", "--base-url", f"http://127.0.0.1:{a.port}", "--json"]
+    command += ["-", "--model", "m", "--concurrency", str(requests), "--num-prompts", str(requests), *more]
+    runs = []
+    for _ in range(repeats):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not done.stdout:
+            sys.exit(f"the load could not be made: {done.stderr}")
+        runs += json.loads(done.stdout)["runs"]
+    names = ("output_throughput", "p50_ttft_ms", "p99_itl_ms", "duration", "failed")
+    return {name: statistics.median(run.get(name, 0.0) for run in runs) for name in names}
 
 
 def resident_mib(process: subprocess.Popen[bytes]) -> int:
@@ -141,14 +144,21 @@ def serve(a: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         out: dict[str, Any] = {"first_token_s": first_token(a.port, started, process)}
-        for name, value in load(a, "throughput", a.repeats).items():
-            out[name] = value["out_tok_s"]
-            out[name + "_ttft_ms"], out[name + "_itl_p99_ms"] = value["ttft_ms_p50"], value["itl_ms_p99"]
+        for count in (1, 16, 32):
+            name, value = f"throughput_c{count}", load(a, count, a.repeats)
+            out[name] = value["output_throughput"]
+            out[name + "_ttft_ms"], out[name + "_itl_p99_ms"] = value["p50_ttft_ms"], value["p99_itl_ms"]
             if value["failed"]:
                 out[name + "_failed"] = value["failed"]
-        load(a, "throughput", 1, "--concurrency", "32", "--prompt", "512", "--warmup", "0")
+        load(a, 32, 1, "--input-len", "512", "--num-warmups", "0")
         out["resident_mib"] = resident_mib(process)
-        out |= {name + "_s": value["wall_s"] for name, value in load(a, "prefix", 1).items()}
+        shared = ("--prefix-len", "512", "--input-len", "16", "--output-len", "32", "--num-warmups")
+        for name, words in (
+            ("prefix_distinct_s", ("--input-len", "528", "--output-len", "32")),
+            ("prefix_cold_s", (*shared, "0")),
+            ("prefix_warm_s", (*shared, "1")),
+        ):
+            out[name] = load(a, 16, 1, *words)["duration"]
         return out
     finally:
         os.killpg(process.pid, 15)

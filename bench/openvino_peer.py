@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""OpenVINO GenAI on the CPU, in process: the workloads of load.py with its continuous batching; prints JSON.
+"""OpenVINO GenAI on the CPU, in process: the workloads of cpu.py with its continuous batching; prints JSON.
 
     PYTHON_WITH_OPENVINO_GENAI bench/openvino_peer.py MODEL_DIR --threads 2
 
