@@ -46,7 +46,13 @@ and the options of pagoda serve: --max-model-len, --gpu-memory-utilization, --te
 """
 
 _BAR = 64
-_PARTS = (("weights", "#", "34"), ("KV cache", "=", "32"), ("work", "+", "33"), ("CUDA", "x", "35"))
+_PARTS = (
+    ("weights", "#", "34"),
+    ("images", "i", "36"),
+    ("KV cache", "=", "32"),
+    ("work", "+", "33"),
+    ("CUDA", "x", "35"),
+)
 
 
 def run(words: list[str]) -> int:
@@ -144,6 +150,7 @@ def _notes(model: PlannedModel, plan: Plan) -> list[str]:
 def _rows(model: PlannedModel, plan: Plan) -> list[tuple[str, str]]:
     rows = [
         ("weights", f"{size(plan.weight_bytes)}{' on each GPU' if plan.gpus > 1 else ''}"),
+        *([("images", f"{size(plan.image_bytes)}: their encoder and its work")] if plan.image_bytes else []),
         ("KV cache", f"{size(plan.kv_bytes)}, {plan.kv_bytes_per_token / 1024:g} KiB for each token"),
         ("work", f"{size(plan.activation_bytes)} for steps of {plan.limits.max_num_batched_tokens} tokens"),
     ]
@@ -161,8 +168,8 @@ def _rows(model: PlannedModel, plan: Plan) -> list[tuple[str, str]]:
 
 def picture(plan: Plan, color: bool) -> str:
     """The memory as a bar: what is taken by what, what is left, and where the limit is when it is too much."""
-    cache = plan.kv_bytes or plan.needed_bytes - plan.weight_bytes - plan.activation_bytes - plan.overhead_bytes
-    sizes = (plan.weight_bytes, cache, plan.activation_bytes, plan.overhead_bytes)
+    cache = plan.kv_bytes or plan.needed_bytes - plan.fixed_bytes
+    sizes = (plan.weight_bytes, plan.image_bytes, cache, plan.activation_bytes, plan.overhead_bytes)
     width = min(_BAR, max(16, shutil.get_terminal_size().columns - 4))
     total = max(plan.machine.memory_bytes, sum(sizes), 1)
     bar, end, at = "", 0, 0
@@ -224,6 +231,7 @@ def _json(settings: Settings, model: PlannedModel, plan: Plan) -> str:
         "kv_bytes_per_token": plan.kv_bytes_per_token,
         "activation_bytes": plan.activation_bytes,
         "overhead_bytes": plan.overhead_bytes,
+        "image_bytes": plan.image_bytes,
         "num_blocks": plan.blocks,
         "max_model_len": plan.context,
         "longest_context": plan.longest_context,

@@ -45,6 +45,7 @@ class Plan:
     weight_bytes: int
     activation_bytes: int
     overhead_bytes: int
+    image_bytes: int
     block_bytes: int
     blocks: int
     most_blocks: int
@@ -62,6 +63,11 @@ class Plan:
         return int(self.machine.memory_bytes * self.share)
 
     @property
+    def fixed_bytes(self) -> int:
+        """All but the cache."""
+        return self.weight_bytes + self.activation_bytes + self.overhead_bytes + self.image_bytes
+
+    @property
     def kv_bytes(self) -> int:
         return self.blocks * self.block_bytes
 
@@ -73,7 +79,7 @@ class Plan:
     def needed_bytes(self) -> int:
         """With the cache that is planned, or where nothing fits, with that of one request."""
         cache = self.kv_bytes or memory.blocks_for(self.wanted_context) * self.block_bytes
-        return self.weight_bytes + self.activation_bytes + self.overhead_bytes + cache
+        return self.fixed_bytes + cache
 
     def parallel(self) -> dict[int, int]:
         """Context in tokens -> requests of that length that run at once."""
@@ -99,13 +105,14 @@ def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Pl
     kv_type = memory.kv_type(limits.kv_cache_dtype)
     weights = executor.weight_bytes(model.tensors, asked)
     work = program.buffer_bytes(model.spec, limits.max_num_batched_tokens)
+    images = _image_bytes(model, limits, memory.FLOAT32_BYTES)
     try:
         blocks = memory.fit(
             model.spec,
             limits,
             free_bytes=machine.memory_bytes,
             weight_bytes=weights,
-            activation_bytes=work,
+            activation_bytes=work + images,
             kv_type=kv_type,
         )
     except MemoryShort:
@@ -114,7 +121,7 @@ def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Pl
         blocks = 0  # the engine refuses a length that was asked for, where the model's own is cut
     share = memory.DEFAULT_SHARE if config.memory_share is None else config.memory_share
     block_bytes = memory.kv_bytes_per_block(model.spec, kv_type)
-    return _filled(machine, share, 0, (weights, work, 0), block_bytes, blocks, limits, model, config)
+    return _filled(machine, share, 0, (weights, work, 0, images), block_bytes, blocks, limits, model, config)
 
 
 def _gpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine, gpus: int | None) -> Plan:
@@ -131,15 +138,15 @@ def _gpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine, gpus:
     stored = {slot: _gpu_bytes(slot, t, quantization, model.group, item) for slot, t in model.tensors.items()}
     weights = sharding.weight_bytes(model.spec, stored, size)
     work = sharding.activation_bytes(model.spec, limits, size, item)
-    overhead = sharding.overhead_bytes(size)
+    overhead, images = sharding.overhead_bytes(size), _image_bytes(model, limits, item)
     share = memory.DEFAULT_SHARE if config.memory_share is None else config.memory_share
     block_bytes = sharding.kv_bytes_per_block(model.spec, size, item)
-    left = int(machine.memory_bytes * share) - weights - work - overhead
+    left = int(machine.memory_bytes * share) - weights - work - overhead - images
     most = max(0, left) // block_bytes
     one = memory.blocks_for(limits.max_model_len)
     blocks = most if config.max_model_len is None or most >= one else 0
     blocks = min(blocks, one * limits.max_num_seqs)
-    plan = _filled(machine, share, size, (weights, work, overhead), block_bytes, blocks, limits, model, config)
+    plan = _filled(machine, share, size, (weights, work, overhead, images), block_bytes, blocks, limits, model, config)
     return replace(plan, parallel_sizes=tuple(sizes))
 
 
@@ -147,7 +154,7 @@ def _filled(
     machine: Machine,
     share: float,
     gpus: int,
-    parts: tuple[int, int, int],
+    parts: tuple[int, int, int, int],
     block_bytes: int,
     blocks: int,
     limits: Limits,
@@ -163,6 +170,7 @@ def _filled(
         weight_bytes=parts[0],
         activation_bytes=parts[1],
         overhead_bytes=parts[2],
+        image_bytes=parts[3],
         block_bytes=block_bytes,
         blocks=blocks,
         most_blocks=most,
@@ -192,6 +200,11 @@ def _as_asked(
         f"--quantization {quantization} cannot be planned for weights in {model.method or 'floats'}",
         remedy="Leave --quantization out" if model.method else "Give int8, int4, awq or gptq",
     )
+
+
+def _image_bytes(model: PlannedModel, limits: Limits, itemsize: int) -> int:
+    """The image encoder, whole on each GPU, with the images of one step."""
+    return 0 if model.images is None else model.images.total_bytes(limits.max_num_batched_tokens, itemsize)
 
 
 def _group_of(model: PlannedModel) -> int:
@@ -239,6 +252,5 @@ def _more_gpus(model: PlannedModel, config: EngineConfig, machine: Machine) -> I
 
 
 def _share_that_fits(plan: Plan) -> float:
-    need = plan.weight_bytes + plan.activation_bytes + plan.overhead_bytes
-    need += memory.blocks_for(plan.wanted_context) * plan.block_bytes
+    need = plan.fixed_bytes + memory.blocks_for(plan.wanted_context) * plan.block_bytes
     return math.ceil(100 * need / plan.machine.memory_bytes) / 100 if plan.machine.memory_bytes else math.inf

@@ -13,6 +13,7 @@ import numpy as np
 
 from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.spec import ModelSpec
+from pagoda.deploy.image_encoder import ImageEncoder, image_encoder
 from pagoda.errors import ModelError
 from pagoda.weights.files import Checkpoint
 from pagoda.weights.open import open_source
@@ -24,7 +25,8 @@ _PACKED = MappingProxyType({"awq": "U4G", "gptq": "U4G", "fp8": "F8_E4M3", "comp
 _SERVED = ("awq", "gptq", "gguf", "fp8", "compressed-tensors", None)
 _LANGUAGE_PARTS = MappingProxyType({"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"})
 _GROUP = 128
-NO_IMAGES = "this is the language model alone: the image encoder is not planned yet, nor served"
+NO_IMAGES = "this is the language model alone: an image encoder of this kind cannot be planned, nor served yet"
+WITH_IMAGES = "the image encoder is counted; images cannot be served yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,14 @@ class PlannedModel:
     method: str | None
     group: int
     notes: tuple[str, ...] = ()
+    images: ImageEncoder | None = None
 
     @property
     def parameters(self) -> int:
-        return sum(int(np.prod(shape)) for shape in self.spec.slots().values())
+        """All of them, also the experts that a token does not use, and the image encoder's."""
+        return sum(int(np.prod(shape)) for shape in self.spec.slots().values()) + (
+            self.images.parameters if self.images else 0
+        )
 
 
 def planned_model(path: Path) -> PlannedModel:
@@ -76,14 +82,16 @@ def _from_config(path: Path, notes: tuple[str, ...]) -> PlannedModel:
 
 def model_of_config(config: dict[str, Any], notes: tuple[str, ...], path: str = "") -> PlannedModel:
     """The model that a config.json describes; `path` is where its weights would be."""
+    images = None
     if "vision_config" in config or config.get("model_type") in _LANGUAGE_PARTS:
-        config, notes = _language_part(config), (*notes, NO_IMAGES)
+        images = image_encoder(config)
+        config, notes = _language_part(config), (*notes, WITH_IMAGES if images else NO_IMAGES)
     source = Checkpoint(path, {}, config, {})
     spec, method = load_spec(source), method_of(source)
     if method not in _SERVED:
         notes = (*notes, f"weights in {method} can be planned, but not served yet")
     kind = _FLOATS.get(str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"), "BF16")
-    model = PlannedModel(spec, _tensors(spec, kind), method, _group(config), notes)
+    model = PlannedModel(spec, _tensors(spec, kind), method, _group(config), notes, images)
     return model if method is None else packed(model, method, int(_table(config).get("bits") or 0))
 
 
