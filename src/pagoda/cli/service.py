@@ -58,6 +58,8 @@ VERBS = ("install", "start", "stop", "restart", "status", "logs", "uninstall")
 _OF_INSTALL = ("via", "name", "run-as", "gpus", "replicas")
 _SWITCHES = ("user", "start", "dry-run")
 _POLL_S = 0.3
+_GRACE_S = 2.0
+"""For as long a service may look stopped because its start has only been asked for."""
 
 
 def run(argv: list[str]) -> int:
@@ -213,13 +215,13 @@ def _change(verb: str, service: Service) -> int:
 def _wait(service: Service, manager: Manager) -> int:
     """Until it answers, or has failed; Ctrl-C leaves it starting."""
     shown = ""
-    deadline = time.monotonic() + disk.START_LIMIT_S
-    while time.monotonic() < deadline:
+    begin = time.monotonic()
+    while (waited_s := time.monotonic() - begin) < disk.START_LIMIT_S:
         state = manager.state(service)
         if state.word == "running" and health(service.url) == "ready":
             print(f"{service.name} answers at {service.url}/v1")
             return 0
-        if state.word in ("failed", "stopped"):
+        if state.word == "failed" or (state.word == "stopped" and waited_s > _GRACE_S):
             for line in manager.tail(service, 12):
                 print(f"  {line}", file=sys.stderr)
             raise ConfigError(

@@ -28,6 +28,7 @@ from pagoda.observe import printable
 SYSTEM_UNITS = Path("/etc/systemd/system")
 _STEPS_SINCE = 254
 _ROOT_ONLY = """\
+PrivateTmp=yes
 ProtectSystem=full
 ProtectControlGroups=yes
 ProtectKernelLogs=yes
@@ -37,7 +38,6 @@ ProtectHostname=yes
 # No MemoryDenyWriteExecute: kernels are compiled at run time. ProtectKernelModules would keep the driver out.
 _HARDENING = """\
 NoNewPrivileges=yes
-PrivateTmp=yes
 RestrictSUIDSGID=yes
 RestrictRealtime=yes
 RestrictNamespaces=yes
@@ -96,7 +96,8 @@ class Systemd:
         call(*self._systemctl, "stop", unit_name(service))
 
     def restart(self, service: Service) -> None:
-        call(*self._systemctl, "restart", "--no-block", unit_name(service))
+        self.stop(service)
+        self.start(service)
 
     def remove(self, service: Service) -> None:
         with contextlib.suppress(ConfigError):  # it may be half installed
