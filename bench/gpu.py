@@ -17,12 +17,13 @@ import gc
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,14 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 
-from pagoda.arch.spec import ModelSpec  # noqa: E402
+from pagoda.arch.dummy import dummy  # noqa: E402
+from pagoda.arch.registry import bind, load_spec  # noqa: E402
 from pagoda.backend.base import Capacity  # noqa: E402
+from pagoda.backend.torch.convert import Target  # noqa: E402
 from pagoda.backend.torch.device import Device  # noqa: E402
-from pagoda.backend.torch.dummy import GROUP, random_decoder  # noqa: E402
 from pagoda.backend.torch.executor import TorchExecutor, make_caches  # noqa: E402
 from pagoda.backend.torch.graphs import DecodeGraphs, Recorder  # noqa: E402
+from pagoda.backend.torch.load import Loader  # noqa: E402
 from pagoda.sched.scheduler import Scheduler, SchedulerConfig  # noqa: E402
 from pagoda.types import Request, SamplingParams  # noqa: E402
 
@@ -54,6 +57,13 @@ def qwen3(hidden: int, layers: int, heads: int, size: int, **more: Any) -> dict[
     return {**QWEN3, **table, "intermediate_size": size, **more}
 
 
+GROUP = 128
+STORED: dict[str, Row] = {
+    "float": {},
+    "w4": {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}},
+    "fp8": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [GROUP, GROUP]}},
+}
+EXPERTS = {"model_type": "qwen3_moe", "norm_topk_prob": True, "num_experts": 128, "num_experts_per_tok": 8}
 LLAMA3 = {**qwen3(4096, 32, 32, 14336), "model_type": "llama", "vocab_size": 128256, "rope_theta": 5e5}
 MODELS: dict[str, tuple[dict[str, Any], Any]] = {
     "Qwen3-0.6B": (qwen3(1024, 28, 16, 3072, tie_word_embeddings=True), "float"),
@@ -62,9 +72,14 @@ MODELS: dict[str, tuple[dict[str, Any], Any]] = {
     "Qwen3-32B-AWQ": (qwen3(5120, 64, 64, 25600), "w4"),
     "Qwen3-4B": (qwen3(2560, 36, 32, 9728, tie_word_embeddings=True), "float"),
     "Llama-3-8B": (LLAMA3, "float"),
+    "Qwen3-30B-A3B": (qwen3(2048, 48, 32, 6144, num_key_value_heads=4, moe_intermediate_size=768, **EXPERTS), "float"),
 }
 TINY = qwen3(64, 1, 4, 64, head_dim=32, num_key_value_heads=2, vocab_size=500, tie_word_embeddings=True)
-TINY_MODELS: dict[str, tuple[dict[str, Any], Any]] = {"tiny": (TINY, "w4")}
+TINY_MODELS: dict[str, tuple[dict[str, Any], Any]] = {
+    "tiny": (TINY, "w4"),
+    "tiny-experts": ({**TINY, **EXPERTS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+                     "float"),
+}  # fmt: skip
 SHAPES = [
     (6144, 4096),
     (4096, 4096),
@@ -85,13 +100,17 @@ class Report:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.rows = folder, []
-        self._file = (folder / "results.jsonl").open("w")
+        self._file = os.open(folder / "results.jsonl", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 
     def add(self, phase: str, row: Row) -> None:
         row = {"phase": phase, "at_s": round(time.monotonic() - STARTED, 2), **row}
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        os.write(self._file, (json.dumps(row) + "\n").encode())  # a line is there whole, or not at all
+
+    def tiles(self, found: dict[str, Row]) -> None:
+        whole = self.folder / "tuned.json.new"
+        whole.write_text(json.dumps(found, indent=1))
+        whole.replace(self.folder / "tuned.json")
 
     def of(self, phase: str) -> list[Row]:
         return [row for row in self.rows if row["phase"] == phase]
@@ -102,10 +121,12 @@ class Model:
 
     def __init__(self, name: str, config: dict[str, Any], kind: Any, device: Device, dtype: torch.dtype, small: bool):
         started = time.monotonic()
-        self.spec: ModelSpec = import_module(f"pagoda.arch.{config['model_type']}").from_config(config)
+        source = dummy({**config, **STORED[kind]})
+        self.spec = load_spec(source)
         self.name, self.kind, self.dtype, self.small = name, kind, dtype, small
         self.length, self.most, self.tokens = (256, 4, 64) if small else (18432, 256, 8192)
-        decoder = random_decoder(self.spec, kind, dtype=dtype, device=device.device, max_model_len=self.length)
+        target = Target(device.device, dtype, fp8_inputs=device.fp8)
+        decoder = Loader(self.spec, bind(self.spec, source), target).decoder(self.length, None)
         per_block = 2 * 16 * dtype.itemsize * sum(x.attention.kv_heads * x.attention.head_dim for x in self.spec.layers)
         free = torch.cuda.mem_get_info()[0] - (14 << 30) if device.is_gpu else 0
         self.blocks = 64 if small else min(max(64, free // per_block), 40_000)
@@ -146,14 +167,19 @@ class Model:
             begun += self.step(scheduler)[1]
         return scheduler
 
-    def linear_nbytes(self) -> int:
-        """Bytes of weights that a decode step reads."""
-        layer = self.spec.layers[0]
-        a, hidden = layer.attention, self.spec.hidden_size
-        values = hidden * (a.heads + 2 * a.kv_heads) * a.head_dim + hidden * a.heads * a.head_dim
-        values += 3 * hidden * layer.mlp.size
+    def layer_values(self, mlps: float) -> float:
+        """Numbers in the matrices of all layers, with so many MLPs in each."""
+        layer, hidden, a = self.spec.layers[0], self.spec.hidden_size, self.spec.layers[0].attention
+        values = hidden * (2 * a.heads + 2 * a.kv_heads) * a.head_dim + mlps * 3 * hidden * layer.mlp.size
+        return values * len(self.spec.layers)
+
+    def linear_nbytes(self, count: int) -> int:
+        """Bytes of weights that a decode step of so many tokens reads: of the experts those that any token is sent to,
+        if each takes its own by chance."""
+        experts = self.spec.layers[0].mlp.experts
+        mlps = 1.0 if experts is None else experts.count * (1 - (1 - experts.active / experts.count) ** count)
         bits = {"float": 16.0, "w4": 4 + 32 / GROUP, "fp8": 8 + 32 / GROUP**2}[self.kind]
-        return int(values * len(self.spec.layers) * bits / 8) + self.spec.vocab_size * hidden * 2
+        return int(self.layer_values(mlps) * bits / 8) + self.spec.vocab_size * self.spec.hidden_size * 2
 
     def floor_s(self, count: int, context: int, roof: Row) -> float:
         """The least time of a decode step: weights and keys read once, and the operations where they take longer."""
@@ -161,12 +187,12 @@ class Model:
         operations = 2 * count * self.matrix_values()
         rate = roof.get("fp8_tflop_s", roof["tflop_s"]) if self.kind == "fp8" else roof["tflop_s"]
         read = roof["read_gb_s"] * 1e9
-        return max(self.linear_nbytes() / read, operations / rate / 1e12) + kv / read
+        return max(self.linear_nbytes(count) / read, operations / rate / 1e12) + kv / read
 
     def matrix_values(self) -> int:
-        float_of = {"float": 16.0, "w4": 4 + 32 / GROUP, "fp8": 8 + 32 / GROUP**2}[self.kind]
-        head = self.spec.vocab_size * self.spec.hidden_size
-        return int((self.linear_nbytes() - 2 * head) * 8 / float_of) + head
+        """Numbers that each token is multiplied with."""
+        experts = self.spec.layers[0].mlp.experts
+        return int(self.layer_values(experts.active if experts else 1)) + self.spec.vocab_size * self.spec.hidden_size
 
 
 def decode(model: Model, count: int, roof: Row) -> Row:
@@ -280,7 +306,7 @@ def autotune(report: Report, device: Device, dtype: torch.dtype, small: bool, un
     for key, tile, row in kernels.autotune(shapes, dtype, device.device, small, until):
         found[key] = asdict(tile)
         report.add("tile", {"key": key, **asdict(tile), **row})
-        (report.folder / "tuned.json").write_text(json.dumps(found, indent=1))
+        report.tiles(found)
 
 
 FORMATS = {
@@ -303,8 +329,36 @@ def lines(report: Report) -> Iterator[str]:
     for row in report.of("profile"):
         yield f"{row['model']:14} batch {row['batch']}: kernels {row['busy_us']:.0f} us a step"
         yield from (f"    {top['us']:8.1f} us {top['calls']:6.1f}x {top['kernel']}" for top in row["top"][:8])
+    for row in report.of("time"):
+        yield "time: {what:12} {seconds:6.1f} s of {limit_s} s".format(**row)
     for phase in ("failed", "cut"):
         yield from (f"{phase}: {row}" for row in report.of(phase))
+
+
+def measured(report: Report, phases: list[str], device: Device, dtype: torch.dtype, small: bool) -> None:
+    """The phases, each within its own limit and all within the total; how long each took goes to the report."""
+    report.add("roof", roof := kernels.roofs(dtype, device.device, small))
+
+    def listed(name: str, rows: Iterator[Row], until: float) -> None:
+        for row in rows:
+            report.add(name, row)
+            if time.monotonic() > until:
+                report.add("cut", {"what": name})
+                return
+
+    shapes = [(48, 128)] if small else SHAPES
+    work: dict[str, Callable[[float], None]] = {
+        "correctness": lambda end: listed("correctness", kernels.correctness(dtype, device.device, small), end),
+        "kernels": lambda end: listed("kernel", kernels.micro(shapes, dtype, device.device, small), end),
+        "models": lambda end: models(report, device, dtype, small, roof, end),
+        "autotune": lambda end: autotune(report, device, dtype, small, end),
+    }
+    for name in phases:
+        started = time.monotonic()
+        end = min(started + LIMITS_S[name], STARTED + TOTAL_S)
+        with kernels.dispatch(True) if name == "models" else nullcontext():
+            work[name](end)
+        report.add("time", {"what": name, "seconds": time.monotonic() - started, "limit_s": LIMITS_S[name]})
 
 
 def main() -> None:
@@ -324,35 +378,19 @@ def main() -> None:
     dtype = torch.bfloat16 if gpu else torch.float32
     for name in set(MODELS) - set(args.models.split(",")) if args.models else ():
         del MODELS[name]
-    report, phases = Report(args.out), args.phases.split(",")
+    report = Report(args.out)
     versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
     report.add("machine", {"device": device.name, **versions, "imported_s": time.monotonic() - STARTED})
 
-    def until(phase: str) -> float:
-        return min(time.monotonic() + LIMITS_S[phase], STARTED + TOTAL_S)
-
     torch.manual_seed(0)
-    with torch.inference_mode():
-        roof = kernels.roofs(dtype, device.device, small)
-        report.add("roof", roof)
-        for phase, rows in (
-            ("correctness", lambda: kernels.correctness(dtype, device.device, small)),
-            ("kernels", lambda: kernels.micro([(48, 128)] if small else SHAPES, dtype, device.device, small)),
-        ):
-            end = until(phase)
-            for row in rows() if phase in phases else ():
-                report.add(phase.removesuffix("s") if phase == "kernels" else phase, row)
-                if time.monotonic() > end:
-                    report.add("cut", {"what": phase})
-                    break
-        with kernels.dispatch(True):
-            if "models" in phases:
-                models(report, device, dtype, small, roof, until("models"))
-        if "autotune" in phases:
-            autotune(report, device, dtype, small, until("autotune"))
-    table = "\n".join(lines(report))
-    (args.out / "table.txt").write_text(table + "\n")
-    print(table)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with torch.inference_mode():
+            measured(report, args.phases.split(","), device, dtype, small)
+    finally:
+        table = "\n".join(lines(report))
+        (args.out / "table.txt").write_text(table + "\n")
+        print(table)
     if any(not row["ok"] for row in report.of("correctness")) or report.of("failed"):
         sys.exit(1)
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from pagoda.backend.torch import ops
-from pagoda.backend.torch.dummy import Maker
 from pagoda.backend.torch.kernels import attention, matmul
 from pagoda.backend.torch.kernels.tuning import DEFAULTS, Tile, bucket
-from pagoda.backend.torch.packs import F8, FP8, I8, W8, Dense, Weight
+from pagoda.backend.torch.packs import F8, FP8, I8, W4, W8, Dense, Weight
 
 Row = dict[str, Any]
+GROUP = 128
+"""Inputs of a 4-bit group, and rows and columns of an FP8 block: what the public checkpoints have."""
 CACHE_BYTES = 256 << 20
 """Inputs take turns over so many bytes: what one call left in the cache is gone when its turn comes again."""
 
@@ -89,17 +90,20 @@ def batch_of(requests: list[tuple[int, int]], device: torch.device) -> ops.Batch
 
 
 def weights(n: int, k: int, dtype: torch.dtype, device: torch.device) -> dict[str, Weight]:
-    make = {kind: Maker(kind, dtype, device) for kind in ("float", "w4", "fp8")}
+    """A weight of each kind, of the size that keeps products near 1."""
+    groups, size = -(-k // GROUP), k**-0.5
+    four = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    steps = torch.full((groups, n), 0.2 * size, dtype=dtype, device=device)
     signed = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
     by_row = torch.full((n,), 0.01 * k**-0.5, device=device)
     fp8 = torch.randn(n, k, dtype=dtype, device=device).to(FP8)
     return {
-        "dense": make["float"].matrix(n, k),
-        "w4": make["w4"].matrix(n, k),
+        "dense": Dense(torch.randn(n, k, dtype=dtype, device=device).mul_(size)),
+        "w4": W4(four, steps, torch.full_like(steps, 8.0)),
         "w8": W8(signed, by_row[None, :]),
         "i8": I8(signed, by_row),
         "f8 row": F8(fp8, (by_row * 50)[:, None]),
-        "f8 block": make["fp8"].matrix(n, k),
+        "f8 block": F8(fp8, torch.full((-(-n // GROUP), groups), size, device=device), block=(GROUP, GROUP)),
     }
 
 

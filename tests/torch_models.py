@@ -32,7 +32,7 @@ def load(path: Path, **limits: Any) -> TorchCpuExecutor:
 def logits(executor: TorchCpuExecutor, plan: StepPlan) -> Float32:
     with torch.inference_mode():
         batch, _ = upload(plan, torch.device("cpu"), executor.capacity.num_blocks)
-        return executor.decoder.logits(executor.decoder.hidden(batch)).numpy()
+        return executor.decoder.logits(executor.decoder.hidden(batch)).float().numpy()
 
 
 def reference(path: Path) -> ReferenceExecutor:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagoda.backend.torch import sampling
+from pagoda.backend.torch import ops, sampling
+from pagoda.backend.torch.kernels.greedy import greedy
 from pagoda.backend.torch.split import empty_result
 from pagoda.backend.torch.upload import Rows
 from pagoda.types import StepPlan, StepResult
@@ -38,20 +39,25 @@ class Chosen:
 
 
 def choose(logits: Tensor, rows: Rows, plan: StepPlan) -> Chosen:
-    """Sample or score rows of raw logits float32 [n, vocab]."""
-    sampled = sampling.sample(logits, rows.sampling)
-    given = rows.targets >= 0
-    tokens = torch.where(given, rows.targets, sampled)
-    usable = torch.where(given, logits.amax(-1).isfinite(), sampled >= 0)
+    """Sample or score rows of raw logits [n, vocab] of any float type."""
+    found = greedy(logits, rows.targets) if ops.on_gpu(logits) and rows.sampling.plain else _found(logits, rows)
     tops = plan.row_top[rows.first : rows.last]
     wanted, width = np.flatnonzero(tops >= 0), max(0, int(tops.max(initial=0)))
     pieces = [wanted[i : i + _LOGPROB_ROWS] for i in range(0, len(wanted), _LOGPROB_ROWS)]
-    logged = [_log(logits, tokens, piece.tolist(), rows.first, width) for piece in pieces]
-    return Chosen(rows.first, rows.last, torch.stack((tokens, usable.long())), logged)
+    logged = [_log(logits, found[0], piece.tolist(), rows.first, width) for piece in pieces]
+    return Chosen(rows.first, rows.last, found, logged)
+
+
+def _found(logits: Tensor, rows: Rows) -> Tensor:
+    """See kernels.greedy, for rows of any kind."""
+    exact, given = logits.float(), rows.targets >= 0
+    sampled = sampling.sample(exact, rows.sampling)
+    usable = torch.where(given, exact.amax(-1).isfinite(), sampled >= 0)
+    return torch.stack((torch.where(given, rows.targets, sampled), usable.long()))
 
 
 def _log(logits: Tensor, tokens: Tensor, piece: list[int], first: int, width: int) -> Logged:
-    own = logits[piece]
+    own = logits[piece].float()
     logprobs = sampling.log_softmax(own)
     chosen = logprobs.gather(-1, tokens[piece].clamp_min(0).unsqueeze(-1)).squeeze(-1)
     ids, top = sampling.top_logprobs(own, logprobs, min(width, own.shape[1]))

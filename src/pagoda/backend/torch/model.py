@@ -102,5 +102,5 @@ class Decoder:
         return ops.add_rms_norm(x[batch.rows], total[batch.rows], self.norm, eps)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [L, vocab] from final hidden states."""
-        return self.head(hidden).float()
+        """[L, vocab] in the type of computation, from final hidden states."""
+        return self.head(hidden)

@@ -39,6 +39,11 @@ class Sampling:
     random: bool  # any temperature above 0
     sorted: bool  # any top-k or top-p
 
+    @property
+    def plain(self) -> bool:
+        """The largest logit of each row is the answer."""
+        return not self.random and self.history is None and self.bias is None and self.mask is None
+
 
 def philox(seed: Tensor, position: Tensor) -> Tensor:
     """float64 [L] in [0, 1): the first word of Philox4x32-10 keyed by seed with the counter position, by 2^-24."""
