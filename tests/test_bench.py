@@ -90,9 +90,10 @@ def test_shared_beginnings_chat_and_vllms_names(base: str, served: tuple[str, Fa
     assert again["seed"] == 1
 
 
-def test_requests_come_at_their_rate(base: str, tmp_path: Path) -> None:
+def test_requests_come_at_their_rate(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--request-rate", "50", "--num-prompts", "40", "--output-len", "2", "--input-len", "20", "--seed", "3")
     run = bench(base, tmp_path, *words)["runs"][0]
+    assert "rate  req/s" in capsys.readouterr().out and run["failed"] == 0
     assert run["max_concurrency"] is None and run["request_rate"] == 50
     wanted = list(arrivals(40, 50, 1.0, random.Random(0)))
     assert 0.3 * wanted[-1] < run["duration"] < 3 * wanted[-1] + 1

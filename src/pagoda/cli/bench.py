@@ -273,7 +273,8 @@ def _write(words: Words, report: dict[str, Any], plan: Plan) -> bool:
 
 def _text(report: dict[str, Any], plan: Plan) -> str:
     shares = [f"p{share:g}" for share in plan.percentiles]
-    heads = ["at once", "req/s", "out tok/s", "tok/s", *_columns("TTFT ms", shares), "ms/token"]
+    level = "rate" if any(run["request_rate"] for run in report["runs"]) else "at once"
+    heads = [level, "req/s", "out tok/s", "tok/s", *_columns("TTFT ms", shares), "ms/token"]
     heads += [*_columns("ITL ms", shares), *_columns("end s", shares)]
     heads += [*(["good/s"] if plan.goals_ms else []), "failed"]
     rows = [heads, *(_row(run, shares, bool(plan.goals_ms)) for run in report["runs"])]
