@@ -225,7 +225,7 @@ def _wait(service: Service, manager: Manager) -> int:
             for line in manager.tail(service, 12):
                 print(f"  {line}", file=sys.stderr)
             raise ConfigError(
-                f"{service.name} did not start: {state.detail or last_error(manager.tail(service, 200)) or state.word}",
+                f"{service.name} did not start: {last_error(manager.tail(service, 50)) or state.detail or state.word}",
                 remedy=f"All it said: pagoda service logs {service.name} -n 200",
             )
         if state.detail and state.detail != shown:

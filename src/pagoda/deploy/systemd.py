@@ -104,6 +104,8 @@ class Systemd:
             call(*self._systemctl, "disable", "--now", "--quiet", unit_name(service))
         self.unit(service).unlink(missing_ok=True)
         call(*self._systemctl, "daemon-reload")
+        with contextlib.suppress(ConfigError):
+            call(*self._systemctl, "reset-failed", unit_name(service))
 
     def state(self, service: Service) -> State:
         names = ("ActiveState", "SubState", "MainPID", "Result", "StatusText", "ActiveEnterTimestampMonotonic")
