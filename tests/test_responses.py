@@ -145,6 +145,13 @@ def test_items_become_messages() -> None:
     assert made[4] == {"role": "tool", "tool_call_id": "c1", "content": "3"}
 
 
+@pytest.mark.parametrize("odd", [-1, 1.5, True, "x", {"a": 1}, [None, {"text": 1}]])
+def test_reasoning_of_any_shape(odd: Any) -> None:
+    item = {"type": "reasoning", "id": "rs_1", "summary": odd, "content": [{"type": "reasoning_text", "text": "Hm."}]}
+    (made, *_) = messages_of([item, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Hi"}])
+    assert made["reasoning_content"] == "Hm." and made["content"] == "Yes."
+
+
 def test_a_request_as_codex_sends_it(client: Client) -> None:
     body = {
         "instructions": "You are a coding agent.",
@@ -231,6 +238,7 @@ def test_in_the_background() -> None:
         assert client.post(f"{PATH}/{reply['id']}/cancel", {}).json()["status"] == "completed"
         stopped = ask(client, background=True)
         wait_for(client, stopped["id"], "in_progress")
+        assert refused(client, previous_response_id=stopped["id"])["param"] == "previous_response_id"
         told = client.post(f"{PATH}/{stopped['id']}/cancel", {}).json()
         assert told["status"] == "cancelled" and engine.live == 0
         gone = ask(client, background=True)

@@ -58,8 +58,6 @@ def _check(body: ChatBody | TokenizeBody) -> None:
         raise BadRequest("functions is no longer supported: use tools", param="functions")
     if body.modalities and any(kind != "text" for kind in body.modalities):
         raise BadRequest("modalities: this model gives text only", param="modalities")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise BadRequest("tool_choice may be auto or none; to require a tool is not yet supported", param="tool_choice")
 
 
 def _one_reasoning_name(given: dict[str, Any]) -> dict[str, Any]:

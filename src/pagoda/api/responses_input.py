@@ -140,7 +140,8 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reasoning(item: Mapping[str, Any]) -> str:
-    parts = [part for name in ("content", "summary") for part in item.get(name) or () if isinstance(part, dict)]
+    held = [given for name in ("content", "summary") if isinstance(given := item.get(name), list)]
+    parts = [part for given in held for part in given if isinstance(part, dict)]
     return "\n".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 

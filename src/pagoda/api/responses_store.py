@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from pagoda.api.responses_protocol import ResponseReply
-from pagoda.errors import NotFound
+from pagoda.errors import BadRequest, NotFound
 
 MAX_RESPONSES = 1000
 MAX_BYTES = 64 << 20
@@ -33,7 +33,13 @@ class Stored:
     size_bytes: int = 0
 
     def history(self) -> list[dict[str, Any]]:
-        """The items that a next turn begins with."""
+        """The items that a next turn begins with. Raises BadRequest while the answer is not there yet."""
+        if self.reply.status in ("queued", "in_progress"):
+            raise BadRequest(
+                "previous_response_id: that response is not finished yet",
+                remedy="Wait for it: GET /v1/responses/{id}",
+                param="previous_response_id",
+            )
         return [*self.items, *(msgspec.to_builtins(item) for item in self.reply.output)]
 
 

@@ -131,10 +131,6 @@ class Sequence:
         self.pool = Pool(kind, self.prompt_len)
 
     @property
-    def output_len(self) -> int:
-        return len(self.known) - self.prompt_len
-
-    @property
     def bias(self) -> Bias | None:
         return self._first_bias if len(self.known) < self._min_len else self._bias
 
