@@ -146,6 +146,18 @@ def test_a_crash_while_the_output_is_published(tmp_path: Path) -> None:
     assert batch.status == "completed" and batch.output_file_id == first and not engine.requests
 
 
+def test_responses_are_answered_there_and_not_stored(tmp_path: Path) -> None:
+    batches = store_of(tmp_path)
+    asked = [line(each, "/v1/responses", input="Hi", background=each == "b") for each in "ab"]
+    batch = begin(batches, *asked, endpoint="/v1/responses")
+    with Client(make_server(batches=batches)) as client:
+        work(batches, batch)
+        for result in results(batches, batch.output_file_id).values():
+            reply = result["response"]["body"]
+            assert reply["status"] == "completed" and reply["output"][0]["content"][0]["text"] == TEXT
+            assert client.get(f"/v1/responses/{reply['id']}").status_code == 404
+
+
 def test_a_full_disk_makes_a_batch_wait(tmp_path: Path) -> None:
     batches = store_of(tmp_path)
     batch = begin(batches, line("a"), line("b"))

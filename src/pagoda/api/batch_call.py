@@ -70,6 +70,8 @@ async def _respond(server: Server, line: BatchLine, priority: int) -> Response:
             raise BadRequest(f"{line.url} is not served here", param="url")
         check_task(server, endpoint.tasks)
         body = {**line.body, "stream": False, "priority": priority}
+        if line.url == "/v1/responses":  # its answer is in the batch's output, and not in the place of clients' own
+            body |= {"background": False, "store": False}
         reply = await endpoint.handler(server, _request(line.url, msgspec.json.encode(body)))
         if not isinstance(reply, Response):
             raise BadRequest("a batch has no streams: leave stream out", param="stream")
