@@ -11,6 +11,7 @@ import pytest
 
 from pagoda.config import EngineConfig, Options
 from pagoda.engine.core import EngineCore
+from pagoda.engine.draft_model import DraftModel
 from pagoda.errors import ConfigError, ModelError
 from pagoda.sched.scheduler import SchedulerStats
 from pagoda.speculation import Speculation, speculation_from
@@ -108,6 +109,22 @@ def test_streams_beyond_the_draft_models_context_go_on_without(tiny: str, tmp_pa
     drafted, _, stats = run(tiny, wanted, with_model(str(short)))
     assert drafted == plain
     assert 0 < stats.spec_decode_num_draft_tokens < 200
+
+
+def test_streams_go_on_where_it_fails(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _, _ = run(tiny, requests(), None)
+    guess, calls = DraftModel._guess, 0
+
+    def failing(self: DraftModel, *given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        guess(self, *given)
+        if calls in (3, 7):
+            raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(DraftModel, "_guess", failing)
+    drafted, _, stats = run(tiny, requests(), with_model(tiny))
+    assert drafted == plain and calls > 7 and stats.spec_decode_num_draft_tokens > 50
 
 
 def test_its_memory_is_counted(tiny: str) -> None:

@@ -42,7 +42,7 @@ from pagoda.api.server import Server
 from pagoda.api.shape import JSON
 from pagoda.api.stream import EventStream, Reply, answer
 from pagoda.api.structured import called
-from pagoda.api.turns import new_answer, prepare_turn
+from pagoda.api.turns import new_answer, prepare_turn, start_turn
 from pagoda.errors import ModelNotFound
 from pagoda.types import Delta
 
@@ -54,9 +54,7 @@ async def messages(server: Server, request: Request) -> Reply:
     params = sampling_params(asked, server.default_params, server.vocab_size)
     with called("output_config.format"):
         turn = await prepare_turn(server, asked)
-    generation = server.start(
-        "msg", [turn.prompt], turn.limit(params), model=model, shown=turn.shown, thinking=turn.thinking
-    )
+    generation = start_turn(server, "msg", turn, params, asked, model=model)
     message = _Message(generation, new_answer(server, turn))
     if body.stream:
         reply: Reply = EventStream(generation, message.events(), server.aborted, ANTHROPIC)

@@ -18,7 +18,7 @@ from pagoda.api.replies import ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta
 from pagoda.api.sampling import sampling_params
 from pagoda.api.server import Server
 from pagoda.api.stream import EventStream, Reply, answer
-from pagoda.api.turns import Turn, new_answer, prepare_turn
+from pagoda.api.turns import Turn, new_answer, prepare_turn, start_turn
 from pagoda.types import Delta, TokenLogprob
 
 
@@ -27,17 +27,7 @@ async def chat_completions(server: Server, request: Request) -> Reply:
     model = server.served.resolve(body.model)
     params = sampling_params(body, server.default_params, server.vocab_size)
     turn = await prepare_turn(server, body)
-    generation = server.start(
-        "chatcmpl",
-        [turn.prompt],
-        turn.limit(params),
-        model=model,
-        cache_salt=body.cache_salt or "",
-        priority=body.priority or 0,
-        shown=turn.shown,
-        deadline_s=body.deadline_s,
-        thinking=turn.thinking,
-    )
+    generation = start_turn(server, "chatcmpl", turn, params, body, model=model)
     chat = _Chat(server, body, turn, generation)
     if body.stream:
         reply: Reply = EventStream(generation, chat.events(), server.aborted)

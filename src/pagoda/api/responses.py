@@ -43,7 +43,7 @@ from pagoda.api.server import Server
 from pagoda.api.shape import JSON, error_reply
 from pagoda.api.stream import EventStream, Reply, answer
 from pagoda.api.structured import called
-from pagoda.api.turns import Turn, new_answer, prepare_turn
+from pagoda.api.turns import Turn, new_answer, prepare_turn, start_turn
 from pagoda.errors import ContextLengthExceeded, EngineError, PagodaError
 from pagoda.types import Delta, TokenLogprob
 
@@ -59,17 +59,7 @@ async def responses(server: Server, request: Request) -> Reply:
     params = sampling_params(asked, server.default_params, server.vocab_size)
     with called("text.format"):
         turn = await _turn(server, body, asked)
-    generation = server.start(
-        "resp",
-        [turn.prompt],
-        turn.limit(params),
-        model=model,
-        cache_salt=body.cache_salt or "",
-        priority=body.priority or 0,
-        shown=turn.shown,
-        deadline_s=body.deadline_s,
-        thinking=turn.thinking,
-    )
+    generation = start_turn(server, "resp", turn, params, asked, model=model)
     reply = _new_reply(server, body, generation, params.temperature, params.top_p)
     stored = Stored(reply, items)
     response = _Response(server, body, turn, generation, stored)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from pagoda.api.answers import Answer
-from pagoda.api.generation import ThinkingLimit
+from pagoda.api.generation import Generation, ThinkingLimit
 from pagoda.api.messages import all_kwargs, chat_prompt, thinking_budget
 from pagoda.api.protocol import ChatBody
 from pagoda.api.server import Server
@@ -184,6 +184,23 @@ def _named(choice: str | dict[str, Any]) -> str | None:
             'tool_choice must be a word or {"type": "function", "function": {"name": "..."}}', param="tool_choice"
         )
     return name
+
+
+def start_turn(
+    server: Server, kind: str, turn: Turn, params: SamplingParams, body: ChatBody, *, model: str
+) -> Generation:
+    """Admit the call of one turn. Whoever calls this must close the Generation."""
+    return server.start(
+        kind,
+        [turn.prompt],
+        turn.limit(params),
+        model=model,
+        cache_salt=body.cache_salt or "",
+        priority=body.priority or 0,
+        shown=turn.shown,
+        deadline_s=body.deadline_s,
+        thinking=turn.thinking,
+    )
 
 
 def new_answer(server: Server, turn: Turn) -> Answer:
