@@ -221,7 +221,7 @@ def _gpu_bytes(slot: str, tensor: Tensor, quantization: str | None, group: int, 
     if kind in _FLOATS:
         return count * itemsize
     if kind in ("int8", "fp8"):
-        return count + 2 * tensor.shape[0]
+        return count + 2 * math.prod(tensor.shape[:-1])
     if kind in _BITS:
         return count * _BITS[kind] // 8 + math.ceil(count / group) * (16 + _BITS[kind]) // 8
     return nbytes(kind, tensor.shape) if BLOCKS[kind].elements > 1 else count * BLOCKS[kind].bytes
