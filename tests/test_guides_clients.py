@@ -85,7 +85,12 @@ def served(command: str, folder: Path, model: str, small: str, **environ: str) -
     link.parent.mkdir(parents=True, exist_ok=True)
     link = link.with_name(link.name + ".gguf")
     link.symlink_to(small)
-    words = [str(link) if word == model else word for word in shlex.split(command)]
+    given = shlex.split(command)
+    named = ("", *given)  # what stands before each word: a name that clients use stays as it is
+    words = [
+        str(link) if word == model and before != "--served-model-name" else word
+        for before, word in zip(named, given, strict=False)
+    ]
     start = next((i for i, w in enumerate(words) if w in ("serve", "pagoda.entrypoints.openai.api_server")), -1)
     with running("-m", "pagoda.cli.main", "serve", *words[start + 1 :], *SMALL, environ=environ) as url:
         yield url
