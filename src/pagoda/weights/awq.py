@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from pagoda.weights.grouped import BLOCK, Bytes, Grouped, group_size, matrix_sha
 from pagoda.weights.source import Tensor
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # nibble of a word that holds its i-th column
-_EVEN, _ODD = [0, 4, 1, 5], [2, 6, 3, 7]  # columns in the low and in the high halves of a word's bytes
+EVEN, ODD = (0, 4, 1, 5), (2, 6, 3, 7)  # columns in the low and in the high halves of a word's bytes
 
 
 def awq_tensors(path: str, table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -41,16 +42,20 @@ def _matrix(stem: str, size: int, tensors: dict[str, Tensor]) -> Grouped:
     for end in ("qweight", "scales", "qzeros"):
         del tensors[f"{stem}.{end}"]
     group_of = (np.arange(inputs) // size).astype(np.int32)
-    return Grouped(
-        f"{stem}.weight", shape, 4, group_of, scales, partial(unpack, zeros, 4, _PLACES), partial(_codes, words)
-    )
+    return Grouped(f"{stem}.weight", shape, 4, group_of, scales, partial(unpack, zeros, 4, _PLACES), AwqCodes(words))
 
 
-def _codes(words: Tensor) -> Bytes:
-    inputs, columns = words.shape
-    rows = words.data.reshape(inputs // BLOCK, 2, 16, columns, 4)
-    first, second = rows[:, 0], rows[:, 1]
-    out = np.empty((columns, 8, inputs // BLOCK, 16), np.uint8)
-    out[:, _EVEN] = (first & 15 | second << 4).transpose(2, 3, 0, 1)
-    out[:, _ODD] = (first >> 4 | second & 0xF0).transpose(2, 3, 0, 1)
-    return out.reshape(columns * 8, inputs // BLOCK, 16)
+@dataclass(frozen=True, slots=True)
+class AwqCodes:
+    """The codes of words [in, out / 8], for backends that take them apart themselves; else as Grouped has them."""
+
+    words: Tensor
+
+    def __call__(self) -> Bytes:
+        inputs, columns = self.words.shape
+        rows = self.words.data.reshape(inputs // BLOCK, 2, 16, columns, 4)
+        first, second = rows[:, 0], rows[:, 1]
+        out = np.empty((columns, 8, inputs // BLOCK, 16), np.uint8)
+        out[:, list(EVEN)] = (first & 15 | second << 4).transpose(2, 3, 0, 1)
+        out[:, list(ODD)] = (first >> 4 | second & 0xF0).transpose(2, 3, 0, 1)
+        return out.reshape(columns * 8, inputs // BLOCK, 16)

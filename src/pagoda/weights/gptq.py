@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -48,8 +49,9 @@ def _matrix(stem: str, bits: int, table: Mapping[str, Any], offset: int, tensors
     group_of = _groups(stem, inputs, size, groups, bool(table.get("desc_act")), tensors)
     for end in ("qweight", "scales", "qzeros", "g_idx"):
         tensors.pop(f"{stem}.{end}", None)
-    codes = partial(_codes, words, bits)
-    return Grouped(f"{stem}.weight", shape, bits, group_of, scales, partial(_zeros, zeros, bits, offset), codes)
+    return Grouped(
+        f"{stem}.weight", shape, bits, group_of, scales, partial(_zeros, zeros, bits, offset), GptqCodes(words, bits)
+    )
 
 
 def _groups(
@@ -71,13 +73,21 @@ def _zeros(words: Tensor, bits: int, offset: int) -> Bytes:
     return unpack(words, bits) + np.uint8(offset) & np.uint8(2**bits - 1)
 
 
-def _codes(words: Tensor, bits: int) -> Bytes:
-    outputs, blocks = words.shape[1], words.shape[0] * (32 // bits) // BLOCK
-    rows = words.data.reshape(blocks, bits, outputs, 4)  # `bits` words hold the 32 inputs of a block
-    if bits == 8:
-        return rows.transpose(2, 0, 1, 3).reshape(outputs, blocks, BLOCK)
-    first, second = rows[:, :2], rows[:, 2:]
-    out = np.empty((outputs, blocks, 2, 4, 2), np.uint8)
-    out[..., 0] = (first & 15 | second << 4).transpose(2, 0, 1, 3)
-    out[..., 1] = (first >> 4 | second & 0xF0).transpose(2, 0, 1, 3)
-    return out.reshape(outputs, blocks, 16)
+@dataclass(frozen=True, slots=True)
+class GptqCodes:
+    """The codes of words [in * bits / 32, out], as in `awq.AwqCodes`."""
+
+    words: Tensor
+    bits: int
+
+    def __call__(self) -> Bytes:
+        words, bits = self.words, self.bits
+        outputs, blocks = words.shape[1], words.shape[0] * (32 // bits) // BLOCK
+        rows = words.data.reshape(blocks, bits, outputs, 4)  # `bits` words hold the 32 inputs of a block
+        if bits == 8:
+            return rows.transpose(2, 0, 1, 3).reshape(outputs, blocks, BLOCK)
+        first, second = rows[:, :2], rows[:, 2:]
+        out = np.empty((outputs, blocks, 2, 4, 2), np.uint8)
+        out[..., 0] = (first & 15 | second << 4).transpose(2, 0, 1, 3)
+        out[..., 1] = (first >> 4 | second & 0xF0).transpose(2, 0, 1, 3)
+        return out.reshape(outputs, blocks, 16)

@@ -12,8 +12,10 @@ from torch import Tensor
 from pagoda.backend.torch import gguf
 from pagoda.backend.torch.join import stacked
 from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight, pack_w4
+from pagoda.weights.awq import EVEN, ODD, AwqCodes
 from pagoda.weights.fp8 import Scaled
 from pagoda.weights.ggml import dequantize
+from pagoda.weights.gptq import GptqCodes
 from pagoda.weights.grouped import Grouped, MadeTensor, Stacked
 from pagoda.weights.source import Tensor as Stored
 
@@ -90,10 +92,7 @@ class Converter:
         groups, inputs = m.scales.shape[0], m.shape[1]
         if inputs % groups or (np.bincount(m.group_of, minlength=groups) != inputs // groups).any():
             return None
-        codes = self.send(m.codes()).reshape(*m.shape[:1], inputs // 32, -1)
-        if m.bits == 4:
-            codes = torch.cat((codes & 15, codes >> 4), dim=-1)
-        codes = codes.reshape(m.shape)
+        codes = self._codes(m)
         order = None
         if (np.diff(m.group_of) < 0).any():
             order = torch.from_numpy(np.argsort(m.group_of, kind="stable")).to(self.target.device)
@@ -105,6 +104,24 @@ class Converter:
             return pack_w4(codes, scales, zeros.to(kind), order)
         centred = (zeros.to(torch.int16) - 128).to(kind)
         return W8((codes ^ 128).view(torch.int8), scales, centred if bool(centred.any()) else None, order)
+
+    def _codes(self, m: Grouped) -> Tensor:
+        """One byte for each, [out, in]: taken apart on the device, as the file is read faster than a CPU does that."""
+        match m.codes:
+            case AwqCodes(words):
+                packed = self._turned(words).view(torch.uint8).reshape(-1, m.shape[1], 4).transpose(1, 2).contiguous()
+                columns = torch.empty(len(packed), 8, m.shape[1], dtype=torch.uint8, device=packed.device)
+                columns[:, list(EVEN)], columns[:, list(ODD)] = packed & 15, packed >> 4
+                return columns.reshape(m.shape)
+            case GptqCodes(words):
+                packed = self._turned(words).view(torch.uint8)
+                return _nibbles(packed) if m.bits == 4 else packed
+        blocks = self.send(m.codes()).reshape(m.shape[0], m.shape[1] // 32, -1)
+        return (torch.cat((blocks & 15, blocks >> 4), dim=-1) if m.bits == 4 else blocks).reshape(m.shape)
+
+    def _turned(self, words: Stored) -> Tensor:
+        """int32 words [a, b] as [b, a]."""
+        return self.send(words.data).view(torch.int32).reshape(words.shape).t().contiguous()
 
     def _scaled(self, m: Scaled) -> Weight:
         codes = self.send(m.codes.data).view(FP8).reshape(m.codes.shape)
@@ -121,6 +138,11 @@ class Converter:
             case "fp8":
                 return make_f8(values, self.target.fp8_inputs)
         return Dense(values)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """[..., n] bytes to [..., 2n] numbers: each low half before its high one."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
 def make_i8(values: Tensor) -> I8:
