@@ -233,17 +233,18 @@ def pull_process(hub: Hub, home: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
-def test_killed_at_random_moments(tmp_path: Path, source: str) -> None:
-    """kill -9 again and again: nothing wrong appears, and only what was in flight is fetched again."""
-    make = random.Random(11)
+def killed_until_done(home: Path, source: str, make: random.Random) -> tuple[int, int, int]:
+    """kill -9 again and again: nothing wrong appears, and only what was in flight is fetched again.
+
+    How often it was killed, the bytes that the hub sent, and those of the model.
+    """
     names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     files = {"config.json": b"{}", **{name: make.randbytes(3_000_000) for name in names}}
     kills = 0
     with running(files) as hub:
         hub.faults.append(Fault("slow", ".safetensors", 2_000_000, times=-1))
         while True:
-            process = pull_process(hub, tmp_path, "--source", source)
+            process = pull_process(hub, home, "--source", source)
             try:
                 out, err = process.communicate(timeout=make.uniform(0.1, 0.7) + kills / 20)
                 break
@@ -251,17 +252,34 @@ def test_killed_at_random_moments(tmp_path: Path, source: str) -> None:
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
                 kills += 1
-                check_nothing_wrong(hub, tmp_path)
-                for config in tmp_path.rglob("config.json"):
+                check_nothing_wrong(hub, home)
+                for config in home.rglob("config.json"):
                     check_published(hub, config.parent)
         assert process.returncode == 0, err
         check_published(hub, Path(out.strip()))
         time.sleep(0.1)
-        assert kills >= 3
-        assert hub.sent_bytes() <= hub.total_bytes() + kills * len(names) * (CHUNK_BYTES + 2**17)
+        sent = hub.sent_bytes()
+        assert sent <= hub.total_bytes() + kills * len(names) * (CHUNK_BYTES + 2**17)
         hub.seen.clear()
-        get(hub, tmp_path, source)
+        get(hub, home, source)
         assert hub.sent_bytes() == 0
+        return kills, sent, hub.total_bytes()
+
+
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_killed_at_random_moments(tmp_path: Path, source: str) -> None:
+    assert killed_until_done(tmp_path, source, random.Random(11))[0] >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PAGODA_KILLS" not in os.environ, reason="minutes: PAGODA_KILLS=200 pytest -s -k killed_very_often")
+def test_killed_very_often(tmp_path: Path) -> None:
+    make = random.Random(12)
+    runs: list[tuple[int, int, int]] = []
+    while sum(run[0] for run in runs) < int(os.environ["PAGODA_KILLS"]):
+        runs.append(killed_until_done(tmp_path / str(len(runs)), ("huggingface", "modelscope")[len(runs) % 2], make))
+    kills, sent, total = (sum(column) for column in zip(*runs, strict=True))
+    print(f"{kills} kills in {len(runs)} downloads: {sent} bytes sent for {total}, wrong files published: 0")
 
 
 class TestRealHub:
