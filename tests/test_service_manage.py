@@ -316,4 +316,5 @@ def test_what_docker_tells() -> None:
 def test_the_last_error_of_a_log() -> None:
     log = ["2026-01-31 12:00:00 error   one", "2026-01-31 12:00:01 error   two", "2026-01-31 12:00:02 info    three"]
     assert last_error(log).endswith("two")
+    assert last_error(["x.service: Main process exited, code=killed, status=9/KILL", "Started x."]).startswith("x.ser")
     assert last_error(["all is well"]) == ""

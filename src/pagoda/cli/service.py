@@ -313,7 +313,7 @@ def _key(service: Service) -> str:
 
 def last_error(lines: Sequence[str]) -> str:
     """The last line of a log that tells of an error."""
-    marks = (" error   ", " critical ", "pagoda: ")
+    marks = (" error   ", " critical ", "pagoda: ", "Watchdog timeout", "Main process exited, code=killed")
     return next((line.strip() for line in reversed(lines) if any(mark in line for mark in marks)), "")
 
 
@@ -339,7 +339,7 @@ def _rows(one: Status) -> list[tuple[str, str]]:
         rows.append(("memory", size(one.memory_bytes)))
         rows.append(("requests", f"{one.running} running, {one.waiting} waiting"))
         rows.append(("speed", f"{one.tokens_per_second or 0:.1f} tokens/s"))
-    if one.detail:
+    elif one.detail:
         rows.append(("it says", one.detail))
     if one.last_error:
         rows.append(("last error", one.last_error))
