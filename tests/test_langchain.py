@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -162,3 +164,9 @@ def test_streams_and_calls_share_the_engine(llm: LLM) -> None:
     left.close()
     assert "".join([*begun, *(piece.text for piece in stream)]) == expected["abc"]
     assert llm._core.stats().scheduler.running == 0 and not llm._open
+
+
+def test_without_langchain_the_cure_is_named() -> None:
+    code = "import sys; sys.modules['langchain_core'] = None; import pagoda.integrations.langchain"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install 'pagoda-llm[langchain]'" in done.stderr

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
+
+try:
+    import langchain_core  # noqa: F401
+except ImportError as error:
+    raise ImportError("LangChain is not installed. Install it: pip install 'pagoda-llm[langchain]'") from error
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, BaseLLM, LanguageModelInput
 from langchain_core.language_models.chat_models import generate_from_stream
@@ -22,7 +28,7 @@ from pagoda.errors import BadRequest
 from pagoda.integrations.turn import Piece, Turn
 from pagoda.types import SamplingParams
 
-_OTHER_NAMES = {"max_new_tokens": "max_tokens"}
+_OTHER_NAMES = MappingProxyType({"max_new_tokens": "max_tokens"})
 _OPEN = ConfigDict(extra="allow", protected_namespaces=())  # LangChain's classes drop what they do not know
 _OF_REQUESTS = frozenset({*SamplingParams.__struct_fields__, *_OTHER_NAMES}) - {"seed"}
 
