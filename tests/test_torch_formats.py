@@ -74,9 +74,9 @@ def test_gguf_models_equal_the_reference(kind: str, tmp_path: Path) -> None:
     assert relative(logits(load(path), PLAN), reference(path).logits(PLAN)) < 1e-4
 
 
-def write_fp8(folder: Path, how: str) -> Any:
+def write_fp8(folder: Path, how: str, width: int = 192) -> Any:
     """A tiny model, its linear layers in FP8 as `how` says; returns the transformers model with those values."""
-    model = make_model("qwen3", hidden_size=128, intermediate_size=192, num_hidden_layers=2)
+    model = make_model("qwen3", hidden_size=128, intermediate_size=width, num_hidden_layers=2)
     stored: dict[str, torch.Tensor] = {}
     size = {"block": (64, 32), "channel": (1, 10**6), "tensor": (10**6, 10**6), "static": (10**6, 10**6)}[how]
     scale_name = "weight_scale_inv" if how == "block" else "weight_scale"

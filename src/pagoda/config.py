@@ -33,6 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enforce_eager: bool = False
     num_blocks: int | None = None
     threads: int | None = None
+    tensor_parallel_size: int = 1
     prefix_caching: bool = True
     step_time_target_s: float | None = None  # 0: no target
     speculation: Speculation | None = Speculation()
@@ -221,11 +222,19 @@ class Options:
     )
     tensor_parallel_size: int = _option(
         1,
-        "Number of GPUs that share one model; on a CPU only 1",
+        "Number of GPUs that share one model, the first ones of CUDA_VISIBLE_DEVICES; on a CPU only 1",
         "Machine",
         aliases=("-tp",),
         env=("TENSOR_PARALLEL_SIZE",),
         low=1,
+    )
+
+    distributed_executor_backend: str = _option(
+        "mp",
+        "How the GPUs of one model are reached: mp and uni, a process for each of --tensor-parallel-size on this "
+        "machine",
+        "Machine",
+        choices=("mp", "uni"),
     )
 
     max_num_seqs: int | None = _option(None, "Most requests that are computed in parallel", "Scheduling", low=1)
@@ -302,6 +311,7 @@ class Options:
             enforce_eager=self.enforce_eager,
             num_blocks=self.num_gpu_blocks_override,
             threads=self.threads,
+            tensor_parallel_size=self.tensor_parallel_size,
             prefix_caching=self.enable_prefix_caching,
             step_time_target_s=self.step_time_target,
             speculation=speculation_from(self.speculative_config),

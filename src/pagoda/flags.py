@@ -12,7 +12,7 @@ from pagoda.config import Setting
 _ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
     {
         "trust_remote_code": (False, "accepted; code from a model directory is never run"),
-        "disable_custom_all_reduce": (False, "nothing to do: one device has nobody to reduce with"),
+        "disable_custom_all_reduce": (False, "nothing to do: GPUs exchange through NCCL only"),
         "enable_chunked_prefill": (True, "always on: long prompts run in chunks beside the answers"),
         "swap_space": (None, "not needed: a request that has to wait is computed again from its prefix"),
         "cpu_offload_gb": (None, "nothing to do on a CPU: the whole model is in main memory"),
@@ -27,8 +27,7 @@ _ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
         "scheduling_policy": (None, "in the order they came; a request with a smaller `priority` goes first"),
         "performance_mode": (None, "the scheduler serves running answers first, then prompts"),
         "max_logprobs": (None, "clients may ask for up to 20 log-probabilities"),
-        "distributed_executor_backend": (None, "the engine is one process"),
-        "max_parallel_loading_workers": (None, "the engine is one process"),
+        "max_parallel_loading_workers": (None, "the process of each GPU loads its own part"),
         "disable_frontend_multiprocessing": (False, "the engine is always a process of its own"),
         "api_server_count": (None, "there is one API process"),
         "numa_bind": (False, "bind the whole server with numactl where it helps"),
@@ -158,6 +157,10 @@ REFUSED_VALUES: Mapping[tuple[str, str], tuple[str, str]] = MappingProxyType(
             "Use a GGUF file of the model (Q4_K_M is of similar size)",
         ),
         **{("quantization", name): _ON_LOAD for name in ("bitsandbytes", "experts_int8")},
+        ("distributed_executor_backend", "ray"): (
+            "several machines for one model are not here yet, and on one machine each GPU has a process without Ray",
+            "Leave it out",
+        ),
     }
 )
 

@@ -269,12 +269,7 @@ def check(settings: Settings) -> None:
     """Refuse what is well written and cannot be done on this machine; before the port and the model are touched."""
     options = settings.options
     speculation_from(options.speculative_config)
-    size, quantization = options.tensor_parallel_size, options.quantization
-    if size > 1:
-        raise ConfigError(
-            f"--tensor-parallel-size {size} needs {size} GPUs, and the model runs on the CPU here, where only 1 works",
-            remedy="Leave --tensor-parallel-size out, or give 1",
-        )
+    quantization = options.quantization
     if quantization is not None and quantization not in (*QUANTIZATION_METHODS, *QUANTIZE_ON_LOAD_GPU):
         message, remedy = REFUSED_VALUES.get(
             ("quantization", quantization),

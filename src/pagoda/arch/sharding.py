@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from pagoda.arch.memory import Limits
-from pagoda.arch.spec import ModelSpec
+from pagoda.arch.spec import Attention, Layer, ModelSpec
+from pagoda.errors import ConfigError, ModelError
 from pagoda.types import BLOCK_SIZE
+from pagoda.weights.parts import INPUTS, OUTPUTS, part
+from pagoda.weights.source import Tensor
 
 VOCAB_MULTIPLE = 64
 CONTEXT_BYTES = 768 << 20
@@ -17,12 +21,22 @@ EXCHANGE_BYTES = 256 << 20
 _LOGITS_BYTES, _TABLE_BYTES = 2 * 4, 4  # logits in float32 and a copy to sample from; RoPE tables in float32
 _BY_VOCAB = ("embed", "head")
 _BY_KV_HEADS = ("k", "v", "k_bias", "v_bias")
+_BY_HEADS = ("q", "q_bias")
+_BY_MLP = ("gate", "up", "gate_bias", "up_bias", "gate_experts", "up_experts")
+_INPUTS_BY_HEADS, _INPUTS_BY_MLP = ("o",), ("down", "down_experts")
+_ONCE = ("o_bias", "down_bias")  # added to a sum over all GPUs
+_MOST = 16
 _WHOLE = ("norm", "attn_norm", "mlp_norm", "q_norm", "k_norm", "o_bias", "down_bias", "router")
 
 
 def parallel_sizes(spec: ModelSpec, most: int, group: int = 1) -> list[int]:
     """Numbers of GPUs that can share the model. `group`: inputs that share a scale, where the weights have such."""
-    return [size for size in range(1, most + 1) if all(_divides(spec, size, group))]
+    return [size for size in range(1, most + 1) if all(_divides(spec, size, group)) and _last_has_some(spec, size)]
+
+
+def _last_has_some(spec: ModelSpec, size: int) -> bool:
+    first, last = vocab_range(spec, size - 1, size)
+    return first < last
 
 
 def _divides(spec: ModelSpec, size: int, group: int) -> list[bool]:
@@ -33,6 +47,80 @@ def _divides(spec: ModelSpec, size: int, group: int) -> list[bool]:
         and layer.mlp.size // group % size == 0
         for layer in spec.layers
     ]
+
+
+def check_size(spec: ModelSpec, tensors: Mapping[str, Tensor], size: int) -> None:
+    """ConfigError, with the sizes that work, for a number of GPUs that cannot share the model; reads no weight."""
+    if _can_share(spec, tensors, size):
+        return
+    works = [str(other) for other in range(1, _MOST + 1) if _can_share(spec, tensors, other)]
+    raise ConfigError(
+        f"--tensor-parallel-size {size} cannot work with this model: its heads and matrices do not divide by {size}",
+        remedy=f"Sizes that work: {', '.join(works)}",
+        param="tensor_parallel_size",
+    )
+
+
+def _can_share(spec: ModelSpec, tensors: Mapping[str, Tensor], size: int) -> bool:
+    if size not in parallel_sizes(spec, size):
+        return False
+    try:
+        for rank in range(size):
+            share(spec, tensors, rank, size)
+    except ModelError:
+        return False
+    return True
+
+
+def share(spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int, size: int) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """What one of `size` GPUs holds: the spec with its heads and widths, the tensors with its part of each.
+
+    Where there are fewer KV heads than GPUs, each is on several. `vocab_size` stays that of the model.
+    """
+    bound: dict[str, Tensor] = {}
+    for slot, tensor in tensors.items():
+        name = slot.rpartition(".")[2]
+        if name in _ONCE and rank:
+            continue
+        layer = spec.layers[int(slot.split(".")[1])] if slot.startswith("layers.") else None
+        cut = _cut_of(spec, layer, name, rank, size)
+        axis = INPUTS if len(tensor.shape) == 1 or name in (*_INPUTS_BY_HEADS, *_INPUTS_BY_MLP) else OUTPUTS
+        bound[slot] = tensor if cut is None else part(tensor, axis, *cut)
+    layers = tuple(
+        Layer(
+            replace(layer.attention, heads=layer.attention.heads // size, kv_heads=_kv_heads(layer.attention, size)),
+            replace(layer.mlp, size=layer.mlp.size // size),
+        )
+        for layer in spec.layers
+    )
+    return replace(spec, layers=layers), bound
+
+
+def vocab_range(spec: ModelSpec, rank: int, size: int) -> tuple[int, int]:
+    """First and last token, exclusive, of those whose embeddings a GPU holds."""
+    each = -(-spec.vocab_size // (VOCAB_MULTIPLE * size)) * VOCAB_MULTIPLE
+    return min(rank * each, spec.vocab_size), min((rank + 1) * each, spec.vocab_size)
+
+
+def _cut_of(spec: ModelSpec, layer: Layer | None, name: str, rank: int, size: int) -> tuple[int, int] | None:
+    """Which places of a tensor are this GPU's; None: all."""
+    if layer is None:
+        return vocab_range(spec, rank, size) if name in _BY_VOCAB else None
+    a = layer.attention
+    if name in (*_BY_HEADS, *_INPUTS_BY_HEADS):
+        each = a.heads // size * a.head_dim
+    elif name in (*_BY_MLP, *_INPUTS_BY_MLP):
+        each = layer.mlp.size // size
+    elif name in _BY_KV_HEADS:
+        each = _kv_heads(a, size) * a.head_dim
+        rank = min(rank, rank * a.kv_heads // size)
+    else:
+        return None
+    return rank * each, (rank + 1) * each
+
+
+def _kv_heads(attention: Attention, size: int) -> int:
+    return max(1, attention.kv_heads // size)
 
 
 def weight_bytes(spec: ModelSpec, stored: Mapping[str, int], size: int) -> int:
@@ -53,14 +141,14 @@ def weight_bytes(spec: ModelSpec, stored: Mapping[str, int], size: int) -> int:
 
 def kv_bytes_per_block(spec: ModelSpec, size: int, kv_itemsize: int = 2) -> int:
     """Keys and values of BLOCK_SIZE tokens on each GPU."""
-    values = sum(2 * max(1, a.kv_heads // size) * a.head_dim for a in (layer.attention for layer in spec.layers))
+    values = sum(2 * _kv_heads(a, size) * a.head_dim for a in (layer.attention for layer in spec.layers))
     return values * BLOCK_SIZE * kv_itemsize
 
 
 def activation_bytes(spec: ModelSpec, limits: Limits, size: int, itemsize: int = 2) -> int:
     """The largest step on each GPU: the widest layer's buffers once, the logits of every request, RoPE tables."""
     widest = max(
-        2 * (a.heads // size + max(1, a.kv_heads // size)) * a.head_dim + 3 * m.width // size
+        2 * (a.heads // size + _kv_heads(a, size)) * a.head_dim + 3 * m.width // size
         for a, m in ((layer.attention, layer.mlp) for layer in spec.layers)
     )
     tokens = limits.max_num_batched_tokens * (2 * spec.hidden_size + widest) * itemsize

@@ -22,6 +22,7 @@ class Limits:
     4 bits of float matrices while they are loaded; anything else leaves the weights as they are stored.
     `kv_cache_dtype` is the option of that name; arch.memory.kv_type says what it means on a CPU. `reserved_bytes` of
     the memory that looks free is promised to somebody else. `enforce_eager`: no CUDA graphs.
+    `tensor_parallel_size` GPUs share the model.
     """
 
     max_model_len: int
@@ -36,6 +37,7 @@ class Limits:
     kv_cache_dtype: str = "auto"
     reserved_bytes: int = 0
     enforce_eager: bool = False
+    tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)

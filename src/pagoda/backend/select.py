@@ -22,6 +22,12 @@ _EXECUTORS = MappingProxyType(
         "torch-cpu": ("pagoda.backend.torch.executor", "TorchCpuExecutor"),
     }
 )
+_PARALLEL = MappingProxyType(
+    {
+        "cuda": ("pagoda.backend.torch.parallel", "ParallelExecutor"),
+        "torch-cpu": ("pagoda.backend.torch.parallel", "ParallelCpuExecutor"),
+    }
+)
 _OFFERED = ("auto", "cpu", "cuda", "reference")
 _GPU_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")  # the last under Windows' Linux
 _EXTRA = "pip install 'pagoda-llm[cuda]'"
@@ -46,9 +52,16 @@ def load_executor(
 ) -> Executor:
     """Load the model for a device: "auto", "cpu" (native), "cuda" or "reference" (numpy)."""
     device = resolve_device(device, spec)
+    size = limits.tensor_parallel_size
+    if size > 1 and device in _EXECUTORS and device not in _PARALLEL:
+        raise ConfigError(
+            f"--tensor-parallel-size {size} needs {size} GPUs, and the model runs on the CPU here, where only 1 works",
+            remedy="Leave --tensor-parallel-size out, or give 1",
+            param="tensor_parallel_size",
+        )
     if device not in _EXECUTORS:
         raise ConfigError(f"unknown device {device!r}", remedy=f"Choose one of: {', '.join(_OFFERED)}", param="device")
-    module, name = _EXECUTORS[device]
+    module, name = (_PARALLEL if size > 1 else _EXECUTORS)[device]
     if device == "reference" and spec.encoder is not None:
         module, name = "pagoda.backend.reference_encoder", "ReferenceEncoder"
     executor_class = getattr(_imported(module), name)

@@ -234,6 +234,7 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
         quantization=config.quantization,
         kv_cache_dtype=config.kv_cache_dtype,
         enforce_eager=config.enforce_eager,
+        tensor_parallel_size=config.tensor_parallel_size,
     )
 
 

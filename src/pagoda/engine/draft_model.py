@@ -64,6 +64,7 @@ class DraftModel:
             num_blocks=blocks,
             kv_cache_bytes=None,
             quantization=speculation.quantization,
+            tensor_parallel_size=1,
         )
         self._executor = load_executor(device, own, self._source, limits)
         self._vocab_size = own.vocab_size

@@ -42,18 +42,18 @@ def _matrix(stem: str, size: int, tensors: dict[str, Tensor]) -> Grouped:
     for end in ("qweight", "scales", "qzeros"):
         del tensors[f"{stem}.{end}"]
     group_of = (np.arange(inputs) // size).astype(np.int32)
-    return Grouped(f"{stem}.weight", shape, 4, group_of, scales, partial(unpack, zeros, 4, _PLACES), AwqCodes(words))
+    return Grouped(
+        f"{stem}.weight", shape, 4, group_of, scales, words, zeros, AwqCodes(), partial(unpack, bits=4, places=_PLACES)
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class AwqCodes:
     """The codes of words [in, out / 8], for backends that take them apart themselves; else as Grouped has them."""
 
-    words: Tensor
-
-    def __call__(self) -> Bytes:
-        inputs, columns = self.words.shape
-        rows = self.words.data.reshape(inputs // BLOCK, 2, 16, columns, 4)
+    def __call__(self, words: Tensor) -> Bytes:
+        inputs, columns = words.shape
+        rows = words.data.reshape(inputs // BLOCK, 2, 16, columns, 4)
         first, second = rows[:, 0], rows[:, 1]
         out = np.empty((columns, 8, inputs // BLOCK, 16), np.uint8)
         out[:, list(EVEN)] = (first & 15 | second << 4).transpose(2, 3, 0, 1)

@@ -49,9 +49,8 @@ def _matrix(stem: str, bits: int, table: Mapping[str, Any], offset: int, tensors
     group_of = _groups(stem, inputs, size, groups, bool(table.get("desc_act")), tensors)
     for end in ("qweight", "scales", "qzeros", "g_idx"):
         tensors.pop(f"{stem}.{end}", None)
-    return Grouped(
-        f"{stem}.weight", shape, bits, group_of, scales, partial(_zeros, zeros, bits, offset), GptqCodes(words, bits)
-    )
+    read, read_zeros = GptqCodes(bits), partial(_zeros, bits=bits, offset=offset)
+    return Grouped(f"{stem}.weight", shape, bits, group_of, scales, words, zeros, read, read_zeros)
 
 
 def _groups(
@@ -77,11 +76,10 @@ def _zeros(words: Tensor, bits: int, offset: int) -> Bytes:
 class GptqCodes:
     """The codes of words [in * bits / 32, out], as in `awq.AwqCodes`."""
 
-    words: Tensor
     bits: int
 
-    def __call__(self) -> Bytes:
-        words, bits = self.words, self.bits
+    def __call__(self, words: Tensor) -> Bytes:
+        bits = self.bits
         outputs, blocks = words.shape[1], words.shape[0] * (32 // bits) // BLOCK
         rows = words.data.reshape(blocks, bits, outputs, 4)  # `bits` words hold the 32 inputs of a block
         if bits == 8:

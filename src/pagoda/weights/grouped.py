@@ -64,7 +64,7 @@ class OrderedTensor(MadeTensor):
 class Grouped:
     """A matrix [out, in]: value = scale * (code - zero), the scale and zero those of the input's group.
 
-    `codes` gives [out, in / 32, 16 or 32] bytes: of 4 bits, byte i holds inputs i (low half) and i + 16 of its block.
+    `words` and `zero_words` hold codes and zero points as stored, `read` and `read_zeros` take them out.
     """
 
     name: str
@@ -72,8 +72,29 @@ class Grouped:
     bits: int
     group_of: npt.NDArray[np.int32]  # [in]
     scales: Tensor  # [groups, out]
-    zeros: Callable[[], Bytes]  # [groups, out]
-    codes: Callable[[], Bytes]
+    words: Tensor  # I32, of all codes
+    zero_words: Tensor  # I32 [groups, ...]
+    read: Callable[[Tensor], Bytes]
+    read_zeros: Callable[[Tensor], Bytes]
+
+    def codes(self) -> Bytes:
+        """[out, in / 32, 16 or 32] bytes: of 4 bits, byte i holds inputs i (low half) and i + 16 of its block."""
+        return self.read(self.words)
+
+    def zeros(self) -> Bytes:
+        """[groups, out]"""
+        return self.read_zeros(self.zero_words)
+
+    @property
+    def even(self) -> bool:
+        """All groups are of one size."""
+        groups = self.scales.shape[0]
+        return bool((np.bincount(self.group_of, minlength=groups) * groups == self.shape[1]).all())
+
+    @property
+    def in_order(self) -> bool:
+        """Groups are runs of inputs."""
+        return not bool((np.diff(self.group_of) < 0).any())
 
     def tensor(self) -> Tensor:
         """In blocks where each block of inputs has one group and an f16 scale, else in float32: always exact.
@@ -84,7 +105,7 @@ class Grouped:
             return MadeTensor(self.name, self.shape, {4: "U4G", 8: "U8G"}[self.bits], partial(_blocks, self), self)
         floats = MadeTensor(self.name, self.shape, "F32", partial(_floats, self), self)
         order = np.argsort(self.group_of, kind="stable").astype(np.int32)
-        sorted = replace(self, group_of=self.group_of[order], codes=partial(_in_order, self, order))
+        sorted = replace(self, group_of=self.group_of[order], read=partial(_in_order, self, order))
         return OrderedTensor(floats, order, sorted.tensor()) if sorted._fills_blocks() else floats
 
     def _fills_blocks(self) -> bool:
@@ -123,8 +144,8 @@ def _each_code(m: Grouped) -> Bytes:
     return (np.stack((codes & 15, codes >> 4), axis=2) if m.bits == 4 else codes).reshape(m.shape)
 
 
-def _in_order(m: Grouped, order: npt.NDArray[np.int32]) -> Bytes:
-    codes: Bytes = _each_code(m)[:, order].reshape(m.shape[0], -1, BLOCK)
+def _in_order(m: Grouped, order: npt.NDArray[np.int32], words: Tensor) -> Bytes:
+    codes: Bytes = _each_code(replace(m, words=words))[:, order].reshape(m.shape[0], -1, BLOCK)
     if m.bits == 8:
         return codes
     codes[..., :16] |= codes[..., 16:] << 4

@@ -89,12 +89,11 @@ class Converter:
 
     def _grouped(self, m: Grouped) -> Weight | None:
         """None where the groups are of different sizes."""
-        groups, inputs = m.scales.shape[0], m.shape[1]
-        if inputs % groups or (np.bincount(m.group_of, minlength=groups) != inputs // groups).any():
+        if not m.even:
             return None
         codes = self._codes(m)
         order = None
-        if (np.diff(m.group_of) < 0).any():
+        if not m.in_order:
             order = torch.from_numpy(np.argsort(m.group_of, kind="stable")).to(self.target.device)
             codes = codes[:, order]
         kind = self.target.scale_type
@@ -107,14 +106,14 @@ class Converter:
 
     def _codes(self, m: Grouped) -> Tensor:
         """One byte for each, [out, in]: taken apart on the device, as the file is read faster than a CPU does that."""
-        match m.codes:
-            case AwqCodes(words):
-                packed = self._turned(words).view(torch.uint8).reshape(-1, m.shape[1], 4).transpose(1, 2).contiguous()
+        match m.read:
+            case AwqCodes():
+                packed = self._turned(m.words).view(torch.uint8).reshape(-1, m.shape[1], 4).transpose(1, 2).contiguous()
                 columns = torch.empty(len(packed), 8, m.shape[1], dtype=torch.uint8, device=packed.device)
                 columns[:, list(EVEN)], columns[:, list(ODD)] = packed & 15, packed >> 4
                 return columns.reshape(m.shape)
-            case GptqCodes(words):
-                packed = self._turned(words).view(torch.uint8)
+            case GptqCodes():
+                packed = self._turned(m.words).view(torch.uint8)
                 return _nibbles(packed) if m.bits == 4 else packed
         blocks = self.send(m.codes()).reshape(m.shape[0], m.shape[1] // 32, -1)
         return (torch.cat((blocks & 15, blocks >> 4), dim=-1) if m.bits == 4 else blocks).reshape(m.shape)

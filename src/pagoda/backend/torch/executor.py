@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Self
 
@@ -22,16 +23,38 @@ from pagoda.backend.torch.device import Device, Room, choose_dtype, open_device,
 from pagoda.backend.torch.graphs import DecodeGraphs, Recorder
 from pagoda.backend.torch.load import Loader
 from pagoda.backend.torch.model import Decoder, KvCache
+from pagoda.backend.torch.ops import Batch
 from pagoda.backend.torch.packs import FP8
 from pagoda.backend.torch.size import weight_bytes
 from pagoda.backend.torch.split import joined, part
-from pagoda.backend.torch.upload import upload
+from pagoda.backend.torch.upload import Rows, upload
 from pagoda.errors import EngineError, ModelError
 from pagoda.formats import KV_EIGHT_BITS
 from pagoda.types import BLOCK_SIZE, StepPlan, StepResult
-from pagoda.weights.source import TensorSource
+from pagoda.weights.source import Tensor, TensorSource
 
 _log = logging.getLogger(__name__)
+
+
+class Team:
+    """The processes that share a model, as one of them sees it: here, one that has it alone."""
+
+    count = ""
+
+    def share(self, spec: ModelSpec, tensors: dict[str, Tensor]) -> tuple[ModelSpec, dict[str, Tensor]]:
+        """What this process holds of the model."""
+        return spec, tensors
+
+    def least(self, work: Callable[[], int]) -> int:
+        """The least that any of them comes to; where one fails, all do."""
+        return work()
+
+    def joined(self, load: Callable[[], Decoder]) -> Decoder:
+        """The decoder with what this process computes joined to what the others do."""
+        return load()
+
+
+ALONE = Team()
 
 
 class Running:
@@ -68,7 +91,7 @@ class TorchExecutor:
         self.decoder = decoder
         self._graphs = graphs
         self.capacity = capacity
-        self._device = device
+        self._device, self.device = device, device.device
         self._most_tokens: int | None = None
 
     @classmethod
@@ -78,6 +101,7 @@ class TorchExecutor:
         source: TensorSource,
         limits: Limits,
         progress: Progress | None = None,
+        team: Team = ALONE,
     ) -> Self:
         """Raises ConfigError (no GPU), ModelError, or, before any weight is read, MemoryShort."""
         device = open_device(cls.cuda)
@@ -86,17 +110,19 @@ class TorchExecutor:
         kv_type = FP8 if limits.kv_cache_dtype in KV_EIGHT_BITS else dtype
         if spec.encoder is not None:
             raise ModelError("the PyTorch backend has no encoders yet", remedy="Use --device cpu")
-        tensors = bind(spec, source)
+        spec, tensors = team.share(spec, bind(spec, source))
         space = room(device, limits.memory_share)
         stored, work = weight_bytes(tensors, target), activation_bytes(spec, limits, 1, dtype.itemsize)
-        blocks = fitting(spec, limits, space, stored, work, kv_type)
-        decoder = Loader(spec, tensors, target).decoder(limits.max_model_len, progress)
+        blocks = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type))
+        decoder = team.joined(lambda: Loader(spec, tensors, target).decoder(limits.max_model_len, progress))
         if device.is_gpu:
             stored, work = measured(decoder, limits, device, kv_type)
-            blocks = fitting(spec, limits, space, stored, work, kv_type)
+            blocks = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type))
         decoder.caches = make_caches(spec, blocks, kv_type, device.device)
         kv_bytes = blocks * memory.kv_bytes_per_block(spec, kv_kind(kv_type))
-        name = f"{'cuda' if device.is_gpu else 'torch'} ({device.name}, {str(dtype).removeprefix('torch.')})"
+        name = (
+            f"{'cuda' if device.is_gpu else 'torch'} ({team.count}{device.name}, {str(dtype).removeprefix('torch.')})"
+        )
         graphs = None
         if device.is_gpu and spec.pooling is None and not limits.enforce_eager:
             most, length = limits.max_num_seqs, limits.max_model_len
@@ -137,12 +163,18 @@ class TorchExecutor:
 
     def _run(self, plan: StepPlan) -> Pending:
         batch, turns = upload(plan, self._device.device, self.capacity.num_blocks)
-        hidden = self._graphs.run(batch) if self._graphs else None
-        if hidden is None:
-            hidden = self.decoder.hidden(batch)
+        return self._computed(plan, batch, turns)
+
+    def _computed(self, plan: StepPlan, batch: Batch, turns: list[Rows]) -> Pending:
+        hidden = self.hidden(batch)
         if self.decoder.spec.pooling is not None:
             return Pooled(hidden)
         return Running(plan, [choose(self.decoder.logits(hidden[t.first : t.last]), t, plan) for t in turns])
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The final hidden states of a batch, good until the next one."""
+        hidden = self._graphs.run(batch) if self._graphs else None
+        return self.decoder.hidden(batch) if hidden is None else hidden
 
     def close(self) -> None:
         self._graphs = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +16,13 @@ from pagoda.backend.torch.packs import Dense, Weight
 
 KvCache = tuple[Tensor, Tensor]
 """Keys and values of one layer, each [num_blocks, BLOCK_SIZE, kv_heads, head_dim]."""
+Block = Callable[[Tensor], Tensor]
+
+
+class Embedding(Protocol):
+    """Gives the rows of tokens, as a table [vocab, hidden] does."""
+
+    def __getitem__(self, tokens: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +78,9 @@ class DecoderLayer:
     qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Linear
+    o: Block
     mlp_norm: Tensor
-    mlp: GatedMlp | Mixture
+    mlp: Block
 
 
 @dataclass(slots=True)
@@ -79,9 +88,9 @@ class Decoder:
     """All weights of a model. `caches` is empty until the executor knows how many blocks fit."""
 
     spec: ModelSpec
-    embed: Tensor  # [vocab, hidden] in the type of computation
+    embed: Embedding  # in the type of computation
     norm: Tensor
-    head: Linear
+    head: Block
     layers: tuple[DecoderLayer, ...]
     cos_sin: Tensor  # float32 [positions, rope dim]
     caches: list[KvCache]

@@ -36,7 +36,7 @@ def _bytes(tensor: Tensor, target: Target) -> int:
     match tensor.origin if isinstance(tensor, MadeTensor) else None:
         case Stacked(parts):
             return sum(_bytes(part, target) for part in parts)
-        case Grouped() as m:
+        case Grouped() as m if m.even:
             return count * m.bits // 8 + 2 * math.prod(m.scales.shape) * item
         case Scaled() as m:
             return count + math.prod(m.scales.shape) * _SCALE_BYTES

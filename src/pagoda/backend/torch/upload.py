@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pagoda.backend.torch.ops import Batch
 from pagoda.backend.torch.sampling import Ragged, Sampling
-from pagoda.types import BLOCK_SIZE, StepPlan
+from pagoda.types import BLOCK_SIZE, Int32, StepPlan
 
 MAX_ROWS = 256
 """Rows of logits that are computed at a time; more (log-probabilities of prompts) are taken in turns."""
@@ -29,6 +30,17 @@ class Rows:
     last: int
     targets: Tensor
     sampling: Sampling
+
+
+class Fed(NamedTuple):
+    """Of a StepPlan, what a forward pass takes."""
+
+    slots: Int32
+    starts: Int32
+    positions: Int32
+    tokens: Int32
+    block_tables: Int32
+    rows: Int32
 
 
 class Parcel:
@@ -60,6 +72,24 @@ class Parcel:
 def upload(plan: StepPlan, device: torch.device, num_blocks: int) -> tuple[Batch, list[Rows]]:
     """The batch of a plan, and its rows of logits in turns. IndexError for a block that the cache does not have."""
     parcel = Parcel()
+    batch = _add_batch(parcel, plan, num_blocks)
+    turns = [(first, min(first + MAX_ROWS, len(plan.rows))) for first in range(0, len(plan.rows), MAX_ROWS)]
+    for first, last in turns:
+        _add_rows(parcel, plan, first, last)
+    parcel.send(device)
+    return batch(), [_rows(parcel, plan, first, last) for first, last in turns]
+
+
+def upload_batch(fed: Fed, device: torch.device, num_blocks: int) -> Batch:
+    """The batch alone, for a process that samples nothing."""
+    parcel = Parcel()
+    batch = _add_batch(parcel, fed, num_blocks)
+    parcel.send(device)
+    return batch()
+
+
+def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callable[[], Batch]:
+    """What gives the batch once the parcel is sent."""
     lengths = np.diff(plan.starts)
     contexts = plan.positions + lengths
     max_context = int(contexts.max(initial=0))
@@ -71,11 +101,7 @@ def upload(plan: StepPlan, device: torch.device, num_blocks: int) -> tuple[Batch
         raise IndexError("the plan names a block outside the cache")
     parcel.add(cells=cells, tokens=plan.tokens, positions=positions.astype(np.int32), starts=plan.starts)
     parcel.add(contexts=contexts, tables=tables, rows=plan.rows)
-    turns = [(first, min(first + MAX_ROWS, len(plan.rows))) for first in range(0, len(plan.rows), MAX_ROWS)]
-    for first, last in turns:
-        _add_rows(parcel, plan, first, last)
-    parcel.send(device)
-    batch = Batch(
+    return lambda: Batch(
         tokens=parcel["tokens"],
         positions=parcel["positions"],
         cells=parcel["cells"],
@@ -86,7 +112,6 @@ def upload(plan: StepPlan, device: torch.device, num_blocks: int) -> tuple[Batch
         max_query=int(lengths.max(initial=0)),
         max_context=max_context,
     )
-    return batch, [_rows(parcel, plan, first, last) for first, last in turns]
 
 
 def _add_rows(parcel: Parcel, plan: StepPlan, first: int, last: int) -> None:

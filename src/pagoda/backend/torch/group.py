@@ -1,0 +1,187 @@
+"""The processes that share a model (ranks), as each of them sees the others: sums, logits, steps to follow."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from types import MappingProxyType
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from pagoda.arch.memory import blocks_for
+from pagoda.arch.sharding import share, vocab_range
+from pagoda.arch.spec import ModelSpec
+from pagoda.backend.torch.executor import Team
+from pagoda.backend.torch.model import Block, Decoder, Embedding
+from pagoda.backend.torch.upload import Fed
+from pagoda.errors import ConfigError, EngineError, MemoryShort, ModelError, PagodaError
+from pagoda.types import Int32, StepPlan
+from pagoda.weights.source import Tensor as Stored
+
+_FOREVER = timedelta(days=365)  # a rank waits for the next step as long as nobody asks; deaths are seen elsewhere
+_REPORT_BYTES = 4096
+_HEAD = 1024
+"""Numbers of a step that go in the first message: all of most decode steps."""
+_ERRORS = MappingProxyType({kind.__name__: kind for kind in (ConfigError, MemoryShort, ModelError)})
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """A block of a layer of which each rank computes a part of the sum."""
+
+    own: Block
+    group: Group
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.group.sum(self.own(x))
+
+
+@dataclass(frozen=True, slots=True)
+class SplitEmbedding:
+    """Rows `first` to `last` of the table are here, those of other tokens at other ranks."""
+
+    own: Embedding
+    first: int
+    last: int
+    group: Group
+
+    def __getitem__(self, tokens: Tensor, /) -> Tensor:
+        there = (tokens < self.first) | (tokens >= self.last)
+        rows = self.own[(tokens - self.first).clamp(0, self.last - self.first - 1)]
+        return self.group.sum(rows.masked_fill(there.unsqueeze(-1), 0))
+
+
+@dataclass(frozen=True, slots=True)
+class SplitHead:
+    """Logits of the tokens of each rank; rank 0 gets all of them, the others keep their own."""
+
+    own: Block
+    width: int  # of the first rank, the largest
+    vocab_size: int
+    group: Group
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.own(hidden)
+        parts = self.group.gathered(F.pad(logits, (0, self.width - logits.shape[-1])))
+        return torch.cat(parts, dim=-1)[:, : self.vocab_size].contiguous() if parts else logits
+
+
+class Group(Team):
+    """Everything that one rank sends to the others or hears of them. Each call is made by all ranks."""
+
+    def __init__(self, rank: int, size: int, meeting: str, cuda: bool) -> None:
+        """`meeting` is the URL of the file or the port where the ranks find each other."""
+        if dist.is_initialized():
+            raise ConfigError("this process has a model on several GPUs already", remedy="Close it first")
+        self.rank, self.size, self.count = rank, size, f"{size} x "
+        # numbers of steps go by gloo, which waits without computing
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, meeting, rank=rank, world_size=size, timeout=_FOREVER)
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+    def share(self, spec: ModelSpec, tensors: dict[str, Stored]) -> tuple[ModelSpec, dict[str, Stored]]:
+        return share(spec, tensors, self.rank, self.size)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all ranks. Among CPUs in their order: gloo's own depends on the place within the tensor."""
+        if x.is_cuda:
+            dist.all_reduce(x)
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+    def gathered(self, x: Tensor) -> list[Tensor]:
+        """What each rank has, at rank 0; nothing at the others."""
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else []
+        dist.gather(x.contiguous(), parts or None, dst=0)
+        return parts
+
+    def least(self, work: Callable[[], int]) -> int:
+        number = torch.tensor([self._agreed(work)])
+        dist.all_reduce(number, dist.ReduceOp.MIN)
+        return int(number)
+
+    def joined(self, load: Callable[[], Decoder]) -> Decoder:
+        decoder = self._agreed(load)
+        spec = decoder.spec
+        layers = [replace(layer, o=Summed(layer.o, self), mlp=Summed(layer.mlp, self)) for layer in decoder.layers]
+        decoder.layers = tuple(layers)
+        decoder.embed = SplitEmbedding(decoder.embed, *vocab_range(spec, self.rank, self.size), self)
+        decoder.head = SplitHead(decoder.head, vocab_range(spec, 0, self.size)[1], spec.vocab_size, self)
+        return decoder
+
+    def _agreed(self, work: Callable[[], _T]) -> _T:
+        """What came of the work, once no rank failed at it. The first failure is raised by all."""
+        found: list[_T] = []
+        said: tuple[str, ...] = ()
+        try:
+            found.append(work())
+        except PagodaError as error:
+            said = (type(error).__name__, error.message, error.remedy)
+        except Exception as error:
+            _log.exception("rank %d failed", self.rank)
+            said = ("EngineError", f"rank {self.rank} of {self.size} failed: {type(error).__name__}", "")
+        for kind, message, remedy in filter(None, self._reports(said)):
+            raise _ERRORS.get(kind, EngineError)(message, remedy=remedy)
+        return found[0]
+
+    def _reports(self, said: tuple[str, ...]) -> list[list[str]]:
+        text = json.dumps([part[:500] for part in said]).encode()
+        own = np.frombuffer(text.ljust(_REPORT_BYTES)[:_REPORT_BYTES], np.uint8).copy()
+        parts = [torch.empty(_REPORT_BYTES, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(parts, torch.from_numpy(own))
+        return [json.loads(part.numpy().tobytes()) for part in parts]
+
+    def tell(self, plan: StepPlan | None) -> None:
+        """From rank 0: the step that all compute now; None: there is none any more."""
+        numbers = np.zeros(0, np.int32) if plan is None else _packed(plan)
+        head = np.zeros(_HEAD, np.int32)
+        head[0] = len(numbers)
+        first = numbers[: _HEAD - 1]
+        head[1 : 1 + len(first)] = first
+        dist.broadcast(torch.from_numpy(head), src=0)
+        if len(numbers) > len(first):
+            dist.broadcast(torch.from_numpy(numbers[len(first) :].copy()), src=0)
+
+    def told(self) -> Fed | None:
+        """What rank 0 tells; waits for it."""
+        head = torch.empty(_HEAD, dtype=torch.int32)
+        dist.broadcast(head, src=0)
+        count = int(head[0])
+        rest = torch.empty(max(0, count - _HEAD + 1), dtype=torch.int32)
+        if len(rest):
+            dist.broadcast(rest, src=0)
+        return _unpacked(torch.cat((head[1:], rest)).numpy()[:count]) if count else None
+
+
+def _packed(plan: StepPlan) -> Int32:
+    """What a forward pass takes, in one array: four sizes, then the arrays of Fed without the slots."""
+    last = plan.positions + np.diff(plan.starts)
+    width = blocks_for(int(last.max(initial=0)))
+    tables = plan.block_tables[plan.slots, :width]
+    sizes = np.array([len(plan.slots), len(plan.tokens), len(plan.rows), width], np.int32)
+    return np.concatenate([sizes, plan.starts, plan.positions, plan.tokens, tables.reshape(-1), plan.rows])
+
+
+def _unpacked(numbers: Int32) -> Fed:
+    requests, tokens, rows, width = numbers[:4].tolist()
+    lengths = (requests + 1, requests, tokens, requests * width, rows)
+    starts, positions, ids, tables, wanted = np.split(numbers[4:], np.cumsum(lengths)[:-1])
+    return Fed(np.arange(requests, dtype=np.int32), starts, positions, ids, tables.reshape(requests, width), wanted)

@@ -1,0 +1,174 @@
+"""Tensor parallel: this process is rank 0, plans and samples; each other GPU has a process of its own that follows."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import msgspec
+import torch
+
+from pagoda.arch.registry import bind
+from pagoda.arch.sharding import check_size
+from pagoda.arch.spec import ModelSpec
+from pagoda.backend.base import Limits, Pending, Progress
+from pagoda.backend.torch.executor import ALONE, Team, TorchExecutor
+from pagoda.backend.torch.group import Group
+from pagoda.backend.torch.upload import MAX_ROWS, upload, upload_batch
+from pagoda.errors import ConfigError, EngineError
+from pagoda.types import StepPlan
+from pagoda.weights.source import TensorSource
+
+_COMMAND = (sys.executable, "-P", "-m", "pagoda.backend.torch.rank")
+_STDERR = 2
+_END_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What a process that follows is told first."""
+
+    rank: int
+    size: int
+    meeting: str
+    cuda: bool
+    path: str
+    spec: ModelSpec
+    limits: Limits
+
+
+class Followers:
+    """The other processes. When one of them ends before it was told to, this process ends too: no step can be done."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._ending = False
+        environment = dict(os.environ) if jobs[0].cuda else {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._processes = [
+            subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=_STDERR, env=environment) for _ in jobs
+        ]
+        for job, process in zip(jobs, self._processes, strict=True):
+            assert process.stdin is not None
+            # the pipe stays open: its end tells the process that this one is gone
+            message = msgspec.msgpack.encode(job)
+            process.stdin.write(len(message).to_bytes(8, "little") + message)
+            process.stdin.flush()
+            threading.Thread(target=self._watch, args=(job.rank, process), daemon=True).start()
+
+    def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+        code = process.wait()
+        if not self._ending:
+            _log.critical("the process of GPU %d ended (code %d); the engine ends", rank, code)
+            os._exit(EngineError.exit_code)
+
+    def end(self, *, kill: bool) -> None:
+        self._ending = True
+        for process in self._processes:
+            if kill:
+                process.kill()
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+
+
+class ParallelExecutor(TorchExecutor):
+    """Rank 0 of several. What it is told to launch it tells the others, and all compute it together."""
+
+    group: Group
+    followers: Followers
+    apart = False  # a step was told to the others and is not done here
+
+    @classmethod
+    def load(
+        cls,
+        spec: ModelSpec,
+        source: TensorSource,
+        limits: Limits,
+        progress: Progress | None = None,
+        team: Team = ALONE,
+    ) -> Self:
+        """Raises ConfigError, before anything is started, where the GPUs are too few or cannot share the model."""
+        size = limits.tensor_parallel_size
+        if cls.cuda:
+            _check_gpus(size)
+        check_size(spec, bind(spec, source), size)
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody outside can reach the ranks of one machine
+        with tempfile.TemporaryDirectory(prefix="pagoda-") as folder:
+            meeting = (Path(folder) / "ranks").as_uri()
+            jobs = [Job(rank, size, meeting, cls.cuda, source.path, spec, limits) for rank in range(1, size)]
+            followers, group = Followers(jobs), None
+            try:
+                group = Group(0, size, meeting, cls.cuda)
+                executor = super().load(spec, source, limits, progress, group)
+            except BaseException:
+                followers.end(kill=True)
+                if group is not None:
+                    group.close()
+                raise
+        executor.group, executor.followers = group, followers
+        return executor
+
+    def _launch(self, plan: StepPlan) -> Pending:
+        if self.apart:
+            raise EngineError("a step was interrupted, and the GPUs are at different places; load the model again")
+        batch, turns = upload(plan, self._device.device, self.capacity.num_blocks)
+        self.apart = True
+        try:
+            self.group.tell(plan)
+            pending = self._computed(plan, batch, turns)
+        except Exception as error:
+            # the others may have gone further, or wait for this one
+            _log.critical(
+                "step %d failed at one of %d ranks; the engine ends", plan.step, self.group.size, exc_info=True
+            )
+            raise SystemExit(EngineError.exit_code) from error
+        self.apart = False
+        return pending
+
+    def close(self) -> None:
+        if not self.apart:
+            self.group.tell(None)
+        self.followers.end(kill=self.apart)
+        self.group.close()
+        super().close()
+
+
+class ParallelCpuExecutor(ParallelExecutor):
+    """The same over processes of a CPU, for tests."""
+
+    cuda = False
+
+
+def follow(executor: TorchExecutor, group: Group) -> None:
+    """Compute what rank 0 tells, until it has no more."""
+    with torch.inference_mode():
+        while (fed := group.told()) is not None:
+            batch = upload_batch(fed, executor.device, executor.capacity.num_blocks)
+            hidden = executor.hidden(batch)
+            if executor.decoder.spec.pooling is None:
+                for first in range(0, len(fed.rows), MAX_ROWS):
+                    executor.decoder.logits(hidden[first : first + MAX_ROWS])
+
+
+def _check_gpus(size: int) -> None:
+    there = torch.cuda.device_count()
+    if there < size:
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        named = "" if shown is None else f" (CUDA_VISIBLE_DEVICES is {shown!r})"
+        raise ConfigError(
+            f"--tensor-parallel-size {size} needs {size} GPUs, and PyTorch finds {there}{named}",
+            remedy=f"Use --tensor-parallel-size {max(1, there)}, or make more of them visible",
+            param="tensor_parallel_size",
+        )
