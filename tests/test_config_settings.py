@@ -179,7 +179,6 @@ def test_a_mistyped_variable_is_named() -> None:
 @pytest.mark.parametrize(
     ("line", "needle"),
     [
-        ("-tp 2", "only 1"),
         ("--quantization squeezellm", "dead"),
         ("--quantization bitsandbytes", "int8, int4 and fp8"),
         ("--dtype int8 --quantization int4", "contradict"),
