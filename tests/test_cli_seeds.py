@@ -84,7 +84,7 @@ def test_two_models_are_refused_with_what_to_do() -> None:
 
 def test_two_gpus_on_a_cpu_are_refused_with_the_sizes_that_work() -> None:
     with pytest.raises(ConfigError, match="only 1 works"):
-        check(parse(GUIDE_1))
+        check(parse(f"{GUIDE_1} --device cpu"))
 
 
 @pytest.mark.parametrize("name", ["vllm_config.json", "vllm_config.yaml"])

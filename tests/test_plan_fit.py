@@ -344,7 +344,7 @@ def test_a_remote_model_that_nobody_has(
 @pytest.mark.parametrize(
     "words",
     [["plan"], ["plan", "x", "--gpu"], ["plan", "x", "--gpu", "h200", "--ram", "1G"], ["plan", "x", "--what"],
-     ["plan", "x", "-tp", "2"]],
+     ["plan", "x", "-tp", "2", "--device", "cpu"]],
 )  # fmt: skip
 def test_wrong_usage(words: list[str]) -> None:
     assert main(words) == 78

@@ -229,14 +229,6 @@ class Options:
         low=1,
     )
 
-    distributed_executor_backend: str = _option(
-        "mp",
-        "How the GPUs of one model are reached: mp and uni, a process for each of --tensor-parallel-size on this "
-        "machine",
-        "Machine",
-        choices=("mp", "uni"),
-    )
-
     max_num_seqs: int | None = _option(None, "Most requests that are computed in parallel", "Scheduling", low=1)
     max_num_batched_tokens: int | None = _option(
         None, "Most tokens in one step, of all requests together", "Scheduling", low=1

@@ -10,7 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+<<<<<<< HEAD
 from pagoda.config import Options, Setting, declared
+=======
+from pagoda.config import (
+    QUANTIZATION_METHODS,
+    QUANTIZE_ON_LOAD_GPU,
+    Options,
+    Setting,
+    declared,
+    speculation_from,
+)
+>>>>>>> 2400739 (torch: tensor parallel: refusals, documents)
 from pagoda.errors import ConfigError
 from pagoda.flags import REFUSED_VALUES, not_yet, without_effect
 from pagoda.formats import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD_GPU
@@ -229,7 +240,7 @@ def convert(setting: Setting, raw: Any, where: str) -> Any:
     if kind in ("int", "float"):
         return _number(setting, raw, where)
     text = str(raw)
-    if setting.choices and text not in setting.choices:
+    if (setting.choices and text not in setting.choices) or (setting.name, text) in REFUSED_VALUES:
         raise _not_a_choice(setting, text, where)
     return text
 
@@ -265,10 +276,22 @@ def _not_a_choice(setting: Setting, text: str, where: str) -> ConfigError:
     return ConfigError(f"{where}: {text} is not known", remedy=f"Give one of {', '.join(setting.choices)}")
 
 
+def check_one_device(size: int) -> None:
+    """ConfigError for a device that cannot share a model with others."""
+    if size > 1:
+        raise ConfigError(
+            f"--tensor-parallel-size {size} needs {size} GPUs, and the model runs on the CPU here, where only 1 works",
+            remedy="Leave --tensor-parallel-size out, or give 1",
+            param="tensor_parallel_size",
+        )
+
+
 def check(settings: Settings) -> None:
     """Refuse what is well written and cannot be done on this machine; before the port and the model are touched."""
     options = settings.options
     speculation_from(options.speculative_config)
+    if options.device in ("cpu", "reference"):  # of auto the engine knows more
+        check_one_device(options.tensor_parallel_size)
     quantization = options.quantization
     if quantization is not None and quantization not in (*QUANTIZATION_METHODS, *QUANTIZE_ON_LOAD_GPU):
         message, remedy = REFUSED_VALUES.get(

@@ -12,6 +12,7 @@ from typing import Any, cast
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Executor, Limits, Progress
 from pagoda.errors import ConfigError
+from pagoda.settings import check_one_device
 from pagoda.weights.source import TensorSource
 
 _EXECUTORS = MappingProxyType(
@@ -53,12 +54,8 @@ def load_executor(
     """Load the model for a device: "auto", "cpu" (native), "cuda" or "reference" (numpy)."""
     device = resolve_device(device, spec)
     size = limits.tensor_parallel_size
-    if size > 1 and device in _EXECUTORS and device not in _PARALLEL:
-        raise ConfigError(
-            f"--tensor-parallel-size {size} needs {size} GPUs, and the model runs on the CPU here, where only 1 works",
-            remedy="Leave --tensor-parallel-size out, or give 1",
-            param="tensor_parallel_size",
-        )
+    if device in _EXECUTORS and device not in _PARALLEL:
+        check_one_device(size)
     if device not in _EXECUTORS:
         raise ConfigError(f"unknown device {device!r}", remedy=f"Choose one of: {', '.join(_OFFERED)}", param="device")
     module, name = (_PARALLEL if size > 1 else _EXECUTORS)[device]

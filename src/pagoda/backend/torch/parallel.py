@@ -55,11 +55,10 @@ class Followers:
             subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=_STDERR, env=environment) for _ in jobs
         ]
         for job, process in zip(jobs, self._processes, strict=True):
-            assert process.stdin is not None
-            # the pipe stays open: its end tells the process that this one is gone
             message = msgspec.msgpack.encode(job)
-            process.stdin.write(len(message).to_bytes(8, "little") + message)
-            process.stdin.flush()
+            if process.stdin is not None:  # it stays open: its end tells the process that this one is gone
+                process.stdin.write(len(message).to_bytes(8, "little") + message)
+                process.stdin.flush()
             threading.Thread(target=self._watch, args=(job.rank, process), daemon=True).start()
 
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
