@@ -10,18 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-<<<<<<< HEAD
 from pagoda.config import Options, Setting, declared
-=======
-from pagoda.config import (
-    QUANTIZATION_METHODS,
-    QUANTIZE_ON_LOAD_GPU,
-    Options,
-    Setting,
-    declared,
-    speculation_from,
-)
->>>>>>> 2400739 (torch: tensor parallel: refusals, documents)
 from pagoda.errors import ConfigError
 from pagoda.flags import REFUSED_VALUES, not_yet, without_effect
 from pagoda.formats import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD_GPU
