@@ -76,11 +76,12 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml $(NATIVE)
 	@$(PIP) --editable .
 	@touch $@
 
-# torch first and alone, so that nothing else pulls another build of it.
-$(VENV)/test-tools: pyproject.toml | $(VENV)/installed
+# torch first and alone, so that nothing else pulls another build of it. The versions are fixed, or pip searches for
+# minutes for some that go together: uv pip compile pyproject.toml --extra test --universal -o tests/constraints.txt
+$(VENV)/test-tools: pyproject.toml tests/constraints.txt | $(VENV)/installed
 	@echo "Installing the test tools ..."
 	@$(PIP) "$(TORCH)" $(TORCH_FROM)
-	@$(PIP) --editable '.[test]'
+	@$(PIP) --editable '.[test]' --constraint tests/constraints.txt
 	@touch $@
 
 .PHONY: serve test test-clients test-arm check bench docs clean
