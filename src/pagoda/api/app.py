@@ -15,8 +15,9 @@ from starlette.types import Receive, Scope, Send
 
 from pagoda.api.auth import Keys, check_host
 from pagoda.api.body import ClientGone
+from pagoda.api.endpoint import Endpoint, Handler
 from pagoda.api.paths import NormalizePath, nearest, typed_path
-from pagoda.api.routes import Endpoint, Handler, endpoints
+from pagoda.api.routes import endpoints
 from pagoda.api.server import Server
 from pagoda.api.shape import error_response
 from pagoda.api.status import page, wants_page

@@ -6,15 +6,13 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from starlette.responses import Response
 
+from pagoda.api.endpoint import Endpoint
 from pagoda.api.shape import JSON
-
-if TYPE_CHECKING:
-    from pagoda.api.routes import Endpoint
 
 _REF = "#/components/schemas/{name}"
 _STYLE = """
