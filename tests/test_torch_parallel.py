@@ -211,7 +211,7 @@ def _same(path: Path, size: int, kv_parts: int) -> None:
     (weights, cache), (own_weights, own_cache) = one.pop("bytes"), many.pop("bytes")
     assert many == one
     assert own_weights < 0.75 * weights and own_cache * kv_parts == cache
-    assert psutil.Process().children() == []
+    assert _followers() == []
 
 
 def test_four_ranks_with_two_kv_heads(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_rank_that_fails_is_heard_by_all(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "llama")
     with pytest.raises(MemoryShort):
         EngineCore(config(tmp_path, 2, num_blocks=1 << 40))
-    assert psutil.Process().children() == []
+    assert _followers() == []
 
 
 def _followers() -> list[psutil.Process]:
