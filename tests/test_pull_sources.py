@@ -174,8 +174,13 @@ def test_what_is_fetched() -> None:
     assert chosen(["consolidated.safetensors", *texts]) == {"consolidated.safetensors", *texts}
     assert chosen(texts + weights, include=["*.json"]) == {"config.json", "tokenizer.json"}
     assert chosen(texts + weights, exclude=["*.md", "model-*"]) == {*texts} - {"README.md"}
-    with pytest.raises(ModelError, match="no safetensors and no GGUF"):
-        chosen(["config.json", "pytorch_model.bin"])
+    pickled = ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"]
+    assert chosen([*texts, *pickled, "training_args.bin", "optimizer.bin"]) == {*texts, *pickled}
+    assert chosen(["pytorch_model.bin", "model.Q4_0.gguf"]) == {"model.Q4_0.gguf"}
+    pooled = ["modules.json", "1_Pooling/config.json"]
+    assert chosen([*weights, *pooled, "onnx/config.json", "runs/config.json"]) == {*weights, *pooled}
+    with pytest.raises(ModelError, match=r"no safetensors, no GGUF files and no pytorch_model\.bin"):
+        chosen(["config.json", "tf_model.h5"])
 
 
 def test_which_gguf() -> None:

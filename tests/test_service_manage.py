@@ -31,14 +31,29 @@ PATIENCE_S = 120
 KEY = "sk-secret $1 of mine"
 
 
+# The same words as the real one, for a file: nobody's own crontab is touched.
+CRONTAB = """#!/bin/sh
+case $1 in
+  -l) cat {file} 2>/dev/null || {{ echo "no crontab for you" >&2; exit 1; }} ;;
+  -r) rm {file} ;;
+  *) cat > {file} ;;
+esac
+"""
+
+
 class Machine:
-    """The command, with a home of its own."""
+    """The command, with a home and a crontab of its own."""
 
     def __init__(self, home: Path) -> None:
         self.services = home / "pagoda" / "services"
+        self.crontab = home / "crontab.txt"
+        (home / "bin").mkdir()
+        (home / "bin" / "crontab").write_text(CRONTAB.format(file=self.crontab))
+        (home / "bin" / "crontab").chmod(0o755)
         self.environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("PAGODA_", "TMUX"))},
             "XDG_CONFIG_HOME": str(home),
+            "PATH": f"{home}/bin:{os.environ['PATH']}",
             "TMUX_TMPDIR": tempfile.mkdtemp(),  # the path of a socket must be short
             "PYTHONPATH": os.pathsep.join(sys.path),
             "HF_TOKEN": "hf_token",
@@ -173,11 +188,19 @@ def test_a_name_is_made_from_the_models() -> None:
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 def test_tmux_from_install_to_uninstall(machine: Machine, smollm2_path: str) -> None:
+    machine.crontab.write_text("0 3 * * * theirs\n")
     port = free_port()
     words = ("--port", str(port), "--max-model-len", "256", "--threads", "1", "--api-key", KEY)
     shown = machine.ok("install", smollm2_path, "--via", "tmux", "--name", "smol", *words)
     assert f"port: {port}" in shown and KEY not in shown
     assert machine.status("smol")["state"] == "stopped"
+    # As cron does it after a reboot: a shell, and next to no environment.
+    assert "It starts at boot" in shown
+    theirs, line = machine.crontab.read_text().splitlines()
+    assert theirs == "0 3 * * * theirs" and line.endswith(" # pagoda service smol")
+    bare = {"HOME": os.environ["HOME"], "PATH": "/usr/bin:/bin"}
+    started = line.removeprefix("@reboot ").replace("\\%", "%")
+    assert subprocess.run(["/bin/sh", "-c", started], env=bare, timeout=PATIENCE_S, check=False).returncode == 0
     assert f"smol answers at http://127.0.0.1:{port}/v1" in machine.ok("start", "smol")
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     connection.request("GET", "/v1/models")
@@ -202,6 +225,7 @@ def test_tmux_from_install_to_uninstall(machine: Machine, smollm2_path: str) -> 
     assert machine.status("smol")["state"] == "stopped" and not psutil.pid_exists(now["pid"])
     assert "its model is still there" in machine.ok("uninstall", "smol")
     assert not (machine.services / "smol").exists() and Path(smollm2_path).exists()
+    assert machine.crontab.read_text() == "0 3 * * * theirs\n"
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
@@ -217,6 +241,13 @@ def test_tmux_says_why_a_server_does_not_start(machine: Machine, smollm2_path: s
         done = machine.run("start", "smol")
     assert done.returncode == 78 and "unknown option prot" in done.stderr and "would not help" in done.stderr
     assert machine.status("smol")["state"] == "failed"
+
+
+def test_without_crontab_install_says_that_nothing_starts_it(machine: Machine, smollm2_path: str) -> None:
+    (machine.services.parent.parent / "bin" / "crontab").write_text("#!/bin/sh\necho you may not >&2; exit 1\n")
+    shown = machine.ok("install", smollm2_path, "--via", "tmux", "--name", "smol", "--port", "8300")
+    assert "Nothing starts it at boot: crontab -l failed: you may not." in shown
+    machine.ok("uninstall", "smol")
 
 
 def test_a_supervised_server_that_hangs_is_started_again(tmp_path: Path, smollm2_path: str) -> None:

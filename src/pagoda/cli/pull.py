@@ -36,7 +36,8 @@ Options:
   --exclude PATTERN       not those
   --token-to-mirror       send HF_TOKEN or MODELSCOPE_API_TOKEN to an HF_ENDPOINT or MODELSCOPE_ENDPOINT of your own
 
-Without --include: safetensors where there are some, else one GGUF file; tokenizer and configuration; never code.
+Without --include: safetensors where there are some, else one GGUF file, else pytorch_model.bin (read without running
+what is in it); tokenizer and configuration; never code.
 
 Variables: HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE, MODELSCOPE_CACHE, MODELSCOPE_ENDPOINT,
 MODELSCOPE_API_TOKEN, HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE

@@ -134,8 +134,9 @@ def _install(argv: list[str]) -> int:
     if "dry-run" in own:
         return 0
     disk.save(service, files)
-    manager.enable(service)
+    at_boot = manager.enable(service)
     print(f"{service.name} is installed; keys and tokens are in {service.secrets_path}, readable by its owner only.")
+    print(at_boot)
     if "start" in own:
         return _change("start", service)
     print(f"Start it: pagoda service start {service.name}")

@@ -11,6 +11,9 @@ from pagoda.errors import ModelError
 
 # Tried in this order where a repository has several GGUF files and none was named.
 PREFERRED_QUANTS = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_XS", "Q5_K_M", "Q8_0", "Q6_K", "F16", "BF16")
+_PYTORCH = "pytorch_model*.bin"
+# 1_Pooling/config.json: how sentence-transformers pools an embedding model.
+_BELOW = ("[0-9]_*/config.json",)
 TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _SIDECARS = ("mmproj", "mtp-", "imatrix")
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)")
@@ -26,6 +29,7 @@ def choose(
     else:
         top = [file for file in files if "/" not in file.path]
         texts = [file for file in top if any(fnmatchcase(file.path, pattern) for pattern in TEXTS)]
+        texts += [file for file in files if any(fnmatchcase(file.path, pattern) for pattern in _BELOW)]
         chosen = texts + _weights(listing, part)
     chosen = [file for file in chosen if not any(fnmatchcase(file.path, pattern) for pattern in exclude)]
     if not chosen:
@@ -43,6 +47,10 @@ def _weights(listing: Listing, part: str | None) -> list[RemoteFile]:
         # Mistral's repositories have all weights twice, under two names.
         usual = [file for file in tensors if not file.path.startswith("consolidated")]
         return usual or tensors
+    if part is None and not any(file.path.endswith(".gguf") for file in listing.files):
+        pytorch = [file for file in top if fnmatchcase(file.path, _PYTORCH)]
+        if pytorch:
+            return pytorch
     paths = pick_gguf([file.path for file in listing.files], part, listing.repo)
     return [file for file in listing.files if file.path in paths]
 
@@ -52,7 +60,7 @@ def pick_gguf(paths: Sequence[str], part: str | None, model: str) -> list[str]:
     found = sorted(p for p in paths if p.endswith(".gguf") and not p.rpartition("/")[2].startswith(_SIDECARS))
     if not found:
         raise ModelError(
-            f"{model} has no safetensors and no GGUF files",
+            f"{model} has no safetensors, no GGUF files and no pytorch_model.bin",
             remedy=f"Choose files yourself: pagoda pull {model} --include '*'",
         )
     whole: dict[str, list[str]] = {}

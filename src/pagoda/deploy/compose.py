@@ -67,8 +67,8 @@ class Compose:
         }
         return out if source_tree() else {**out, self._folder / DOCKERFILE: _DOCKERFILE.format(version=__version__)}
 
-    def enable(self, service: Service) -> None:
-        """Docker itself starts containers at boot: `restart: unless-stopped`."""
+    def enable(self, service: Service) -> str:
+        return "Docker starts it at boot, unless it was stopped."
 
     def start(self, service: Service) -> None:
         self._call("up", "--detach", "--build", service.name)

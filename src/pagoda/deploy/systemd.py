@@ -76,16 +76,19 @@ class Systemd:
     def files(self, service: Service) -> Mapping[Path, str]:
         return {self.unit(service): unit_text(service, user=self._user, version=_version())}
 
-    def enable(self, service: Service) -> None:
+    def enable(self, service: Service) -> str:
         owner = service.about.get("run_as")
         if owner and owner != "root":
             shutil.chown(service.folder, owner)
             shutil.chown(service.options_path, owner)
         call(*self._systemctl, "daemon-reload")
         call(*self._systemctl, "enable", "--quiet", unit_name(service))
-        if self._user:
-            with contextlib.suppress(ConfigError):  # then it ends with the last session; `lingers` tells
+        try:
+            if self._user:
                 call("loginctl", "enable-linger")
+        except ConfigError:
+            return 'It ends when you log out, unless root allows more: sudo loginctl enable-linger "$USER"'
+        return "It starts at boot."
 
     def start(self, service: Service) -> None:
         with contextlib.suppress(ConfigError):  # nothing failed before

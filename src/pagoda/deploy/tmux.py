@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from pagoda.deploy.boot import not_at_boot, start_at_boot
 from pagoda.deploy.service import Service, State, call
 from pagoda.deploy.supervise import LOG_FILE, STATE_FILE
 from pagoda.errors import ConfigError
@@ -34,8 +35,12 @@ class Tmux:
     def files(self, service: Service) -> Mapping[Path, str]:
         return {}
 
-    def enable(self, service: Service) -> None:
-        """Nothing is started at boot: a user's crontab can do that."""
+    def enable(self, service: Service) -> str:
+        try:
+            start_at_boot(service)
+        except ConfigError as error:
+            return f"Nothing starts it at boot: {error.message}."
+        return "It starts at boot, by a line in your crontab."
 
     def start(self, service: Service) -> None:
         if self._supervisor(service) is not None:
@@ -63,6 +68,8 @@ class Tmux:
 
     def remove(self, service: Service) -> None:
         self.stop(service)
+        with contextlib.suppress(ConfigError):  # of a user who may have no crontab
+            not_at_boot(service)
 
     def state(self, service: Service) -> State:
         told = self._told(service)
