@@ -88,7 +88,7 @@ class StubCore:
 
 def serve(model: str, port: int) -> int:
     """The real server in front of a stub engine."""
-    from pagoda.api.listen import bind_socket
+    from pagoda.api.http.listen import bind_socket
     from pagoda.api.run import run_server
     from pagoda.cli.serve import make_server
     from pagoda.engine.client import EngineClient

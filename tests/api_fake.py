@@ -16,9 +16,9 @@ import httpx
 import msgspec
 
 from pagoda.api.app import create_app
-from pagoda.api.listen import bind_socket
+from pagoda.api.http.listen import bind_socket
 from pagoda.api.run import run_server
-from pagoda.api.server import Server
+from pagoda.api.serving.server import Server
 from pagoda.engine.messages import EngineStats, ModelInfo
 from pagoda.errors import BadRequest
 from pagoda.sched.scheduler import SchedulerStats

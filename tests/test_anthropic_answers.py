@@ -9,7 +9,7 @@ import pytest
 from api_fake import EOS, on_port
 from test_ollama_answers import CALLS, TEXT, thinker
 
-from pagoda.api.dialect import arguments_object
+from pagoda.api.turn.message import arguments_object
 
 TOOLS = [anthropic.types.ToolParam(name="add", input_schema={"type": "object", "properties": {}})]
 HI = [anthropic.types.UserMessageParam(role="user", content="Hi")]

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from api_fake import TEXT, FakeEngine, make_server, on_port
 
-from pagoda.api.stream import EventStream
+from pagoda.api.http.stream import EventStream
 
 HI = [anthropic.types.UserMessageParam(role="user", content="Hi")]
 

@@ -15,9 +15,9 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.generation.modes import GenerationMode
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
-from pagoda.api.batch_store import BatchStore
+from pagoda.api.batch.file_store import FileStore
+from pagoda.api.batch.store import BatchStore
 from pagoda.api.docs import openapi
-from pagoda.api.file_store import FileStore
 from pagoda.api.routes import endpoints
 from pagoda.text.chat import load_chat_template
 from pagoda.text.tokenizer import load_tokenizer

@@ -18,9 +18,9 @@ import openai
 import pytest
 from api_fake import TEXT, FakeEngine, make_server, on_port
 
-from pagoda.api.connection import MAX_HEADER_BYTES
-from pagoda.api.listen import PortTaken, bind_socket
-from pagoda.api.stream import EventStream
+from pagoda.api.http.connection import MAX_HEADER_BYTES
+from pagoda.api.http.listen import PortTaken, bind_socket
+from pagoda.api.http.stream import EventStream
 from pagoda.types import SamplingParams
 
 TESTS = Path(__file__).parent
@@ -184,7 +184,7 @@ def exchange(url: str, sent: bytes) -> tuple[int, bytes]:
 
 
 def test_slow_headers_are_cut(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pagoda.api.connection.HEADERS_S", 0.2)
+    monkeypatch.setattr("pagoda.api.http.connection.HEADERS_S", 0.2)
     with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=5) as raw:
         raw.sendall(b"GET /health HTTP/1.1\r\nHost: lo")
         start = time.monotonic()
@@ -193,7 +193,7 @@ def test_slow_headers_are_cut(url: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_slow_bodies_are_cut(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pagoda.api.body.FIRST_BYTE_S", 0.2)
+    monkeypatch.setattr("pagoda.api.http.body.FIRST_BYTE_S", 0.2)
     status, body = exchange(url, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
     assert status == 408 and json.loads(body)["error"]["code"] == "request_timeout"
 

@@ -12,9 +12,9 @@ import pytest
 from api_fake import Client, FakeEngine, make_server
 
 from pagoda.api.app import create_app
-from pagoda.api.names import ServedNames
-from pagoda.api.paths import normalize
+from pagoda.api.http.paths import normalize
 from pagoda.api.routes import endpoints
+from pagoda.api.serving.names import ServedNames
 from pagoda.errors import ModelNotFound
 
 KEY = "sk-right"

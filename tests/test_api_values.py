@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from api_fake import Client, FakeEngine, make_server
 
-from pagoda.api.body import MAX_BODY_BYTES
+from pagoda.api.http.body import MAX_BODY_BYTES
 
 BAD = (
     "NaN",

@@ -14,10 +14,10 @@ import openai
 import pytest
 from api_fake import TEXT, Client, FakeEngine, make_server, on_port
 
-from pagoda.api.batch_runner import BatchRunner, resume
-from pagoda.api.batch_store import BatchStore
-from pagoda.api.file_store import FileStore
-from pagoda.api.files_protocol import Batch
+from pagoda.api.batch.file_store import FileStore
+from pagoda.api.batch.protocol import Batch
+from pagoda.api.batch.runner import BatchRunner, resume
+from pagoda.api.batch.store import BatchStore
 from pagoda.types import SamplingParams
 
 CHAT = "/v1/chat/completions"
@@ -186,7 +186,7 @@ def test_an_input_that_is_gone_fails_its_batch_only(tmp_path: Path) -> None:
 
 
 def test_old_batches_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pagoda.api.batch_store.MAX_BATCHES", 1)
+    monkeypatch.setattr("pagoda.api.batch.store.MAX_BATCHES", 1)
     batches = store_of(tmp_path)
     old = begin(batches, line("a"))
     batches.part(old, "errors").write_bytes(b"x")

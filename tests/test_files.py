@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from api_fake import Client, make_server
 
-from pagoda.api.batch_store import BatchStore
-from pagoda.api.file_store import FileStore
+from pagoda.api.batch.file_store import FileStore
+from pagoda.api.batch.store import BatchStore
 from pagoda.errors import ConfigError
 
 
@@ -83,8 +83,8 @@ def test_limits(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(4):
         assert upload(client).status_code == 200
     assert "Delete some" in upload(client).json()["error"]["message"]
-    monkeypatch.setattr("pagoda.api.files.MAX_FILE_BYTES", 100)
-    monkeypatch.setattr("pagoda.api.files._FORM_BYTES", 100)
+    monkeypatch.setattr("pagoda.api.batch.files.MAX_FILE_BYTES", 100)
+    monkeypatch.setattr("pagoda.api.batch.files._FORM_BYTES", 100)
     assert upload(client, b"x" * 900).status_code == 413
     for query in ("limit=0", "order=up", "limit=99999"):
         assert client.get("/v1/files?" + query).status_code == 400
@@ -117,7 +117,7 @@ def test_the_folder_outlives_the_server(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_no_half_of_a_file(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pagoda.api.files.new_file_id", lambda: "file-full")
+    monkeypatch.setattr("pagoda.api.batch.files.new_file_id", lambda: "file-full")
     folder = tmp_path / "files"
     for name in ("file-full.tmp", "file-full.json.tmp"):
         (folder / name).symlink_to("/dev/full")

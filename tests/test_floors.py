@@ -120,6 +120,37 @@ def test_no_circles() -> None:
         visit(name, ())
 
 
+# The folders of `api`, and what each may know of the others; modules beside them (the application, its table of
+# routes, the process) know all. No dialect knows another one, but Ollama has embeddings and batches hold any call.
+API = MappingProxyType(
+    {
+        "http": (),
+        "serving": ("http",),
+        "turn": ("http", "serving"),
+        "openai": ("http", "serving", "turn"),
+        "responses": ("http", "serving", "turn"),
+        "anthropic": ("http", "serving", "turn"),
+        "pooling": ("http", "serving"),
+        "ollama": ("http", "serving", "turn", "pooling"),
+        "batch": ("http", "serving", "openai", "responses", "pooling"),
+    }
+)
+# What the server keeps for its clients.
+STORES = ("pagoda.api.batch.store", "pagoda.api.responses.store")
+
+
+def test_dialects_stand_side_by_side_on_what_they_share() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in edges().items()
+        if (parts := name.split("."))[1:2] == ["api"] and len(parts) > 3
+        for other in others
+        if (its := other.split("."))[1:2] == ["api"] and other not in STORES
+        if its[2] != parts[2] and its[2] not in API[parts[2]]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_no_import_is_hidden_in_a_function() -> None:
     hidden = [
         f"{name}:{inner.lineno}"

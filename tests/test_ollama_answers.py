@@ -10,7 +10,7 @@ import ollama
 import pytest
 from api_fake import Client, FakeEngine, PlainTemplate, make_server, on_port
 
-from pagoda.api.server import Server
+from pagoda.api.serving.server import Server
 
 SOURCE = (
     "{{ messages }}{{ tools }}<tool_call></tool_call>{% if enable_thinking is false %}<think>\n\n</think>{% endif %}"

@@ -10,7 +10,7 @@ import ollama
 import pytest
 from api_fake import TEXT, FakeEngine, make_server, on_port
 
-from pagoda.api.stream import EventStream
+from pagoda.api.http.stream import EventStream
 
 HI = [{"role": "user", "content": "Hi"}]
 

@@ -27,7 +27,7 @@ from api_fake import on_port
 from langchain_openai import OpenAIEmbeddings
 from pooled_models import hidden_states, write_model, write_sentence_files
 
-from pagoda.api.server import Server
+from pagoda.api.serving.server import Server
 from pagoda.cli.serve import make_server
 from pagoda.config import Options
 from pagoda.engine.client import EngineClient

@@ -10,9 +10,9 @@ import pytest
 from api_fake import TEXT, Client, FakeEngine, PlainTemplate, make_server
 from test_ollama_answers import thinker
 
-from pagoda.api.responses_input import chat_body, given_items
-from pagoda.api.responses_protocol import ResponsesBody
-from pagoda.api.responses_store import ResponseStore
+from pagoda.api.responses.input import chat_body, given_items
+from pagoda.api.responses.protocol import ResponsesBody
+from pagoda.api.responses.store import ResponseStore
 
 PATH = "/v1/responses"
 ADD = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}, "strict": None}

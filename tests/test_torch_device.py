@@ -31,7 +31,7 @@ def run(code: str, *arguments: str) -> str:
 def test_nothing_imports_torch_on_a_cpu(tmp_path: Path) -> None:
     path = engine_tiny.write(tmp_path / "tiny")
     code = (
-        "import sys, pagoda.cli.main, pagoda.cli.serve, pagoda.api.server\n"
+        "import sys, pagoda.cli.main, pagoda.cli.serve, pagoda.api.serving.server\n"
         "from pagoda.config import EngineConfig; from pagoda.engine.core import EngineCore\n"
         "EngineCore(EngineConfig(model=sys.argv[1], device='cpu', num_blocks=32)).close()\n"
         "print(sorted({'torch', 'triton'} & set(sys.modules)))"

@@ -13,16 +13,16 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from pagoda.api.auth import Keys, check_host
-from pagoda.api.body import ClientGone
-from pagoda.api.endpoint import Endpoint, Handler
-from pagoda.api.paths import NormalizePath, nearest, typed_path
+from pagoda.api.http.auth import Keys, check_host
+from pagoda.api.http.body import ClientGone
+from pagoda.api.http.errors import error_response
+from pagoda.api.http.paths import NormalizePath, nearest, typed_path
+from pagoda.api.http.stream import Reply
 from pagoda.api.routes import endpoints
-from pagoda.api.server import Server
-from pagoda.api.shape import error_response
+from pagoda.api.serving.endpoint import Endpoint, Handler
+from pagoda.api.serving.server import Server
+from pagoda.api.serving.tasks import check_task
 from pagoda.api.status import page, wants_page
-from pagoda.api.stream import Reply
-from pagoda.api.tasks import check_task
 from pagoda.errors import EngineError, MethodNotAllowed, NotFound, PagodaError, Unauthorized
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")

@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from pagoda.api.endpoint import Endpoint
-from pagoda.api.shape import JSON
+from pagoda.api.http.errors import JSON
+from pagoda.api.serving.endpoint import Endpoint
 
 _REF = "#/components/schemas/{name}"
 _STYLE = """

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import uvicorn
 
 from pagoda.api.app import create_app
-from pagoda.api.batch_runner import BatchRunner
-from pagoda.api.connection import Connection
-from pagoda.api.listen import BACKLOG, bind_socket, cannot_listen
+from pagoda.api.batch.runner import BatchRunner
+from pagoda.api.http.connection import Connection
+from pagoda.api.http.listen import BACKLOG, bind_socket, cannot_listen
 from pagoda.api.notify import Notifier
-from pagoda.api.server import Server
+from pagoda.api.serving.server import Server
 from pagoda.backend.base import Progress
 
 __all__ = ["bind_socket", "run_server"]

@@ -6,14 +6,44 @@ import base64
 import functools
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pagoda.api.replies import ServerInfo, ServerLoad, StatusReply, VersionReply, Welcome, to_json
-from pagoda.api.server import Server
-from pagoda.api.shape import JSON
+from pagoda.api.http.errors import JSON, to_json
+from pagoda.api.serving.server import Server
+
+
+class StatusReply(msgspec.Struct, kw_only=True):
+    status: str
+
+
+class VersionReply(msgspec.Struct, kw_only=True):
+    version: str
+
+
+class ServerLoad(msgspec.Struct, kw_only=True):
+    """vLLM's name for the requests that are here now."""
+
+    server_load: int
+
+
+class ServerInfo(msgspec.Struct, kw_only=True):
+    version: str
+    models: list[str]
+    state: str
+    engine: dict[str, Any]
+
+
+class Welcome(msgspec.Struct, kw_only=True):
+    name: str
+    version: str
+    status: str
+    models: list[str]
+    endpoints: list[str]
+
 
 _PAGE = Path(__file__).with_name("page")
 _SCRIPTS = ("words.js", "markdown.js", "api.js", "live.js", "chat.js", "main.js")
@@ -46,7 +76,9 @@ async def metrics(server: Server, request: Request) -> Response:
 
 
 async def root(server: Server, request: Request) -> Response:
-    """A page for people, JSON for programs."""
+    """A page for people, JSON for programs, and for Ollama's clients what they look for before anything else."""
+    if request.method == "HEAD" or request.headers.get("user-agent", "").startswith("ollama"):
+        return Response("Ollama is running", media_type="text/plain")
     if wants_page(request):
         return page()
     reply = Welcome(

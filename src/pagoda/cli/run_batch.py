@@ -15,8 +15,8 @@ from pagoda.errors import BadRequest, ConfigError
 from pagoda.settings import check
 
 if TYPE_CHECKING:
-    from pagoda.api.files_protocol import BatchResult
-    from pagoda.api.server import Server
+    from pagoda.api.batch.protocol import BatchResult
+    from pagoda.api.serving.server import Server
     from pagoda.engine.client import EngineClient
 
 HELP = """\
@@ -117,7 +117,7 @@ async def _answer(server: Server, engine: EngineClient, requests: list[bytes], p
 
 
 async def _result(server: Server, raw: bytes) -> BatchResult:
-    from pagoda.api.batch_call import ask, failed, read_line
+    from pagoda.api.batch.call import ask, failed, read_line
 
     try:
         line = read_line(raw)

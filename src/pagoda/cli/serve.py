@@ -20,7 +20,7 @@ from pagoda.config import Options
 from pagoda.settings import Settings, check
 
 if TYPE_CHECKING:
-    from pagoda.api.server import Server
+    from pagoda.api.serving.server import Server
     from pagoda.engine.client import EngineClient
     from pagoda.engine.messages import ModelInfo
 
@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
 
 
 def _serve(settings: Settings) -> int:
-    from pagoda.api.listen import bind_socket
+    from pagoda.api.http.listen import bind_socket
     from pagoda.engine.spawn import EngineProcess
     from pagoda.observe import setup_logging
 
@@ -92,9 +92,9 @@ def _serve(settings: Settings) -> int:
 
 def make_server(options: Options, path: str, engine: EngineClient) -> Server:
     """The text side of the model, and its names."""
-    from pagoda.api.batch_store import BatchStore
-    from pagoda.api.file_store import FileStore
-    from pagoda.api.server import Server
+    from pagoda.api.batch.file_store import FileStore
+    from pagoda.api.batch.store import BatchStore
+    from pagoda.api.serving.server import Server
     from pagoda.arch.dummy import open_model
     from pagoda.cli.model import sampling_defaults
     from pagoda.deploy.default_model import NAME

@@ -1,0 +1,58 @@
+"""Ollama's /api/embed and /api/embeddings: texts to vectors."""
+
+from __future__ import annotations
+
+import time
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pagoda.api.http.body import parse, read_body
+from pagoda.api.http.stream import Reply, answer
+from pagoda.api.ollama.options import resolve
+from pagoda.api.ollama.protocol import OllamaEmbedBody, OllamaEmbeddingsBody, OllamaEmbeddingsReply, OllamaEmbedReply
+from pagoda.api.pooling.prompts import check_dimensions, input_prompts, vector
+from pagoda.api.serving.server import Server
+
+
+async def embed(server: Server, request: Request) -> Reply:
+    body, ignored = parse(await read_body(request), OllamaEmbedBody)
+    resolve(server, body.model)
+    check_dimensions(server, body.dimensions)
+    most = server.max_model_len if body.truncate else None
+    prompts = await input_prompts(server, body.input, most, server.sentence.default_prompt) if body.input else []
+    call = server.start_pooled("embd", prompts, model=body.model or server.names[0])
+
+    async def reply() -> OllamaEmbedReply:
+        vectors = [vector(raw, True, body.dimensions).tolist() for raw in await call.vectors()]
+        total_ns = int((time.monotonic() - call.started) * 1e9)
+        return OllamaEmbedReply(
+            model=call.model, embeddings=vectors, total_duration=total_ns, prompt_eval_count=call.prompt_tokens
+        )
+
+    response = await answer(call, reply(), request.receive, server.aborted)
+    server.dress(response, [*ignored, *_options(body)], call)
+    return response
+
+
+async def embed_one(server: Server, request: Request) -> Reply:
+    body, ignored = parse(await read_body(request), OllamaEmbeddingsBody)
+    resolve(server, body.model)
+    if not body.prompt:
+        return Response(b'{"embedding":[]}', media_type="application/json")
+    most = server.max_model_len if body.truncate else None
+    prompts = await input_prompts(server, body.prompt, most, server.sentence.default_prompt)
+    call = server.start_pooled("embd", prompts, model=server.names[0])
+
+    async def reply() -> OllamaEmbeddingsReply:
+        (raw,) = await call.vectors()
+        return OllamaEmbeddingsReply(embedding=vector(raw, server.sentence.normalize).tolist())
+
+    response = await answer(call, reply(), request.receive, server.aborted)
+    server.dress(response, [*ignored, *_options(body)], call)
+    return response
+
+
+def _options(body: OllamaEmbedBody | OllamaEmbeddingsBody) -> list[str]:
+    """Options that have a value: none of them changes a vector."""
+    return [f"options.{name}" for name, value in (body.options or {}).items() if value is not None]

@@ -1,0 +1,143 @@
+"""Ollama's other routes: what is served, in its shapes, and clear errors for what a server of one model cannot do."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pagoda.api.http.body import parse, read_body
+from pagoda.api.http.errors import JSON, to_json
+from pagoda.api.ollama.options import DEFAULTS, NotSupported, resolve
+from pagoda.api.ollama.protocol import (
+    OLLAMA,
+    OllamaDetails,
+    OllamaModel,
+    OllamaModels,
+    OllamaNameBody,
+    OllamaShow,
+    OllamaStatus,
+    OllamaVersion,
+    line,
+    timestamp,
+)
+from pagoda.api.serving.server import Server
+
+FOR_EVER = "2318-01-01T00:00:00Z"
+API_VERSION = "0.12.0"
+"""The version of Ollama whose API this is: its clients compare it with the least they need."""
+
+_OPTION_NAMES = {"repetition_penalty": "repeat_penalty", "max_tokens": "num_predict"}
+
+
+async def version(server: Server, request: Request) -> Response:
+    return _json(OllamaVersion(version=API_VERSION))
+
+
+async def tags(server: Server, request: Request) -> Response:
+    return _json(OllamaModels(models=[_model(server, name) for name in server.names]))
+
+
+async def ps(server: Server, request: Request) -> Response:
+    models = [_model(server, name) for name in server.names]
+    for model in models:
+        model.expires_at = FOR_EVER
+        model.size_vram = 0
+        model.context_length = server.max_model_len
+    return _json(OllamaModels(models=models))
+
+
+async def show(server: Server, request: Request) -> Response:
+    body, ignored = parse(await read_body(request), OllamaNameBody)
+    name = resolve(server, body.model or body.name)
+    details, width = _details(server, name), server.engine.info.width
+    reply = OllamaShow(
+        modelfile=f"# Served by Pagoda\nFROM {tagged(name)}\n",
+        parameters=_parameters(server),
+        template="" if server.chat_template is None else server.chat_template.source,
+        details=details,
+        model_info={
+            "general.architecture": details.family,
+            "general.basename": name,
+            f"{details.family}.context_length": server.max_model_len,
+            f"{details.family}.vocab_size": server.vocab_size,
+            **({f"{details.family}.embedding_length": width} if width else {}),
+        },
+        capabilities=_capabilities(server),
+        modified_at=timestamp(server.created),
+    )
+    return _dressed(server, _json(reply), ignored)
+
+
+async def pull(server: Server, request: Request) -> Response:
+    """A model that is served is here already; any other one is not fetched by a request."""
+    body, ignored = parse(await read_body(request), OllamaNameBody)
+    resolve(server, body.model or body.name)
+    done = OllamaStatus(status="success")
+    if not body.stream:
+        return _dressed(server, _json(done), ignored)
+    lines = line(OllamaStatus(status="pulling manifest")) + line(done)
+    return _dressed(server, Response(lines, media_type=OLLAMA.media_type), ignored)
+
+
+async def manage(server: Server, request: Request) -> Response:
+    raise NotSupported(
+        "models are not created, copied, deleted or pushed through this server",
+        remedy="Start pagoda serve with the model and the --served-model-name you want",
+    )
+
+
+def tagged(name: str) -> str:
+    """The name with a tag, as Ollama's clients expect it."""
+    return name if ":" in name.rpartition("/")[2] else name + ":latest"
+
+
+def _model(server: Server, name: str) -> OllamaModel:
+    return OllamaModel(
+        name=tagged(name),
+        model=tagged(name),
+        modified_at=timestamp(server.created),
+        size=server.engine.info.weight_bytes,
+        digest=hashlib.sha256(f"{name}\0{server.root}".encode()).hexdigest(),
+        details=_details(server, name),
+        capabilities=_capabilities(server),
+    )
+
+
+def _details(server: Server, name: str) -> OllamaDetails:
+    info = server.engine.info
+    family = info.architecture.lower()
+    size = re.search(r"(?<![0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z])", name, re.IGNORECASE)
+    return OllamaDetails(
+        format="gguf" if server.root.endswith(".gguf") else "safetensors",
+        family=family,
+        families=[family],
+        parameter_size=size.group(0).upper() if size else "",
+        quantization_level=info.weight_types.partition(",")[0],
+        context_length=server.max_model_len,
+    )
+
+
+def _capabilities(server: Server) -> list[str]:
+    if server.engine.info.task != "generate":
+        return ["embedding"]
+    thinking = ["thinking"] if server.format.reasoning is not None else []
+    return ["completion", *(["tools"] if server.format.tools is not None else []), *thinking]
+
+
+def _parameters(server: Server) -> str:
+    """The sampling defaults, a line for each, in the names of Ollama's options."""
+    values: dict[str, Any] = {**DEFAULTS, **server.default_params}
+    return "\n".join(f"{_OPTION_NAMES.get(name, name):<30} {value}" for name, value in values.items())
+
+
+def _json(reply: Any) -> Response:
+    return Response(to_json(reply), media_type=JSON)
+
+
+def _dressed(server: Server, reply: Response, ignored: list[str]) -> Response:
+    server.dress(reply, ignored)
+    return reply

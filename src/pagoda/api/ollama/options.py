@@ -1,0 +1,131 @@
+"""Ollama's requests as a ChatBody: names of its options, its defaults, its messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pagoda.api.ollama.protocol import OllamaCall
+from pagoda.api.serving.server import Server
+from pagoda.api.turn.bodies import ChatBody
+from pagoda.api.turn.sampling import sampling_params
+from pagoda.errors import BadRequest, ModelNotFound, PagodaError
+from pagoda.types import SamplingParams
+
+DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
+"""Ollama's own, for what the model's files say nothing about."""
+
+_FLOATS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repeat_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+}
+_INTEGERS = {"top_k": "top_k", "seed": "seed", "num_predict": "max_tokens"}
+_OTHERS = ("stop", "num_ctx")
+
+
+class NotSupported(PagodaError):
+    """A route that clients know, for what this server cannot do."""
+
+    status = 501
+    code = "not_supported"
+    type = "BadRequestError"
+
+
+def resolve(server: Server, name: str | None) -> str:
+    """The served name that is meant. Raises ModelNotFound in the words that Ollama's clients look for."""
+    try:
+        return server.served.resolve(name)
+    except ModelNotFound:
+        served = ", ".join(server.names)
+        raise ModelNotFound(f"model '{(name or '')[:200]}' not found, served here: {served}", param="model") from None
+
+
+def chat_body(server: Server, call: OllamaCall, messages: list[dict[str, Any]], tools: Any = None) -> ChatBody:
+    """The call as /v1/chat/completions would get it. Raises BadRequest for what cannot be honoured."""
+    return ChatBody(
+        messages=[_message(message) for message in messages],
+        tools=tools or None,
+        think=call.think,
+        reasoning_effort=call.think if isinstance(call.think, str) else None,
+        response_format=_response_format(call.format),
+        logprobs=call.logprobs or bool(call.top_logprobs),
+        top_logprobs=call.top_logprobs,
+        **_sampling(call.options or {}, server.max_model_len),
+    )
+
+
+def params_of(server: Server, body: ChatBody) -> SamplingParams:
+    return sampling_params(body, {**DEFAULTS, **server.default_params}, server.vocab_size)
+
+
+def ignored_options(call: OllamaCall) -> list[str]:
+    """Options that have a value and no effect here."""
+    known = {*_FLOATS, *_INTEGERS, *_OTHERS}
+    return [
+        f"options.{name}" for name, value in (call.options or {}).items() if value is not None and name not in known
+    ]
+
+
+def _sampling(options: Mapping[str, Any], max_model_len: int) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, ours in {**_FLOATS, **_INTEGERS}.items():
+        if (given := _number(options, name)) is not None:
+            values[ours] = int(given) if name in _INTEGERS else float(given)
+    if values.get("max_tokens", 1) <= 0:  # -1 and -2: as many as there is room for
+        del values["max_tokens"]
+    if values.get("seed", 0) < 0:
+        del values["seed"]
+    stop = options.get("stop")
+    if stop is not None and not _is_stop(stop):
+        raise BadRequest("options.stop must be a string or a list of strings", param="options")
+    num_ctx = _number(options, "num_ctx")
+    if num_ctx is not None and num_ctx > max_model_len:
+        raise BadRequest(
+            f"options.num_ctx asks for {num_ctx:g} tokens of context, but this server has {max_model_len}",
+            remedy="Send a smaller one or none, or start the server with a larger --max-model-len",
+            param="options",
+        )
+    return {**values, "stop": stop}
+
+
+def _number(options: Mapping[str, Any], name: str) -> float | None:
+    given = options.get(name)
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise BadRequest(f"options.{name} must be a number", param="options")
+    if name not in _FLOATS and (given != given // 1 or abs(given) >= 2**64):
+        raise BadRequest(f"options.{name} must be an integer", param="options")
+    return given
+
+
+def _is_stop(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+
+
+def _response_format(given: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    if not given:
+        return None
+    if isinstance(given, dict):
+        return {"type": "json_schema", "json_schema": {"name": "format", "schema": given}}
+    if given != "json":
+        raise BadRequest('format must be "json" or a JSON schema', param="format")
+    return {"type": "json_object"}
+
+
+def _message(given: Mapping[str, Any]) -> dict[str, Any]:
+    """One message without what only Ollama knows. The name of a tool is called `name` elsewhere."""
+    if given.get("images"):
+        raise no_images()
+    message = {name: value for name, value in given.items() if name not in ("images", "tool_name")}
+    if isinstance(given.get("tool_name"), str):
+        message.setdefault("name", given["tool_name"])
+    return message
+
+
+def no_images() -> BadRequest:
+    return BadRequest("images: this model takes text only", param="images")

@@ -1,0 +1,60 @@
+"""The routes of Ollama's API."""
+
+from __future__ import annotations
+
+from pagoda.api.ollama import embed, generate, models
+from pagoda.api.ollama.protocol import (
+    OLLAMA,
+    OllamaChatBody,
+    OllamaChatReply,
+    OllamaEmbedBody,
+    OllamaEmbeddingsBody,
+    OllamaEmbeddingsReply,
+    OllamaEmbedReply,
+    OllamaGenerateBody,
+    OllamaGenerateReply,
+    OllamaModels,
+    OllamaNameBody,
+    OllamaShow,
+    OllamaStatus,
+    OllamaVersion,
+)
+from pagoda.api.serving.endpoint import Endpoint
+from pagoda.api.serving.tasks import EMBED, GENERATE
+
+
+def endpoints() -> tuple[Endpoint, ...]:
+    not_here = (("create", "POST"), ("copy", "POST"), ("push", "POST"), ("delete", "DELETE"))
+    return (
+        Endpoint(
+            "/api/chat", ("POST",), generate.chat, "Ollama: answer messages",
+            OllamaChatBody, OllamaChatReply, OllamaChatReply, dialect=OLLAMA, tasks=GENERATE,
+        ),
+        Endpoint(
+            "/api/generate", ("POST",), generate.generate, "Ollama: answer a prompt",
+            OllamaGenerateBody, OllamaGenerateReply, OllamaGenerateReply, dialect=OLLAMA, tasks=GENERATE,
+        ),
+        Endpoint(
+            "/api/embed", ("POST",), embed.embed, "Ollama: texts to vectors",
+            OllamaEmbedBody, OllamaEmbedReply, dialect=OLLAMA, tasks=EMBED,
+        ),
+        Endpoint(
+            "/api/embeddings", ("POST",), embed.embed_one, "Ollama: one text to a vector, the older way",
+            OllamaEmbeddingsBody, OllamaEmbeddingsReply, dialect=OLLAMA, tasks=EMBED,
+        ),
+        Endpoint("/api/tags", ("GET",), models.tags, "Ollama: what is served", reply=OllamaModels, dialect=OLLAMA),
+        Endpoint("/api/ps", ("GET",), models.ps, "Ollama: what is loaded", reply=OllamaModels, dialect=OLLAMA),
+        Endpoint(
+            "/api/show", ("POST",), models.show, "Ollama: describe a served model",
+            OllamaNameBody, OllamaShow, dialect=OLLAMA,
+        ),
+        Endpoint(
+            "/api/pull", ("POST",), models.pull, "Ollama: success for what is served",
+            OllamaNameBody, OllamaStatus, OllamaStatus, dialect=OLLAMA,
+        ),
+        Endpoint("/api/version", ("GET",), models.version, "Ollama: its version", reply=OllamaVersion, dialect=OLLAMA),
+        *(
+            Endpoint(f"/api/{name}", (method,), models.manage, "Ollama: not on this server", dialect=OLLAMA)
+            for name, method in not_here
+        ),
+    )  # fmt: skip

@@ -1,0 +1,36 @@
+"""GET /v1/models and /v1/models/{id}: what is served, in the shape that vLLM gives."""
+
+from __future__ import annotations
+
+import hashlib
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pagoda.api.http.errors import JSON, to_json
+from pagoda.api.openai.replies import ModelCard, ModelList, Permission
+from pagoda.api.serving.server import Server
+
+
+async def list_models(server: Server, request: Request) -> Response:
+    cards = [_card(server, name) for name in server.served.names]
+    return Response(to_json(ModelList(data=cards)), media_type=JSON)
+
+
+async def get_model(server: Server, request: Request) -> Response:
+    name = server.served.resolve(request.path_params["model"])
+    return Response(to_json(_card(server, name)), media_type=JSON)
+
+
+def _card(server: Server, name: str) -> ModelCard:
+    # Derived, not drawn: two requests for the same list get the same bytes.
+    digest = hashlib.sha256(f"{name}\0{server.created}".encode()).hexdigest()
+    return ModelCard(
+        id=name,
+        created=server.created,
+        root=server.root,
+        max_model_len=server.max_model_len,
+        permission=[Permission(id=f"modelperm-{digest[:32]}", created=server.created)],
+        context_length=server.max_model_len,
+        max_tokens=server.max_model_len,
+    )

@@ -1,0 +1,25 @@
+"""The routes of embeddings, reranking and scores, under the many paths that clients know."""
+
+from __future__ import annotations
+
+from pagoda.api.pooling import embeddings, rerank
+from pagoda.api.pooling.protocol import EmbeddingBody, EmbeddingReply, RerankBody, RerankReply, ScoreBody, ScoreReply
+from pagoda.api.serving.endpoint import Endpoint
+from pagoda.api.serving.tasks import COMPARE, EMBED
+
+
+def endpoints() -> tuple[Endpoint, ...]:
+    what = "Sort documents by how well they answer a query"
+    return (
+        Endpoint(
+            "/embeddings", ("POST",), embeddings.embeddings, "Texts or token ids to vectors",
+            EmbeddingBody, EmbeddingReply, openai=True, tasks=EMBED,
+        ),
+        Endpoint("/rerank", ("POST",), rerank.rerank, what, RerankBody, RerankReply, openai=True, tasks=COMPARE),
+        Endpoint("/v2/rerank", ("POST",), rerank.rerank, what, RerankBody, RerankReply, tasks=COMPARE),
+        Endpoint("/api/rerank", ("POST",), rerank.rerank, what, RerankBody, RerankReply, tasks=COMPARE),
+        Endpoint(
+            "/score", ("POST",), rerank.score, "How well pairs of texts go together",
+            ScoreBody, ScoreReply, openai=True, tasks=COMPARE,
+        ),
+    )  # fmt: skip
