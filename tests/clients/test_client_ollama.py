@@ -18,7 +18,7 @@ def test_models(chat: str) -> None:
     assert "completion" in (shown.capabilities or []) and (shown.modelinfo or {})["llama.context_length"] == 2048
     assert client.pull("smollm2").status == "success"
     with pytest.raises(ollama.ResponseError, match="not found") as caught:
-        client.pull("nobody/has-this")
+        client.pull("nobody-has-this")
     assert caught.value.status_code == 404
 
 

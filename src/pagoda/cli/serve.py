@@ -96,6 +96,7 @@ def make_server(options: Options, path: str, engine: EngineClient) -> Server:
     from pagoda.api.batch.store import BatchStore
     from pagoda.api.serving.server import Server
     from pagoda.arch.dummy import open_model
+    from pagoda.cli.hub import Models
     from pagoda.cli.model import sampling_defaults
     from pagoda.deploy.default_model import NAME
     from pagoda.text.chat import load_chat_template
@@ -124,6 +125,7 @@ def make_server(options: Options, path: str, engine: EngineClient) -> Server:
         max_queued=options.max_num_queued_reqs,
         log_requests=options.enable_log_requests,
         batches=None if options.files_dir is None else BatchStore(FileStore(options.files_dir)),
+        hub=Models(),
         version=__version__,
     )
     source.close()

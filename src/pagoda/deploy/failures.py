@@ -11,22 +11,35 @@ from pagoda.errors import ModelError
 class SourceFailed(ModelError):
     """This source cannot give the model or a file of it; another one may."""
 
+    status = 404
+    code = "model_not_found"
+    type = "NotFoundError"
+
 
 class Unreachable(SourceFailed):
     """No answer, or none that makes sense."""
 
+    status = 502
+    code = "hub_unreachable"
+    type = "BadGatewayError"
     exit_code = 69
 
 
 class AccessDenied(ModelError):
     """The source knows the model and refuses it: gated, private, or a wrong token. No other source is asked."""
 
+    status = 403
+    code = "access_denied"
+    type = "PermissionDeniedError"
     exit_code = 77
 
 
 class DiskFailed(ModelError):
     """What was fetched cannot be written."""
 
+    status = 507
+    code = "insufficient_storage"
+    type = "InternalServerError"
     exit_code = 74
 
 

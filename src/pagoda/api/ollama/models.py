@@ -13,15 +13,12 @@ from pagoda.api.http.body import parse, read_body
 from pagoda.api.http.errors import JSON, to_json
 from pagoda.api.ollama.options import DEFAULTS, NotSupported, resolve
 from pagoda.api.ollama.protocol import (
-    OLLAMA,
     OllamaDetails,
     OllamaModel,
     OllamaModels,
     OllamaNameBody,
     OllamaShow,
-    OllamaStatus,
     OllamaVersion,
-    line,
     timestamp,
 )
 from pagoda.api.serving.server import Server
@@ -72,20 +69,9 @@ async def show(server: Server, request: Request) -> Response:
     return _dressed(server, _json(reply), ignored)
 
 
-async def pull(server: Server, request: Request) -> Response:
-    """A model that is served is here already; any other one is not fetched by a request."""
-    body, ignored = parse(await read_body(request), OllamaNameBody)
-    resolve(server, body.model or body.name)
-    done = OllamaStatus(status="success")
-    if not body.stream:
-        return _dressed(server, _json(done), ignored)
-    lines = line(OllamaStatus(status="pulling manifest")) + line(done)
-    return _dressed(server, Response(lines, media_type=OLLAMA.media_type), ignored)
-
-
 async def manage(server: Server, request: Request) -> Response:
     raise NotSupported(
-        "models are not created, copied, deleted or pushed through this server",
+        "models are not created, copied or pushed through this server",
         remedy="Start pagoda serve with the model and the --served-model-name you want",
     )
 

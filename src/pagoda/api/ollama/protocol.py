@@ -183,7 +183,12 @@ class OllamaShow(msgspec.Struct, kw_only=True):
 
 
 class OllamaStatus(msgspec.Struct, kw_only=True):
+    """How far a pull is, in bytes; what has a digest is one bar on the screen."""
+
     status: str
+    digest: str | UnsetType = UNSET
+    total: int | UnsetType = UNSET
+    completed: int | UnsetType = UNSET
 
 
 def line(body: msgspec.Struct) -> bytes:

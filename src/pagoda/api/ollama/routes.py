@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagoda.api.ollama import embed, generate, models
+from pagoda.api.ollama import embed, generate, models, pull
 from pagoda.api.ollama.protocol import (
     OLLAMA,
     OllamaChatBody,
@@ -24,7 +24,7 @@ from pagoda.api.serving.tasks import EMBED, GENERATE
 
 
 def endpoints() -> tuple[Endpoint, ...]:
-    not_here = (("create", "POST"), ("copy", "POST"), ("push", "POST"), ("delete", "DELETE"))
+    not_here = (("create", "POST"), ("copy", "POST"), ("push", "POST"), ("blobs/{digest}", "POST"))
     return (
         Endpoint(
             "/api/chat", ("POST",), generate.chat, "Ollama: answer messages",
@@ -49,8 +49,12 @@ def endpoints() -> tuple[Endpoint, ...]:
             OllamaNameBody, OllamaShow, dialect=OLLAMA,
         ),
         Endpoint(
-            "/api/pull", ("POST",), models.pull, "Ollama: success for what is served",
+            "/api/pull", ("POST",), pull.pull, "Ollama: fetch a model to this machine",
             OllamaNameBody, OllamaStatus, OllamaStatus, dialect=OLLAMA,
+        ),
+        Endpoint(
+            "/api/delete", ("DELETE",), pull.delete, "Ollama: remove a model from this machine",
+            OllamaNameBody, media=("text/plain",), dialect=OLLAMA,
         ),
         Endpoint("/api/version", ("GET",), models.version, "Ollama: its version", reply=OllamaVersion, dialect=OLLAMA),
         *(

@@ -19,6 +19,7 @@ from pagoda.api.http.stream import Reply
 from pagoda.api.responses.store import ResponseStore
 from pagoda.api.serving.engine import Engine
 from pagoda.api.serving.generation import Generation, Pooled, ThinkingLimit
+from pagoda.api.serving.hub import Hub
 from pagoda.api.serving.metrics import Metrics
 from pagoda.api.serving.names import ServedNames
 from pagoda.engine.grammar_check import GrammarCheck, Words
@@ -75,6 +76,7 @@ class Server:
     tool_call_parser: str | None = None
     sentence: SentenceFiles = field(default_factory=SentenceFiles)
     batches: BatchStore | None = None
+    hub: Hub | None = None
     version: str = "0"
 
     def __post_init__(self) -> None:

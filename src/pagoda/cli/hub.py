@@ -1,0 +1,40 @@
+"""The hubs and caches as a server reaches them, for clients that fetch and remove models through it."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from pagoda.api.serving.hub import Show
+from pagoda.errors import BadRequest, ConfigError, NotFound, Overloaded
+
+MAX_PULLS = 2
+
+
+class Models:
+    """What `pagoda pull` and `pagoda rm` do. A few pulls run at once, others are sent away."""
+
+    def __init__(self) -> None:
+        self._free = threading.BoundedSemaphore(MAX_PULLS)
+
+    def pull(self, name: str, show: Show) -> None:
+        # Only here: a server starts faster without what a pull needs.
+        from pagoda.deploy.pull import Report, pull, wanted
+
+        if not self._free.acquire(blocking=False):
+            raise Overloaded(f"{MAX_PULLS} models are being fetched already", remedy="Wait for one of them")
+        try:
+            pull(wanted(name), os.environ, Report(lambda progress: show(progress.done_bytes, progress.total_bytes)))
+        except ConfigError as error:
+            raise BadRequest(error.message, remedy=error.remedy, param="model") from None
+        finally:
+            self._free.release()
+
+    def delete(self, name: str) -> None:
+        from pagoda.deploy.cached import cached_models, remove
+
+        found = [model for model in cached_models(os.environ) if model.name == name]
+        if not found:
+            raise NotFound(f"model '{name}' not found in the caches", param="model")
+        for model in found:
+            remove(model)
