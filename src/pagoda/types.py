@@ -104,6 +104,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise BadRequest(f"stop_token_ids takes at most {MAX_LOGIT_BIAS} ids", param="stop_token_ids")
 
 
+class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How `LLM` gives embeddings and scores; names and meaning as in vLLM.
+
+    `dimensions` cuts vectors of models that were trained for it. `use_activation` None is what the model's files say
+    (length 1, probabilities), False the bare numbers. `truncate_prompt_tokens` cuts a prompt; -1: to the context.
+    """
+
+    dimensions: int | None = None
+    use_activation: bool | None = None
+    truncate_prompt_tokens: int | None = None
+
+
 _FLOAT_RANGES = (
     ("temperature", 0.0, 100.0),
     ("top_p", 0.0, 1.0),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -17,13 +15,24 @@ from pagoda.config import Options
 from pagoda.engine.core import EngineCore
 from pagoda.engine.messages import ModelInfo
 from pagoda.engine.outputs import Answer, CompletionOutput, RequestOutput
+from pagoda.engine.pooled import (
+    ClassificationRequestOutput,
+    EmbeddingRequestOutput,
+    Pooler,
+    PoolingOutput,
+    PoolingRequestOutput,
+    PoolingTask,
+    ScoringRequestOutput,
+)
+from pagoda.engine.shared import SharedCore
 from pagoda.errors import BadRequest, ContextLengthExceeded, ModelError
 from pagoda.settings import Catalog, check, resolve
 from pagoda.text.chat import load_chat_template
 from pagoda.text.generation import load_generation_defaults
+from pagoda.text.sentence import sentence_files
 from pagoda.text.structured import structured_grammar
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
-from pagoda.types import Request, SamplingParams
+from pagoda.types import PoolingParams, Request, SamplingParams
 
 SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of the n answers to one prompt; the server uses the same
 _MASK_64 = 2**64 - 1
@@ -35,7 +44,8 @@ _log = logging.getLogger("pagoda")
 
 
 class LLM:
-    """Loads a model (a folder or a .gguf file) and generates. Calls of several threads are computed together.
+    """Loads a model (a folder or a .gguf file), which generates, embeds or scores. Calls of several threads are
+    computed together.
 
     Options are the server's, under vLLM's names: `dtype`, `max_model_len`, `gpu_memory_utilization`, `max_num_seqs`,
     ... Those of vLLM that mean nothing here are accepted, each with one line in the log. `seed` makes the seeds of
@@ -60,16 +70,19 @@ class LLM:
         self._eos_token_ids = tuple(dict.fromkeys(named))
         params = {} if self._options.generation_config == "vllm" else defaults.params
         self._default_params = {**params, **self._options.override_generation_config}
-        self._calls = 0
-        self._open: dict[str, Answer] = {}
-        self._inbox: list[Request | str] = []  # to add, or (by name) to cancel, between two steps
-        self._stepping = False
-        self._turn = threading.Condition()  # guards all of the above
+        self._shared = SharedCore(self._core)
+        self._sentence = sentence_files(path)
+        self._pooler = Pooler(self.info, self._tokenizer, self._sentence, self._shared)
 
     @property
     def info(self) -> ModelInfo:
         """What was loaded, and what fits."""
         return self._core.info
+
+    @property
+    def prompt_names(self) -> list[str]:
+        """The prompts that an embedding model brings, for `embed`."""
+        return list(self._sentence.prompts)
 
     def get_tokenizer(self) -> Tokenizer:
         return self._tokenizer
@@ -161,12 +174,63 @@ class LLM:
         finished = False
         try:
             while not finished:
-                self._advance(answers)
+                self._shared.advance(answers)
                 if (news := answer.news()) is not None:
                     finished = news.finished()
                     yield news
         finally:
-            self._end(answers)
+            self._shared.end(answers)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        prompt_name: str | None = None,
+        use_tqdm: bool = False,
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector for each prompt, in their order: `.outputs.embedding`.
+
+        `prompt_name`: which of the model's own prompts goes before each text, such as "query".
+        """
+        return self._pooler.embed(_as_list(prompts), pooling_params or PoolingParams(), use_tqdm, prompt_name)
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = False,
+    ) -> list[ClassificationRequestOutput]:
+        """A probability for each label of the model: `.outputs.probs`."""
+        return self._pooler.classify(_as_list(prompts), pooling_params or PoolingParams(), use_tqdm)
+
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        pooling_task: PoolingTask | None = None,
+        use_tqdm: bool = False,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """What `embed` or `classify` gives, as arrays: `.outputs.data`."""
+        return self._pooler.encode(_as_list(prompts), pooling_params or PoolingParams(), pooling_task, use_tqdm)
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        pooling_params: PoolingParams | None = None,
+        instruction: str | None = None,
+        use_tqdm: bool = False,
+    ) -> list[ScoringRequestOutput]:
+        """How well texts go together, one with several or each with its own: `.outputs.score`, 0 to 1.
+
+        An embedding model gives the cosine, -1 to 1. `instruction` is for rerankers made of a chat model.
+        """
+        texts = [[data] if isinstance(data, str) else list(data) for data in (data_1, data_2)]
+        return self._pooler.score(texts[0], texts[1], pooling_params or PoolingParams(), instruction, use_tqdm)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -226,16 +290,7 @@ class LLM:
         self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams], show: bool
     ) -> list[RequestOutput]:
         results, answers = self._begin(prompts, params)
-        try:
-            shown = -1
-            while shown < len(answers):
-                done = sum(answer.output.finished() for answer in answers.values())
-                if show and done > shown:
-                    _show(done, len(answers))
-                shown = done
-                self._advance(answers)
-        finally:
-            self._end(answers)
+        self._shared.finish(answers, show)
         return results
 
     def _begin(
@@ -244,66 +299,24 @@ class LLM:
         params: Sequence[SamplingParams],
         shown: frozenset[int] = frozenset(),
     ) -> tuple[list[RequestOutput], dict[str, Answer]]:
-        """Hand the prompts to the engine; whoever calls this must call `_end`."""
+        """Hand the prompts to the engine; whoever calls this must end what it answers."""
         if self.info.task != "generate":
-            raise BadRequest("this model generates no text: it makes embeddings or scores", param="prompts")
+            raise BadRequest(
+                "this model generates no text: it makes embeddings or scores",
+                remedy="Call embed(), score() or classify()",
+                param="prompts",
+            )
         results: list[RequestOutput] = []
         answers: dict[str, Answer] = {}
         requests: list[Request] = []
-        with self._turn:
-            for (text, ids), one in zip(prompts, params, strict=True):
-                name, self._calls = str(self._calls), self._calls + 1
-                whole = RequestOutput(name, text, ids, [CompletionOutput(i) for i in range(one.n)])
-                results.append(whole)
-                for i, request in enumerate(self._requests(name, ids, one)):
-                    requests.append(request)
-                    answers[request.request_id] = Answer(self._tokenizer, request, whole, i, shown)
-            self._open.update(answers)
-            self._tell(requests)
+        for name, (text, ids), one in zip(self._shared.names(len(prompts)), prompts, params, strict=True):
+            whole = RequestOutput(name, text, ids, [CompletionOutput(i) for i in range(one.n)])
+            results.append(whole)
+            for i, request in enumerate(self._requests(name, ids, one)):
+                requests.append(request)
+                answers[request.request_id] = Answer(self._tokenizer, request, whole, i, shown)
+        self._shared.begin(requests, answers)
         return results, answers
-
-    def _advance(self, answers: Mapping[str, Answer]) -> None:
-        """Until the next step is over, whichever thread computes it; nothing where these are complete."""
-        with self._turn:
-            if all(answer.output.finished() for answer in answers.values()):
-                return
-            if self._stepping:
-                self._turn.wait()
-                return
-            self._stepping = True
-        ended: list[str] = []
-        try:
-            for delta in self._core.step():
-                answer = self._open.get(delta.request_id)
-                if answer is None or not answer.feed(delta):
-                    continue
-                del self._open[delta.request_id]
-                if delta.finish_reason is None:  # a stop string ended it, of which the engine knows nothing
-                    ended.append(delta.request_id)
-                if answer.output.error is not None:
-                    _log.warning("request %s failed: %s", delta.request_id, answer.output.error)
-        finally:
-            with self._turn:
-                self._stepping = False
-                self._tell(ended)
-                self._turn.notify_all()
-
-    def _end(self, answers: Mapping[str, Answer]) -> None:
-        """What is left after an interrupt is cancelled."""
-        with self._turn:
-            self._tell([name for name in answers if self._open.pop(name, None) is not None])
-
-    def _tell(self, what: Sequence[Request | str]) -> None:
-        """Add requests, or cancel those named, as soon as no step is being computed. With the lock held."""
-        self._inbox += what
-        if self._stepping:
-            return
-        for one in self._inbox:
-            if isinstance(one, str):
-                self._core.cancel(one)
-            else:
-                self._core.add(one)
-        self._inbox.clear()
 
     def _requests(self, name: str, ids: list[int], params: SamplingParams) -> list[Request]:
         room = self.info.max_model_len - len(ids)
@@ -344,11 +357,6 @@ def _options(table: Mapping[str, Any]) -> Options:
     for notice in settings.notices:
         _log.warning("%s", notice)
     return settings.options
-
-
-def _show(done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    print(f"\r{done}/{total} answers", end=end, file=sys.stderr, flush=True)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -69,6 +69,14 @@ class Answer:
         self._pieces: list[str] = []
         self._told = (0, 0)  # pieces and tokens
 
+    @property
+    def done(self) -> bool:
+        return self.output.finish_reason is not None
+
+    @property
+    def error(self) -> str | None:
+        return self.output.error
+
     def feed(self, raw: Delta) -> bool:
         """Take in what came; True when the answer is complete, which a stop string may make it before the engine."""
         delta = self._text.feed(raw)

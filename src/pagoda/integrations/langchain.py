@@ -1,4 +1,4 @@
-"""LangChain's LLM and chat model with the model in this process. Needs the extra `langchain`."""
+"""LangChain's LLM, chat model and embeddings with the model in this process. Needs the extra `langchain`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ try:
 except ImportError as error:
     raise ImportError("LangChain is not installed. Install it: pip install 'pagoda-llm[langchain]'") from error
 from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.embeddings import Embeddings
 from langchain_core.language_models import BaseChatModel, BaseLLM, LanguageModelInput
 from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, convert_to_openai_messages
@@ -26,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from pagoda.engine.llm import LLM
 from pagoda.errors import BadRequest
 from pagoda.integrations.turn import Piece, Turn
-from pagoda.types import SamplingParams
+from pagoda.types import PoolingParams, SamplingParams
 
 _OTHER_NAMES = MappingProxyType({"max_new_tokens": "max_tokens"})
 _OPEN = ConfigDict(extra="allow", protected_namespaces=())  # LangChain's classes drop what they do not know
@@ -175,6 +176,44 @@ class ChatPagoda(_InProcess, BaseChatModel):
             if run_manager is not None:
                 run_manager.on_llm_new_token(piece.content, chunk=chunk)
             yield chunk
+
+
+class PagodaEmbeddings(BaseModel, Embeddings):
+    """Vectors for texts. The model's own prompts for queries and documents go before them, where it has such.
+
+    Further keywords are options of `pagoda.LLM`; `vllm_kwargs` is a table of the same.
+    """
+
+    model: str
+    vllm_kwargs: dict[str, Any] = Field(default_factory=dict)
+    dimensions: int | None = None
+    _llm: LLM = PrivateAttr()
+
+    model_config = _OPEN
+
+    def model_post_init(self, context: Any, /) -> None:
+        self._llm = LLM(self.model, vllm_kwargs=self.vllm_kwargs, **{"runner": "pooling", **(self.model_extra or {})})
+
+    @property
+    def llm(self) -> LLM:
+        """The model behind it."""
+        return self._llm
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._llm.close()
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return self._embed(texts, "document")
+
+    def embed_query(self, text: str) -> list[float]:
+        return self._embed([text], "query")[0]
+
+    def _embed(self, texts: list[str], role: str) -> list[list[float]]:
+        params = PoolingParams(dimensions=self.dimensions, truncate_prompt_tokens=-1)
+        name = role if role in self._llm.prompt_names else None
+        found = self._llm.embed(texts, pooling_params=params, prompt_name=name)
+        return [each.outputs.embedding for each in found]
 
 
 def _as_dicts(messages: list[BaseMessage]) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
-"""The prompt of rerankers that were made of a chat model: is the document an answer to the query, yes or no?"""
+"""The prompt of two texts for a scoring model: a pair, or for those made of a chat model a question of yes or no."""
 
 from __future__ import annotations
+
+from pagoda.text.tokenizer import Tokenizer
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 """For requests that give none; it is the one that Qwen3-Reranker was trained with most."""
@@ -21,3 +23,21 @@ def judged(query: str, document: str, instruction: str | None) -> tuple[str, str
     if query.startswith(_WRITTEN):
         return "", query + document, ""
     return _BEFORE, f"<Instruct>: {instruction or INSTRUCTION}\n<Query>: {query}\n<Document>: {document}", _BEHIND
+
+
+def pair_tokens(
+    tokenizer: Tokenizer,
+    architecture: str,
+    query: str,
+    document: str,
+    most: int | None = None,
+    instruction: str | None = None,
+) -> tuple[list[int], int | None]:
+    """Token ids, and the place of the second text where the model needs it. `most` cuts the document at its end."""
+    if architecture != "qwen3":
+        return tokenizer.encode_pair(query, document, most)
+    before, text, behind = judged(query, document, instruction)
+    head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in (before, behind))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    room = None if most is None else max(0, most - len(head) - len(tail))
+    return [*head, *ids[:room], *tail], None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pagoda.errors import ModelError
+from pagoda.errors import BadRequest, ModelError
 from pagoda.text.files import read_json, read_text
 
 _MODES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
@@ -34,6 +34,18 @@ class SentenceFiles:
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str = ""
     dimensions: tuple[int, ...] | None = None
+
+    def prompt(self, name: str | None) -> str:
+        """What goes before each text. Raises BadRequest for a name that this model does not know."""
+        if name is None:
+            return self.default_prompt
+        if name not in self.prompts:
+            raise BadRequest(
+                f"prompt_name {name[:100]!r} is no prompt of this model",
+                remedy=f"It has: {', '.join(self.prompts) or 'none'}",
+                param="prompt_name",
+            )
+        return self.prompts[name]
 
 
 def sentence_files(model_path: str) -> SentenceFiles:
