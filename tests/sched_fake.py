@@ -125,11 +125,25 @@ def solo(request: Request, config: SchedulerConfig) -> Told:
     return told
 
 
-class Harness:
-    """A scheduler with the fake executor behind it; knows what each request was told, from its deltas only."""
+@dataclass
+class Launched:
+    """A step that was computed and not yet heard of; without a result it failed."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    plan: StepPlan
+    result: StepResult | None
+    sampled: dict[str, int]
+
+
+class Harness:
+    """A scheduler with the fake executor behind it; knows what each request was told, from its deltas only.
+
+    With `ahead` a step is planned and computed behind each one before that is heard of, wherever the scheduler does so.
+    """
+
+    def __init__(self, config: SchedulerConfig, *, ahead: bool = False) -> None:
         self.config = config
+        self.ahead, self.steps_ahead = ahead, 0
+        self.flights: list[Launched] = []
         self.scheduler = Scheduler(config)
         self.cells = np.full((config.num_blocks, BLOCK_SIZE), GARBAGE, np.int64)
         self.requests: dict[str, Request] = {}
@@ -159,35 +173,60 @@ class Harness:
         request = self.requests[request_id]
         return [*request.prompt_token_ids, *request.output_token_ids, *self.told[request_id].tokens]
 
+    def fed(self, request_id: str) -> list[int]:
+        """The known tokens, and those sampled that nobody was told yet."""
+        return self.known(request_id) + [f.sampled[request_id] for f in self.flights if request_id in f.sampled]
+
     def plan(self) -> tuple[StepPlan, list[str]] | None:
         """The next plan, and whose turn each of its requests is."""
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan_ahead() if self.flights else self.scheduler.plan()
         self.scheduler.check()
         if plan is None:
-            assert not self.scheduler.has_work
+            assert self.flights or not self.scheduler.has_work
             return None
-        flight = self.scheduler._flight
-        assert flight is not None
-        return plan, [turn.seq.request_id for turn in flight.turns]
+        return plan, [turn.seq.request_id for turn in self.scheduler._flights._flights[-1].turns]
 
     def step(self, *, fails: bool = False, poisoned: str = "", cancels: list[str] | None = None) -> bool:
         """One step; False when there was nothing to do."""
+        if not self.flights and not self._launch(fails, poisoned):
+            return False
+        if self.ahead:
+            self.steps_ahead += self._launch(fails, poisoned)
+        flight = self.flights[0]
+        self.steps += 1
+        for name in cancels or []:
+            self.cancel(name)
+        if flight.result is None:
+            deltas, self.flights = self.scheduler.fail(flight.plan, "the step failed"), []
+        else:
+            deltas = self.scheduler.apply(flight.plan, flight.result)
+            del self.flights[0]
+        self._hear(deltas)
+        self.scheduler.check()
+        return True
+
+    def _launch(self, fails: bool, poisoned: str) -> bool:
         planned = self.plan()
         if planned is None:
             return False
         plan, names = planned
-        self.steps += 1
         self.plan_sizes.append(len(plan.tokens))
         assert 0 < len(plan.tokens) <= self.config.max_num_batched_tokens
         assert len(set(names)) == len(names) <= self.config.max_num_seqs
         assert len(set(plan.slots.tolist())) == len(names)
+        if self.flights:
+            before = self.flights[-1].result
+            if before is None:  # it goes down with the step before
+                self.flights.append(Launched(plan, None, {}))
+                return True
+            plan.tokens[:] = [before.tokens[-1 - t] if t < 0 else t for t in plan.tokens.tolist()]
         self._write(plan, names, fails)
-        if not fails:
-            result = self._result(plan, names, poisoned)
-        for name in cancels or []:
-            self.cancel(name)
-        self._hear(self.scheduler.fail(plan, "the step failed") if fails else self.scheduler.apply(plan, result))
-        self.scheduler.check()
+        result = None if fails else self._result(plan, names, poisoned)
+        sampled = {}
+        for row, r in enumerate(plan.row_request.tolist()):
+            if result is not None and plan.row_target[row] == -1 and not self.drafts[names[r]]:
+                sampled[names[r]] = int(result.tokens[row])
+        self.flights.append(Launched(plan, result, sampled))
         return True
 
     def planned(self) -> dict[str, int]:
@@ -216,13 +255,16 @@ class Harness:
         written: set[tuple[int, int]] = set()
         for r, name in enumerate(names):
             first, count = int(plan.positions[r]), int(plan.starts[r + 1] - plan.starts[r])
-            known = self.known(name)
+            known = self.fed(name)
             fed = plan.tokens[plan.starts[r] : plan.starts[r + 1]].tolist()
             drafts = fed[len(known) - first :]
             assert count > 0 and fed == [*known, *drafts][first : first + count], "wrong tokens"
             assert not drafts or self.config.speculation, "drafts that nobody asked for"
-            ids = self.ids[name] = self.ids[name][: len(known)]
-            for token in drafts:  # true for as long as they are in the cache; `_hear` cuts what was refused
+            ids = self.ids[name] = self.ids[name][: len(self.known(name))]
+            for token in [
+                *known[len(ids) :],
+                *drafts,
+            ]:  # true for as long as they are in the cache; `_hear` cuts what was refused
                 ids.append(hash((ids[-1], token)))
             self.drafts[name] = drafts
             cells = self._cells_of(plan, r, first, first + count)
@@ -262,8 +304,8 @@ class Harness:
     def _sample(self, plan: StepPlan, r: int, name: str, prefix: int, position: int) -> int | None:
         """Choose by the plan's arrays alone, after comparing them with what the request says."""
         request, params = self.requests[name], self.requests[name].params
-        fed = [*self.known(name), *self.drafts[name]]
-        assert len(self.known(name)) <= position <= len(fed), "sampled in the middle"
+        fed = [*self.fed(name), *self.drafts[name]]
+        assert len(self.fed(name)) <= position <= len(fed), "sampled in the middle"
         told = (plan.temperature, plan.top_p, plan.min_p, plan.presence, plan.frequency, plan.repetition)
         asked = [params.temperature, params.top_p, params.min_p]
         asked += [params.presence_penalty, params.frequency_penalty, params.repetition_penalty]

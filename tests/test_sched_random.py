@@ -31,6 +31,7 @@ class Arrival:
 class Mix:
     config: SchedulerConfig
     arrivals: list[Arrival]
+    ahead: bool
     failing: set[int] = field(default_factory=set)
     poisoned: dict[int, int] = field(default_factory=dict)
 
@@ -83,9 +84,8 @@ def draw_mix(rng: Random, *, disturbed: bool) -> Mix:
         prefix_caching=rng.random() < 0.85,
     )
     count = rng.randint(1, 10)
-    mix = Mix(
-        config, [Arrival(draw_request(rng, f"r{i}", config), rng.choice([0, rng.randint(0, 25)])) for i in range(count)]
-    )
+    arrivals = [Arrival(draw_request(rng, f"r{i}", config), rng.choice([0, rng.randint(0, 25)])) for i in range(count)]
+    mix = Mix(config, arrivals, ahead=rng.random() < 0.5)
     if disturbed:
         for arrival in mix.arrivals:
             if rng.random() < 0.3:
@@ -97,7 +97,7 @@ def draw_mix(rng: Random, *, disturbed: bool) -> Mix:
 
 def play(mix: Mix) -> Harness:
     """Run a mix to its end. A request may be cancelled before it comes, while it waits or runs, or when it is gone."""
-    harness = Harness(mix.config)
+    harness = Harness(mix.config, ahead=mix.ahead)
     for now in range(100_000):
         for arrival in mix.arrivals:
             if arrival.at == now:
@@ -126,7 +126,7 @@ def check_undisturbed(mix: Mix) -> Counter[str]:
     stats = harness.scheduler.stats()
     assert stats.generation_tokens == sum(len(told.tokens) for told in harness.told.values())
     assert stats.prefix_hits_tokens <= stats.prefix_queries_tokens
-    counts = Counter(preempted=stats.preemptions, hits=stats.prefix_hits_tokens)
+    counts = Counter(preempted=stats.preemptions, hits=stats.prefix_hits_tokens, ahead=harness.steps_ahead)
     right = counts["right"] = stats.spec_decode_num_accepted_tokens
     counts["wrong"] = stats.spec_decode_num_draft_tokens - right
     counts.update(told.finish_reason for told in harness.told.values() if told.finish_reason)
@@ -136,7 +136,7 @@ def check_undisturbed(mix: Mix) -> Counter[str]:
 def check_disturbed(mix: Mix) -> Counter[str]:
     harness = play(mix)
     harness.assert_empty()
-    counts: Counter[str] = Counter(preempted=harness.scheduler.stats().preemptions)
+    counts: Counter[str] = Counter(preempted=harness.scheduler.stats().preemptions, ahead=harness.steps_ahead)
     for arrival in mix.arrivals:
         name = arrival.request.request_id
         told, alone = harness.told[name], solo(arrival.request, mix.config)
@@ -173,7 +173,7 @@ def test_thousands_of_mixes(mixes: int = 500) -> None:
         seen += check_undisturbed(draw_mix(Random(f"calm {seed}"), disturbed=False))
         seen += check_disturbed(draw_mix(Random(f"rough {seed}"), disturbed=True))
     print(dict(seen))
-    for what in ("preempted", "hits", "stop", "length", "error", "cancelled", "failed", "poisoned"):
+    for what in ("preempted", "hits", "stop", "length", "error", "cancelled", "failed", "poisoned", "ahead"):
         assert seen[what] > mixes / 20, f"the mixes do not try {what}"
 
 

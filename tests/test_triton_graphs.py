@@ -11,7 +11,7 @@ from triton_cases import again, make_batch
 
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.graphs import DecodeGraphs, Recorder, sizes
-from pagoda.backend.torch.kernels import attention
+from pagoda.backend.torch.kernels import attention, stage
 from pagoda.backend.torch.ops import Batch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,3 +92,10 @@ def test_without_memory_for_a_graph_steps_go_on() -> None:
     torch.testing.assert_close(got, model.plain(batch), rtol=1e-4, atol=1e-5)
     assert runner.run(batch) is None
     assert runner.run(tokens(contexts=[7])) is not None
+
+
+def test_tokens_of_the_step_before_are_filled_in() -> None:
+    tokens = torch.tensor([5, -1, 7, -3, -2], dtype=torch.int32, device=DEVICE)
+    sampled = torch.tensor([40, -1, 42], device=DEVICE)
+    for found in (stage.told(tokens, sampled), ops.told(tokens, sampled)):
+        assert found.dtype == torch.int32 and found.tolist() == [5, 40, 7, 42, 0]

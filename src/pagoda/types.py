@@ -198,7 +198,8 @@ class StepPlan:
     `positions[r] + 1`, ...; positions before that are already in the cache. Position p of request r lives in block
     `block_tables[slots[r], p // BLOCK_SIZE]`, at offset `p % BLOCK_SIZE`. Several requests may read one block, and a
     request may read positions that another request writes in this same step: within each layer all keys and values
-    are written before any is read.
+    are written before any is read. A token -1 - l is the one that row l of the step before samples; it is given only
+    to executors that take a step while the one before runs (`Capacity.steps_in_flight`).
 
     Row l takes the final hidden state of token row `rows[l]`, which belongs to request `row_request[l]`. Where
     `row_target[l]` is -1 a token is sampled, else that given token is scored (prompt log-probabilities).

@@ -42,13 +42,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What was measured while loading: not configuration."""
+    """What was measured while loading: not configuration.
+
+    `steps_in_flight` 2: a step may be launched while the one before runs, and its plan is copied by then.
+    """
 
     num_blocks: int
     weight_bytes: int
     kv_bytes: int
     activation_bytes: int
     device: str  # such as "cpu (avx2, 2 threads)"
+    steps_in_flight: int = 1
 
 
 class Pending(Protocol):
@@ -58,7 +62,7 @@ class Pending(Protocol):
 
 
 class Executor(Protocol):
-    """Runs steps of one loaded model. Not thread-safe: one caller, at most one step in flight."""
+    """Runs steps of one loaded model. Not thread-safe: one caller, at most `capacity.steps_in_flight` at once."""
 
     @property
     def capacity(self) -> Capacity: ...

@@ -6,8 +6,9 @@ import importlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,7 +17,7 @@ import numpy as np
 from pagoda.arch.dummy import open_model
 from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.spec import ModelSpec
-from pagoda.backend.base import Capacity, Executor, Limits, Progress
+from pagoda.backend.base import Capacity, Executor, Limits, Pending, Progress
 from pagoda.backend.pooler import Head
 from pagoda.backend.select import load_executor, resolve_device
 from pagoda.config import EngineConfig
@@ -26,7 +27,8 @@ from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
 from pagoda.formats import QUANTIZE_ON_LOAD_GPU
 from pagoda.sched.scheduler import Scheduler, SchedulerConfig
 from pagoda.sched.state import Grammar
-from pagoda.types import BLOCK_SIZE, Delta, Request
+from pagoda.speculation import Speculation
+from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan
 from pagoda.weights.grouped import OrderedTensor
 from pagoda.weights.quantization import check_quantization
 from pagoda.weights.source import TensorSource
@@ -39,6 +41,13 @@ _CUDA_SEQS, _CPU_SEQS = 256, 64
 _CUDA_STEP_TOKENS, _CPU_STEP_TOKENS = 8192, 512
 _CPU_STEP_TIME_TARGET_S = 0.05
 _IDLE_WAIT_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    plan: StepPlan
+    pending: Pending
+    started: float
 
 
 class EngineCore:
@@ -70,7 +79,7 @@ class EngineCore:
                 vocab_size=self.spec.vocab_size,
                 prefix_caching=config.prefix_caching and self.spec.encoder is None,
                 step_time_target_s=step_time_target_s(config),
-                speculation=config.speculation,
+                speculation=_speculation(config, capacity),
                 pooling=None if self.spec.pooling is None else self.spec.pooling.kind,
                 whole_prompts=self.spec.encoder is not None,
             ),
@@ -81,6 +90,9 @@ class EngineCore:
             config.model, self._source.metadata, self.spec, bytes_else=config.load_format == "dummy"
         )
         self._refused: list[Delta] = []
+        self._ahead = capacity.steps_in_flight > 1  # a step is launched before the one in flight has its result
+        self._flight: _Flight | None = None
+        self._landed = 0.0
         self._steps = 0
         self._last_step_s = 0.0
 
@@ -146,30 +158,54 @@ class EngineCore:
         if self._grammars:
             self._take_grammars()
         deltas, self._refused = self._refused, []
-        plan = self._scheduler.plan()
-        if plan is None:
-            return deltas
-        started = time.monotonic()
         try:
-            result = self._executor.launch(plan).wait()
-            computed_s = time.monotonic() - started
+            flight, self._flight = self._flight or self._launch(self._scheduler.plan(), deltas), None
+            if flight is None:
+                return deltas
+            if self._ahead:
+                self._flight = self._launch(self._scheduler.plan_ahead(), deltas)
+            return deltas + self._land(flight)
+        except BaseException:
+            self._flight = None
+            self._scheduler.give_up("interrupted")
+            raise
+
+    def _launch(self, plan: StepPlan | None, deltas: list[Delta]) -> _Flight | None:
+        """Start a step. One that fails at once leaves its deltas."""
+        if plan is None:
+            return None
+        started = time.monotonic()
+        with self._failing(plan, deltas):
+            return _Flight(plan, self._executor.launch(plan), started)
+        return None
+
+    def _land(self, flight: _Flight) -> list[Delta]:
+        plan, result, deltas = flight.plan, None, list[Delta]()
+        with self._failing(plan, deltas):
+            result = flight.pending.wait()
+        began, self._landed = max(flight.started, self._landed), time.monotonic()
+        if result is not None:
+            deltas = self._scheduler.apply(plan, result)
+            self._scheduler.observe(plan, self._landed - began)
+            if self._head is not None:
+                _score(deltas, self._head)
+        self._steps += 1
+        self._last_step_s = time.monotonic() - began
+        return deltas
+
+    @contextmanager
+    def _failing(self, plan: StepPlan, deltas: list[Delta]) -> Iterator[None]:
+        """What goes wrong ends the requests of a step, and those of one behind it, not the engine."""
+        try:
+            yield
         except EngineError as error:
-            outcome = self._scheduler.fail(plan, error.message)
+            deltas += self._scheduler.fail(plan, error.message)
+            self._flight = None
         except Exception:
             # Whatever went wrong is known to the log only: a foreign text must not reach clients.
             _log.exception("step %d failed", plan.step)
-            outcome = self._scheduler.fail(plan, "the engine failed in a step that computed this request")
-        except BaseException:
-            self._scheduler.fail(plan, "interrupted")
-            raise
-        else:
-            outcome = self._scheduler.apply(plan, result)
-            self._scheduler.observe(plan, computed_s)
-            if self._head is not None:
-                _score(outcome, self._head)
-        self._steps += 1
-        self._last_step_s = time.monotonic() - started
-        return deltas + outcome
+            deltas += self._scheduler.fail(plan, "the engine failed in a step that computed this request")
+            self._flight = None
 
     def stats(self) -> EngineStats:
         return EngineStats(scheduler=self._scheduler.stats(), steps=self._steps, last_step_s=self._last_step_s)
@@ -191,6 +227,12 @@ def _both(executor: Executor, drafts: DraftModel) -> Capacity:
         kv_bytes=own.kv_bytes + more.kv_bytes,
         activation_bytes=own.activation_bytes + more.activation_bytes,
     )
+
+
+def _speculation(config: EngineConfig, capacity: Capacity) -> Speculation | None:
+    """Drafts need the tokens before them: where steps are launched ahead, only who asks for drafts gets them."""
+    asked = config.speculation is not None and config.speculation.always
+    return config.speculation if asked or capacity.steps_in_flight == 1 else None
 
 
 def default_length(spec: ModelSpec) -> int:

@@ -1,7 +1,8 @@
 """Decides what each step computes: who runs, with how many tokens and which blocks; and what comes of its result.
 
 A request has computed and known tokens, and a step closes part of the difference: there are no prefill or decode
-phases. One step is planned at a time: `plan`, then `apply` or `fail` of that plan, then the next.
+phases. `plan` makes a step, `apply` or `fail` ends it. Behind a step in flight another one may be planned before that
+has its result (`plan_ahead`): what it will compute is taken as done, and the tokens it will sample as known.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import msgspec
 from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
 from pagoda.sched.draft import Speculator
+from pagoda.sched.flights import Flight, Flights
 from pagoda.sched.outcome import NO_LOGITS, Outcome
 from pagoda.sched.pace import Load, Pace
 from pagoda.sched.pooled import PoolKind
@@ -63,16 +65,6 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     spec_decode_num_accepted_tokens: int = 0
 
 
-@dataclass(slots=True)
-class _Flight:
-    """A step that was planned and has no result yet, and the blocks it makes findable."""
-
-    plan: StepPlan
-    turns: list[Turn]
-    published: list[int]
-    load: Load
-
-
 class Proposer(Protocol):
     """Guesses tokens by other means than the text so far."""
 
@@ -91,11 +83,11 @@ class Scheduler:
         self._live: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # both lists by (priority, arrival)
         self._running: list[Sequence] = []
-        self._flight: _Flight | None = None
+        self._flights = Flights()
         self._pace = Pace(config.step_time_target_s)
         self._speculator = Speculator(config.speculation, self._pace) if config.speculation else None
         self._load = Load()  # of the step that is being planned
-        self._last: _Flight | None = None
+        self._last: Flight | None = None
         self._arrivals = 0
         self._steps = 0
         self._preemptions = 0
@@ -105,7 +97,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running or self._flight)
+        return bool(self._waiting or self._running or self._flights)
 
     def add(self, request: Request, grammar: Grammar | None = None) -> Delta | None:
         """Queue a request. One that could never run is not queued: its only delta is returned instead."""
@@ -136,13 +128,26 @@ class Scheduler:
             del self._waiting[bisect_left(self._waiting, seq.order, key=_ORDER)]
             return
         self._drop(seq)
-        if self._flight is None or all(turn.seq is not seq for turn in self._flight.turns):
-            self._release(seq)
+        self._leave(seq)
 
     def plan(self) -> StepPlan | None:
         """The next step, or None when there is nothing to do."""
-        if self._flight is not None:
+        if self._flights:
             raise ValueError("the step before has no result yet")
+        return self._plan()
+
+    def plan_ahead(self) -> StepPlan | None:
+        """The step behind the one in flight; None where that one's tokens must be known first, or nothing is left.
+
+        A token -1 - l of the plan is the one that row l of the step in flight samples.
+        """
+        if self._speculator is not None or not self._flights.assume():
+            return None
+        # else one would have to make room that is computing now
+        missing = sum(max(0, _blocks(len(seq.known)) - len(seq.blocks)) for seq in self._running)
+        return self._plan() if missing <= self._pool.free else None
+
+    def _plan(self) -> StepPlan | None:
         self._load = Load()
         turns = self._continue_running(self._config.max_num_batched_tokens)
         published = [block for turn in turns for block in self._publish(turn.seq, turn.count)]
@@ -154,7 +159,7 @@ class Scheduler:
             self._speculate(self._speculator, turns, budget)
         self._steps += 1
         plan = self._batch.plan(self._steps, turns)
-        self._flight = _Flight(plan, turns, published, self._load)
+        self._flights.add(Flight(plan, turns, published, self._load))
         return plan
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
@@ -166,9 +171,9 @@ class Scheduler:
 
     def apply(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Take in a step's result: at most one delta for each request that took part."""
-        turns = self._land(plan).turns
+        flight = self._last = self._flights.land(plan)
         deltas = []
-        for seq, delta in self._outcome.read(turns, result):
+        for seq, delta in self._outcome.read(flight.turns, result):
             if delta is not None:
                 deltas.append(delta)
                 if delta.finish_reason is not None:
@@ -178,12 +183,25 @@ class Scheduler:
             if delta is not None and delta.error is None:
                 self._publish(seq, 0)  # drafts that were right may have filled a block
             if not seq.alive:
-                self._release(seq)
+                self._leave(seq)
         return deltas
 
     def fail(self, plan: StepPlan, message: str) -> list[Delta]:
-        """A step went wrong as a whole: all its requests end, and nothing it would have written is kept."""
-        flight = self._land(plan)
+        """A step went wrong as a whole: all its requests end, and nothing it would have written is kept.
+
+        A step planned behind it fails with it: it may read what is not there.
+        """
+        behind = self._flights.behind(plan)
+        failed = self._fail(plan, message)
+        return failed if behind is None else failed + self._fail(behind.plan, message)
+
+    def give_up(self, message: str) -> None:
+        """All steps in flight fail, and nobody is told."""
+        for plan in self._flights.plans():
+            self._fail(plan, message)
+
+    def _fail(self, plan: StepPlan, message: str) -> list[Delta]:
+        flight = self._last = self._flights.land(plan)
         self._pool.unpublish(flight.published)
         deltas = []
         for turn in flight.turns:
@@ -191,7 +209,7 @@ class Scheduler:
             if seq.alive:
                 deltas.append(Delta(request_id=seq.request_id, finish_reason="error", error=message))
                 self._drop(seq)
-            self._release(seq)
+            self._leave(seq)
         return deltas
 
     def stats(self) -> SchedulerStats:
@@ -212,8 +230,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise AssertionError unless blocks, slots and queues agree with each other."""
-        leaving = [turn.seq for turn in self._flight.turns if not turn.seq.alive] if self._flight else []
-        seated = self._running + leaving
+        seated = self._running + self._flights.leaving()
         self._pool.check([seq.blocks for seq in seated])
         slots = [seq.slot for seq in seated] + self._free_slots
         assert sorted(slots) == list(range(self._config.max_num_seqs)), "slots lost or given twice"
@@ -225,7 +242,7 @@ class Scheduler:
 
     def _continue_running(self, budget: int) -> list[Turn]:
         """Turns of running requests: those that lack one token first, so that no stream waits behind a prompt."""
-        lacks_one = [seq for seq in self._running if len(seq.known) - seq.computed == 1]
+        lacks_one = [seq for seq in self._running if len(seq.known) - seq.computed == 1 and not seq.ends_in_flight]
         lacks_more = [seq for seq in self._running if len(seq.known) - seq.computed > 1]
         turns = []
         for seq in lacks_one:
@@ -340,19 +357,17 @@ class Scheduler:
 
     def _publish(self, seq: Sequence, count: int) -> list[int]:
         """Make the blocks findable that `count` more tokens fill: a request behind in the same step may read them."""
-        first, end = seq.offered, (seq.computed + count) // BLOCK_SIZE
+        first, end = seq.offered, min(seq.computed + count, len(seq.known) - seq.promised) // BLOCK_SIZE
         if first >= end or not self._config.prefix_caching:
             return []
         seq.offered = end
         hashes = seq.hash_blocks(end)
         return [seq.blocks[i] for i in range(first, end) if self._pool.publish(seq.blocks[i], hashes[i])]
 
-    def _land(self, plan: StepPlan) -> _Flight:
-        flight = self._flight
-        if flight is None or flight.plan is not plan:
-            raise ValueError("this is not the step in flight")
-        self._flight, self._last = None, flight
-        return flight
+    def _leave(self, seq: Sequence) -> None:
+        """Free what a request held that is gone, unless a step in flight still writes there."""
+        if not self._flights.hold(seq):
+            self._release(seq)
 
     def _drop(self, seq: Sequence) -> None:
         """A running request ends; what it holds stays until `_release`."""

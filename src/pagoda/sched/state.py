@@ -82,6 +82,7 @@ class Sequence:
         "order",
         "params",
         "pool",
+        "promised",
         "prompt_len",
         "prompt_scores",
         "request",
@@ -105,6 +106,7 @@ class Sequence:
             max_model_len if params.max_tokens is None else min(max_model_len, self.prompt_len + params.max_tokens)
         )
         self.computed = 0
+        self.promised = 0  # of `known`, how many at its end stand for tokens of a step in flight
         self.blocks: list[int] = []
         self.hashes: list[bytes] = []
         self.offered = 0  # how many of its blocks were made findable, or could be
@@ -140,6 +142,25 @@ class Sequence:
         if self.grammar is not None:
             return False
         return self.history is None and (self._first_bias is None or len(self.known) >= self._min_len)
+
+    @property
+    def ends_in_flight(self) -> bool:
+        """The token that a step in flight samples will be its last."""
+        return self.promised > 0 and len(self.known) >= self.end
+
+    def assume(self, turn: Turn, row: int) -> None:
+        """Take a turn in flight as done; the token it samples, at a row of its step, as -1 - row."""
+        self.computed += turn.count
+        if turn.samples:
+            self.known.append(-1 - row)
+            self.promised = 1
+
+    def unassume(self, turn: Turn) -> None:
+        """Undo `assume`: the turn's result is here."""
+        self.computed -= turn.count
+        if turn.samples:
+            self.known.pop()
+            self.promised = 0
 
     def next_mask(self) -> Mask | None:
         """The tokens that its next one may be; None: all."""
@@ -191,6 +212,12 @@ class Turn:
         seq = self.seq
         plain = seq.bias is None and seq.history is None and seq.mask is None and seq.grammar is None
         return plain and self.samples and self.count == 1 and not self.scoring and not self.drafts
+
+    @property
+    def foreseeable(self) -> bool:
+        """What comes of it changes nothing in the request's next turn but the token itself."""
+        seq = self.seq
+        return seq.history is None and seq.grammar is None and seq.pool is None and not self.scoring
 
     @property
     def sampled_rows(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -64,19 +64,41 @@ def _log(logits: Tensor, tokens: Tensor, piece: list[int], first: int, width: in
     return Logged([first + row for row in piece], chosen, ids, top)
 
 
-def fetch(plan: StepPlan, pieces: list[Chosen]) -> StepResult:
-    """Waits for the device."""
-    result = empty_result(plan)
-    for piece in pieces:
-        tokens, usable = piece.tokens.cpu().numpy()
-        result.tokens[piece.first : piece.last], result.ok[piece.first : piece.last] = tokens, usable
-        for logged in piece.logged:
-            _fill(result, plan, logged)
-    return result
+class Returning:
+    """What was chosen, on its way to the host: a step that is launched behind does not hold it up."""
+
+    def __init__(self, pieces: list[Chosen]) -> None:
+        self._pieces = [_returned(piece) for piece in pieces]
+        self._there = torch.cuda.Event() if pieces and pieces[0].tokens.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._there is not None:
+            self._there.record()
+
+    def result(self, plan: StepPlan) -> StepResult:
+        """Waits for the device."""
+        if self._there is not None:
+            self._there.synchronize()
+        result = empty_result(plan)
+        for piece in self._pieces:
+            tokens, usable = piece.tokens.numpy()
+            result.tokens[piece.first : piece.last], result.ok[piece.first : piece.last] = tokens, usable
+            for logged in piece.logged:
+                _fill(result, plan, logged)
+        return result
+
+
+def _returned(piece: Chosen) -> Chosen:
+    logged = [Logged(m.rows, _to_host(m.chosen), _to_host(m.ids), _to_host(m.logprobs)) for m in piece.logged]
+    return replace(piece, tokens=_to_host(piece.tokens), logged=logged)
+
+
+def _to_host(values: Tensor) -> Tensor:
+    if not values.is_cuda:
+        return values
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
 
 def _fill(result: StepResult, plan: StepPlan, logged: Logged) -> None:
-    chosen, ids, logprobs = logged.chosen.cpu().numpy(), logged.ids.cpu().numpy(), logged.logprobs.cpu().numpy()
+    chosen, ids, logprobs = logged.chosen.numpy(), logged.ids.numpy(), logged.logprobs.numpy()
     for place, row in enumerate(logged.rows):
         if result.ok[row]:
             count = min(int(plan.row_top[row]), ids.shape[1])

@@ -17,7 +17,8 @@ from pagoda.arch.sharding import activation_bytes
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Done, Limits, Pending, Progress
 from pagoda.backend.reference import pooled_rows
-from pagoda.backend.torch.answer import Chosen, choose, fetch
+from pagoda.backend.torch import ops
+from pagoda.backend.torch.answer import Chosen, Returning, choose
 from pagoda.backend.torch.convert import Target
 from pagoda.backend.torch.device import Device, Room, choose_dtype, open_device, room
 from pagoda.backend.torch.graphs import DecodeGraphs, Recorder
@@ -58,14 +59,16 @@ ALONE = Team()
 
 
 class Running:
-    """A step that the device works on."""
+    """A step that the device works on. `sampled` int64 [L] on the device: its tokens."""
 
     def __init__(self, plan: StepPlan, pieces: list[Chosen]) -> None:
-        self._plan, self._pieces = plan, pieces
+        self._plan, self._returning = plan, Returning(pieces)
+        tokens = [piece.tokens[0] for piece in pieces]
+        self.sampled = tokens[0] if len(tokens) == 1 else torch.cat(tokens) if tokens else None
 
     def wait(self) -> StepResult:
         try:
-            return fetch(self._plan, self._pieces)
+            return self._returning.result(self._plan)
         except torch.AcceleratorError as error:
             raise device_lost(self._plan) from error
 
@@ -93,6 +96,7 @@ class TorchExecutor:
         self.capacity = capacity
         self._device, self.device = device, device.device
         self._most_tokens: int | None = None
+        self._sampled = torch.zeros(1, dtype=torch.int64, device=self.device)  # of the step before
 
     @classmethod
     def load(
@@ -129,12 +133,19 @@ class TorchExecutor:
             graphs = DecodeGraphs(
                 decoder.hidden, Recorder(), most_requests=most, most_context=length, device=device.device
             )
-        return cls(decoder, Capacity(blocks, stored, kv_bytes, work, name), device, graphs)
+        # several GPUs are told the tokens of a step by the one that has sampled them
+        at_once = 2 if team is ALONE and spec.pooling is None else 1
+        return cls(decoder, Capacity(blocks, stored, kv_bytes, work, name, at_once), device, graphs)
 
     def launch(self, plan: StepPlan) -> Pending:
         try:
             with torch.inference_mode():
-                return self._launch(plan)
+                pending = self._launch(plan)
+                if isinstance(pending, Running) and pending.sampled is not None:
+                    self._sampled = pending.sampled
+                elif isinstance(pending, Done):
+                    self._sampled = torch.from_numpy(pending.wait().tokens).to(self.device)
+                return pending
         except torch.AcceleratorError as error:
             raise device_lost(plan) from error
         except torch.OutOfMemoryError as error:
@@ -163,6 +174,8 @@ class TorchExecutor:
 
     def _run(self, plan: StepPlan) -> Pending:
         batch, turns = upload(plan, self._device.device, self.capacity.num_blocks)
+        if plan.tokens.min(initial=0) < 0:
+            batch = replace(batch, tokens=ops.told(batch.tokens, self._sampled))
         return self._computed(plan, batch, turns)
 
     def _computed(self, plan: StepPlan, batch: Batch, turns: list[Rows]) -> Pending:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagoda.backend.torch.kernels import activation, attention, norm, rope
+from pagoda.backend.torch.kernels import activation, attention, norm, rope, stage
 from pagoda.backend.torch.kernels import matmul as products
 from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight
 from pagoda.types import BLOCK_SIZE
@@ -115,6 +115,13 @@ def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
 
 def _as_cached(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.clamp(-FP8_MAX, FP8_MAX).to(dtype) if dtype == FP8 else values.to(dtype)
+
+
+def told(tokens: Tensor, sampled: Tensor) -> Tensor:
+    """int32 [T]: the tokens, a number -1 - l replaced by sampled[l] (0 where that row had no token)."""
+    if on_gpu(tokens):
+        return stage.told(tokens, sampled)
+    return torch.where(tokens < 0, sampled[(-1 - tokens).clamp_min(0)], tokens).clamp_min(0).int()
 
 
 def prepared(batch: Batch) -> Batch:

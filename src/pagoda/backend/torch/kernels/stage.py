@@ -1,11 +1,13 @@
-"""A batch of single tokens into the fixed buffers that a CUDA graph reads, padded, in one Triton kernel."""
+"""What goes to the device, made ready for a step in Triton: tokens sampled there, the fixed buffers of CUDA graphs."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 if TYPE_CHECKING:
     from pagoda.backend.torch.ops import Batch
@@ -56,3 +58,19 @@ def stage(batch: Batch, fixed: Batch) -> None:
         fixed.cells, fixed.starts, fixed.contexts, fixed.rows, to_tables, len(batch.contexts), tables.shape[1],
         tables.stride(0), to_tables.stride(0), BLOCK=256, num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit
+def _told(tokens: tl.tensor, sampled: tl.tensor, out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(tokens + at, mask=at < count, other=0)
+    found = tl.load(sampled - 1 - token, mask=(at < count) & (token < 0), other=0)
+    token = tl.where(token < 0, tl.maximum(found, 0).to(tl.int32), token)
+    tl.store(out + at, token, mask=at < count)
+
+
+def told(tokens: Tensor, sampled: Tensor) -> Tensor:
+    """See ops.told."""
+    out = torch.empty_like(tokens)
+    _told[(triton.cdiv(len(tokens), 1024),)](tokens, sampled, out, len(tokens), BLOCK=1024, num_warps=4)
+    return out
