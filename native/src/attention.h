@@ -3,7 +3,7 @@
 // same bits in a prompt chunk, in a batch and alone.
 #pragma once
 #include "kernels.h"
-#include "vec.h"
+#include "wide.h"
 
 namespace pagoda {
 namespace PG_NS {
@@ -16,62 +16,60 @@ template <bool Int8> struct KvBlock {  // of one head
   const uint16_t *key_scales, *value_scales;  // in 8 bits only
 };
 
-template <bool Int8> PG_INLINE F load_kv(const uint8_t* p, int i) {
-  if constexpr (Int8) return load_i8(p + i);
-  else return load_f16((const uint16_t*)p + i);
+template <bool Int8> PG_INLINE W load_kv(const uint8_t* p, int i) {
+  if constexpr (Int8) return load_wide_i8(p + i);
+  else return load_wide_f16((const uint16_t*)p + i);
 }
 
-// Scores of N queries [N][dim] against the 16 keys of a block [dim][16].
-template <int N, bool Int8> PG_INLINE void block_scores(const float* q, const KvBlock<Int8>& block, int dim, float* scores) {
-  F acc[N][2] = {};
+// Scores of N queries [N][dim] against the 16 keys [dim][16] of each of B blocks. Meanwhile the first bytes of `next` are
+// fetched, a line for each value of a head: the hardware does not see from one block to the next.
+template <int N, int B, bool Int8>
+PG_INLINE void block_scores(const float* q, const KvBlock<Int8> (&blocks)[B], int dim, const uint8_t* const (&next)[B],
+                            int64_t bytes, float* scores) {
+  W acc[N][B] = {};
   for (int from = 0; from < dim; from += kKvGroup) {
     const int end = from + kKvGroup < dim ? from + kKvGroup : dim;
-    F whole[N][2];
+    W whole[N][B];
     if constexpr (Int8)
-      for (int n = 0; n < N; n++) whole[n][0] = acc[n][0], whole[n][1] = acc[n][1], acc[n][0] = acc[n][1] = F{};
+      for (int n = 0; n < N; n++)
+        for (int b = 0; b < B; b++) whole[n][b] = acc[n][b], acc[n][b] = W{};
     for (int d = from; d < end; d++) {
-      F k0 = load_kv<Int8>(block.keys, d * kTokens), k1 = load_kv<Int8>(block.keys, d * kTokens + 8);
+      W k[B];
+      for (int b = 0; b < B; b++) k[b] = load_kv<Int8>(blocks[b].keys, d * kTokens);
+      if (d * 64 < bytes)
+        for (int b = 0; b < B; b++) __builtin_prefetch(next[b] + d * 64, 0, 2);
       for (int n = 0; n < N; n++) {
-        F x = splat(q[n * dim + d]);
-        acc[n][0] = fma(x, k0, acc[n][0]), acc[n][1] = fma(x, k1, acc[n][1]);
+        const W x = splat_wide(q[n * dim + d]);
+        for (int b = 0; b < B; b++) acc[n][b] = fma(x, k[b], acc[n][b]);
       }
     }
-    if constexpr (Int8) {
-      const uint16_t* scales = block.key_scales + from / kKvGroup * kTokens;
-      F s0 = load_f16(scales), s1 = load_f16(scales + 8);
-      for (int n = 0; n < N; n++) acc[n][0] = fma(acc[n][0], s0, whole[n][0]), acc[n][1] = fma(acc[n][1], s1, whole[n][1]);
-    }
+    if constexpr (Int8)
+      for (int b = 0; b < B; b++) {
+        const W scale = load_wide_f16(blocks[b].key_scales + from / kKvGroup * kTokens);
+        for (int n = 0; n < N; n++) acc[n][b] = fma(acc[n][b], scale, whole[n][b]);
+      }
   }
-  for (int n = 0; n < N; n++) store(scores + n * kSegment, acc[n][0]), store(scores + n * kSegment + 8, acc[n][1]);
+  for (int n = 0; n < N; n++)
+    for (int b = 0; b < B; b++) store_wide(scores + n * kSegment + b * kTokens, acc[n][b]);
 }
 
-// acc [N][dim] += weights [N] of `count` tokens times their values [count][dim], in the order of the tokens.
-template <int N, bool Int8>
-PG_INLINE void block_values(const float* weights, const KvBlock<Int8>& block, int dim, int count, float* acc) {
+// sums [N][C] of 16 += weights [N] of `count` tokens times their values from column d, in the order of the tokens.
+template <int N, int C, bool Int8>
+PG_INLINE void block_values(const float* weights, const KvBlock<Int8>& block, int dim, int d, int count, W (&sums)[N][C]) {
   constexpr int stride = Int8 ? kTokens : kSegment;
   float scaled[N * kTokens];
-  for (int d = 0; d < dim; d += 16) {
-    if constexpr (Int8) {
-      if (d % kKvGroup == 0) {
-        const uint16_t* scales = block.value_scales + d / kKvGroup * kTokens;
-        F s0 = load_f16(scales), s1 = load_f16(scales + 8);
-        for (int n = 0; n < N; n++) {
-          store(scaled + n * kTokens, load(weights + n * kSegment) * s0);
-          store(scaled + n * kTokens + 8, load(weights + n * kSegment + 8) * s1);
-        }
-      }
+  if constexpr (Int8) {
+    const W scale = load_wide_f16(block.value_scales + d / kKvGroup * kTokens);
+    for (int n = 0; n < N; n++) store_wide(scaled + n * kTokens, load_wide(weights + n * kSegment) * scale);
+  }
+  const float* w = Int8 ? scaled : weights;
+  for (int t = 0; t < count; t++) {
+    W v[C];
+    for (int c = 0; c < C; c++) v[c] = load_kv<Int8>(block.values, t * dim + d + 16 * c);
+    for (int n = 0; n < N; n++) {
+      const W x = splat_wide(w[n * stride + t]);
+      for (int c = 0; c < C; c++) sums[n][c] = fma(x, v[c], sums[n][c]);
     }
-    const float* w = Int8 ? scaled : weights;
-    F sum[N][2];
-    for (int n = 0; n < N; n++) sum[n][0] = load(acc + n * dim + d), sum[n][1] = load(acc + n * dim + d + 8);
-    for (int t = 0; t < count; t++) {
-      F v0 = load_kv<Int8>(block.values, t * dim + d), v1 = load_kv<Int8>(block.values, t * dim + d + 8);
-      for (int n = 0; n < N; n++) {
-        F x = splat(w[n * stride + t]);
-        sum[n][0] = fma(x, v0, sum[n][0]), sum[n][1] = fma(x, v1, sum[n][1]);
-      }
-    }
-    for (int n = 0; n < N; n++) store(acc + n * dim + d, sum[n][0]), store(acc + n * dim + d + 8, sum[n][1]);
   }
 }
 
@@ -113,11 +111,6 @@ PG_INLINE void join(Running& r, float* acc, const float* part, int dim, float to
 // What one segment gives to a query: weighted values [dim], then their maximum and total (0: nothing to attend).
 constexpr int partial_width(int dim) { return dim + 2; }
 
-// The hardware does not see from one block to the next. Into the second level: the values are needed later.
-PG_INLINE void prefetch(const KvCache& c, const uint8_t* block) {
-  for (int64_t i = 0; i < c.stride(); i += 64) __builtin_prefetch(block + i, 0, 2);
-}
-
 // Positions that query vector n sees: [first, last].
 PG_INLINE int last_seen(const AttentionJob& job, int n) { return job.position + n / job.group; }
 PG_INLINE int first_seen(const AttentionJob& job, int n) {
@@ -125,45 +118,84 @@ PG_INLINE int first_seen(const AttentionJob& job, int n) {
   return first > 0 ? first : 0;
 }
 
+// Blocks of the segment that some of the queries see, and where it ends.
+struct Seen {
+  int first, last, tokens;  // blocks [first, last) of the segment, its tokens up to the last one seen
+};
+
+template <int N, int B, bool Int8>
+PG_INLINE int scores_of(const AttentionJob& job, const int32_t* table, Seen seen, int b, bool fetch, const float* q, float* scores) {
+  const KvCache& cache = *job.cache;
+  const auto at = [&](int i) { return cache.at(job.layer, table[i < seen.last ? i : seen.last - 1], job.kv_head); };
+  const auto block = [&](int i) { return KvBlock<Int8>(cache, at(i)); };
+  const int64_t bytes = fetch ? cache.stride() : 0;
+  for (; b + B <= seen.last; b += B) {
+    float* to = scores + b * kTokens;
+    if constexpr (B == 1) block_scores<N, 1, Int8>(q, {block(b)}, cache.head_dim, {at(b + 1)}, bytes, to);
+    if constexpr (B == 2)
+      block_scores<N, 2, Int8>(q, {block(b), block(b + 1)}, cache.head_dim, {at(b + 2), at(b + 3)}, bytes, to);
+    if constexpr (B == 4)
+      block_scores<N, 4, Int8>(q, {block(b), block(b + 1), block(b + 2), block(b + 3)}, cache.head_dim,
+                               {at(b + 4), at(b + 5), at(b + 6), at(b + 7)}, bytes, to);
+  }
+  return b;
+}
+
+template <int N, int C, bool Int8>
+PG_INLINE int values_of(const AttentionJob& job, const int32_t* table, Seen seen, int d, const float* weights, float* partials) {
+  const KvCache& cache = *job.cache;
+  const int dim = cache.head_dim;
+  for (; d + 16 * C <= dim; d += 16 * C) {
+    W sums[N][C] = {};
+    for (int b = seen.first; b < seen.last; b++) {
+      const int count = seen.tokens - b * kTokens < kTokens ? seen.tokens - b * kTokens : kTokens;
+      block_values<N, C, Int8>(weights + b * kTokens, {cache, cache.at(job.layer, table[b], job.kv_head)}, dim, d, count, sums);
+    }
+    for (int n = 0; n < N; n++)
+      for (int c = 0; c < C; c++) store_wide(partials + n * partial_width(dim) + d + 16 * c, sums[n][c]);
+  }
+  return d;
+}
+
 // The segment [start, start + 512) for N consecutive query vectors, from `first`.
 template <int N, bool Int8>
-PG_INLINE void segment(const AttentionJob& job, int first, int start, const float* q, float* scores, float* partials) {
-  const KvCache& cache = *job.cache;
-  const int dim = cache.head_dim, width = partial_width(dim);
+void segment(const AttentionJob& job, int first, int start, const float* q, float* scores, float* partials) {
+  const int dim = job.cache->head_dim, width = partial_width(dim);
   const int last = last_seen(job, first + N - 1), least = first_seen(job, first);  // of all these queries
-  for (int n = 0; n < N; n++) partials[(first + n) * width + dim + 1] = 0.0f;
+  q += first * dim, partials += first * width;
+  for (int n = 0; n < N; n++) partials[n * width + dim + 1] = 0.0f;
   if (start > last || least >= start + kSegment) return;
   const int end = last + 1 < start + kSegment ? last + 1 - start : kSegment;
-  const int blocks = (end + kTokens - 1) / kTokens, skipped = least > start ? (least - start) / kTokens : 0;
+  const Seen seen = {least > start ? (least - start) / kTokens : 0, (end + kTokens - 1) / kTokens, end};
   const int32_t* table = job.table + start / kTokens;
-  for (int b = skipped; b < blocks; b++) {
-    if (first == 0 && b + 1 < blocks) prefetch(cache, cache.at(job.layer, table[b + 1], job.kv_head));
-    block_scores<N, Int8>(q + first * dim, {cache, cache.at(job.layer, table[b], job.kv_head)}, dim, scores + b * kTokens);
-  }
-  float acc[N * kMaxHeadDim];
-  memset(acc, 0, N * dim * sizeof(float));
+  const int done = scores_of<N, keys_at_once(N), Int8>(job, table, seen, seen.first, first == 0, q, scores);
+  scores_of<N, 1, Int8>(job, table, seen, done, first == 0, q, scores);
   for (int n = 0; n < N; n++) {
     const int low = first_seen(job, first + n) - start, high = last_seen(job, first + n) + 1 - start;
-    const int from = skipped * kTokens, count = blocks * kTokens;
-    float *tail = partials + (first + n) * width + dim, *own = scores + n * kSegment;
+    const int from = seen.first * kTokens, count = seen.last * kTokens;
+    float *tail = partials + n * width + dim, *own = scores + n * kSegment;
     if (high > from && low < count) soften(own, from, count, low, high, tail[0], tail[1]);
     else memset(own + from, 0, (count - from) * sizeof(float));
   }
-  for (int b = skipped; b < blocks; b++) {
-    const int count = end - b * kTokens < kTokens ? end - b * kTokens : kTokens;
-    block_values<N, Int8>(scores + b * kTokens, {cache, cache.at(job.layer, table[b], job.kv_head)}, dim, count, acc);
-  }
-  for (int n = 0; n < N; n++) memcpy(partials + (first + n) * width, acc + n * dim, dim * sizeof(float));
+  constexpr int columns = Int8 && columns_at_once(N) > 2 ? 2 : columns_at_once(N);  // of one scale
+  const int d = values_of<N, columns, Int8>(job, table, seen, 0, scores, partials);
+  values_of<N, 1, Int8>(job, table, seen, d, scores, partials);
+}
+
+// The segment for `count` query vectors from `first`, N or less of them.
+template <int N, bool Int8>
+PG_INLINE void segment_of(int count, const AttentionJob& job, int first, int start, const float* q, float* scores, float* partials) {
+  if constexpr (N > 1)
+    if (count < N) return segment_of<N - 1, Int8>(count, job, first, start, q, scores, partials);
+  segment<N, Int8>(job, first, start, q, scores, partials);
 }
 
 template <bool Int8>
 PG_INLINE void segment_of_all(const AttentionJob& job, int start, const float* q, float* scores, float* partials) {
-  const int queries = job.tokens * job.group;
-  for (int n = 0; n < queries;) {
-    if (queries - n >= 4) segment<4, Int8>(job, n, start, q, scores, partials), n += 4;
-    else if (queries - n == 3) segment<3, Int8>(job, n, start, q, scores, partials), n += 3;
-    else if (queries - n == 2) segment<2, Int8>(job, n, start, q, scores, partials), n += 2;
-    else segment<1, Int8>(job, n, start, q, scores, partials), n += 1;
+  const int queries = job.tokens * job.group, tiles = (queries + kQueriesAtOnce - 1) / kQueriesAtOnce;
+  for (int t = 0; t < tiles; t++) {
+    const int first = queries * t / tiles, count = queries * (t + 1) / tiles - first;
+    segment_of<kQueriesAtOnce, Int8>(count, job, first, start, q, scores, partials);
   }
 }
 
@@ -220,7 +252,7 @@ void attention_join(const AttentionJob& job, const float* partials, int64_t stri
   write_out(job, running, scratch);
 }
 
-// Up to 32 values to codes -127 .. 127 times a scale, which is returned. A NaN or infinity makes the scale NaN.
+// Up to 32 values to 32 codes -127 .. 127 times a scale, which is returned. A NaN or infinity makes the scale NaN.
 PG_INLINE uint16_t quantize_kv(const float* x, int n, int8_t* codes) {
   F top = {}, bad = {};
   for (int i = 0; i < n; i += 8) {
@@ -230,10 +262,9 @@ PG_INLINE uint16_t quantize_kv(const float* x, int n, int8_t* codes) {
   uint16_t half[8];
   store_f16(half, splat(max_lanes(top) / 127.0f + sum_lanes(bad)));
   const float scale = load_f16(half)[0], inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  for (int i = 0; i < n; i += 8) {
-    I code = to_int(min(max(load(x + i) * inverse, splat(-127.0f)), splat(127.0f)));
-    for (int j = 0; j < 8; j++) codes[i + j] = (int8_t)code[j];
-  }
+  I whole[4] = {};
+  for (int i = 0; i < n; i += 8) whole[i / 8] = to_int(min(max(load(x + i) * inverse, splat(-127.0f)), splat(127.0f)));
+  store_i8(codes, whole);
   return half[0];
 }
 
@@ -246,7 +277,8 @@ PG_INLINE void store_kv_int8(const KvCache& cache, uint8_t* at, int offset, cons
     int8_t codes[kKvGroup];
     key_scales[place] = quantize_kv(k + d, n, codes);
     for (int i = 0; i < n; i++) at[(d + i) * kTokens + offset] = (uint8_t)codes[i];
-    value_scales[place] = quantize_kv(v + d, n, (int8_t*)values + d);
+    value_scales[place] = quantize_kv(v + d, n, codes);
+    memcpy(values + d, codes, n);
   }
 }
 

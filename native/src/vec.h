@@ -36,14 +36,6 @@ struct OnePanel {
 using Lanes = OnePanel;
 #endif
 
-// Fixed order, so that a sum has the same bits wherever it is made.
-PG_INLINE float sum_lanes(F v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
-PG_INLINE float max_lanes(F v) {
-  float m = v[0];
-  for (int i = 1; i < 8; i++) m = v[i] > m ? v[i] : m;
-  return m;
-}
-
 PG_INLINE F abs(F v) { return max(v, -v); }
 
 // e^x, for x up to 88: Cody-Waite reduction, degree-6 polynomial; relative error below 2e-7.

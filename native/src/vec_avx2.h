@@ -32,6 +32,28 @@ PG_INLINE F load_u8(const uint8_t* p) { return to_float((I)_mm256_cvtepu8_epi32(
 PG_INLINE F load_i8(const uint8_t* p) { return to_float((I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
 PG_INLINE F round(F v) { return (F)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 PG_INLINE I to_int(F v) { return (I)_mm256_cvtps_epi32((__m256)v); }
+// Fixed order, so that a sum has the same bits wherever it is made.
+PG_INLINE float sum_lanes(F v) {
+  const __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 pair = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
+PG_INLINE float max_lanes(F v) {
+  const __m128 m = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 pair = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
+}
+PG_INLINE int32_t sum_lanes(I v) {
+  const __m128i s = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  const __m128i pair = _mm_add_epi32(s, _mm_unpackhi_epi64(s, s));
+  return _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 1)));
+}
+// 32 integers within -127 .. 127 as bytes, one behind the other.
+PG_INLINE void store_i8(int8_t* p, const I (&v)[4]) {
+  const __m256i low = _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]), high = _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3]);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing goes by halves of a vector
+  _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+}
 template <int N> PG_INLINE B shr(B v) { return (B)_mm256_srli_epi16((__m256i)v, N); }  // bits cross bytes: mask after
 template <int N> PG_INLINE B shl(B v) { return (B)_mm256_slli_epi16((__m256i)v, N); }
 PG_INLINE B look_up(const int8_t* table, B places) {  // of 16 entries; places 0 to 15

@@ -74,6 +74,28 @@ PG_INLINE I to_int(F v) {
   F r = round(v);
   return {__builtin_convertvector(r.low, I4), __builtin_convertvector(r.high, I4)};
 }
+// Fixed order, so that a sum has the same bits wherever it is made.
+PG_INLINE float sum_lanes(F v) {
+  const F4 s = v.low + v.high;
+  return (s[0] + s[2]) + (s[1] + s[3]);
+}
+PG_INLINE float max_lanes(F v) {
+  const F4 m = v.low > v.high ? v.low : v.high;
+  const float a = m[0] > m[2] ? m[0] : m[2], b = m[1] > m[3] ? m[1] : m[3];
+  return a > b ? a : b;
+}
+PG_INLINE int32_t sum_lanes(I v) {
+  const I4 s = v.low + v.high;
+  return (s[0] + s[2]) + (s[1] + s[3]);
+}
+// 32 integers within -127 .. 127 as bytes, one behind the other.
+PG_INLINE void store_i8(int8_t* p, const I (&v)[4]) {
+  typedef int8_t C4 __attribute__((vector_size(4)));
+  for (int i = 0; i < 4; i++, p += 8) {
+    const C4 low = __builtin_convertvector(v[i].low, C4), high = __builtin_convertvector(v[i].high, C4);
+    memcpy(p, &low, sizeof low), memcpy(p + 4, &high, sizeof high);
+  }
+}
 template <int N> PG_INLINE B shr(B v) { return v >> N; }
 template <int N> PG_INLINE B shl(B v) { return v << N; }
 
