@@ -76,7 +76,7 @@ class PlainTemplate:
         self.seen.append({"messages": messages, "tools": tools, "kwargs": template_kwargs})
         if not messages:
             raise BadRequest("messages must not be empty", param="messages")
-        text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        text = "".join(f"{message['role']}: {message.get('content')}\n" for message in messages)
         if continue_final_message:
             text = text[:-1]
         return [IM_START, *text.encode(), *((b"assistant: " + self.opening.encode()) if add_generation_prompt else b"")]

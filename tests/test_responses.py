@@ -13,6 +13,7 @@ from test_ollama_answers import thinker
 from pagoda.api.responses.input import chat_body, given_items
 from pagoda.api.responses.protocol import ResponsesBody
 from pagoda.api.responses.store import ResponseStore
+from pagoda.api.responses.tools import read_tools
 
 PATH = "/v1/responses"
 ADD = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}, "strict": None}
@@ -52,7 +53,7 @@ def seen(client: Client) -> dict[str, Any]:
 
 def messages_of(items: list[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
     body = ResponsesBody(input=items, **more)
-    return chat_body(body, given_items(body)).messages
+    return chat_body(body, given_items(body), read_tools(body)).messages
 
 
 def test_a_text_gives_a_message(client: Client) -> None:
@@ -169,8 +170,8 @@ def test_a_request_as_codex_sends_it(client: Client) -> None:
     response = client.post(PATH, {"model": "fake-model", **body})
     assert response.status_code == 200 and "event: response.completed\n" in response.text
     ignored = response.headers["x-pagoda-ignored"]
-    assert all(name in ignored for name in ("tools.local_shell", "tools.custom", "tools.web_search", "text.verbosity"))
-    assert [tool["function"]["name"] for tool in seen(client)["tools"]] == ["add"]
+    assert all(name in ignored for name in ("tools.local_shell", "tools.web_search", "text.verbosity"))
+    assert [tool["function"]["name"] for tool in seen(client)["tools"]] == ["add", "apply_patch"]
     response_id = json.loads(response.text.split("data: ")[1].split("\n")[0])["response"]["id"]
     assert client.get(f"{PATH}/{response_id}").status_code == 404  # store: false
     assert ask(client, [], max_output_tokens=1)["status"] == "incomplete"  # its probe

@@ -36,6 +36,7 @@ from pagoda.api.responses.protocol import (
     StreamEvent,
 )
 from pagoda.api.responses.store import Stored
+from pagoda.api.responses.tools import Tools, read_tools
 from pagoda.api.serving.generation import Generation
 from pagoda.api.serving.server import Server
 from pagoda.api.turn.bodies import ChatBody
@@ -54,14 +55,15 @@ async def responses(server: Server, request: Request) -> Reply:
     model = server.served.resolve(body.model)
     earlier = server.responses.get(body.previous_response_id).history() if body.previous_response_id else []
     items = [*earlier, *given_items(body)]
-    asked = chat_body(body, items)
+    tools = read_tools(body)
+    asked = chat_body(body, items, tools)
     params = sampling_params(asked, server.default_params, server.vocab_size)
     with called("text.format"):
         turn = await _turn(server, body, asked)
     generation = start_turn(server, "resp", turn, params, asked, model=model)
     reply = _new_reply(server, body, generation, params.temperature, params.top_p)
     stored = Stored(reply, items)
-    response = _Response(server, body, turn, generation, stored)
+    response = _Response(server, body, tools, turn, generation, stored)
     if body.background:
         server.responses.put(stored)
         stored.task = asyncio.create_task(response.run())
@@ -71,7 +73,7 @@ async def responses(server: Server, request: Request) -> Reply:
         made = EventStream(generation, response.events(), server.aborted, dialect)
     else:
         made = await answer(generation, response.whole(), request.receive, server.aborted)
-    server.dress(made, [*ignored, *turn.ignored, *ignored_parts(body, items)], generation)
+    server.dress(made, [*ignored, *turn.ignored, *ignored_parts(body, items, tools)], generation)
     return made
 
 
@@ -139,13 +141,17 @@ def _new_reply(
 class _Response:
     """Renders one call: whole, as a stream of numbered events, or into the store."""
 
-    def __init__(self, server: Server, body: ResponsesBody, turn: Turn, generation: Generation, stored: Stored) -> None:
+    def __init__(
+        self, server: Server, body: ResponsesBody, tools: Tools, turn: Turn, generation: Generation, stored: Stored
+    ) -> None:
         self._server = server
         self._generation = generation
         self._stored = stored
         self._reply = stored.reply
         self._said = new_answer(server, turn)
-        self._output = Output()
+        asked = body.reasoning or {}
+        summarized = bool(asked.get("summary") or asked.get("generate_summary"))
+        self._output = Output(tools, summarized=summarized)
         self._names = TokenNames(server.tokenizer)
         self._waiting: list[TokenLogprob] = []
         self._events = 0

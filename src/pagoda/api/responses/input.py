@@ -7,6 +7,7 @@ from typing import Any
 
 from pagoda.api.responses.output import new_id
 from pagoda.api.responses.protocol import ResponsesBody
+from pagoda.api.responses.tools import Tool, Tools, custom_arguments
 from pagoda.api.turn.bodies import ChatBody
 from pagoda.errors import BadRequest
 
@@ -16,9 +17,12 @@ _ALIKE = (
     "thinking_token_budget",
     "parallel_tool_calls", "cache_salt", "priority", "deadline_s",
 )  # fmt: skip
+_PREFIX = {
+    "message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco",
+    "custom_tool_call": "ctc", "custom_tool_call_output": "ctco",
+}  # fmt: skip
 _ROLES = ("user", "assistant", "system", "developer")
 _LOGPROBS = "message.output_text.logprobs"
-_HISTORY = ("message", "function_call", "function_call_output", "reasoning")
 Items = Sequence[Mapping[str, Any]]
 
 
@@ -31,20 +35,18 @@ def given_items(body: ResponsesBody) -> list[dict[str, Any]]:
         kind = item.get("type") or "message"
         if not isinstance(kind, str):
             raise BadRequest(f"input[{index}].type must be a string", param="input")
-        prefix = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
         found = item.get("id")
-        out.append({**item, "type": kind, "id": found if isinstance(found, str) else new_id(prefix.get(kind, "item"))})
+        out.append({**item, "type": kind, "id": found if isinstance(found, str) else new_id(_PREFIX.get(kind, "item"))})
     return out
 
 
-def chat_body(body: ResponsesBody, items: Items) -> ChatBody:
+def chat_body(body: ResponsesBody, items: Items, tools: Tools) -> ChatBody:
     """The call as /v1/chat/completions would get it. Raises BadRequest for what cannot be honoured."""
     _refuse(body)
-    tools, choice = _tools(body)
     asked = ChatBody(
         messages=_messages(body.instructions, items),
-        tools=tools or None,
-        tool_choice=choice,
+        tools=tools.functions or None,
+        tool_choice=tools.choice(body.tool_choice),
         response_format=_response_format(body.text),
         logprobs=bool(body.top_logprobs) or _LOGPROBS in (body.include or ()),
         **{name: getattr(body, name) for name in _ALIKE},
@@ -54,10 +56,10 @@ def chat_body(body: ResponsesBody, items: Items) -> ChatBody:
     return asked
 
 
-def ignored_parts(body: ResponsesBody, items: Items) -> list[str]:
+def ignored_parts(body: ResponsesBody, items: Items, tools: Tools) -> list[str]:
     """What has no effect here: tools and items of servers that run tools themselves."""
-    kinds = [f"tools.{tool.get('type')}" for tool in body.tools or () if tool.get("type") != "function"]
-    kinds += [f"input.{item['type']}" for item in items if item["type"] not in _HISTORY]
+    kinds = [*tools.ignored]
+    kinds += [f"input.{item['type']}" for item in items if item["type"] not in _PREFIX]
     kinds += [f"include.{name}" for name in body.include or () if name != _LOGPROBS]
     kinds += [f"text.{name}" for name in body.text or () if name != "format"]
     return list(dict.fromkeys(kinds))
@@ -84,9 +86,9 @@ def _messages(instructions: str | None, items: Items) -> list[dict[str, Any]]:
         kind = item["type"]
         if kind == "message":
             _add_message(where, messages, item)
-        elif kind == "function_call":
+        elif kind in ("function_call", "custom_tool_call"):
             _add_call(where, messages, item)
-        elif kind == "function_call_output":
+        elif kind in ("function_call_output", "custom_tool_call_output"):
             content = _content(f"{where}.output", item.get("output"))
             messages.append(
                 {"role": "tool", "tool_call_id": _string(where, item, "call_id"), "content": content},
@@ -117,7 +119,13 @@ def _add_message(where: str, messages: list[dict[str, Any]], item: Mapping[str, 
 
 
 def _add_call(where: str, messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
-    function = {"name": _string(where, item, "name"), "arguments": _string(where, item, "arguments")}
+    name, namespace = _string(where, item, "name"), item.get("namespace")
+    if item["type"] == "custom_tool_call":
+        arguments = custom_arguments(_string(where, item, "input"))
+    else:
+        arguments = _string(where, item, "arguments")
+    tool = Tool(name, namespace if isinstance(namespace, str) else None)
+    function = {"name": tool.function, "arguments": arguments}
     call = {"id": _string(where, item, "call_id"), "type": "function", "function": function}
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant"})
@@ -140,8 +148,8 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reasoning(item: Mapping[str, Any]) -> str:
-    held = [given for name in ("content", "summary") if isinstance(given := item.get(name), list)]
-    parts = [part for given in held for part in given if isinstance(part, dict)]
+    held = [given for name in ("content", "summary") if isinstance(given := item.get(name), list) and given]
+    parts = [part for part in (held[0] if held else ()) if isinstance(part, dict)]
     return "\n".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
@@ -150,19 +158,6 @@ def _string(where: str, item: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise BadRequest(f"{where}.{name} must be a string", param="input")
     return value
-
-
-def _tools(body: ResponsesBody) -> tuple[list[dict[str, Any]], str | dict[str, Any] | None]:
-    """The functions among the tools, as chats have them, and which of them may or must be called."""
-    tools: list[dict[str, Any]] = [
-        {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
-        for tool in body.tools or ()
-        if tool.get("type") == "function"
-    ]
-    choice = body.tool_choice
-    if not tools and (not isinstance(choice, dict) or choice.get("type") != "function") and choice != "required":
-        return [], None
-    return tools, choice
 
 
 def _response_format(text: Mapping[str, Any] | None) -> dict[str, Any] | None:

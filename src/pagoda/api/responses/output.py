@@ -12,6 +12,9 @@ from pagoda.api.responses.protocol import (
     ArgumentsDone,
     CallItem,
     ContentPart,
+    CustomCallItem,
+    CustomInputDelta,
+    CustomInputDone,
     Item,
     ItemAdded,
     ItemDone,
@@ -25,9 +28,15 @@ from pagoda.api.responses.protocol import (
     ReasoningItem,
     ReasoningText,
     StreamEvent,
+    SummaryAdded,
+    SummaryDelta,
+    SummaryDone,
+    SummaryText,
+    SummaryTextDone,
     TextDelta,
     TextDone,
 )
+from pagoda.api.responses.tools import CustomInput, Tool, Tools
 from pagoda.api.turn.logprobs import ChatLogprob
 from pagoda.api.turn.message import ChatDelta
 
@@ -40,12 +49,19 @@ def new_id(prefix: str) -> str:
 
 
 class Output:
-    """Takes an answer's pieces. One item is open at a time; those in `items` are done."""
+    """Takes an answer's pieces. One item is open at a time; those in `items` are done.
 
-    def __init__(self) -> None:
+    `tools` tells what the called functions stand for. `summarized`: reasoning goes out as its own summary.
+    """
+
+    def __init__(self, tools: Tools, *, summarized: bool = False) -> None:
         self.items: list[Item] = []
+        self._tools = tools
+        self._summarized = summarized
         self._kind: _Kind | None = None
-        self._id = self._call_id = self._name = ""
+        self._id = self._call_id = ""
+        self._tool = Tool("")
+        self._input: CustomInput | None = None
         self._texts: list[str] = []
         self._logprobs: list[ChatLogprob] | None = None
 
@@ -56,15 +72,14 @@ class Output:
             if call.id is UNSET:
                 return self._more_arguments(call.function.arguments)
             events = self.close()
-            self._call_id, self._name = call.id, call.function.name or ""
+            self._call_id, self._tool = call.id, self._tools.tool(call.function.name or "")
+            self._input = CustomInput() if self._tool.custom else None
             return [*events, *self._open("call")]
         if piece.reasoning_content is not UNSET:
             events = self._open("reasoning")
             self._texts.append(piece.reasoning_content)
-            delta: StreamEvent = ReasoningDelta(
-                output_index=len(self.items), item_id=self._id, delta=piece.reasoning_content
-            )
-            return [*events, delta]
+            kind = SummaryDelta if self._summarized else ReasoningDelta
+            return [*events, kind(output_index=len(self.items), item_id=self._id, delta=piece.reasoning_content)]
         events = self._open("message")
         text = piece.content or ""
         self._texts.append(text)
@@ -77,38 +92,58 @@ class Output:
         """The open item is done."""
         if self._kind is None:
             return []
+        events = [] if self._input is None or not (rest := self._input.finish()) else self._more_input(rest)
         item = self._item(status)
-        index, item_id, text = len(self.items), self._id, "".join(self._texts)
-        events: list[StreamEvent] = []
-        if isinstance(item, CallItem):
-            events.append(ArgumentsDone(output_index=index, item_id=item_id, arguments=text, name=item.name))
-        else:
-            if isinstance(item, MessageItem):
-                events.append(TextDone(output_index=index, item_id=item_id, text=text, logprobs=self._logprobs or []))
-            else:
-                events.append(ReasoningDone(output_index=index, item_id=item_id, text=text))
-            events.append(PartDone(output_index=index, item_id=item_id, part=item.content[0]))
+        index = len(self.items)
+        events += self._done(item, index)
         self.items.append(item)
-        self._kind, self._texts, self._logprobs = None, [], None
+        self._kind, self._texts, self._logprobs, self._input = None, [], None, None
         return [*events, ItemDone(output_index=index, item=item)]
 
+    def _done(self, item: Item, index: int) -> list[StreamEvent]:
+        """What tells that the text of an item is whole."""
+        text, item_id = "".join(self._texts), self._id
+        if isinstance(item, CallItem):
+            return [ArgumentsDone(output_index=index, item_id=item_id, arguments=text, name=item.name)]
+        if isinstance(item, CustomCallItem):
+            return [CustomInputDone(output_index=index, item_id=item_id, input=text)]
+        if isinstance(item, MessageItem):
+            done: StreamEvent = TextDone(output_index=index, item_id=item_id, text=text, logprobs=self._logprobs or [])
+            return [done, PartDone(output_index=index, item_id=item_id, part=item.content[0])]
+        if self._summarized:
+            done = SummaryTextDone(output_index=index, item_id=item_id, text=text)
+            return [done, SummaryDone(output_index=index, item_id=item_id, part=item.summary[0])]
+        done = ReasoningDone(output_index=index, item_id=item_id, text=text)
+        return [done, PartDone(output_index=index, item_id=item_id, part=item.content[0])]
+
     def _more_arguments(self, arguments: str) -> list[StreamEvent]:
+        if self._input is not None:
+            text = self._input.feed(arguments)
+            return self._more_input(text) if text else []
         self._texts.append(arguments)
         return [ArgumentsDelta(output_index=len(self.items), item_id=self._id, delta=arguments)]
+
+    def _more_input(self, text: str) -> list[StreamEvent]:
+        self._texts.append(text)
+        return [CustomInputDelta(output_index=len(self.items), item_id=self._id, delta=text)]
 
     def _open(self, kind: _Kind) -> list[StreamEvent]:
         if self._kind == kind:
             return []
         events = self.close()
-        self._kind, self._id = kind, new_id(_PREFIX[kind])
+        self._kind, self._id = kind, new_id("ctc" if self._input is not None else _PREFIX[kind])
         index = len(self.items)
         if kind == "call":
             return [*events, ItemAdded(output_index=index, item=self._item("in_progress"))]
+        if kind == "reasoning" and self._summarized:
+            empty = ReasoningItem(id=self._id, status="in_progress")
+            begun = SummaryAdded(output_index=index, item_id=self._id, part=SummaryText(text=""))
+            return [*events, ItemAdded(output_index=index, item=empty), begun]
         part: ContentPart = OutputText(text="") if kind == "message" else ReasoningText(text="")
         item: Item = (
             MessageItem(id=self._id, status="in_progress", content=[])
             if kind == "message"
-            else ReasoningItem(id=self._id, status="in_progress", content=[])
+            else ReasoningItem(id=self._id, status="in_progress")
         )
         added = PartAdded(output_index=index, item_id=self._id, part=part)
         return [*events, ItemAdded(output_index=index, item=item), added]
@@ -116,8 +151,17 @@ class Output:
     def _item(self, status: ItemStatus) -> Item:
         text = "".join(self._texts)
         if self._kind == "call":
-            return CallItem(id=self._id, call_id=self._call_id, name=self._name, arguments=text, status=status)
+            name, namespace = self._tool.name, UNSET if self._tool.namespace is None else self._tool.namespace
+            if self._tool.custom:
+                return CustomCallItem(
+                    id=self._id, call_id=self._call_id, name=name, input=text, namespace=namespace, status=status
+                )
+            return CallItem(
+                id=self._id, call_id=self._call_id, name=name, arguments=text, namespace=namespace, status=status
+            )
         if self._kind == "reasoning":
+            if self._summarized:
+                return ReasoningItem(id=self._id, status=status, summary=[SummaryText(text=text)])
             return ReasoningItem(id=self._id, status=status, content=[ReasoningText(text=text)])
         logprobs = UNSET if self._logprobs is None else self._logprobs
         return MessageItem(id=self._id, status=status, content=[OutputText(text=text, logprobs=logprobs)])

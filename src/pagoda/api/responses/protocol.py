@@ -79,12 +79,16 @@ class MessageItem(msgspec.Struct, tag="message", kw_only=True):
     content: list[OutputText]
 
 
+class SummaryText(msgspec.Struct, tag="summary_text", kw_only=True):
+    text: str
+
+
 class ReasoningItem(msgspec.Struct, tag="reasoning", kw_only=True):
-    """What the model thought is told whole, as content: nobody here writes summaries of it."""
+    """What the model thought is told whole: as content, or as a summary where one was asked for."""
 
     id: str
-    summary: list[Any] = []
-    content: list[ReasoningText]
+    summary: list[SummaryText] = []
+    content: list[ReasoningText] = []
     encrypted_content: str | None = None
     status: ItemStatus
 
@@ -94,10 +98,20 @@ class CallItem(msgspec.Struct, tag="function_call", kw_only=True):
     call_id: str
     name: str
     arguments: str
+    namespace: str | UnsetType = UNSET
     status: ItemStatus
 
 
-Item = MessageItem | ReasoningItem | CallItem
+class CustomCallItem(msgspec.Struct, tag="custom_tool_call", kw_only=True):
+    id: str
+    call_id: str
+    name: str
+    input: str
+    namespace: str | UnsetType = UNSET
+    status: ItemStatus
+
+
+Item = MessageItem | ReasoningItem | CallItem | CustomCallItem
 ContentPart = OutputText | ReasoningText
 
 
@@ -249,6 +263,34 @@ class ReasoningDone(_OfPart, tag="response.reasoning_text.done", kw_only=True):
     text: str
 
 
+class _OfSummary(_OfItem, kw_only=True):
+    summary_index: int = 0
+
+
+class SummaryAdded(_OfSummary, tag="response.reasoning_summary_part.added", kw_only=True):
+    part: SummaryText
+
+
+class SummaryDelta(_OfSummary, tag="response.reasoning_summary_text.delta", kw_only=True):
+    delta: str
+
+
+class SummaryTextDone(_OfSummary, tag="response.reasoning_summary_text.done", kw_only=True):
+    text: str
+
+
+class SummaryDone(_OfSummary, tag="response.reasoning_summary_part.done", kw_only=True):
+    part: SummaryText
+
+
+class CustomInputDelta(_OfItem, tag="response.custom_tool_call_input.delta", kw_only=True):
+    delta: str
+
+
+class CustomInputDone(_OfItem, tag="response.custom_tool_call_input.done", kw_only=True):
+    input: str
+
+
 class ArgumentsDelta(_OfItem, tag="response.function_call_arguments.delta", kw_only=True):
     delta: str
 
@@ -274,4 +316,10 @@ ResponseEvent = (
     | ReasoningDone
     | ArgumentsDelta
     | ArgumentsDone
+    | CustomInputDelta
+    | CustomInputDone
+    | SummaryAdded
+    | SummaryDelta
+    | SummaryTextDone
+    | SummaryDone
 )
