@@ -200,3 +200,15 @@ def test_the_table() -> None:
     assert "Authorization" not in text
     guarded = welcome("m", info, "unix:/run/p", needs_key=True)
     assert "--unix-socket /run/p http://localhost/v1" in guarded and "Authorization: Bearer KEY" in guarded
+
+
+def test_a_server_may_open_as_many_files_as_it_is_allowed() -> None:
+    """A shell gives 1024, and the 1000th client would be turned away."""
+    code = (
+        "import resource as r; from pagoda.api.http.listen import allow_many_files as many\n"
+        "many(); a = r.getrlimit(r.RLIMIT_NOFILE); many(); print(*a, r.getrlimit(r.RLIMIT_NOFILE) == a)"
+    )
+    for limits, wanted in (("ulimit -Sn 64; ulimit -Hn 5000", "5000 5000 True"), ("ulimit -n 70", "70 70 True")):
+        shell = f'{limits}; exec "$0" -c "$1"'
+        done = subprocess.run(["bash", "-c", shell, sys.executable, code], capture_output=True, text=True)
+        assert done.stdout.strip() == wanted, done.stderr

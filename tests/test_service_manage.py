@@ -26,6 +26,7 @@ from pagoda.deploy import service as disk
 from pagoda.deploy import systemd
 from pagoda.deploy.compose import compose_text, state_of
 from pagoda.deploy.service import Service
+from pagoda.errors import ConfigError
 
 PATIENCE_S = 120
 KEY = "sk-secret $1 of mine"
@@ -142,6 +143,7 @@ def test_what_systemctl_tells() -> None:
     assert (state.word, state.pid, state.detail) == ("running", 7, "1 running")
     state = systemd.state_of({"ActiveState": "failed", "SubState": "failed", "MainPID": "0", "Result": "watchdog"})
     assert (state.word, state.pid, state.detail) == ("failed", None, "failed, watchdog")
+    assert systemd.state_of({"ActiveState": "inactive", "StatusText": "1 running"}).detail == ""
 
 
 def test_secrets_are_private_and_come_back(tmp_path: Path) -> None:
@@ -210,6 +212,12 @@ def test_tmux_from_install_to_uninstall(machine: Machine, smollm2_path: str) -> 
     assert connection.getresponse().status == 200
     first = machine.status("smol")
     assert first["state"] == "running" and first["memory_bytes"] > 50 << 20 and first["last_error"] == ""
+    # Of a user who may not read the key.
+    secrets = machine.services / "smol" / "env"
+    secrets.rename(secrets.with_name("away"))
+    told = machine.status("smol")
+    secrets.with_name("away").rename(secrets)
+    assert told["state"] == "running" and "needs an API key" in told["detail"] and told["memory_bytes"] is None
     # Nobody sees the key in the list of processes.
     server = psutil.Process(first["pid"])
     assert KEY not in " ".join(" ".join(p.cmdline()) for p in [server, *server.parents(), *server.children(True)])
@@ -342,6 +350,14 @@ def test_what_docker_tells() -> None:
     state = state_of(["running", "9", "2026-01-31T12:00:00.1234Z", "healthy"])
     assert (state.word, state.pid, state.detail) == ("running", 9, "healthy")
     assert state_of(["exited", "0", "2026-01-31T12:00:00Z"]).word == "stopped"
+    # Made, and then something kept it from starting.
+    assert state_of(["created", "0", "0001-01-01T00:00:00Z", "starting"]).word == "stopped"
+
+
+def test_the_words_of_docker_that_say_why(tmp_path: Path) -> None:
+    said = "Creating x\n\nERROR: for x  Cannot start service x: no such device\nEncountered errors while bringing up."
+    with pytest.raises(ConfigError, match="sh failed: ERROR: for x  Cannot start service x: no such device"):
+        disk.call("sh", "-c", f"printf '{said}' >&2; exit 1")
 
 
 def test_the_last_error_of_a_log() -> None:

@@ -40,12 +40,13 @@ def run(argv: list[str]) -> int:
 
 
 def _serve(settings: Settings) -> int:
-    from pagoda.api.http.listen import bind_socket
+    from pagoda.api.http.listen import allow_many_files, bind_socket
     from pagoda.engine.spawn import EngineProcess
     from pagoda.observe import setup_logging
 
     options = settings.options
     setup_logging(options.log_level, options.log_file, options.log_file_size, options.log_file_count)
+    allow_many_files()
     gc.disable()  # all that is made from here to the first request stays
     with (
         bind_socket(options.host, options.port, options.uds) as listener,

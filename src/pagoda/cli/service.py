@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -208,14 +207,15 @@ def _change(verb: str, service: Service) -> int:
         print(f"{service.name} is gone; its model is still there")
     else:
         manager.check()
+        was = manager.state(service).detail
         getattr(manager, verb)(service)
-        return _wait(service, manager)
+        return _wait(service, manager, was)
     return 0
 
 
-def _wait(service: Service, manager: Manager) -> int:
-    """Until it answers, or has failed; Ctrl-C leaves it starting."""
-    shown = ""
+def _wait(service: Service, manager: Manager, was: str) -> int:
+    """Until it answers, or has failed; Ctrl-C leaves it starting. `was`: what it said before."""
+    shown = was
     begin = time.monotonic()
     while (waited_s := time.monotonic() - begin) < disk.START_LIMIT_S:
         state = manager.state(service)
@@ -270,24 +270,22 @@ def status_of(service: Service, *, measure_s: float = 1.0) -> Status:
     manager = manager_of(service)
     state = manager.state(service)
     told: dict[str, float] = {}
-    with contextlib.suppress(CannotAsk):
-        if state.word == "running":
-            before = sample(service.url, _key(service))
-            time.sleep(measure_s)
-            now = sample(service.url, _key(service))
-            model = now.models[0] if now.models else ""
-            told = {
-                "memory": now.get("process_resident_memory_bytes")
-                + now.get("pagoda:engine_resident_memory_bytes", model),
-                "running": now.get("vllm:num_requests_running", model),
-                "waiting": now.get("vllm:num_requests_waiting", model),
-                "rate": now.rate("vllm:generation_tokens_total", before, model),
-            }
+    if state.word == "running":
+        try:
+            told = _measured(service, measure_s)
+        except CannotAsk as error:
+            answers = health(service.url) == "ready"  # and has a key that this user may not read
+            state = State(
+                "running" if answers else "running, does not answer",
+                state.pid,
+                state.since_s,
+                f"{error.message}. {error.remedy}" if answers else state.detail,
+            )
     whole = {name: int(told[name]) if name in told else None for name in ("memory", "running", "waiting")}
     return Status(
         name=service.name,
         via=service.via,
-        state=_word(state, answers=bool(told)),
+        state=state.word,
         detail=state.detail,
         pid=state.pid,
         uptime_s=None if state.since_s is None else max(0.0, time.time() - state.since_s),
@@ -300,8 +298,17 @@ def status_of(service: Service, *, measure_s: float = 1.0) -> Status:
     )
 
 
-def _word(state: State, *, answers: bool) -> str:
-    return "running, does not answer" if state.word == "running" and not answers else state.word
+def _measured(service: Service, measure_s: float) -> dict[str, float]:
+    before = sample(service.url, _key(service))
+    time.sleep(measure_s)
+    now = sample(service.url, _key(service))
+    model = now.models[0] if now.models else ""
+    return {
+        "memory": now.get("process_resident_memory_bytes") + now.get("pagoda:engine_resident_memory_bytes", model),
+        "running": now.get("vllm:num_requests_running", model),
+        "waiting": now.get("vllm:num_requests_waiting", model),
+        "rate": now.rate("vllm:generation_tokens_total", before, model),
+    }
 
 
 def _key(service: Service) -> str:

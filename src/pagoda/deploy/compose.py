@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,20 @@ class Compose:
             lines = [call("docker", "inspect", "--format", shown, one).split() for one in ids]
         except ConfigError as error:
             return State("stopped", detail=error.message)
-        return min(map(state_of, lines), key=lambda s: s.word != "running") if lines else State("stopped")
+        states = sorted(map(state_of, lines), key=lambda state: state.word != "running")
+        if not states:
+            return State("stopped")
+        run = sum(state.word == "running" for state in states)
+        return states[0] if len(states) == 1 else replace(states[0], detail=f"{run} of {len(states)} containers run")
 
     def tail(self, service: Service, lines: int) -> list[str]:
         try:
-            return self._call("logs", "--no-color", f"--tail={lines}", service.name).splitlines()
+            return self._call(*_logs(service, lines)).splitlines()
         except ConfigError:
             return []
 
     def follow(self, service: Service, lines: int) -> Sequence[str]:
-        return (*self._command(), "logs", "--no-color", f"--tail={lines}", "--follow", service.name)
+        return (*self._command(), *_logs(service, lines), "--follow")
 
     def _members(self) -> list[Service]:
         return [one for one in saved([self._folder]) if one.via == "compose"]
@@ -122,11 +127,20 @@ class Compose:
         return call(*self._command(), *words)
 
 
+def _logs(service: Service, lines: int) -> tuple[str, ...]:
+    names = () if _replicas(service) > 1 else ("--no-log-prefix",)
+    return ("logs", "--no-color", *names, f"--tail={lines}", service.name)
+
+
+def _replicas(service: Service) -> int:
+    return int(service.about.get("replicas", 1))
+
+
 def state_of(shown: Sequence[str]) -> State:
     """What `docker inspect` tells: status, process, start, health."""
     status, pid, started, health = (*shown, "")[:4]
     if status != "running":
-        return State({"restarting": "starting", "created": "starting", "dead": "failed"}.get(status, "stopped"))
+        return State({"restarting": "starting", "dead": "failed"}.get(status, "stopped"))
     since_s = datetime.datetime.fromisoformat(started[:19] + "+00:00").timestamp()
     return State("starting" if health == "starting" else "running", int(pid) or None, since_s, health)
 
@@ -142,7 +156,7 @@ def compose_text(services: Iterable[Service]) -> str:
 
 
 def _container(service: Service) -> dict[str, Any]:
-    gpus, replicas = service.about.get("gpus"), int(service.about.get("replicas", 1))
+    gpus, replicas = service.about.get("gpus"), _replicas(service)
     tree = source_tree()
     variant = "cuda" if gpus else "cpu"
     host = "" if (named := str(service.options.get("host", "127.0.0.1"))) == "0.0.0.0" else f"{named}:"
@@ -180,7 +194,6 @@ def _container(service: Service) -> dict[str, Any]:
         "tmpfs": ["/tmp"],
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
-        "ulimits": {"nofile": 65536, "memlock": -1},
         "shm_size": "1gb",
         "logging": {"driver": "local", "options": {"max-size": "20m", "max-file": "5"}},
         **({"deploy": deploy} if deploy else {}),

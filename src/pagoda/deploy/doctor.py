@@ -161,16 +161,14 @@ def proxies(environ: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def open_files(limits: tuple[int, int]) -> Iterator[Finding]:
-    soft, hard = limits
-    text = "no limit of open files" if soft == resource.RLIM_INFINITY else f"{soft} open files allowed"
-    cure = "Raise it: ulimit -n 65536, in a systemd unit LimitNOFILE=65536"
-    if soft == resource.RLIM_INFINITY or soft >= _MANY_FILES:
+    """The hard limit counts: the server takes what it may have."""
+    most = limits[1]
+    text = "no limit of open files" if most == resource.RLIM_INFINITY else f"{most} open files allowed"
+    cure = "Raise it: as root ulimit -Hn 65536, for good in /etc/security/limits.conf; in a unit LimitNOFILE=65536"
+    if most == resource.RLIM_INFINITY or most >= _MANY_FILES:
         yield ok("files", text)
-    elif soft < _FEW_FILES:
-        yield problem("files", f"{text}: each client needs one", cure)
     else:
-        can = soft if hard == resource.RLIM_INFINITY else hard
-        yield note("files", f"{text}: each client needs one (up to {can} without root)", cure)
+        yield (problem if most < _FEW_FILES else note)("files", f"{text}: each client needs one", cure)
 
 
 def clock(now_s: float, drift_s: float) -> Iterator[Finding]:

@@ -185,6 +185,7 @@ def call(*command: str, needs: str = "") -> str:
     except FileNotFoundError:
         raise ConfigError(f"{command[0]} is not installed", remedy=needs) from None
     if done.returncode != 0:
-        words = (done.stderr or done.stdout).strip().rpartition("\n")[2]
+        lines = (done.stderr or done.stdout).strip().splitlines() or [""]
+        words = next((line for line in reversed(lines) if "ERROR: " in line), lines[-1])
         raise ConfigError(f"{command[0]} failed: {words}", remedy=needs or f"Try it: {shlex.join(command)}")
     return done.stdout

@@ -140,7 +140,8 @@ def state_of(shown: Mapping[str, str]) -> State:
     entered_us = int(shown.get("ActiveEnterTimestampMonotonic") or 0)
     since_s = time.time() - (time.monotonic() - entered_us / 1e6) if entered_us and active == "active" else None
     result = shown.get("Result", "success")
-    detail = shown.get("StatusText", "") if result == "success" else f"{shown.get('SubState')}, {result}"
+    said = shown.get("StatusText", "") if active in word else ""  # what it said last, when it has ended
+    detail = said if result == "success" else f"{shown.get('SubState')}, {result}"
     return State(word.get(active, "stopped"), pid or None, since_s, detail)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import socket
 import stat
 
@@ -13,6 +14,7 @@ import psutil
 from pagoda.errors import PagodaError
 
 BACKLOG = 2048
+MANY_FILES = 65536
 
 
 class PortTaken(PagodaError):
@@ -25,6 +27,14 @@ class CannotListen(PagodaError):
     """The address cannot be used: no permission, or it is not one of this machine."""
 
     exit_code = 77
+
+
+def allow_many_files() -> None:
+    """Each client needs a file: as many as this user may have, where a shell gives 1024 unless told otherwise."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def bind_socket(host: str, port: int, uds: str | None = None) -> socket.socket:
