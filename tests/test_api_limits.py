@@ -1,10 +1,14 @@
-"""A request's own deadline, its id, and what the server tells of its load."""
+"""A request's own deadline, its id, what the server tells of its load, and how much one key may ask at once."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
-from api_fake import Client, FakeEngine, events, make_server
+import httpx
+import openai
+import pytest
+from api_fake import Client, FakeEngine, events, make_server, on_port
 
 
 def test_a_deadline_ends_an_answer_with_an_error() -> None:
@@ -41,3 +45,33 @@ def test_load_and_server_info(client: Client) -> None:
     told = client.get("/server_info").json()
     assert (told["version"], told["models"], told["state"]) == ("1.2.3", ["fake-model"], "ready")
     assert told["engine"]["max_model_len"] == 512 and told["engine"]["device"] == "fake"
+
+
+def test_a_key_has_a_limit_of_its_own() -> None:
+    engine = FakeEngine("word " * 400, delay_s=0.01, max_model_len=4096)
+    server = make_server(engine, api_keys=("one", "two"), max_requests_per_key=1)
+    hi: list[Any] = [{"role": "user", "content": "Hi"}]
+    with on_port(server, engine) as url:
+        one, two = (openai.OpenAI(base_url=url + "/v1", api_key=key, max_retries=0) for key in ("one", "two"))
+        running = one.chat.completions.create(model="fake-model", messages=hi, stream=True)
+        next(iter(running))
+        with pytest.raises(openai.RateLimitError) as caught:
+            one.chat.completions.create(model="fake-model", messages=hi, max_tokens=1)
+        assert caught.value.code == "rate_limit_exceeded" and caught.value.response.headers["retry-after"] == "1"
+        headers = {"x-api-key": "one"}
+        refused = httpx.post(url + "/v1/messages", json={"max_tokens": 1, "messages": hi}, headers=headers)
+        assert refused.status_code == 429 and refused.json()["error"]["type"] == "rate_limit_error"
+        assert two.chat.completions.create(model="fake-model", messages=hi, max_tokens=1).choices
+        assert one.models.list().data  # takes nothing of the model
+        assert 'reason="rate_limit"} 2.0' in httpx.get(url + "/metrics", headers=headers).text
+        running.close()
+        patient = one.with_options(max_retries=5)  # it waits as long as it is told, and asks again
+        assert patient.chat.completions.create(model="fake-model", messages=hi, max_tokens=1).choices
+        with pytest.raises(openai.BadRequestError):
+            one.chat.completions.create(model="fake-model", messages=[], max_tokens=1)
+        assert one.chat.completions.create(model="fake-model", messages=hi, max_tokens=1).choices
+
+
+def test_without_keys_nobody_is_limited() -> None:
+    with Client(make_server(max_requests_per_key=1)) as client:
+        assert all(client.chat(max_tokens=1).status_code == 200 for _ in range(3))

@@ -15,7 +15,7 @@ import pytest
 from api_fake import TEXT, Client, FakeEngine, make_server, on_port
 
 from pagoda.api.batch.file_store import FileStore
-from pagoda.api.batch.protocol import Batch
+from pagoda.api.batch.protocol import KeptBatch
 from pagoda.api.batch.runner import BatchRunner, resume
 from pagoda.api.batch.store import BatchStore
 from pagoda.types import SamplingParams
@@ -36,7 +36,7 @@ def store_of(folder: Path) -> BatchStore:
     return BatchStore(FileStore(str(folder)))
 
 
-def begin(batches: BatchStore, *lines: object, endpoint: str = CHAT, window_s: int = 3600) -> Batch:
+def begin(batches: BatchStore, *lines: object, endpoint: str = CHAT, window_s: int = 3600) -> KeptBatch:
     source = batches.files.folder / "in"
     source.write_bytes(content(*lines))
     file = batches.files.keep(source, "in.jsonl", "batch", f"file-{len(batches.files.list())}")
@@ -44,7 +44,7 @@ def begin(batches: BatchStore, *lines: object, endpoint: str = CHAT, window_s: i
 
 
 def work(
-    batches: BatchStore, batch: Batch, engine: FakeEngine | None = None, until: Callable[[], bool] | None = None
+    batches: BatchStore, batch: KeptBatch, engine: FakeEngine | None = None, until: Callable[[], bool] | None = None
 ) -> None:
     """Let a runner work until the batch is over, or until something else is true."""
 
@@ -141,7 +141,7 @@ def test_a_crash_while_the_output_is_published(tmp_path: Path) -> None:
     batch = begin(batches, line("a"))
     work(batches, batch)
     first = batch.output_file_id
-    batches.enter(batch, "finalizing")
+    asyncio.run(batches.enter(batch, "finalizing"))
     work(batches, batch, engine := FakeEngine())
     assert batch.status == "completed" and batch.output_file_id == first and not engine.requests
 
@@ -190,7 +190,7 @@ def test_old_batches_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mo
     batches = store_of(tmp_path)
     old = begin(batches, line("a"))
     batches.part(old, "errors").write_bytes(b"x")
-    batches.enter(old, "failed")
+    asyncio.run(batches.enter(old, "failed"))
     new = begin(batches, line("b"))
     assert [path.name for path in (tmp_path / "batches").iterdir()] == [f"{new.id}.json"]
 
@@ -200,7 +200,7 @@ def test_cancelling_keeps_what_is_there(tmp_path: Path) -> None:
     batch = begin(batches, *(line(f"r{i}") for i in range(40)))
     engine = FakeEngine(delay_s=0.001)
     work(batches, batch, engine, until=lambda: batch.request_counts.completed >= 2)
-    batches.enter(batch, "cancelling")
+    asyncio.run(batches.enter(batch, "cancelling"))
     work(batches, batch, engine)
     assert batch.status == "cancelled" and batch.cancelled_at and batch.error_file_id is None
     assert 2 <= len(results(batches, batch.output_file_id)) < 40 and engine.live == 0

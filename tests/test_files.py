@@ -158,3 +158,42 @@ def test_odd_encodings_of_a_form(client: Client, charset: str) -> None:
     response = client.call("POST", "/v1/files", content=body, headers=headers)
     assert response.status_code in (200, 400)
     assert client.get("/v1/files").status_code == 200
+
+
+def test_each_key_has_files_of_its_own(tmp_path: Path) -> None:
+    files = FileStore(str(tmp_path))
+    of_all = files.keep(_source(tmp_path), "old.jsonl", "batch", "file-old").id  # from before there were keys
+    with Client(make_server(batches=BatchStore(files), api_keys=("one", "two"))) as client:
+
+        def call(key: str, method: str, path: str, **more: Any) -> Any:
+            return client.call(method, "/v1" + path, headers={"authorization": f"Bearer {key}"}, **more)
+
+        form = {"files": {"file": ("in.jsonl", b"{}\n")}, "data": {"purpose": "batch"}}
+        mine = call("one", "POST", "/files", **form).json()
+        assert "owner" not in mine and "owner" not in str(call("one", "GET", "/files").json())
+        assert {each["id"] for each in call("one", "GET", "/files").json()["data"]} == {mine["id"], of_all}
+        assert [each["id"] for each in call("two", "GET", "/files").json()["data"]] == [of_all]
+        for method, path in (("GET", ""), ("GET", "/content"), ("DELETE", "")):
+            assert call("two", method, f"/files/{mine['id']}{path}").status_code == 404
+        body = {"input_file_id": mine["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        assert call("two", "POST", "/batches", json=body).json()["error"]["param"] == "input_file_id"
+        batch = call("one", "POST", "/batches", json=body).json()
+        assert "owner" not in batch and call("two", "GET", "/batches").json()["data"] == []
+        for method, path in (("GET", ""), ("POST", "/cancel")):
+            assert call("two", method, f"/batches/{batch['id']}{path}").status_code == 404
+            assert call("one", method, f"/batches/{batch['id']}{path}").status_code == 200
+        assert all(b"one" not in path.read_bytes() for path in tmp_path.rglob("*.json"))
+    files.close()
+    again = FileStore(str(tmp_path))
+    with Client(make_server(batches=BatchStore(again), api_keys=("two",))) as client:
+        headers = {"authorization": "Bearer two"}
+        assert client.get(f"/v1/files/{mine['id']}", headers=headers).status_code == 404
+    with Client(make_server(batches=BatchStore(again))) as client:  # without keys there is one user
+        assert client.get(f"/v1/files/{mine['id']}").status_code == 200
+    again.close()
+
+
+def _source(folder: Path) -> Path:
+    path = folder / "source"
+    path.write_bytes(b"{}\n")
+    return path

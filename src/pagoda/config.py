@@ -260,6 +260,12 @@ class Options:
     api_key: tuple[str, ...] = _option(
         (), "Keys that clients must send; without one every key works", "Server", env=("VLLM_API_KEY",), secret=True
     )
+    max_requests_per_key: int | None = _option(
+        None,
+        "Most requests that one --api-key may have here at once; beyond it that client gets 429 and when to come back",
+        "Server",
+        low=1,
+    )
     root_path: str = _option("", "Path prefix that a proxy in front takes away", "Server")
     allowed_origins: tuple[str, ...] = _option((), "Web origins that browsers may call from (CORS)", "Server")
     files_dir: str | None = _option(

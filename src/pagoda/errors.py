@@ -6,6 +6,7 @@ PagodaError
 ├── Unauthorized            401
 ├── NotFound                404 model_not_found / not_found
 ├── TooLarge                413
+├── RateLimited             429 + Retry-After
 ├── Overloaded              503 + Retry-After
 ├── EngineError             500 this request failed in the engine
 ├── ConfigError             exit code 78: a flag, file or variable is wrong
@@ -79,6 +80,14 @@ class Overloaded(PagodaError):
     code = "server_overloaded"
     type = "ServiceUnavailableError"
     retry_after_s = 1
+
+
+class RateLimited(Overloaded):
+    """This client has as much here as it may have at once; others are still served."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    type = "RateLimitError"
 
 
 class EngineError(PagodaError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -13,7 +14,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from pagoda.api.http.auth import Keys, check_host
+from pagoda.api.http.auth import CALLER, Keys, check_host
 from pagoda.api.http.body import ClientGone
 from pagoda.api.http.errors import error_response
 from pagoda.api.http.paths import NormalizePath, nearest, typed_path
@@ -23,7 +24,7 @@ from pagoda.api.serving.endpoint import Endpoint, Handler
 from pagoda.api.serving.server import Server
 from pagoda.api.serving.tasks import check_task
 from pagoda.api.status import page, wants_page
-from pagoda.errors import EngineError, MethodNotAllowed, NotFound, PagodaError, Unauthorized
+from pagoda.errors import EngineError, MethodNotAllowed, NotFound, PagodaError, RateLimited, Unauthorized
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
@@ -33,7 +34,7 @@ log = logging.getLogger("pagoda.api")
 def create_app(server: Server) -> Starlette:
     """The application of one server."""
     table = endpoints()
-    keys = Keys(server.api_keys)
+    keys = Keys(server.api_keys, server.max_requests_per_key)
     by_path: dict[str, list[Endpoint]] = {}
     for each in table:
         by_path.setdefault(each.path, []).append(each)
@@ -71,28 +72,35 @@ class Guarded:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        try:
-            reply = await self._reply(request)
-        except ClientGone:
-            return
-        given = request.headers.get("x-request-id")
-        if given is not None and _REQUEST_ID.fullmatch(given):
-            reply.headers["x-request-id"] = given
-        await reply(scope, receive, send)
+        with ExitStack() as held:
+            try:
+                reply = await self._reply(request, held)
+            except ClientGone:
+                return
+            given = request.headers.get("x-request-id")
+            if given is not None and _REQUEST_ID.fullmatch(given):
+                reply.headers["x-request-id"] = given
+            await reply(scope, receive, send)
 
-    async def _reply(self, request: Request) -> Reply:
+    async def _reply(self, request: Request, held: ExitStack) -> Reply:
+        """The answer, or the error as one; `held` is left when it is sent."""
         endpoint = self._endpoints[0]
         shape = endpoint.dialect.error
         try:
             if self._server.local:
                 check_host(request.headers, self._server.allowed_origins)
             if not endpoint.public:
-                self._keys.check(request.headers)
+                request.scope[CALLER] = self._keys.check(request.headers)
             found = self._of_method(request)
             check_task(self._server, found.tasks)
+            if found.tasks:
+                held.enter_context(self._keys.call(request.scope.get(CALLER)))
             return await found.handler(self._server, request)
         except Unauthorized as error:
             return page(401) if endpoint.sign_in and wants_page(request) else error_response(error, body=shape)
+        except RateLimited as error:
+            self._server.metrics.rejected("rate_limit")
+            return error_response(error, body=shape)
         except MethodNotAllowed as error:
             return error_response(error, {"allow": ", ".join(self._methods)}, shape)
         except PagodaError as error:

@@ -124,6 +124,7 @@ def make_server(options: Options, path: str, engine: EngineClient) -> Server:
         local=options.uds is None and is_loopback(options.host),
         root_path=options.root_path,
         max_queued=options.max_num_queued_reqs,
+        max_requests_per_key=options.max_requests_per_key,
         log_requests=options.enable_log_requests,
         batches=None if options.files_dir is None else BatchStore(FileStore(options.files_dir)),
         hub=Models(),

@@ -141,6 +141,7 @@ _ERROR_TYPES = (
     ("PermissionDeniedError", "permission_error"),
     ("NotFoundError", "not_found_error"),
     ("BadRequestError", "invalid_request_error"),
+    ("RateLimitError", "rate_limit_error"),
     ("ServiceUnavailableError", "overloaded_error"),
 )
 

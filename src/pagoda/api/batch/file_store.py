@@ -14,7 +14,7 @@ from typing import BinaryIO, TypeVar
 
 import msgspec
 
-from pagoda.api.batch.protocol import FileObject
+from pagoda.api.batch.protocol import KeptFile, is_of
 from pagoda.errors import ConfigError, NotFound, PagodaError, TooLarge
 
 MAX_FILE_BYTES = 200 << 20
@@ -53,7 +53,7 @@ class FileStore:
             raise ConfigError(
                 f"--files-dir {folder} can't be written: {error.strerror}", remedy="Name a folder that this user owns"
             ) from None
-        self._known = load_all(self._files, FileObject)
+        self._known = load_all(self._files, KeptFile)
         for path in self._files.iterdir():
             if path.suffix != _META and path.name not in self._known:
                 path.unlink()  # an upload that was never finished
@@ -64,15 +64,17 @@ class FileStore:
         """Let another server have the folder."""
         self._lock.close()
 
-    def list(self) -> list[FileObject]:
-        """The latest first."""
-        return sorted(self._known.values(), key=lambda each: (each.created_at, each.id), reverse=True)
+    def list(self, owner: str | None = None) -> list[KeptFile]:
+        """Those that the owner may see, the latest first."""
+        known = [each for each in tuple(self._known.values()) if is_of(each, owner)]
+        return sorted(known, key=lambda each: (each.created_at, each.id), reverse=True)
 
-    def find(self, file_id: str) -> FileObject | None:
-        return self._known.get(file_id)
+    def find(self, file_id: str, owner: str | None = None) -> KeptFile | None:
+        found = self._known.get(file_id)
+        return found if found is not None and is_of(found, owner) else None
 
-    def get(self, file_id: str) -> FileObject:
-        found = self.find(file_id)
+    def get(self, file_id: str, owner: str | None = None) -> KeptFile:
+        found = self.find(file_id, owner)
         if found is None:
             raise NotFound(f"there is no file {file_id[:80]!r} here", param="file_id")
         return found
@@ -82,7 +84,7 @@ class FileStore:
 
     def check_room(self, size_bytes: int) -> None:
         """Raise TooLarge unless a file of this size may be kept."""
-        held = sum(each.bytes for each in self._known.values())
+        held = sum(each.bytes for each in tuple(self._known.values()))
         if size_bytes > MAX_FILE_BYTES:
             raise TooLarge(f"a file may hold {MAX_FILE_BYTES >> 20} MiB", remedy="Split it", param="file")
         if held + size_bytes > self._max_total_bytes or len(self._known) >= self._max_files:
@@ -98,12 +100,13 @@ class FileStore:
         with removed_on_error(path), path.open("wb") as out:
             shutil.copyfileobj(content, out)
 
-    def keep(self, source: Path | None, filename: str, purpose: str, file_id: str) -> FileObject:
+    def keep(self, source: Path | None, filename: str, purpose: str, file_id: str, owner: str = "") -> KeptFile:
         """Make a file of what was copied in, or of a file of this folder's file system, which is moved."""
         path = self._files / file_id
         copied = path.with_name(file_id + _TEMPORARY)
         size_bytes = (source or copied).stat().st_size
-        made = FileObject(id=file_id, bytes=size_bytes, created_at=int(time.time()), filename=filename, purpose=purpose)
+        now = int(time.time())
+        made = KeptFile(id=file_id, bytes=size_bytes, created_at=now, filename=filename, purpose=purpose, owner=owner)
         with removed_on_error(copied):
             # The description first: a crash between leaves a source that is moved again.
             write_whole(path.with_name(file_id + _META), made)

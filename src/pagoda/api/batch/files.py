@@ -13,8 +13,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from pagoda.api.batch.file_store import MAX_FILE_BYTES, disk_full, new_file_id
-from pagoda.api.batch.protocol import FileDeleted, FileList
+from pagoda.api.batch.protocol import FileDeleted, FileList, FileObject, shown
 from pagoda.api.batch.store import BatchStore
+from pagoda.api.http.auth import caller_of
 from pagoda.api.http.body import stream_body
 from pagoda.api.http.errors import JSON, to_json
 from pagoda.api.http.query import choice, number
@@ -63,8 +64,8 @@ async def upload(server: Server, request: Request) -> Response:
         await asyncio.to_thread(files.copy_in, content.file, file_id)
         # a form names the encoding of its names, and some of those give halves of surrogate pairs
         name = (content.filename or "file")[:255].encode("utf-8", "replace").decode()
-        made = files.keep(None, name, purpose, file_id)
-        response = Response(to_json(made), media_type=JSON)
+        made = await asyncio.to_thread(files.keep, None, name, purpose, file_id, caller_of(request) or "")
+        response = Response(to_json(shown(made, FileObject)), media_type=JSON)
         server.dress(response, [name for name in form if name not in ("file", "purpose")])
         return response
     finally:
@@ -91,7 +92,7 @@ async def _form(request: Request) -> FormData:
 
 
 async def list_files(server: Server, request: Request) -> Response:
-    files = batches_of(server).files.list()
+    files = [shown(each, FileObject) for each in batches_of(server).files.list(caller_of(request))]
     purpose = request.query_params.get("purpose")
     if purpose:
         files = [each for each in files if each.purpose == purpose]
@@ -117,13 +118,13 @@ def page_of(request: Request, items: Sequence[T], default: int, most: int) -> tu
 
 
 async def get_file(server: Server, request: Request) -> Response:
-    found = batches_of(server).files.get(request.path_params["file_id"])
-    return Response(to_json(found), media_type=JSON)
+    found = batches_of(server).files.get(request.path_params["file_id"], caller_of(request))
+    return Response(to_json(shown(found, FileObject)), media_type=JSON)
 
 
 async def file_content(server: Server, request: Request) -> Response:
     files = batches_of(server).files
-    found = files.get(request.path_params["file_id"])
+    found = files.get(request.path_params["file_id"], caller_of(request))
     # Never as a page: what somebody uploaded must not run in the browser of somebody else.
     headers = {"x-content-type-options": "nosniff"}
     return FileResponse(
@@ -135,7 +136,7 @@ async def delete_file(server: Server, request: Request) -> Response:
     """Forget a file. One that a batch still reads stays."""
     batches = batches_of(server)
     file_id = request.path_params["file_id"]
-    batches.files.get(file_id)
+    batches.files.get(file_id, caller_of(request))
     if any(not each.is_over and each.input_file_id == file_id for each in batches.list()):
         raise BadRequest("a batch that is not over reads this file", remedy="Cancel the batch first", param="file_id")
     batches.files.delete(file_id)

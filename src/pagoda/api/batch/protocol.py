@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
+T = TypeVar("T", bound=msgspec.Struct)
 Status = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
 ]  # fmt: skip
@@ -19,6 +20,12 @@ class FileObject(msgspec.Struct, kw_only=True):
     filename: str
     purpose: str
     status: Literal["processed"] = "processed"
+
+
+class KeptFile(FileObject, kw_only=True):
+    """As it is stored. `owner`: whose key it came with; "" is of a server that asked for none, and everybody's."""
+
+    owner: str = ""
 
 
 class FileDeleted(msgspec.Struct, kw_only=True):
@@ -89,6 +96,12 @@ class Batch(msgspec.Struct, kw_only=True):
         return self.status in ("failed", "completed", "expired", "cancelled")
 
 
+class KeptBatch(Batch, kw_only=True):
+    """As it is stored, with its owner as files have one."""
+
+    owner: str = ""
+
+
 class BatchList(msgspec.Struct, kw_only=True):
     object: Literal["list"] = "list"
     data: list[Batch]
@@ -124,3 +137,13 @@ class BatchResult(msgspec.Struct, kw_only=True):
     custom_id: str | None
     response: LineResponse | None
     error: LineError | None = None
+
+
+def is_of(kept: KeptFile | KeptBatch, owner: str | None) -> bool:
+    """May this caller see it? None: whoever asks may."""
+    return owner is None or kept.owner in ("", owner)
+
+
+def shown(kept: msgspec.Struct, kind: type[T]) -> T:
+    """What clients see of it."""
+    return msgspec.convert(kept, kind, from_attributes=True)

@@ -15,7 +15,7 @@ import msgspec
 
 from pagoda.api.batch.call import ask, failed, read_line
 from pagoda.api.batch.file_store import DiskFull
-from pagoda.api.batch.protocol import Batch, BatchError, BatchErrors, BatchLine, BatchResult, RequestCounts
+from pagoda.api.batch.protocol import BatchError, BatchErrors, BatchLine, BatchResult, KeptBatch, RequestCounts
 from pagoda.api.batch.store import BatchStore
 from pagoda.api.http.body import MAX_BODY_BYTES
 from pagoda.api.serving.server import Server
@@ -51,7 +51,7 @@ class BatchRunner:
                 log.warning("batch %s waits %g s, and is tried again: %s", batch.id, self._retry_s, error)
                 await asyncio.sleep(self._retry_s)
 
-    async def _advance(self, batch: Batch) -> None:
+    async def _advance(self, batch: KeptBatch) -> None:
         """Raises DiskFull or OSError where only the disk's room is missing: what is there stays good."""
         try:
             await self._work_on(batch)
@@ -59,37 +59,37 @@ class BatchRunner:
             if isinstance(error, DiskFull) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
             log.exception("batch %s failed", batch.id)
-            self._fail(batch, [BatchError(code="internal_error", message=type(error).__name__)])
+            await self._fail(batch, [BatchError(code="internal_error", message=type(error).__name__)])
 
-    async def _work_on(self, batch: Batch) -> None:
+    async def _work_on(self, batch: KeptBatch) -> None:
         if batch.status == "validating":
             errors = await asyncio.to_thread(self._validate, batch)
             if errors:
-                self._fail(batch, errors)
+                await self._fail(batch, errors)
                 return
             if batch.status == "validating":  # it may have been cancelled meanwhile
-                self._batches.enter(batch, "in_progress")
+                await self._batches.enter(batch, "in_progress")
         if batch.status == "in_progress":
             await self._answer(batch)
         if batch.status in ("in_progress", "finalizing"):
             expired = batch.status == "in_progress" and time.time() >= batch.expires_at
             if not expired:
-                self._batches.enter(batch, "finalizing")
-            self._publish(batch)
-            self._batches.enter(batch, "expired" if expired else "completed")
+                await self._batches.enter(batch, "finalizing")
+            await self._publish(batch)
+            await self._batches.enter(batch, "expired" if expired else "completed")
         elif batch.status == "cancelling":
-            self._publish(batch)
-            self._batches.enter(batch, "cancelled")
+            await self._publish(batch)
+            await self._batches.enter(batch, "cancelled")
 
-    def _fail(self, batch: Batch, errors: list[BatchError]) -> None:
+    async def _fail(self, batch: KeptBatch, errors: list[BatchError]) -> None:
         batch.errors = BatchErrors(data=errors)
-        self._batches.enter(batch, "failed")
+        await self._batches.enter(batch, "failed")
 
-    def _publish(self, batch: Batch) -> None:
-        batch.output_file_id = self._batches.publish(batch, "output")
-        batch.error_file_id = self._batches.publish(batch, "errors")
+    async def _publish(self, batch: KeptBatch) -> None:
+        batch.output_file_id = await asyncio.to_thread(self._batches.publish, batch, "output")
+        batch.error_file_id = await asyncio.to_thread(self._batches.publish, batch, "errors")
 
-    def _validate(self, batch: Batch) -> list[BatchError]:
+    def _validate(self, batch: KeptBatch) -> list[BatchError]:
         """What is wrong with the input; its lines are counted."""
         errors: list[BatchError] = []
         seen: set[str] = set()
@@ -113,16 +113,16 @@ class BatchRunner:
         batch.request_counts.total = count
         return errors
 
-    def _input(self, batch: Batch) -> BinaryIO:
+    def _input(self, batch: KeptBatch) -> BinaryIO:
         return self._batches.files.path(batch.input_file_id).open("rb")
 
-    def _read(self, batch: Batch, raw: bytes) -> BatchLine:
+    def _read(self, batch: KeptBatch, raw: bytes) -> BatchLine:
         line = read_line(raw)
         if line.url != batch.endpoint:
             raise BadRequest(f"url must be the batch's endpoint, {batch.endpoint}", param="url")
         return line
 
-    async def _answer(self, batch: Batch) -> None:
+    async def _answer(self, batch: KeptBatch) -> None:
         """Ask what has no result yet, until all has, the batch is cancelled, or its time is over."""
         parts = self._batches.part(batch, "output"), self._batches.part(batch, "errors")
         done = [resume(part) for part in parts]
@@ -178,7 +178,7 @@ def resume(part: Path) -> set[str]:
     return {json.loads(line)["custom_id"] for line in whole.splitlines()}
 
 
-def _write(batch: Batch, result: BatchResult, output: BinaryIO, errors: BinaryIO) -> None:
+def _write(batch: KeptBatch, result: BatchResult, output: BinaryIO, errors: BinaryIO) -> None:
     good = result.response is not None and result.response.status_code == 200
     file = output if good else errors
     file.write(msgspec.json.encode(result) + b"\n")
@@ -189,7 +189,7 @@ def _write(batch: Batch, result: BatchResult, output: BinaryIO, errors: BinaryIO
         batch.request_counts.failed += 1
 
 
-def _expire(batch: Batch, left: list[BatchLine | None], errors: BinaryIO) -> None:
+def _expire(batch: KeptBatch, left: list[BatchLine | None], errors: BinaryIO) -> None:
     for line in left:
         if line is not None:
             result = failed(line.custom_id, "batch_expired", "the batch's time was over before this request's turn")

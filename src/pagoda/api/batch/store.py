@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+import threading
 import time
 from pathlib import Path
 from typing import Literal, get_args
 
 from pagoda.api.batch.file_store import FileStore, load_all, write_whole
-from pagoda.api.batch.protocol import Batch, RequestCounts, Status
+from pagoda.api.batch.protocol import KeptBatch, RequestCounts, Status, is_of
 from pagoda.errors import NotFound, TooLarge
 
 MAX_BATCHES = 1000
@@ -25,19 +26,29 @@ class BatchStore:
         self.changed = asyncio.Event()
         self._folder = files.folder / "batches"
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        self._batches = load_all(self._folder, Batch)
+        self._batches = load_all(self._folder, KeptBatch)
+        self._writing = threading.Lock()
 
-    def list(self) -> list[Batch]:
-        """The latest first."""
-        return sorted(self._batches.values(), key=lambda each: (each.created_at, each.id), reverse=True)
+    def list(self, owner: str | None = None) -> list[KeptBatch]:
+        """Those that the owner may see, the latest first."""
+        known = [each for each in tuple(self._batches.values()) if is_of(each, owner)]
+        return sorted(known, key=lambda each: (each.created_at, each.id), reverse=True)
 
-    def get(self, batch_id: str) -> Batch:
+    def get(self, batch_id: str, owner: str | None = None) -> KeptBatch:
         found = self._batches.get(batch_id)
-        if found is None:
+        if found is None or not is_of(found, owner):
             raise NotFound(f"there is no batch {batch_id[:80]!r} here", param="batch_id")
         return found
 
-    def create(self, endpoint: str, input_file_id: str, window: str, window_s: int, metadata: dict[str, str]) -> Batch:
+    def create(
+        self,
+        endpoint: str,
+        input_file_id: str,
+        window: str,
+        window_s: int,
+        metadata: dict[str, str],
+        owner: str = "",
+    ) -> KeptBatch:
         """A batch that waits for its turn. Old ones that are over are forgotten when there are too many."""
         over = [each for each in self.list() if each.is_over]
         if len(self._batches) >= MAX_BATCHES and not over:
@@ -48,7 +59,7 @@ class BatchStore:
             for kind in get_args(Kind):
                 self.part(each, kind).unlink(missing_ok=True)
         now = int(time.time())
-        batch = Batch(
+        batch = KeptBatch(
             id=f"batch_{secrets.token_hex(12)}",
             endpoint=endpoint,
             input_file_id=input_file_id,
@@ -57,31 +68,32 @@ class BatchStore:
             expires_at=now + window_s,
             request_counts=RequestCounts(),
             metadata=metadata or None,
+            owner=owner,
         )
-        self.save(batch)
+        self._save(batch)
         self._batches[batch.id] = batch
-        self.changed.set()
         return batch
 
-    def next(self) -> Batch | None:
+    def next(self) -> KeptBatch | None:
         """The oldest one that is not over."""
         return next((each for each in reversed(self.list()) if not each.is_over), None)
 
-    def enter(self, batch: Batch, status: Status) -> None:
-        """Change its state, with the time of that."""
+    async def enter(self, batch: KeptBatch, status: Status) -> None:
+        """Change its state, with the time of that; it is written beside the event loop."""
         batch.status = status
         if status != "validating":
             setattr(batch, f"{status}_at", int(time.time()))
-        self.save(batch)
+        await asyncio.to_thread(self._save, batch)
 
-    def save(self, batch: Batch) -> None:
-        write_whole(self._state(batch.id), batch)
+    def _save(self, batch: KeptBatch) -> None:
+        with self._writing:  # whoever is last has the latest
+            write_whole(self._state(batch.id), batch)
 
-    def part(self, batch: Batch, kind: Kind) -> Path:
+    def part(self, batch: KeptBatch, kind: Kind) -> Path:
         """Where the results so far are."""
         return self._folder / f"{batch.id}.{kind}.jsonl"
 
-    def publish(self, batch: Batch, kind: Kind) -> str | None:
+    def publish(self, batch: KeptBatch, kind: Kind) -> str | None:
         """Make a file of the results; its id. Doing it twice, with a crash between, gives the same file."""
         file_id = "file-" + hashlib.sha256(f"{batch.id} {kind}".encode()).hexdigest()[:24]
         part = self.part(batch, kind)
@@ -89,7 +101,7 @@ class BatchStore:
             if not part.exists() or part.stat().st_size == 0:
                 part.unlink(missing_ok=True)
                 return None
-            self.files.keep(part, f"{batch.id}_{kind}.jsonl", "batch_output", file_id)
+            self.files.keep(part, f"{batch.id}_{kind}.jsonl", "batch_output", file_id, batch.owner)
         return file_id
 
     def _state(self, batch_id: str) -> Path:

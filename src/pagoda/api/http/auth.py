@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 
-from pagoda.errors import PagodaError, Unauthorized
+from pagoda.errors import PagodaError, RateLimited, Unauthorized
 
 _LOCAL_NAMES = ("localhost", "host.docker.internal", "testserver")
 
@@ -21,26 +24,55 @@ class Forbidden(PagodaError):
     type = "PermissionDeniedError"
 
 
+CALLER = "pagoda.caller"
+"""In a request's scope: whose key it came with, as a name that does not tell the key; None where no key is needed."""
+
+
 class Keys:
-    """The keys that are accepted. Only their digests are kept; without any key everybody may ask."""
+    """The keys that are accepted. Only their digests are kept; without any key everybody may ask.
 
-    def __init__(self, keys: Sequence[str]) -> None:
+    `most_calls` is how many calls of a model one key may have here at once.
+    """
+
+    def __init__(self, keys: Sequence[str], most_calls: int | None = None) -> None:
         self._digests = [_digest(key) for key in keys if key]
+        self._most_calls = most_calls
+        self._calls: Counter[str | None] = Counter()
 
-    def check(self, headers: Headers) -> None:
-        """Raise Unauthorized unless one of the configured keys was sent as Bearer or x-api-key."""
+    def check(self, headers: Headers) -> str | None:
+        """Who calls. Raises Unauthorized unless one of the configured keys was sent as Bearer or x-api-key."""
         if not self._digests:
-            return
+            return None
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         sent = [bearer.strip()] if scheme.lower() == "bearer" else []
         sent.append(headers.get("x-api-key", ""))
         # All pairs are compared, always: the time says nothing about which key was near.
-        matches = [hmac.compare_digest(_digest(key), digest) for key in sent for digest in self._digests]
-        if not any(matches):
+        matches = [digest for key in sent for digest in self._digests if hmac.compare_digest(_digest(key), digest)]
+        if not matches:
             raise Unauthorized(
                 "this server needs an API key, and the request holds none that it knows",
                 remedy="Send the header Authorization: Bearer KEY",
             )
+        return hashlib.sha256(matches[0]).hexdigest()[:16]
+
+    @contextmanager
+    def call(self, caller: str | None) -> Iterator[None]:
+        """Room for one call of a model. Raises RateLimited where this key has as many as it may have."""
+        if caller is not None and self._most_calls is not None and self._calls[caller] >= self._most_calls:
+            raise RateLimited(
+                f"rate limit: {self._most_calls} requests with this API key are here already",
+                remedy="Wait for one of them, or ask for a larger --max-requests-per-key",
+            )
+        self._calls[caller] += 1
+        try:
+            yield
+        finally:
+            self._calls[caller] -= 1
+
+
+def caller_of(request: Request) -> str | None:
+    caller: str | None = request.scope.get(CALLER)
+    return caller
 
 
 def _digest(key: str) -> bytes:

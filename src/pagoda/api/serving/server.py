@@ -71,6 +71,7 @@ class Server:
     local: bool = True
     root_path: str = ""
     max_queued: int | None = None
+    max_requests_per_key: int | None = None
     log_requests: bool = False
     reasoning_parser: str | None = None
     tool_call_parser: str | None = None
