@@ -187,9 +187,9 @@ def config(path: Path, size: int, **more: Any) -> EngineConfig:
     return EngineConfig(model=str(path), device="torch-cpu", tensor_parallel_size=size, **table)
 
 
-def answers(path: Path, size: int) -> dict[str, Any]:
+def answers(path: Path, size: int, **more: Any) -> dict[str, Any]:
     """Tokens of six requests, computed in company, prompts in chunks; and what each rank holds."""
-    core = EngineCore(config(path, size))
+    core = EngineCore(config(path, size, **more))
     told: dict[str, Any] = {str(i): [] for i in range(6)}
     for i in range(6):
         prompt = [3 + (7 * i + 5 * j) % (VOCAB - 3) for j in range(5 + 13 * i)]

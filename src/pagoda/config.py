@@ -34,6 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int | None = None
     threads: int | None = None
     tensor_parallel_size: int = 1
+    distributed_executor_backend: str = "mp"
     prefix_caching: bool = True
     step_time_target_s: float | None = None  # 0: no target
     speculation: Speculation | None = Speculation()
@@ -228,6 +229,14 @@ class Options:
         env=("TENSOR_PARALLEL_SIZE",),
         low=1,
     )
+    distributed_executor_backend: str = _option(
+        "mp",
+        "Where these GPUs are. mp: in this machine, a process for each; ray: anywhere in the Ray cluster that this "
+        "machine is part of (RAY_ADDRESS, or the one that runs here), with the model at the same path on each machine; "
+        "uni: there is only one",
+        "Machine",
+        choices=("mp", "ray", "uni"),
+    )
 
     max_num_seqs: int | None = _option(None, "Most requests that are computed in parallel", "Scheduling", low=1)
     max_num_batched_tokens: int | None = _option(
@@ -310,6 +319,7 @@ class Options:
             num_blocks=self.num_gpu_blocks_override,
             threads=self.threads,
             tensor_parallel_size=self.tensor_parallel_size,
+            distributed_executor_backend=self.distributed_executor_backend,
             prefix_caching=self.enable_prefix_caching,
             step_time_target_s=self.step_time_target,
             speculation=speculation_from(self.speculative_config),

@@ -27,7 +27,6 @@ _ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
         "scheduling_policy": (None, "in the order they came; a request with a smaller `priority` goes first"),
         "performance_mode": (None, "the scheduler serves running answers first, then prompts"),
         "max_logprobs": (None, "clients may ask for up to 20 log-probabilities"),
-        "distributed_executor_backend": (None, "each GPU of this machine has a process"),
         "max_parallel_loading_workers": (None, "the process of each GPU loads its own part"),
         "disable_frontend_multiprocessing": (False, "the engine is always a process of its own"),
         "api_server_count": (None, "there is one API process"),
@@ -56,9 +55,13 @@ _ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
 # reason -> the flags it holds for, with their defaults.
 _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
     (
-        "several devices or machines for one model are not here yet",
+        "layers are not spread over GPUs; --tensor-parallel-size shares each layer, also over several machines with "
+        "--distributed-executor-backend ray",
+        {"pipeline_parallel_size": 1},
+    ),
+    (
+        "not here; GPUs and machines share a model by --tensor-parallel-size",
         {
-            "pipeline_parallel_size": 1,
             "data_parallel_size": 1,
             "decode_context_parallel_size": 1,
             "prefill_context_parallel_size": 1,
@@ -158,10 +161,6 @@ REFUSED_VALUES: Mapping[tuple[str, str], tuple[str, str]] = MappingProxyType(
             "Use a GGUF file of the model (Q4_K_M is of similar size)",
         ),
         **{("quantization", name): _ON_LOAD for name in ("bitsandbytes", "experts_int8")},
-        ("distributed_executor_backend", "ray"): (
-            "several machines for one model are not here yet, and on one machine each GPU has a process without Ray",
-            "Leave it out",
-        ),
     }
 )
 

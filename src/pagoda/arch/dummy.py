@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pagoda.arch.names import slot_name
 from pagoda.arch.registry import load_spec
+from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
 from pagoda.tasks import Task
 from pagoda.weights.files import Checkpoint
@@ -30,13 +31,13 @@ _NUMBERS = 262139
 _STEP_OF_16, _STEP_OF_256 = 0.2, 0.0135  # scales with which evenly spread codes vary by 1
 
 
-def open_model(path: str, load_format: str, task: Task = "auto") -> TensorSource:
+def open_model(path: str, load_format: str, task: Task = "auto", spec: ModelSpec | None = None) -> TensorSource:
     """The checkpoint at a path, or with the format `dummy` one of random weights for the config.json there."""
-    return open_dummy(path, task) if load_format == "dummy" else open_source(path)
+    return open_dummy(path, task, spec) if load_format == "dummy" else open_source(path)
 
 
-def open_dummy(path: str, task: Task = "auto") -> Checkpoint:
-    """Reads config.json alone."""
+def open_dummy(path: str, task: Task = "auto", spec: ModelSpec | None = None) -> Checkpoint:
+    """Reads config.json alone, and not even its sizes where the spec is known."""
     file = Path(path) / "config.json"
     try:
         config = json.loads(file.read_bytes())
@@ -48,13 +49,13 @@ def open_dummy(path: str, task: Task = "auto") -> Checkpoint:
         config = None
     if not isinstance(config, dict):
         raise ModelError(f"{file} is not a JSON object", remedy="Download it again")
-    return dummy(config, path, task)
+    return dummy(config, path, task, spec)
 
 
-def dummy(config: Mapping[str, Any], path: str = "", task: Task = "auto") -> Checkpoint:
+def dummy(config: Mapping[str, Any], path: str = "", task: Task = "auto", spec: ModelSpec | None = None) -> Checkpoint:
     """The same weights each time for the same config."""
     source = Checkpoint(path, {}, config, {})
-    spec = load_spec(source, task)
+    spec = spec or load_spec(source, task)
     kind = _FLOATS.get(str(config.get("torch_dtype") or config.get("dtype")), "BF16")
     maker = Maker(kind, method_of(source), config.get("quantization_config") or {}, _numbers())
     found: dict[str, Tensor] = {}

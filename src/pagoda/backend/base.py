@@ -22,7 +22,8 @@ class Limits:
     4 bits of float matrices while they are loaded; anything else leaves the weights as they are stored.
     `kv_cache_dtype` is the option of that name; arch.memory.kv_type says what it means on a CPU. `reserved_bytes` of
     the memory that looks free is promised to somebody else. `enforce_eager`: no CUDA graphs.
-    `tensor_parallel_size` GPUs share the model.
+    `tensor_parallel_size` GPUs share the model: of this machine, or with `distributed_executor_backend` "ray" of a Ray
+    cluster; each process opens the model by its path, as `load_format` says.
     """
 
     max_model_len: int
@@ -38,6 +39,8 @@ class Limits:
     reserved_bytes: int = 0
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
+    distributed_executor_backend: str = "mp"
+    load_format: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

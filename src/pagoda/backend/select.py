@@ -29,9 +29,22 @@ _PARALLEL = MappingProxyType(
         "torch-cpu": ("pagoda.backend.torch.parallel", "ParallelCpuExecutor"),
     }
 )
+_RAY = MappingProxyType(
+    {
+        "cuda": ("pagoda.backend.torch.cluster", "RayExecutor"),
+        "torch-cpu": ("pagoda.backend.torch.cluster", "RayCpuExecutor"),
+    }
+)
 _OFFERED = ("auto", "cpu", "cuda", "reference")
 _GPU_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")  # the last under Windows' Linux
 _EXTRA = "pip install 'pagoda-llm[cuda]'"
+_NEEDED_BY = MappingProxyType(
+    {
+        "torch": ("--device cuda", _EXTRA),
+        "triton": ("--device cuda", _EXTRA),
+        "ray": ("--distributed-executor-backend ray", "pip install 'pagoda-llm[cuda,ray]', on each machine"),
+    }
+)
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +71,8 @@ def load_executor(
         check_one_device(size)
     if device not in _EXECUTORS:
         raise ConfigError(f"unknown device {device!r}", remedy=f"Choose one of: {', '.join(_OFFERED)}", param="device")
-    module, name = (_PARALLEL if size > 1 else _EXECUTORS)[device]
+    several = _RAY if limits.distributed_executor_backend == "ray" else _PARALLEL
+    module, name = (several if size > 1 else _EXECUTORS)[device]
     if device == "reference" and spec.encoder is not None:
         module, name = "pagoda.backend.reference_encoder", "ReferenceEncoder"
     executor_class = getattr(_imported(module), name)
@@ -70,8 +84,8 @@ def _imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "triton"):
+        name = error.name or ""
+        if name not in _NEEDED_BY:
             raise
-        raise ConfigError(
-            f"--device cuda needs {error.name}, which is not installed", remedy=f"Run: {_EXTRA}", param="device"
-        ) from error
+        option, extra = _NEEDED_BY[name]
+        raise ConfigError(f"{option} needs {name}, which is not installed", remedy=f"Run: {extra}") from error

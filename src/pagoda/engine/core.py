@@ -277,6 +277,8 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
         kv_cache_dtype=config.kv_cache_dtype,
         enforce_eager=config.enforce_eager,
         tensor_parallel_size=config.tensor_parallel_size,
+        distributed_executor_backend=config.distributed_executor_backend,
+        load_format=config.load_format,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 from pagoda.arch.memory import blocks_for
 from pagoda.arch.sharding import share, vocab_range
@@ -80,14 +81,15 @@ class SplitHead:
 class Group(Team):
     """Everything that one rank sends to the others or hears of them. Each call is made by all ranks."""
 
-    def __init__(self, rank: int, size: int, meeting: str, cuda: bool) -> None:
-        """`meeting` is the URL of the file or the port where the ranks find each other."""
+    def __init__(self, rank: int, size: int, meeting: str | Store, cuda: bool) -> None:
+        """`meeting` is where the ranks find each other: the URL of a file, or a store that all have open."""
         if dist.is_initialized():
             raise ConfigError("this process has a model on several GPUs already", remedy="Close it first")
         self.rank, self.size, self.count = rank, size, f"{size} x "
         # numbers of steps go by gloo, which waits without computing
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, meeting, rank=rank, world_size=size, timeout=_FOREVER)
+        place = {"init_method": meeting} if isinstance(meeting, str) else {"store": meeting}
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=_FOREVER, **place)
 
     def close(self) -> None:
         dist.destroy_process_group()

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import msgspec
 import torch
+from msgspec.structs import replace
+from torch._C._distributed_c10d import Store
 
 from pagoda.arch.registry import bind
 from pagoda.arch.sharding import check_size
@@ -34,19 +37,26 @@ _log = logging.getLogger(__name__)
 
 
 class Job(msgspec.Struct, frozen=True):
-    """What a process that follows is told first."""
+    """What a process that follows is told first. `gpu` is its place among the GPUs that it sees."""
 
     rank: int
     size: int
     meeting: str
     cuda: bool
+    gpu: int
     path: str
     spec: ModelSpec
     limits: Limits
 
 
-class Followers:
-    """The other processes. When one of them ends before it was told to, this process ends too: no step can be done."""
+class Followers(Protocol):
+    """The other ranks. When one of them ends before it was told to, this process ends too: no step can be done."""
+
+    def end(self, *, kill: bool) -> None: ...
+
+
+class Processes:
+    """Followers on this machine."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._ending = False
@@ -64,8 +74,7 @@ class Followers:
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
         if not self._ending:
-            _log.critical("the process of GPU %d ended (code %d); the engine ends", rank, code)
-            os._exit(EngineError.exit_code)
+            engine_ends(f"the process of GPU {rank} ended (code {code})")
 
     def end(self, *, kill: bool) -> None:
         self._ending = True
@@ -99,15 +108,10 @@ class ParallelExecutor(TorchExecutor):
     ) -> Self:
         """Raises ConfigError, before anything is started, where the GPUs are too few or cannot share the model."""
         size = limits.tensor_parallel_size
-        if cls.cuda:
-            _check_gpus(size)
         check_size(spec, bind(spec, source), size)
-        if sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody outside can reach the ranks of one machine
-        with tempfile.TemporaryDirectory(prefix="pagoda-") as folder:
-            meeting = (Path(folder) / "ranks").as_uri()
-            jobs = [Job(rank, size, meeting, cls.cuda, source.path, spec, limits) for rank in range(1, size)]
-            followers, group = Followers(jobs), None
+        first = Job(0, size, "", cls.cuda, 0, source.path, spec, limits)
+        with cls.gathered(first) as (followers, meeting):
+            group = None
             try:
                 group = Group(0, size, meeting, cls.cuda)
                 executor = super().load(spec, source, limits, progress, group)
@@ -118,6 +122,19 @@ class ParallelExecutor(TorchExecutor):
                 raise
         executor.group, executor.followers = group, followers
         return executor
+
+    @classmethod
+    @contextmanager
+    def gathered(cls, first: Job) -> Iterator[tuple[Followers, str | Store]]:
+        """Starts the ranks behind the first; as long as this is open, all can find each other at the meeting."""
+        if cls.cuda:
+            _check_gpus(first.size)
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody outside can reach the ranks of one machine
+        with tempfile.TemporaryDirectory(prefix="pagoda-") as folder:
+            meeting = (Path(folder) / "ranks").as_uri()
+            others = range(1, first.size)
+            yield Processes([replace(first, rank=rank, gpu=rank, meeting=meeting) for rank in others]), meeting
 
     def _launch(self, plan: StepPlan) -> Pending:
         if self.apart:
@@ -148,6 +165,12 @@ class ParallelCpuExecutor(ParallelExecutor):
     """The same over processes of a CPU, for tests."""
 
     cuda = False
+
+
+def engine_ends(why: str) -> None:
+    """Without one of its ranks: the server starts another one, and the streams go on there."""
+    _log.critical("%s; the engine ends", why)
+    os._exit(EngineError.exit_code)
 
 
 def follow(executor: TorchExecutor, group: Group) -> None:

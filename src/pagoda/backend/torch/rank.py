@@ -10,23 +10,25 @@ from typing import BinaryIO
 
 import msgspec
 import torch
+from torch._C._distributed_c10d import Store
 
+from pagoda.arch.dummy import open_model
 from pagoda.backend.torch.executor import TorchCpuExecutor, TorchExecutor
 from pagoda.backend.torch.group import Group
 from pagoda.backend.torch.parallel import Job, follow
 from pagoda.errors import PagodaError
 from pagoda.observe import setup_logging
-from pagoda.weights.open import open_source
 
 
-def run(job: Job) -> int:
+def run(job: Job, meeting: str | Store) -> int:
     """The exit code. What goes wrong while loading is said by rank 0, which hears of it."""
     if job.cuda:
-        torch.cuda.set_device(job.rank)
-    group = Group(job.rank, job.size, job.meeting, job.cuda)
+        torch.cuda.set_device(job.gpu)
+    group = Group(job.rank, job.size, meeting, job.cuda)
     kind = TorchExecutor if job.cuda else TorchCpuExecutor
     try:
-        executor = kind.load(job.spec, open_source(job.path), job.limits, None, group)
+        source = open_model(job.path, job.limits.load_format, spec=job.spec)
+        executor = kind.load(job.spec, source, job.limits, None, group)
     except PagodaError as error:
         return error.exit_code
     follow(executor, group)
@@ -47,7 +49,7 @@ def main() -> int:
     size_bytes = int.from_bytes(pipe.read(8), "little")
     job = msgspec.msgpack.decode(pipe.read(size_bytes), type=Job)
     threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
-    return run(job)
+    return run(job, job.meeting)
 
 
 if __name__ == "__main__":
