@@ -93,7 +93,7 @@ def test_spellings(line: str, name: str, value: Any) -> None:
         ("--load-format bin", "--load-format pt"),
         ("--enable-lora", "LoRA"),
         ("--speculative-model x", "--speculative-config"),
-        ("--pipeline-parallel-size 2", "several devices"),
+        ("--pipeline-parallel-size 2", "--tensor-parallel-size shares each layer"),
         ("--enable-prefix-caching=maybe", "true or false"),
         ("--override-generation-config nonsense", "JSON"),
         ("--model a --model b", "several models"),

@@ -1,4 +1,4 @@
-"""Tensor parallel over a real Ray cluster of two machines' worth of processes: the tokens of one rank, losses, refusals."""
+"""Tensor parallel over a real Ray cluster of two machines: the tokens of one rank, losses, refusals."""
 
 from __future__ import annotations
 
@@ -34,17 +34,19 @@ from pagoda.engine.client import EngineClient
 from pagoda.errors import ConfigError, ModelError, PagodaError
 from pagoda.weights.open import open_source
 
-_NODE = {"num_cpus": 2, "object_store_memory": 80 << 20}
+_SMALL = {"num_cpus": 1, "object_store_memory": 80 << 20}
+_LARGE = {**_SMALL, "num_cpus": 3}
+"""Two ranks are both placed here, behind the first; of four one is on the other machine."""
 
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two of two CPUs each."""
+    """Two machines' worth of processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        made = Cluster(initialize_head=True, head_node_args={**_NODE, "include_dashboard": False})
-        made.add_node(**_NODE)
+        made = Cluster(initialize_head=True, head_node_args={**_SMALL, "include_dashboard": False})
+        made.add_node(**_LARGE)
         patch.setenv("RAY_ADDRESS", made.address)
         yield made
         ray.shutdown()
@@ -82,14 +84,6 @@ def test_a_stream_outlives_the_loss_of_a_rank(machines: Cluster, tmp_path: Path)
                 os.kill(rank.pid, signal.SIGKILL)
         assert "".join(got) == "".join(undisturbed) != ""
         assert engine.restarts == 1
-        got.clear()
-        for count, text in enumerate(_chunks(url, {**body, "max_tokens": 40})):
-            got.append(text)
-            if count == 3:  # the machine with room for a rank is gone, and comes back
-                machines.remove_node(machines.worker_nodes.copy().pop())
-                machines.add_node(**_NODE)
-        assert "".join(undisturbed).startswith("".join(got)) and len(got) > 3
-        assert engine.restarts >= 1
     ended = time.monotonic() + 30
     while _ranks() and time.monotonic() < ended:
         time.sleep(0.1)
@@ -127,7 +121,7 @@ def _refused(path: Path, limits: Limits, kind: type[PagodaError] = ConfigError) 
 
 
 def test_what_the_cluster_cannot_do(machines: Cluster, limits: Limits, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "gone", "llama", num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+    write_checkpoint(tmp_path / "gone", "llama", num_attention_heads=8, vocab_size=500)
     said = _refused(tmp_path / "gone", limits, ModelError)
     assert re.match(rf"on {re.escape(socket.gethostname())} \([0-9.]+\): {tmp_path}/gone is no file or dir", said), said
     said = _refused(tmp_path / "elsewhere", replace(limits, tensor_parallel_size=8))
@@ -140,10 +134,8 @@ def test_no_cluster(limits: Limits, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-    assert (
-        f"no Ray cluster runs at 127.0.0.1:{port}, which RAY_ADDRESS names. Start it: `ray start --head`"
-        in _refused(tmp_path, limits)
-    )
+    said = _refused(tmp_path, limits)
+    assert f"no Ray cluster runs at 127.0.0.1:{port}, which RAY_ADDRESS names. Start it: `ray start --head`" in said
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     assert "Run the server on a machine of the cluster" in _refused(tmp_path, limits)
 
