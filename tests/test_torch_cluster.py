@@ -84,6 +84,14 @@ def test_a_stream_outlives_the_loss_of_a_rank(machines: Cluster, tmp_path: Path)
                 os.kill(rank.pid, signal.SIGKILL)
         assert "".join(got) == "".join(undisturbed) != ""
         assert engine.restarts == 1
+        got.clear()
+        for count, text in enumerate(_chunks(url, {**body, "max_tokens": 40})):
+            got.append(text)
+            if count == 3:  # the machine with room for a rank is gone, and comes back
+                machines.remove_node(machines.worker_nodes.copy().pop())
+                machines.add_node(**_LARGE)
+        assert "".join(undisturbed).startswith("".join(got)) and len(got) > 3
+        assert engine.restarts == 2
     ended = time.monotonic() + 30
     while _ranks() and time.monotonic() < ended:
         time.sleep(0.1)
