@@ -11,14 +11,15 @@ from pagoda.api.http.body import parse, read_body
 from pagoda.api.http.stream import Reply, answer
 from pagoda.api.ollama.options import resolve
 from pagoda.api.ollama.protocol import OllamaEmbedBody, OllamaEmbeddingsBody, OllamaEmbeddingsReply, OllamaEmbedReply
-from pagoda.api.pooling.prompts import check_dimensions, input_prompts, vector
+from pagoda.api.pooling.prompts import input_prompts
 from pagoda.api.serving.server import Server
+from pagoda.engine.vectors import check_dimensions, vector
 
 
 async def embed(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), OllamaEmbedBody)
     resolve(server, body.model)
-    check_dimensions(server, body.dimensions)
+    check_dimensions(body.dimensions, server.engine.info.width, server.sentence.dimensions)
     most = server.max_model_len if body.truncate else None
     prompts = await input_prompts(server, body.input, most, server.sentence.default_prompt) if body.input else []
     call = server.start_pooled("embd", prompts, model=body.model or server.names[0])

@@ -6,37 +6,23 @@ from starlette.requests import Request
 
 from pagoda.api.http.body import parse, read_body
 from pagoda.api.http.stream import Reply, answer
-from pagoda.api.pooling.prompts import as_base64, check_dimensions, input_prompts, limit_of, usage, vector
+from pagoda.api.pooling.prompts import as_base64, input_prompts, limit_of, usage
 from pagoda.api.pooling.protocol import Embedding, EmbeddingBody, EmbeddingReply
 from pagoda.api.serving.generation import Pooled
 from pagoda.api.serving.server import Server
-from pagoda.errors import BadRequest
+from pagoda.engine.vectors import check_dimensions, vector
 
 
 async def embeddings(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), EmbeddingBody)
     model = server.served.resolve(body.model)
-    check_dimensions(server, body.dimensions)
-    most, before = limit_of(server, body.truncate_prompt_tokens), _prompt(server, body.prompt_name)
+    check_dimensions(body.dimensions, server.engine.info.width, server.sentence.dimensions)
+    most, before = limit_of(server, body.truncate_prompt_tokens), server.sentence.prompt(body.prompt_name)
     prompts = await input_prompts(server, body.input, most, before, body.add_special_tokens)
     call = server.start_pooled("embd", prompts, model=model, priority=body.priority or 0)
     reply = await answer(call, _reply(server, call, body), request.receive, server.aborted)
     server.dress(reply, ignored, call)
     return reply
-
-
-def _prompt(server: Server, name: str | None) -> str:
-    """What goes before each text."""
-    if name is None:
-        return server.sentence.default_prompt
-    prompts = server.sentence.prompts
-    if name not in prompts:
-        raise BadRequest(
-            f"prompt_name {name[:100]!r} is no prompt of this model",
-            remedy=f"It has: {', '.join(prompts) or 'none'}",
-            param="prompt_name",
-        )
-    return prompts[name]
 
 
 async def _reply(server: Server, call: Pooled, body: EmbeddingBody) -> EmbeddingReply:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
-
-import numpy as np
 
 from pagoda.api.pooling.protocol import PoolingUsage
 from pagoda.api.serving.server import INLINE_CHARS, Server
 from pagoda.errors import BadRequest
-from pagoda.text.rerank import judged
+from pagoda.text.rerank import pair_tokens
 from pagoda.types import Float32
 
 T = TypeVar("T")
@@ -88,55 +85,18 @@ async def pair_prompts(
         raise BadRequest("a text is far longer than the context of this model", param="documents")
 
     def encode() -> list[Prompt]:
-        return [_pair(server, first, second[:longest], most, instruction) for first, second in pairs]
+        architecture = server.engine.info.architecture
+        return [
+            pair_tokens(server.tokenizer, architecture, first, second[:longest], most, instruction)
+            for first, second in pairs
+        ]
 
     return await unhurried((text for pair in pairs for text in pair), encode)
-
-
-def _pair(server: Server, first: str, second: str, most: int | None, instruction: str | None) -> Prompt:
-    tokenizer = server.tokenizer
-    if server.engine.info.architecture != "qwen3":
-        return tokenizer.encode_pair(first, second, most)
-    before, text, behind = judged(first, second, instruction)
-    head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in (before, behind))
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    room = None if most is None else max(0, most - len(head) - len(tail))
-    return [*head, *ids[:room], *tail], None
 
 
 def usage(tokens: int) -> PoolingUsage:
     return PoolingUsage(prompt_tokens=tokens, total_tokens=tokens)
 
 
-def check_dimensions(server: Server, dimensions: int | None) -> None:
-    """Raise BadRequest for a length that vectors of this model cannot be cut to."""
-    width, allowed = server.engine.info.width, server.sentence.dimensions
-    if dimensions is None or dimensions == width:
-        return
-    if allowed is None:
-        raise BadRequest(
-            f"this model was not trained for vectors of other lengths than {width}",
-            remedy="Leave dimensions out",
-            param="dimensions",
-        )
-    if not 1 <= dimensions <= width or (allowed and dimensions not in allowed):
-        lengths = ", ".join(map(str, allowed)) if allowed else f"1 to {width}"
-        raise BadRequest(f"dimensions is {dimensions}, this model has {lengths}", param="dimensions")
-
-
-def vector(raw: bytes, normalize: bool, dimensions: int | None = None) -> Float32:
-    """What the engine gave as an embedding: cut, then of length 1 if that is wanted."""
-    values = np.frombuffer(raw, np.float32)[:dimensions]
-    if not normalize:
-        return values
-    return np.asarray(values / np.float32(max(math.sqrt(float(values @ values)), 1e-12)), np.float32)
-
-
 def as_base64(values: Float32) -> str:
     return base64.b64encode(values.astype("<f4", copy=False).tobytes()).decode()
-
-
-def probability(raw: bytes) -> float:
-    """A scoring model's logit as a number from 0 to 1."""
-    logit = float(np.frombuffer(raw, np.float32)[0])
-    return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))

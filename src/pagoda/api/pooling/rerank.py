@@ -15,11 +15,9 @@ from pagoda.api.pooling.prompts import (
     Prompt,
     limit_of,
     pair_prompts,
-    probability,
     text_prompts,
     unhurried,
     usage,
-    vector,
 )
 from pagoda.api.pooling.protocol import (
     Ranked,
@@ -33,6 +31,7 @@ from pagoda.api.pooling.protocol import (
 )
 from pagoda.api.serving.generation import Pooled
 from pagoda.api.serving.server import Server
+from pagoda.engine.vectors import probability, vector
 from pagoda.errors import BadRequest
 
 _PLAIN_TEXTS = "/api/rerank"
