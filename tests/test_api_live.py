@@ -248,7 +248,7 @@ def test_a_client_that_reads_nothing_is_dropped() -> None:
                 await asyncio.sleep(60)
 
         start = time.monotonic()
-        scope = {"type": "http", "extensions": {"pagoda.abort": {"cut": lambda: cut.append("cut")}}}
+        scope = {"type": "http", "extensions": {"pagoda.connection": {"cut": lambda: cut.append("cut")}}}
         await stream(scope, never, send)
         return time.monotonic() - start, busy(), cut
 

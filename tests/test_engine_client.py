@@ -53,7 +53,7 @@ async def collect(engine: EngineClient, wanted: Request) -> Delta:
     whole = Delta(request_id=wanted.request_id)
     async for delta in engine.generate(wanted):
         assert delta.request_id == wanted.request_id
-        whole = merge(whole, delta)
+        whole = merge([whole, delta])
     assert whole.finish_reason is not None
     return whole
 

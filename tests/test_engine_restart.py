@@ -44,7 +44,7 @@ def undisturbed(config: EngineConfig, wanted: list[Request]) -> dict[str, Delta]
         core.add(one)
     while core.has_work:
         for delta in core.step():
-            told[delta.request_id] = merge(told[delta.request_id], delta)
+            told[delta.request_id] = merge([told[delta.request_id], delta])
     core.close()
     return told
 
@@ -60,7 +60,7 @@ def test_every_stream_ends_as_if_nothing_had_happened(model: str, device: str) -
         text = TextOutput(tokenizer, one)
         whole = Delta(request_id=one.request_id)
         async for delta in engine.generate(one):
-            whole = merge(whole, text.feed(delta))
+            whole = merge([whole, text.feed(delta)])
         return whole
 
     async def go() -> None:

@@ -31,7 +31,7 @@ def token(one: Stream) -> Delta:
 
 def ended(one: Stream) -> str | None:
     """The error that a stream ended with, None if it has not ended."""
-    return None if one._untaken is None else one._untaken.error
+    return one._untaken[-1].error if one._untaken else None
 
 
 def test_two_deaths_without_a_token_make_suspects_that_run_alone_in_turn() -> None:
@@ -153,7 +153,7 @@ def test_merged_deltas_say_what_both_said() -> None:
     last = Delta(
         request_id="a", token_ids=[2], logprobs=[TokenLogprob(2, -2.0, [])], finish_reason="stop", stop_reason=2
     )
-    whole = merge(first, last)
+    whole = merge([first, last])
     assert (whole.token_ids, len(whole.logprobs or []), whole.prompt_logprobs) == ([1, 2], 2, [None])
     assert (whole.finish_reason, whole.stop_reason, whole.cached_tokens, whole.text) == ("stop", 2, 16, "x")
 

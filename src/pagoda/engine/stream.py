@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from pagoda.types import Delta, Request
+
+_MOST_UNTAKEN = 256
 
 
 class Stream:
@@ -26,7 +28,7 @@ class Stream:
         self.strikes = 0
         self.lone_strikes = 0
         self.moved = False  # it got a token from this life of the engine
-        self._untaken: Delta | None = None
+        self._untaken: list[Delta] = []
         self._waiter: asyncio.Future[None] | None = None
 
     def resumed(self, wire_id: str) -> Request:
@@ -34,39 +36,42 @@ class Stream:
         return msgspec.structs.replace(self.request, request_id=wire_id, output_token_ids=self.tokens)
 
     def put(self, delta: Delta) -> None:
-        """Add what came. Deltas that the consumer was too slow to take become one, so memory grows with tokens only."""
+        """Add what came. Deltas that the consumer was too slow to take become one when it takes them."""
         if delta.token_ids:
             self.tokens += delta.token_ids
             self.strikes = self.lone_strikes = 0
             self.moved = True
         delta.request_id = self.request.request_id
-        self._untaken = delta if self._untaken is None else merge(self._untaken, delta)
+        self._untaken.append(delta)
+        if len(self._untaken) >= _MOST_UNTAKEN:  # so that memory grows with tokens only
+            self._untaken = [merge(self._untaken)]
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def take(self) -> Delta:
         """The next delta, for the one consumer that a stream has."""
-        while (delta := self._untaken) is None:
+        while not self._untaken:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        self._untaken = None
-        return delta
+        deltas, self._untaken = self._untaken, []
+        return deltas[0] if len(deltas) == 1 else merge(deltas)
 
 
-def merge(first: Delta, second: Delta) -> Delta:
-    """One delta that says what two in a row say."""
-    logprobs = (first.logprobs or []) + (second.logprobs or [])
+def merge(deltas: Sequence[Delta]) -> Delta:
+    """One delta that says what several in a row say."""
+    last = deltas[-1]
+    with_logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
     return Delta(
-        request_id=first.request_id,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=None if first.logprobs is None and second.logprobs is None else logprobs,
-        prompt_logprobs=second.prompt_logprobs if first.prompt_logprobs is None else first.prompt_logprobs,
-        finish_reason=second.finish_reason,
-        stop_reason=second.stop_reason,
-        cached_tokens=first.cached_tokens or second.cached_tokens,
-        error=second.error,
-        text=first.text + second.text,
-        pooled=second.pooled,
+        request_id=last.request_id,
+        token_ids=[token for delta in deltas for token in delta.token_ids],
+        logprobs=[one for logprobs in with_logprobs for one in logprobs] if with_logprobs else None,
+        prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        cached_tokens=next((delta.cached_tokens for delta in deltas if delta.cached_tokens), 0),
+        error=last.error,
+        text="".join([delta.text for delta in deltas]),
+        pooled=last.pooled,
     )
 
 
@@ -82,6 +87,9 @@ class DeltaStream(AsyncGenerator[Delta, None]):
         self._closed = False
 
     async def asend(self, value: None) -> Delta:
+        return await self.__anext__()
+
+    async def __anext__(self) -> Delta:
         if self._closed:
             raise StopAsyncIteration
         try:

@@ -27,23 +27,28 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids - shown if skip_special_tokens else frozenset[int]()
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._token_bytes = tokenizer.token_bytes
         tail = self._tail(prompt_ids)
         self._strip = tokenizer.strip_first and not tail
-        self._decoder.decode(_unfinished(tail))
+        self._rest = _unfinished(tail)
 
     def add(self, ids: Iterable[int]) -> str:
         """The text that is certain after these further tokens."""
-        token_bytes, hidden = self._tokenizer.token_bytes, self._hidden
+        token_bytes, hidden = self._token_bytes, self._hidden
         raw = b"".join([token_bytes(i) for i in ids if i not in hidden])
         if self._strip and raw:
             self._strip = False
             raw = raw.removeprefix(b" ")
-        return self._decoder.decode(raw)
+        if self._rest:
+            raw = self._rest + raw
+        text, used = codecs.utf_8_decode(raw, "replace", False)
+        self._rest = raw[used:]
+        return text
 
     def finish(self) -> str:
         """What an unfinished character at the end becomes: U+FFFD, or nothing."""
-        return self._decoder.decode(b"", final=True)
+        rest, self._rest = self._rest, b""
+        return rest.decode("utf-8", "replace")
 
     def _tail(self, prompt_ids: Sequence[int]) -> bytes:
         """The last visible bytes of the prompt: enough to hold any unfinished character, b"" if nothing shows."""

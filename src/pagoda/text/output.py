@@ -31,7 +31,7 @@ class TextOutput:
         self.finished = False
 
     def feed(self, delta: Delta) -> Delta:
-        """The same delta with its text. After the end: an empty delta."""
+        """This very delta, with its text. After the end: an empty delta."""
         if self.finished:
             return Delta(request_id=delta.request_id)
         shown = self._shown_ids(delta)
@@ -52,7 +52,8 @@ class TextOutput:
         if delta.finish_reason is not None:
             self.finished = True
             text += self._held
-        return msgspec.structs.replace(delta, text=text)
+        delta.text = text
+        return delta
 
     def _shown_ids(self, delta: Delta) -> list[int]:
         """The delta's tokens without the one that only ends the request."""

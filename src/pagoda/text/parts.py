@@ -19,6 +19,8 @@ class Part(NamedTuple):
 
 def join_parts(parts: Sequence[Part]) -> list[Part]:
     """The same parts with neighbours of one kind made one; calls stay apart."""
+    if len(parts) == 1:
+        return [parts[0]] if parts[0].text else []
     out: list[Part] = []
     for kind, group in groupby(parts, key=lambda part: part.kind):
         if kind == "call":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ class Tokenizer:
             self._prefix = [bos_token_id] if add_bos and bos_token_id is not None else []
         if add_eos is not None:
             self._suffix = [self.eos_token_ids[0]] if add_eos and self.eos_token_ids else []
-        self._bytes: dict[int, bytes] = {}
+        # The bytes a token stands for; b"" for an id that the vocabulary does not have.
+        self.token_bytes: Callable[[int], bytes] = _Bytes(self._find_bytes).__getitem__
 
     @property
     def prefix_ids(self) -> list[int]:
@@ -111,16 +112,11 @@ class Tokenizer:
         """Whether a text's first leading space is the tokenizer's own and not shown."""
         return self._pieces is not None and self._pieces.strip_first
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for; b"" for an id that the vocabulary does not have."""
-        found = self._bytes.get(token_id)
-        return self._find_bytes(token_id) if found is None else found
-
     def token_text(self, token_id: int) -> str:
         """A token's own text; U+FFFD where it holds only part of a character."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
-    def _find_bytes(self, token_id: int) -> bytes:
+    def _find_bytes(self, token_id: int) -> bytes | None:
         if self._pieces is None:
             raise ModelError(
                 "the decoder in tokenizer.json is neither byte-level, SentencePiece nor WordPiece: this model can't "
@@ -130,10 +126,24 @@ class Tokenizer:
             found = self._pieces.added_to_bytes(self._added[token_id])
         else:
             token = self._backend.id_to_token(token_id) if 0 <= token_id < 2**31 else None
-            if token is None:  # not remembered: there is no end of such ids
-                return b""
+            if token is None:
+                return None
             found = self._pieces.to_bytes(token)
-        self._bytes[token_id] = found
+        return found
+
+
+class _Bytes(dict[int, bytes]):
+    """The bytes of tokens that were looked up. Ids of no token are not remembered: there is no end of them."""
+
+    def __init__(self, find: Callable[[int], bytes | None]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, token_id: int) -> bytes:
+        found = self._find(token_id)
+        if found is None:
+            return b""
+        self[token_id] = found
         return found
 
 

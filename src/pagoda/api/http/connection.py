@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+from functools import partial
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from pagoda.api.http.errors import error_reply, to_json
-from pagoda.api.http.stream import ABORT_EXTENSION
+from pagoda.api.http.stream import CONNECTION
 from pagoda.errors import BadRequest
 
 HEADERS_S = 10.0
@@ -70,8 +71,20 @@ class Connection(HttpToolsProtocol):
             self._refuse(too_many_headers())
             return
         # uvicorn starts the application from here, with this scope.
-        self.scope["extensions"] = {ABORT_EXTENSION: {"cut": self.transport.abort}}
+        self.scope["extensions"] = {CONNECTION: {"cut": self.transport.abort}}
         super().on_headers_complete()
+        if self.cycle is not None and self.cycle.scope is self.scope:
+            self.scope["extensions"][CONNECTION]["write"] = partial(self._write, self.cycle)
+
+    def _write(self, cycle: RequestResponseCycle, data: bytes) -> bool:
+        """Send a part of a streamed answer now. False where it must be waited for: `send` does that.
+
+        What `send` does for a part, without the four coroutines that it takes to get there.
+        """
+        if self.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding or cycle.response_complete:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     def on_body(self, body: bytes) -> None:
         if not self.transport.is_closing():

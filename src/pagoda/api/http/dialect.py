@@ -14,13 +14,31 @@ DONE = b"data: [DONE]\n\n"
 _LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 
 
+PLACE = "\x00text\x00"
+"""Where the text goes in the body that a `TextEvent` is made of."""
+
+
 def event(body: msgspec.Struct) -> bytes:
     """One event: a line of JSON and an empty line."""
-    line = msgspec.json.encode(body)
+    return b"data: %b\n\n" % _line(msgspec.json.encode(body))
+
+
+class TextEvent:
+    """An event of which only a text changes, as most of a stream's do: all around it is encoded once."""
+
+    def __init__(self, body: msgspec.Struct) -> None:
+        self._parts = event(body).split(msgspec.json.encode(PLACE))
+
+    def __call__(self, text: str) -> bytes:
+        encoded = msgspec.json.encode(text)
+        return (encoded if text.isascii() else _line(encoded)).join(self._parts)
+
+
+def _line(encoded: bytes) -> bytes:
     for character, escape in _LINE_ENDS:
-        if character in line:
-            line = line.replace(character, escape)
-    return b"data: %b\n\n" % line
+        if character in encoded:
+            encoded = encoded.replace(character, escape)
+    return encoded
 
 
 def named(body: msgspec.Struct) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
@@ -24,8 +24,9 @@ HEARTBEAT_S = 15.0
 STALL_S = 60.0
 LAST_WORD_S = 1.0
 CLIENT_CLOSED = 499
-ABORT_EXTENSION = "pagoda.abort"
-"""Extension of a scope: its `cut` is a function that ends the connection without waiting for unsent bytes."""
+CONNECTION = "pagoda.connection"
+"""Extension of a scope: `cut` ends the connection without waiting for unsent bytes; `write` sends a part of a streamed
+answer if that need not be waited for, and says whether it did."""
 
 _HEADERS = (
     (b"cache-control", b"no-cache"),
@@ -131,9 +132,11 @@ class EventStream:
         self._stall_s = stall_s
         self._sent_at = time.monotonic()
         self._sending_since: float | None = None
+        self._write: Callable[[bytes], bool] = _wait
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = 200
+        self._write = scope.get("extensions", {}).get(CONNECTION, {}).get("write", _wait)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self._raw_headers()})
             status = await self._run(receive, send)
@@ -170,8 +173,12 @@ class EventStream:
 
     async def _send_events(self, send: Send) -> None:
         async with aclosing(self._events) as events:
+            write, now = self._write, time.monotonic
             async for data in events:
-                await self._send(send, data)
+                if write(data):
+                    self._sent_at = now()
+                else:
+                    await self._send(send, data)
 
     async def _send(self, send: Send, data: bytes) -> None:
         self._sending_since = time.monotonic()
@@ -200,8 +207,13 @@ class EventStream:
         return [*_HEADERS, *((name.encode("latin-1"), value.encode("latin-1")) for name, value in named.items())]
 
 
+def _wait(data: bytes) -> bool:
+    """Where the connection is not ours, each part goes the long way."""
+    return False
+
+
 async def _cut(scope: Scope) -> None:
-    extension = scope.get("extensions", {}).get(ABORT_EXTENSION)
+    extension = scope.get("extensions", {}).get(CONNECTION)
     if extension is not None:
         extension["cut"]()
         # The transport tells its protocol in the loop's next turn; until then the answer looks unfinished to it.

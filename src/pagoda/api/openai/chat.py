@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 
 from pagoda.api.http.body import parse, read_body
-from pagoda.api.http.dialect import DONE, event
+from pagoda.api.http.dialect import DONE, PLACE, TextEvent, event
 from pagoda.api.http.stream import EventStream, Reply, answer
 from pagoda.api.openai.replies import ChatChoice, ChatChunk, ChatChunkChoice, ChatReply
 from pagoda.api.serving.generation import Gathered, Generation
@@ -48,6 +48,9 @@ class _Chat:
         self._names = TokenNames(server.tokenizer, body.return_tokens_as_token_ids)
         self._prefix = _echo(body)
         self._answers = [new_answer(server, turn) for _ in generation.requests]
+        options = body.stream_options
+        running_usage = options is not None and options.continuous_usage_stats
+        self._text_only = not (body.logprobs or body.return_token_ids or running_usage)
 
     async def whole(self) -> ChatReply:
         generation = self._generation
@@ -91,11 +94,13 @@ class _Chat:
             if self._prefix:
                 yield self._chunk(index, ChatDelta(content=self._prefix))
         waiting = [_Tokens() for _ in self._generation.requests]
+        quick = [_Texts(self._delta_chunk, index) for index in range(len(waiting))] if self._text_only else []
         async with aclosing(self._generation.deltas()) as deltas:
             async for index, delta in deltas:
                 waiting[index].take(delta)
                 for made in self._read(index, delta):
-                    yield self._chunk(index, made, *self._details(waiting[index]))
+                    known = quick[index].event(made) if quick else None
+                    yield known or self._chunk(index, made, *self._details(waiting[index]))
                 if delta.finish_reason is not None:
                     yield self._finish(index, delta, waiting[index])
         if options is not None and options.include_usage:
@@ -128,11 +133,20 @@ class _Chat:
         delta: ChatDelta,
         logprobs: ChatLogprobs | UnsetType = UNSET,
         token_ids: list[int] | UnsetType = UNSET,
-        *,
         prompt_token_ids: list[int] | UnsetType = UNSET,
     ) -> bytes:
+        return event(self._delta_chunk(index, delta, logprobs, token_ids, prompt_token_ids))
+
+    def _delta_chunk(
+        self,
+        index: int,
+        delta: ChatDelta,
+        logprobs: ChatLogprobs | UnsetType = UNSET,
+        token_ids: list[int] | UnsetType = UNSET,
+        prompt_token_ids: list[int] | UnsetType = UNSET,
+    ) -> ChatChunk:
         choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, token_ids=token_ids)
-        return event(self._bare([choice], self._running_usage(), prompt_token_ids))
+        return self._bare([choice], self._running_usage(), prompt_token_ids)
 
     def _running_usage(self) -> Usage | UnsetType:
         options = self._body.stream_options
@@ -153,6 +167,19 @@ class _Chat:
             usage=usage,
             prompt_token_ids=prompt_token_ids,
         )
+
+
+class _Texts:
+    """The chunks of one sequence that hold a text and nothing else."""
+
+    def __init__(self, chunk: Callable[[int, ChatDelta], ChatChunk], index: int) -> None:
+        self._content = TextEvent(chunk(index, ChatDelta(content=PLACE)))
+        self._reasoning = TextEvent(chunk(index, ChatDelta(reasoning_content=PLACE, reasoning=PLACE)))
+
+    def event(self, made: ChatDelta) -> bytes | None:
+        if made.content is not UNSET:
+            return self._content(made.content)
+        return None if made.reasoning is UNSET else self._reasoning(made.reasoning)
 
 
 class _Tokens:

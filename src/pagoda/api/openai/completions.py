@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 
 from pagoda.api.http.body import parse, read_body
-from pagoda.api.http.dialect import DONE, event
+from pagoda.api.http.dialect import DONE, PLACE, TextEvent, event
 from pagoda.api.http.stream import EventStream, Reply, answer
 from pagoda.api.openai.replies import CompletionChoice, CompletionReply
 from pagoda.api.serving.generation import Gathered, Generation
@@ -151,19 +151,31 @@ class _Completion:
         """The echo if asked for, text, finish; usage if asked for; [DONE]."""
         options = self._body.stream_options
         begun = [False] * len(self._generation.requests)
+        quick = [self._text_event(index) for index in range(len(begun))] if self._text_only else []
         async with aclosing(self._generation.deltas()) as deltas:
             async for index, raw in deltas:
                 delta = self._shown(index, raw)
                 first = not begun[index] and bool(raw.token_ids)
                 begun[index] |= first
                 echo = self._echo_text(index) if first else ""
-                if echo or delta.text or (delta.token_ids and self._wants_tokens):
+                if quick and not echo:
+                    if delta.text:
+                        yield quick[index](delta.text)
+                elif echo or delta.text or (delta.token_ids and self._wants_tokens):
                     yield self._chunk(index, delta, echo, first)
                 if delta.finish_reason is not None:
                     yield self._finish(index, delta)
         if options is not None and options.include_usage:
             yield event(self._reply([], self._generation.usage()))
         yield DONE
+
+    @property
+    def _text_only(self) -> bool:
+        return not self._wants_tokens and self._running_usage() is UNSET
+
+    def _text_event(self, index: int) -> TextEvent:
+        choice = CompletionChoice(index=index, text=PLACE, logprobs=None, finish_reason=None)
+        return TextEvent(self._reply([choice], UNSET))
 
     @property
     def _wants_tokens(self) -> bool:
