@@ -89,7 +89,7 @@ class StubCore:
 def serve(model: str, port: int) -> int:
     """The real server in front of a stub engine."""
     from pagoda.api.http.listen import bind_socket
-    from pagoda.api.run import run_server
+    from pagoda.api.run import run_server, settle_memory
     from pagoda.cli.serve import make_server
     from pagoda.engine.client import EngineClient
 
@@ -97,7 +97,7 @@ def serve(model: str, port: int) -> int:
     engine = EngineClient(options.engine_config(model), command=(sys.executable, str(HERE), "engine"))
     engine.spawn()
     with bind_socket("127.0.0.1", port) as listener:
-        return run_server(make_server(options, model, engine), engine, listener, drain_s=1.0)
+        return run_server(make_server(options, model, engine), engine, listener, drain_s=1.0, on_ready=settle_memory)
 
 
 class Client(asyncio.Protocol):

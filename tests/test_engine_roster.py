@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 
 from pagoda.engine.roster import SET_ASIDE, Roster
@@ -163,4 +162,4 @@ def test_resumed_requests_hold_all_tokens_and_keep_their_name() -> None:
     one = Stream(request)
     one.put(Delta(request_id="1:a", token_ids=[8]))
     assert one.resumed("2:a").output_token_ids == [7, 8] and request.output_token_ids == [7]
-    assert asyncio.run(one.take()).request_id == "a"
+    assert one.take().request_id == "a"

@@ -65,14 +65,13 @@ def _serve(settings: Settings) -> int:
         hang_limit_s = HANG_LIMIT_S if notifier.limit_s is None else min(HANG_LIMIT_S, notifier.limit_s / 2)
         engine = EngineClient(options.engine_config(path), process=process, hang_limit_s=hang_limit_s)
         engine.spawn()
-        from pagoda.api.run import run_server
+        from pagoda.api.run import run_server, settle_memory
 
         server = make_server(options, path, engine)
         progress = ProgressLine()
 
         def ready() -> None:
-            gc.freeze()  # so no later collection walks over vocabulary and templates between two tokens
-            gc.enable()
+            settle_memory()
             progress.clear()
             url = address(options, listener)
             print(welcome(server.names[0], engine.info, url, needs_key=bool(options.api_key)), flush=True)

@@ -214,7 +214,8 @@ class EngineClient:
                 self._idle = not (self._roster.sent or stats.scheduler.running or stats.scheduler.waiting)
                 self._longest_step_s = max(self._longest_step_s, stats.last_step_s)
                 for delta in deltas:
-                    self._cancel(self._roster.deliver(delta))
+                    if cancelled := self._roster.deliver(delta):
+                        self._cancel(cancelled)
                 self._submit()
                 self._note_empty()
             case Loading(phase, share):

@@ -30,6 +30,7 @@ class Stream:
         self.moved = False  # it got a token from this life of the engine
         self._untaken: list[Delta] = []
         self._waiter: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def resumed(self, wire_id: str) -> Request:
         """The request as the engine gets it, to go on behind the tokens that are here."""
@@ -48,13 +49,20 @@ class Stream:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def take(self) -> Delta:
-        """The next delta, for the one consumer that a stream has."""
-        while not self._untaken:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        deltas, self._untaken = self._untaken, []
+    def take(self) -> Delta | None:
+        """What came since the last time, for the one consumer that a stream has."""
+        deltas = self._untaken
+        if not deltas:
+            return None
+        self._untaken = []
         return deltas[0] if len(deltas) == 1 else merge(deltas)
+
+    def come(self) -> asyncio.Future[None]:
+        """Is done when there is something to take, where there was nothing."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()  # once: the call asks the kernel which process this is
+        self._waiter = self._loop.create_future()
+        return self._waiter
 
 
 def merge(deltas: Sequence[Delta]) -> Delta:
@@ -93,7 +101,8 @@ class DeltaStream(AsyncGenerator[Delta, None]):
         if self._closed:
             raise StopAsyncIteration
         try:
-            delta = await self._stream.take()
+            while (delta := self._stream.take()) is None:
+                await self._stream.come()
         except asyncio.CancelledError:
             self._close()
             raise

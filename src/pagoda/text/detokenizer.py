@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pagoda.text.tokenizer import Tokenizer
 
@@ -32,10 +32,11 @@ class Detokenizer:
         self._strip = tokenizer.strip_first and not tail
         self._rest = _unfinished(tail)
 
-    def add(self, ids: Iterable[int]) -> str:
+    def add(self, ids: Sequence[int]) -> str:
         """The text that is certain after these further tokens."""
-        token_bytes, hidden = self._token_bytes, self._hidden
-        raw = b"".join([token_bytes(i) for i in ids if i not in hidden])
+        if not self._hidden.isdisjoint(ids):
+            ids = [i for i in ids if i not in self._hidden]
+        raw = b"".join(map(self._token_bytes, ids))
         if self._strip and raw:
             self._strip = False
             raw = raw.removeprefix(b" ")

@@ -27,6 +27,11 @@ class Harmony:
         self._empty = False
 
     @property
+    def settled(self) -> bool:
+        """Never: another message of any channel may follow."""
+        return False
+
+    @property
     def thinking(self) -> bool:
         return self._kind == "reasoning"
 

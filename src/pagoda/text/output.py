@@ -34,6 +34,9 @@ class TextOutput:
         """This very delta, with its text. After the end: an empty delta."""
         if self.finished:
             return Delta(request_id=delta.request_id)
+        if self._stops is None and delta.finish_reason is None:
+            delta.text = self._detokenizer.add(delta.token_ids)
+            return delta
         shown = self._shown_ids(delta)
         if self._stops is None:
             text = self._detokenizer.add(shown)

@@ -99,6 +99,11 @@ class ThinkSplitter:
         self._step = self._inside if opened else self._before
         self.thinking = opened
 
+    @property
+    def settled(self) -> bool:
+        """Whether all that follows is content, as it comes."""
+        return self._step == self._content and not self._buffer
+
     def feed(self, text: str) -> list[Part]:
         """What of the answer is certain with this further text."""
         self._buffer += text

@@ -55,6 +55,11 @@ class ReplyReader:
     def thinking(self) -> bool:
         return self._splitter is not None and self._splitter.thinking
 
+    @property
+    def settled(self) -> bool:
+        """Whether all that follows is content, as it comes."""
+        return self._calls is None and (self._splitter is None or self._splitter.settled)
+
     def feed(self, text: str) -> list[Part]:
         """The parts that are certain with this further text."""
         return join_parts(self._read(text))

@@ -97,7 +97,8 @@ class _Chat:
         quick = [_Texts(self._delta_chunk, index) for index in range(len(waiting))] if self._text_only else []
         async with aclosing(self._generation.deltas()) as deltas:
             async for index, delta in deltas:
-                waiting[index].take(delta)
+                if not quick:
+                    waiting[index].take(delta)
                 for made in self._read(index, delta):
                     known = quick[index].event(made) if quick else None
                     yield known or self._chunk(index, made, *self._details(waiting[index]))

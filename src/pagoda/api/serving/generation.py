@@ -204,16 +204,16 @@ class Generation:
         )
 
     def _account(self, index: int, delta: Delta) -> None:
-        now = time.monotonic()
-        metrics = self._owner.metrics
-        self._cached_tokens[index] = max(self._cached_tokens[index], delta.cached_tokens)
-        if delta.token_ids:
-            if self.completion_tokens[index] == 0:
-                metrics.first_token(now - self.started)
+        if delta.cached_tokens:
+            self._cached_tokens[index] = max(self._cached_tokens[index], delta.cached_tokens)
+        if count := len(delta.token_ids):
+            now, before = time.monotonic(), self._last_token[index]
+            if before:
+                self._owner.metrics.next_tokens((now - before) / count, count)
             else:
-                metrics.next_tokens((now - self._last_token[index]) / len(delta.token_ids), len(delta.token_ids))
+                self._owner.metrics.first_token(now - self.started)
             self._last_token[index] = now
-            self.completion_tokens[index] += len(delta.token_ids)
+            self.completion_tokens[index] += count
             if self.first_token_s is None:
                 self.first_token_s = now - self.started
         if delta.finish_reason is not None:

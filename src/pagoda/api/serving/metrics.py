@@ -36,8 +36,9 @@ class Metrics:
         self._registry.register(_EngineCollector(model_name, engine))
         ProcessCollector(registry=self._registry)
         self._values = (model_name, "0")
-        self._first = self._histogram("time_to_first_token_seconds", "Time to the first token", _FIRST_S)
-        self._next = self._histogram("inter_token_latency_seconds", "Time between two tokens", _TOKEN_S)
+        first = self._histogram("time_to_first_token_seconds", "Time to the first token", _FIRST_S)
+        following = self._histogram("inter_token_latency_seconds", "Time between two tokens", _TOKEN_S)
+        self.first_token, self.next_tokens = first.observe, following.observe
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean time per token after the first, of one call", _TOKEN_S
         )
@@ -55,12 +56,6 @@ class Metrics:
 
     def _counter(self, name: str, text: str, label: str) -> Counter:
         return Counter(f"vllm:{name}", text, [*_LABELS, label], registry=self._registry)
-
-    def first_token(self, seconds: float) -> None:
-        self._first.observe(seconds)
-
-    def next_tokens(self, seconds_per_token: float, tokens: int) -> None:
-        self._next.observe(seconds_per_token, tokens)
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(*self._values, reason).inc()

@@ -28,16 +28,23 @@ class Answer:
         self._reasoning: list[str] = []
         self._calls: list[tuple[str, str, list[str]]] = []  # id, name, pieces of the arguments
         self._dropping = False
+        self._settled = False
         self.reasoning_tokens = 0
 
     def read(self, delta: Delta) -> list[ChatDelta]:
         """The deltas of the chat that this one makes certain: one kind of thing, and one call, in each."""
+        if self._settled and delta.finish_reason is None:
+            if not delta.text:
+                return []
+            self._content.append(delta.text)
+            return [ChatDelta(content=delta.text)]
         thinking = self._reader.thinking
         parts = self._reader.feed(delta.text)
         if thinking or self._reader.thinking:
             self.reasoning_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             parts += self._reader.finish()
+        self._settled = self._reader.settled
         return [made for part in parts if (made := self._take(part)) is not None]
 
     def finish_reason(self, given: str) -> str:
