@@ -70,13 +70,14 @@ bool quantizes(const pg_part& p) {
 
 // 16 panels a chunk.
 struct Repack : Job {
-  Repack(const pg_part& from, uint8_t* to, int64_t panels, int threads) : from(from), to(to), panels(panels), phase((panels + 15) / 16, threads) {}
+  Repack(const pg_part& from, uint8_t* to, int64_t panels, int threads) : from(from), to(to), panels(panels), phase((panels + 15) / 16, threads, counters) {}
   void work(int thread) override {
     phase.share(thread, [&](int64_t i) { repack(from, to, 16 * i, std::min(panels, 16 * i + 16)); }, [] {});
   }
   const pg_part from;
   uint8_t* const to;
   const int64_t panels;
+  CounterPool counters;
   Phase phase;
 };
 
@@ -177,6 +178,7 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     c->kv = {nullptr, d->layers, d->kv_heads, d->head_dim, d->kv_int8 != 0};
     c->kv_pages = Pages((int64_t)d->layers * d->num_blocks * d->kv_heads * c->kv.stride(), true);
     c->kv.data = c->kv_pages.data();
+    c->writers.assign(d->num_blocks, -1);
     c->rope_pages = Pages((int64_t)d->max_tokens * d->rope_dim * 4);
     c->logit_pages = Pages((int64_t)d->max_rows * d->vocab * 4);
     int64_t widest = std::max(attention_scratch(d->head_dim), encoder_scratch(d->head_dim));

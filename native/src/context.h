@@ -72,6 +72,7 @@ struct pg_context {
   std::vector<double> inv_freq;
   pagoda::Pages kv_pages, rope_pages, logit_pages;
   pagoda::KvCache kv{};
+  std::vector<int32_t> writers;  // of each block of the cache, -1 between steps: see step.cpp
   std::vector<pagoda::SampleScratch> scratch;
   std::vector<std::vector<float>> row_scratch;  // for attention, and for a row that is put in order
 };

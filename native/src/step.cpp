@@ -1,135 +1,124 @@
-// Running a step: a list of phases made from the program, each cut into chunks that threads take; a thread that comes
-// late passes over what is done.
+// Running a step: chains of phases, each cut into chunks that threads take; a thread that comes late passes over what is
+// done.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <deque>
 
-#include "context.h"
+#include "chain.h"
 
 using namespace pagoda;
 
 namespace {
 
-constexpr int64_t kSerialRows = 2;
-constexpr int64_t kChunkBytes = 32 << 10;  // of weights, at least: a chunk costs two atomic operations
-constexpr int64_t kRowBytes = 192 << 10;  // activations that stay in the second-level cache while weights pass
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// How a product is cut: blocks of rows times chunks of panels.
-struct Cut {
-  Cut(const Weight& w, int64_t rows, int threads) {
-    const int64_t at_once = std::max<int64_t>(16, kRowBytes / w.k);
-    row_blocks = ceil_div(rows, at_once);
-    const int64_t fair = w.panels / (threads * (row_blocks > 2 ? 4 : 8));
-    const int64_t small = rows > 4 ? 1 : ceil_div(kChunkBytes, w.parts[0].stride);
-    step = std::max({(int64_t)1, fair, std::min(small, ceil_div(w.panels, threads))});
-    step += step & 1;  // panels come in pairs
-    chunks = ceil_div(w.panels, step);
-  }
-  int64_t row_blocks, step, chunks;
-};
+constexpr int64_t kChainRows = 4;  // times the square of their number: see most_chains
 
 class StepJob : public Job {
  public:
-  StepJob(pg_context& c, const pg_step& st) : c_(c), st_(st), threads_(c.team.size()) {
-    if (c.kv.data) list_attention();
-    add_phase({kStart, nullptr, 0, 0, 1}, 1);
-    add(kRopeTables, nullptr, st.tokens_count);
-    size_t gather = c.ops.size();
-    for (size_t i = 0; i < c.ops.size(); i++) {
-      if (c.ops[i].kind == PG_GATHER) gather = i;
-      add(c.ops[i], 0);
+  StepJob(pg_context& c, const pg_step& st) : c_(c), st_(st) {
+    int count = most_chains();
+    if (count > 1) count = find_order(count);
+    for (int i = 0; i < count; i++) {
+      const Range threads = share(c.team.size(), i, count), tokens = token_range(i, count);
+      const auto logit = [&](int64_t token) { return std::lower_bound(st.rows, st.rows + st.rows_count, token) - st.rows; };
+      const Range logits = count == 1 ? Range{0, st.rows_count} : Range{logit(tokens.begin), logit(tokens.end)};
+      chains_.emplace_back(c, st_, (int)threads.size(), tokens, logits, share(c.dims.max_rows, i, count));
     }
-    // the head takes max_rows rows of logits at a time
-    for (int64_t first = c.dims.max_rows; first < st.rows_count; first += c.dims.max_rows)
-      for (size_t i = gather; i < c.ops.size(); i++) add(c.ops[i], first);
   }
 
+  // First the chain of its own, then what others have left.
   void work(int thread) override {
-    for (Item& item : items_)
-      item.phase.share(thread, [&](int64_t chunk) { run(item.task, chunk, thread); }, [&] { run_tail(item, thread); });
+    const int count = (int)chains_.size(), own = (int)((thread * count + count - 1) / c_.team.size());
+    std::vector<size_t> done(count);
+    for (int i = 0; i < count; i++) {
+      const int chain = (own + i) % count;
+      follow(chain, chains_[chain].items.size(), thread, done);
+    }
   }
 
  private:
-  enum Extra : int32_t { kStart = 100, kRopeTables, kJoin, kFinishRows, kSample };  // tasks besides pg_op_kind
-
-  struct Task {
-    int32_t kind;
-    const pg_op* op;
-    int64_t first;  // row of logits that is row 0 of the buffers
-    int64_t rows, step;
-  };
-  // A phase, and the small tasks behind it that its last thread does at once: to hand them over would take longer.
-  struct Item {
-    Item(const Task& task, int64_t chunks, int threads) : task(task), phase(chunks, threads) {}
-    Task task;
-    Phase phase;
-    size_t tail_begin = 0, tail_end = 0;  // in tails_
-  };
-
-  void add_phase(const Task& task, int64_t chunks) { items_.emplace_back(task, chunks, threads_); }
-
-  // A task that goes row by row.
-  void add(int32_t kind, const pg_op* op, int64_t rows, int64_t first = 0) {
-    if (rows <= kSerialRows) {
-      tails_.push_back({kind, op, first, rows, rows});
-      Item& last = items_.back();
-      if (!last.tail_end) last.tail_begin = tails_.size() - 1;
-      last.tail_end = tails_.size();
-      return;
-    }
-    const int64_t step = kind == kSample ? 1 : std::max<int64_t>(1, rows / (threads_ * 4));
-    add_phase({kind, op, first, rows, step}, ceil_div(rows, step));
+  static Range share(int64_t total, int i, int count) { return {total * i / count, total * (i + 1) / count}; }
+  // A chain has as many of the tokens as it has of the threads.
+  Range token_range(int i, int count) const {
+    const Range threads = share(c_.team.size(), i, count);
+    return {st_.tokens_count * threads.begin / c_.team.size(), st_.tokens_count * threads.end / c_.team.size()};
   }
 
-  void add(const pg_op& op, int64_t first) {
-    const bool logits = op.flags & PG_LOGIT_ROWS;
-    const int64_t rows = logits ? std::min<int64_t>(c_.dims.max_rows, st_.rows_count - first) : st_.tokens_count;
-    if (rows <= 0) return;
-    if (op.kind == PG_MATMUL || op.kind == PG_HEAD) {
-      const Cut cut(c_.weights[op.weight], rows, threads_);
-      add_phase({op.kind, &op, first, rows, cut.step}, cut.row_blocks * cut.chunks);
-    } else if (op.kind == PG_ATTENTION) {
-      add_phase({op.kind, &op, first, rows, 1}, (int64_t)attention_.size() * c_.dims.kv_heads);
-    } else if (op.kind == PG_ATTEND_ALL) {
-      if (encoder_.empty()) list_encoder();
-      add_phase({op.kind, &op, first, rows, 1}, (int64_t)encoder_.size() * c_.dims.heads);
-      if (op.flags & PG_QUANTIZE) add(kFinishRows, &op, rows);
-    } else {
-      add(op.kind, &op, rows, first);
-    }
-    if (op.kind == PG_ATTENTION && !joins_.empty())
-      add_phase({kJoin, &op, first, rows, 1}, (int64_t)joins_.size() * c_.dims.kv_heads);
-    if (op.kind == PG_ATTENTION && op.flags & PG_QUANTIZE) add(kFinishRows, &op, rows);
-    if (op.kind == PG_HEAD) add(kSample, &op, rows, first);
+  // Threads that each take rows of their own through the whole step need not wait for each other, but each chain reads
+  // all weights: there must be rows enough to make that cheap.
+  int most_chains() const {
+    int count = 1;
+    while (c_.kv.data && 2 * count <= c_.team.size() && kChainRows * 4 * count * count <= st_.tokens_count) count *= 2;
+    return std::is_sorted(st_.rows, st_.rows + st_.rows_count) ? count : 1;
   }
 
-  void run(const Task& task, int64_t chunk, int thread) {
+  // Where a request goes on in the next chain, or reads cache blocks that another writes in this step, the later chain
+  // has to wait in each layer for the keys of those before it. Were it the other way round there can be one chain only.
+  int find_order(int count) {
+    const auto chain_of = [&](int64_t token) {
+      int i = 0;
+      while (token >= token_range(i, count).end) i++;
+      return i;
+    };
+    const auto blocks = [&](int r, auto visit) {
+      const int first = st_.positions[r] / kTokens, last = (st_.positions[r] + st_.starts[r + 1] - st_.starts[r] - 1) / kTokens;
+      for (int b = 0; b <= last; b++) visit(c_.writers[table_of(r)[b]], b >= first);
+    };
+    bool tangled = false;
+    for (int r = 0; r < st_.requests; r++) {
+      const int last = chain_of(st_.starts[r + 1] - 1);
+      in_order_ |= chain_of(st_.starts[r]) != last;
+      blocks(r, [&](int32_t& writer, bool written) { if (written) writer = std::max(writer, last); });
+    }
+    for (int r = 0; r < st_.requests; r++) {
+      const int first = chain_of(st_.starts[r]), last = chain_of(st_.starts[r + 1] - 1);
+      blocks(r, [&](int32_t& writer, bool) {
+        in_order_ |= writer >= 0 && writer != first;
+        tangled |= writer > last;
+      });
+    }
+    for (int r = 0; r < st_.requests; r++) blocks(r, [](int32_t& writer, bool) { writer = -1; });
+    return tangled ? 1 : count;
+  }
+
+  // The items of a chain up to `end`; `done` says how far this thread knows each chain to be done.
+  void follow(int chain, size_t end, int thread, std::vector<size_t>& done) {
+    Chain& each = chains_[chain];
+    for (size_t& i = done[chain]; i < end; i++) {
+      const Item& item = each.items[i];
+      if (item.phase.done()) continue;
+      for (int before = 0; in_order_ && item.attention >= 0 && before < chain; before++)
+        follow(before, chains_[before].cached[item.attention], thread, done);
+      item.phase.share(thread, [&](int64_t chunk) { run(each, item.task, chunk, thread); }, [&] { run_tail(each, item, thread); });
+    }
+  }
+
+  void run(Chain& chain, const Task& task, int64_t chunk, int thread) {
     switch (task.kind) {
       case kStart: return;
-      case PG_MATMUL: return multiply(task, chunk, c_.buffers[task.op->out].row(0), c_.buffers[task.op->out].width);
-      case PG_HEAD: return multiply(task, chunk, logits(0), c_.dims.vocab);
-      case PG_ATTENTION: return attention(*task.op, chunk, thread);
-      case kJoin: return join(*task.op, chunk, thread);
-      case PG_ATTEND_ALL: return attend_all(*task.op, chunk, thread);
+      case PG_MATMUL: return multiply(chain, task, chunk, c_.buffers[task.op->out].row(0), c_.buffers[task.op->out].width);
+      case PG_HEAD: return multiply(chain, task, chunk, logits(0), c_.dims.vocab);
+      case PG_ATTENTION: return attention(chain, *task.op, chunk, thread);
+      case kJoin: return join(chain, *task.op, chunk, thread);
+      case PG_ATTEND_ALL: return attend_all(chain, *task.op, chunk, thread);
     }
     run_rows(task, chunk * task.step, std::min(task.rows, (chunk + 1) * task.step), thread);
   }
 
-  void run_tail(const Item& item, int thread) {
-    for (size_t i = item.tail_begin; i < item.tail_end; i++) run_rows(tails_[i], 0, tails_[i].rows, thread);
+  void run_tail(const Chain& chain, const Item& item, int thread) {
+    for (size_t i = item.tail_begin; i < item.tail_end; i++) run_rows(chain.tails[i], 0, chain.tails[i].rows, thread);
   }
 
   void run_rows(const Task& task, int64_t from, int64_t to, int thread) {
-    for (int64_t row = from; row < to; row++)
+    for (int64_t i = from; i < to; i++) {
+      const int64_t row = task.row + i, logit = task.first + i;
       if (task.kind == kRopeTables) rope_table(row);
-      else if (task.kind == kSample) sample(task.first, row, thread);
-      else run_row(task, row, thread);
+      else if (task.kind == kSample) sample(logit, row, thread);
+      else run_row(task, row, logit, thread);
+    }
   }
 
-  void run_row(const Task& task, int64_t row, int thread) {
+  void run_row(const Task& task, int64_t row, int64_t logit, int thread) {
     const pg_op& op = *task.op;
     const Kernels& k = *c_.kernels;
     float *in = op.in >= 0 ? c_.buffers[op.in].row(row) : nullptr, *out = op.out >= 0 ? c_.buffers[op.out].row(row) : nullptr;
@@ -141,7 +130,7 @@ class StepJob : public Job {
       }
       case PG_NORM: k.norm(in, vector(op.vector), c_.buffers[op.in].width, op.f, out); break;
       case PG_GATHER:
-        memcpy(out, c_.buffers[op.in].row(st_.rows[task.first + row]), c_.buffers[op.in].width * sizeof(float));
+        memcpy(out, c_.buffers[op.in].row(st_.rows[logit]), c_.buffers[op.in].width * sizeof(float));
         break;
       case PG_SILU: k.silu(in, in + c_.buffers[op.out].width, c_.buffers[op.out].width, out); break;
       case PG_ROPE: return rope(op, row);
@@ -150,7 +139,7 @@ class StepJob : public Job {
       case PG_POSITIONS: add_positions(op, row, out); break;
       case PG_HIDDEN: {
         const int64_t width = c_.buffers[op.in].width;
-        if (st_.out_hidden) memcpy(st_.out_hidden + (task.first + row) * width, in, width * sizeof(float));
+        if (st_.out_hidden) memcpy(st_.out_hidden + logit * width, in, width * sizeof(float));
         return;
       }
     }
@@ -188,16 +177,16 @@ class StepJob : public Job {
     }
   }
 
-  void multiply(const Task& task, int64_t chunk, float* to, int64_t stride) {
+  void multiply(const Chain& chain, const Task& task, int64_t chunk, float* to, int64_t stride) {
     const pg_op& op = *task.op;
     const Weight& w = c_.weights[op.weight];
     const Buffer& in = c_.buffers[op.in];
     const Codes codes = in.codes(0);
     const Rows a = {in.row(0), codes.q, codes.d, codes.s, codes.n, codes.h, w.k};
     const Out out = {to, stride, vector(op.vector), (op.flags & PG_ADD) != 0};
-    const Cut cut(w, task.rows, threads_);
+    const Cut cut(w, task.rows, chain.threads);
     const int64_t block = chunk / cut.chunks, from = chunk % cut.chunks * cut.step, end = std::min(w.panels, from + cut.step);
-    const int64_t r0 = task.rows * block / cut.row_blocks, r1 = task.rows * (block + 1) / cut.row_blocks;
+    const int64_t r0 = task.row + task.rows * block / cut.row_blocks, r1 = task.row + task.rows * (block + 1) / cut.row_blocks;
     for (const Part& p : w.parts) {
       const int64_t p0 = std::max<int64_t>(0, from - p.first_panel), p1 = std::min(ceil_div(p.rows, kPanel), end - p.first_panel);
       if (p0 < p1) c_.kernels->matmul(p, p0, p1, a, r0, r1, out);
@@ -221,45 +210,6 @@ class StepJob : public Job {
       c_.kernels->store_kv(c_.kv, op.layer, block, h, position % kTokens, k + h * d.head_dim, v + h * d.head_dim);
   }
 
-  // Attention is cut into a few consecutive tokens of a request times KV heads; the last tokens, which have the most
-  // to read, come first, so that the threads end together.
-  struct Tokens {
-    int request, from, count;
-    int segment = -1;      // -1: all of them
-    int64_t partials = 0;  // where its results go, per KV head, in widths of a job
-  };
-  struct Join {
-    Tokens tokens;
-    int segments;
-  };
-
-  void list_attention() {
-    const int width = std::max(1, kQueryVectors / (c_.dims.heads / c_.dims.kv_heads));
-    for (int r = 0; r < st_.requests; r++) {
-      const int tokens = st_.starts[r + 1] - st_.starts[r];
-      for (int tile = (int)ceil_div(tokens, width) - 1; tile >= 0; tile--)
-        attention_.push_back({r, tile * width, std::min(width, tokens - tile * width)});
-    }
-    if ((int64_t)attention_.size() * c_.dims.kv_heads < 4 * threads_ && threads_ > 1) split_attention();
-  }
-
-  // Few jobs: cut those with a long context into segments, so that all threads have work.
-  void split_attention() {
-    std::vector<Tokens> whole;
-    whole.swap(attention_);
-    int64_t partials = 0;
-    for (Tokens t : whole) {
-      const int segments = (int)ceil_div(st_.positions[t.request] + t.from + t.count, kSegment);
-      if (segments == 1) { attention_.push_back(t); continue; }
-      t.partials = partials;
-      joins_.push_back({t, segments});
-      for (t.segment = 0; t.segment < segments; t.segment++, t.partials = partials += c_.dims.kv_heads) attention_.push_back(t);
-    }
-    partials_.resize(partials * partial_stride());
-  }
-
-  int64_t partial_stride() const { return (int64_t)kQueryVectors * (c_.dims.head_dim + 2); }
-
   AttentionJob job(const pg_op& op, const Tokens& t, int head) const {
     const pg_dims& d = c_.dims;
     const Buffer &in = c_.buffers[op.in], &out = c_.buffers[op.out];
@@ -270,19 +220,20 @@ class StepJob : public Job {
             op.window > 0 ? op.window : INT32_MAX};
   }
 
-  void attention(const pg_op& op, int64_t chunk, int thread) {
-    const Tokens& t = attention_[chunk / c_.dims.kv_heads];
+  void attention(Chain& chain, const pg_op& op, int64_t chunk, int thread) {
+    const Tokens& t = chain.attention[chunk / c_.dims.kv_heads];
     const int head = (int)(chunk % c_.dims.kv_heads);
     float* scratch = c_.row_scratch[thread].data();
     if (t.segment < 0) return c_.kernels->attention(job(op, t, head), scratch);
-    c_.kernels->attention_segment(job(op, t, head), t.segment, &partials_[(t.partials + head) * partial_stride()], scratch);
+    c_.kernels->attention_segment(job(op, t, head), t.segment, &chain.partials[(t.partials + head) * partial_stride(c_.dims.head_dim)], scratch);
   }
 
-  void join(const pg_op& op, int64_t chunk, int thread) {
-    const Join& j = joins_[chunk / c_.dims.kv_heads];
+  void join(const Chain& chain, const pg_op& op, int64_t chunk, int thread) {
+    const Join& j = chain.joins[chunk / c_.dims.kv_heads];
     const int head = (int)(chunk % c_.dims.kv_heads);
-    c_.kernels->attention_join(job(op, j.tokens, head), &partials_[(j.tokens.partials + head) * partial_stride()],
-                               c_.dims.kv_heads * partial_stride(), j.segments, c_.row_scratch[thread].data());
+    const int64_t stride = partial_stride(c_.dims.head_dim);
+    c_.kernels->attention_join(job(op, j.tokens, head), &chain.partials[(j.tokens.partials + head) * stride],
+                               c_.dims.kv_heads * stride, j.segments, c_.row_scratch[thread].data());
   }
 
   void add_positions(const pg_op& op, int64_t token, float* out) {
@@ -293,16 +244,9 @@ class StepJob : public Job {
     for (int64_t i = 0; i < width; i++) out[i] += at[i] + type[i];
   }
 
-  // An encoder's attention is cut into some consecutive tokens of a request times heads.
-  void list_encoder() {
-    for (int r = 0; r < st_.requests; r++)
-      for (int from = 0, tokens = st_.starts[r + 1] - st_.starts[r]; from < tokens; from += kEncoderQueries)
-        encoder_.push_back({r, from, std::min(kEncoderQueries, tokens - from)});
-  }
-
-  void attend_all(const pg_op& op, int64_t chunk, int thread) {
+  void attend_all(const Chain& chain, const pg_op& op, int64_t chunk, int thread) {
     const pg_dims& d = c_.dims;
-    const Tokens& t = encoder_[chunk / d.heads];
+    const Tokens& t = chain.encoder[chunk / d.heads];
     const Buffer &in = c_.buffers[op.in], &out = c_.buffers[op.out];
     const int64_t first = st_.starts[t.request], column = chunk % d.heads * d.head_dim, hidden = (int64_t)d.heads * d.head_dim;
     const float* keys = in.row(first) + hidden + column;
@@ -311,20 +255,16 @@ class StepJob : public Job {
                             out.row(first + t.from) + column, out.width}, c_.row_scratch[thread].data());
   }
 
-  void sample(int64_t first, int64_t l, int thread) {
-    float* row = logits(l);
-    if (st_.out_logits) memcpy(st_.out_logits + (first + l) * c_.dims.vocab, row, c_.dims.vocab * sizeof(float));
-    sample_row(*c_.kernels, st_, (int)(first + l), row, c_.dims.vocab, c_.scratch[thread]);
+  void sample(int64_t l, int64_t row, int thread) {
+    float* values = logits(row);
+    if (st_.out_logits) memcpy(st_.out_logits + l * c_.dims.vocab, values, c_.dims.vocab * sizeof(float));
+    sample_row(*c_.kernels, st_, (int)l, values, c_.dims.vocab, c_.scratch[thread]);
   }
 
   pg_context& c_;
   const pg_step st_;
-  const int threads_;
-  std::vector<Tokens> attention_, encoder_;
-  std::vector<Join> joins_;
-  std::vector<float> partials_;
-  std::deque<Item> items_;
-  std::vector<Task> tails_;
+  bool in_order_ = false;
+  std::deque<Chain> chains_;
 };
 
 bool valid(const pg_context& c, const pg_step& st) {

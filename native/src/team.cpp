@@ -39,9 +39,9 @@ void Signal::wake() {
   if (sleepers.load() > 0) futex(word, FUTEX_WAKE_PRIVATE, INT_MAX);
 }
 
-void Phase::open() {
-  over_.word.store(1);
-  over_.wake();
+void Phase::open() const {
+  finished_->changed.word.store(1);
+  finished_->changed.wake();
 }
 
 Team::Team(int threads) : size_(threads) {
@@ -53,8 +53,8 @@ Team::~Team() {
     std::lock_guard lock(mutex_);
     stop_ = true;
   }
-  epoch_.word.fetch_add(1);
-  epoch_.wake();
+  epoch_.changed.word.fetch_add(1);
+  epoch_.changed.wake();
   for (auto& t : threads_) t.join();
 }
 
@@ -64,16 +64,16 @@ void Team::run(std::shared_ptr<Job> job) {
       std::lock_guard lock(mutex_);
       job_ = job;
     }
-    epoch_.word.fetch_add(1);
-    epoch_.wake();
+    epoch_.changed.word.fetch_add(1);
+    epoch_.changed.wake();
   }
   job->work(0);
 }
 
 void Team::worker(int index) {
   for (uint32_t seen = 0;;) {
-    epoch_.wait_while(seen);
-    seen = epoch_.word.load();
+    epoch_.changed.wait_while(seen);
+    seen = epoch_.changed.word.load();
     std::shared_ptr<Job> job;
     {
       std::lock_guard lock(mutex_);

@@ -1,0 +1,110 @@
+// Makes a chain of phases from the program and the step.
+#include "chain.h"
+
+#include <algorithm>
+
+namespace pagoda {
+namespace {
+
+constexpr int64_t kSerialRows = 2;
+constexpr int64_t kChunkBytes = 32 << 10;  // of weights, at least: a chunk costs two atomic operations
+constexpr int64_t kRowBytes = 192 << 10;   // activations that stay in the second-level cache while weights pass
+
+}  // namespace
+
+Cut::Cut(const Weight& w, int64_t rows, int threads) {
+  const int64_t at_once = std::max<int64_t>(16, kRowBytes / w.k);
+  row_blocks = ceil_div(rows, at_once);
+  const int64_t fair = w.panels / (threads * (row_blocks > 2 ? 4 : 8));
+  const int64_t small = rows > 4 ? 1 : ceil_div(kChunkBytes, w.parts[0].stride);
+  step = std::max({(int64_t)1, fair, std::min(small, ceil_div(w.panels, threads))});
+  step += step & 1;  // panels come in pairs
+  chunks = ceil_div(w.panels, step);
+}
+
+Chain::Chain(const pg_context& c, const pg_step& st, int threads, Range tokens, Range logits, Range room)
+    : threads(threads), c_(c), st_(st), tokens_(tokens), logits_(logits), room_(room) {
+  items.reserve(2 * c.ops.size());
+  if (c.kv.data) list_attention();
+  add_phase(kStart, nullptr, 0, 0, 1, 1);
+  add(kRopeTables, nullptr, tokens.size(), 0);
+  size_t gather = 0;
+  for (; gather < c.ops.size() && c.ops[gather].kind != PG_GATHER; gather++) add(c.ops[gather], logits.begin);
+  for (int64_t first = logits.begin; first < logits.end; first += room.size())  // as many as there is room for
+    for (size_t i = gather; i < c.ops.size(); i++) add(c.ops[i], first);
+}
+
+void Chain::add_phase(int32_t kind, const pg_op* op, int64_t rows, int64_t first, int64_t step, int64_t chunks) {
+  items.push_back({{kind, op, row_of(op), rows, first, step}, Phase(chunks, threads, counters_)});
+}
+
+// A task that goes row by row.
+void Chain::add(int32_t kind, const pg_op* op, int64_t rows, int64_t first) {
+  if (rows <= kSerialRows) {
+    tails.push_back({kind, op, row_of(op), rows, first, rows});
+    Item& last = items.back();
+    if (!last.tail_end) last.tail_begin = tails.size() - 1;
+    last.tail_end = tails.size();
+    return;
+  }
+  const int64_t step = kind == kSample ? 1 : std::max<int64_t>(1, rows / (threads * 4));
+  add_phase(kind, op, rows, first, step, ceil_div(rows, step));
+}
+
+void Chain::add(const pg_op& op, int64_t first) {
+  const bool logits = op.flags & PG_LOGIT_ROWS;
+  const int64_t rows = logits ? std::min(room_.size(), logits_.end - first) : tokens_.size();
+  if (rows <= 0) return;
+  if (op.kind == PG_MATMUL || op.kind == PG_HEAD) {
+    const Cut cut(c_.weights[op.weight], rows, threads);
+    add_phase(op.kind, &op, rows, first, cut.step, cut.row_blocks * cut.chunks);
+  } else if (op.kind == PG_ATTENTION) {
+    add_phase(op.kind, &op, rows, first, 1, (int64_t)attention.size() * c_.dims.kv_heads);
+    items.back().attention = (int)cached.size() - 1;
+    if (!joins.empty()) add_phase(kJoin, &op, rows, first, 1, (int64_t)joins.size() * c_.dims.kv_heads);
+  } else if (op.kind == PG_ATTEND_ALL) {
+    if (encoder.empty()) list_encoder();
+    add_phase(op.kind, &op, rows, first, 1, (int64_t)encoder.size() * c_.dims.heads);
+  } else {
+    add(op.kind, &op, rows, first);
+  }
+  if (op.kind == PG_ROPE) cached.push_back(items.size());
+  if ((op.kind == PG_ATTENTION || op.kind == PG_ATTEND_ALL) && op.flags & PG_QUANTIZE) add(kFinishRows, &op, rows, first);
+  if (op.kind == PG_HEAD) add(kSample, &op, rows, first);
+}
+
+// The last tokens, which have the most to read, come first, so that the threads end together.
+void Chain::list_attention() {
+  const int width = std::max(1, kQueryVectors / (c_.dims.heads / c_.dims.kv_heads));
+  for (int r = 0; r < st_.requests; r++) {
+    const int from = (int)std::max<int64_t>(0, tokens_.begin - st_.starts[r]);
+    const int tokens = (int)std::min<int64_t>(st_.starts[r + 1], tokens_.end) - st_.starts[r] - from;
+    for (int tile = (int)ceil_div(tokens, width) - 1; tile >= 0 && tokens > 0; tile--)
+      attention.push_back({r, from + tile * width, std::min(width, tokens - tile * width)});
+  }
+  if ((int64_t)attention.size() * c_.dims.kv_heads < 4 * threads && threads > 1) split_attention();
+}
+
+// Few jobs: cut those with a long context into segments, so that all threads have work.
+void Chain::split_attention() {
+  std::vector<Tokens> whole;
+  whole.swap(attention);
+  int64_t parts = 0;
+  for (Tokens t : whole) {
+    const int segments = (int)ceil_div(st_.positions[t.request] + t.from + t.count, kSegment);
+    if (segments == 1) { attention.push_back(t); continue; }
+    t.partials = parts;
+    joins.push_back({t, segments});
+    for (t.segment = 0; t.segment < segments; t.segment++, t.partials = parts += c_.dims.kv_heads) attention.push_back(t);
+  }
+  partials.resize(parts * partial_stride(c_.dims.head_dim));
+}
+
+// An encoder's attention is cut into some consecutive tokens of a request times heads.
+void Chain::list_encoder() {
+  for (int r = 0; r < st_.requests; r++)
+    for (int from = 0, tokens = st_.starts[r + 1] - st_.starts[r]; from < tokens; from += kEncoderQueries)
+      encoder.push_back({r, from, std::min(kEncoderQueries, tokens - from)});
+}
+
+}  // namespace pagoda

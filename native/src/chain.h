@@ -1,0 +1,80 @@
+// A chain: the phases that take some consecutive rows of a step through the whole program, each cut into chunks.
+#pragma once
+#include "context.h"
+
+namespace pagoda {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How a product is cut: blocks of rows times chunks of panels.
+struct Cut {
+  Cut(const Weight& w, int64_t rows, int threads);
+  int64_t row_blocks, step, chunks;
+};
+
+enum Extra : int32_t { kStart = 100, kRopeTables, kJoin, kFinishRows, kSample };  // tasks besides pg_op_kind
+
+struct Task {
+  int32_t kind;
+  const pg_op* op;
+  int64_t row, rows;  // of the buffers
+  int64_t first;      // row of logits that is row `row` of the buffers
+  int64_t step;       // rows of a chunk
+};
+
+// A phase, and the small tasks behind it that its last thread does at once: to hand them over would take longer.
+struct Item {
+  Task task;
+  Phase phase;
+  size_t tail_begin = 0, tail_end = 0;  // in the chain's tails
+  int attention = -1;                   // which of the program's attentions it is
+};
+
+// Attention is cut into a few consecutive tokens of a request times KV heads.
+struct Tokens {
+  int request, from, count;
+  int segment = -1;      // -1: all of them
+  int64_t partials = 0;  // where its results go, per KV head, in widths of a job
+};
+struct Join {
+  Tokens tokens;
+  int segments;
+};
+
+// Rows [begin, end) of a step's tokens, or of its logits.
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+class Chain {
+ public:
+  // `room`: rows of the buffers of logits that are the chain's.
+  Chain(const pg_context& c, const pg_step& st, int threads, Range tokens, Range logits, Range room);
+
+  const int threads;
+  std::vector<Item> items;
+  std::vector<Task> tails;
+  std::vector<size_t> cached;  // for each attention of the program: the item after which the cache has the rows' keys
+  std::vector<Tokens> attention, encoder;
+  std::vector<Join> joins;
+  std::vector<float> partials;
+
+ private:
+  void add(const pg_op& op, int64_t first);
+  void add(int32_t kind, const pg_op* op, int64_t rows, int64_t first);
+  void add_phase(int32_t kind, const pg_op* op, int64_t rows, int64_t first, int64_t step, int64_t chunks);
+  void list_attention();
+  void split_attention();
+  void list_encoder();
+  int64_t row_of(const pg_op* op) const { return op && op->flags & PG_LOGIT_ROWS ? room_.begin : tokens_.begin; }
+
+  const pg_context& c_;
+  const pg_step& st_;
+  const Range tokens_, logits_, room_;
+  CounterPool counters_;
+};
+
+constexpr int64_t partial_stride(int head_dim) { return (int64_t)kQueryVectors * (head_dim + 2); }
+
+}  // namespace pagoda
