@@ -262,11 +262,11 @@ def on_port(server: Server, engine: FakeEngine) -> Iterator[str]:
     thread = threading.Thread(target=lambda: run_server(server, engine, listener, drain_s=2, on_ready=note_ready))
     port = listener.getsockname()[1]
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
         assert engine.on_dead is not None
         loop[0].call_soon_threadsafe(engine.on_dead, "the test is over")
-        thread.join(10)
+        thread.join(30)
         assert not thread.is_alive()

@@ -336,3 +336,10 @@ def test_too_many_at_once_are_sent_away() -> None:
         )
         held.close()
         assert client.chat(n=2).status_code == 200
+
+
+def test_documents_reach_the_template(client: Client) -> None:
+    documents = [{"title": "a", "text": "b"}]
+    assert "x-pagoda-ignored" not in client.chat(documents=documents, max_tokens=1).headers
+    template = client.server.chat_template
+    assert isinstance(template, PlainTemplate) and template.seen[-1]["kwargs"]["documents"] == documents

@@ -128,7 +128,7 @@ def test_routes_for_other_models_say_so(minilm: str, ranker: str) -> None:
         status, reply = post(minilm, path, model="m", messages=[])
         assert status == 400 and "the model m makes embeddings, and cannot generate text" in str(reply)
     status, reply = post(ranker, "/v1/embeddings", input="hi")
-    assert status == 400 and "scores pairs of texts, and cannot make embeddings" in reply["error"]["message"]
+    assert status == 400 and "scores or classifies texts, and cannot make embeddings" in reply["error"]["message"]
     assert post(minilm, "/v1/embeddings", model="other", input="hi")[0] == 404
 
 
@@ -183,6 +183,42 @@ def test_scores_are_those_of_the_pairs(tmp_path: Path) -> None:
     expected = [model(**each).logits.sigmoid().item() for each in encoded]
     assert any(each["token_type_ids"].any() for each in encoded)
     np.testing.assert_allclose([each["score"] for each in found["data"]], expected, rtol=1e-4)
+
+
+def test_classes_and_poolings_are_those_of_transformers(tmp_path: Path, minilm: str) -> None:
+    labels = {0: "bad", 1: "so-so", 2: "good"}
+    model = write_model(
+        tmp_path, "bert", transformers.AutoModelForSequenceClassification, num_labels=3, id2label=labels
+    )
+    tokenizer = load_tokenizer(str(tmp_path), {})
+    texts = ["the cat sat on the mat", "a pagoda is a tower", "the mat"]
+    expected = []
+    for text in texts:
+        with torch.no_grad():
+            logits = model(torch.tensor([tokenizer.encode(text)])).logits
+        expected.append(torch.softmax(logits[0].double(), -1).numpy())
+    with served(tmp_path) as (url, _, _):
+        for path in ("/classify", "/v1/classify"):
+            reply = post(url, path, input=texts)
+            assert reply["object"] == "list" and reply["usage"]["total_tokens"] == reply["usage"]["prompt_tokens"] > 10
+            assert [each["index"] for each in reply["data"]] == [0, 1, 2]
+            for each, probs in zip(reply["data"], expected, strict=True):
+                np.testing.assert_allclose(each["probs"], probs, atol=2e-3)
+                assert each["label"] == labels[int(np.argmax(each["probs"]))] and each["num_classes"] == 3
+        pooled = post(url, "/pooling", input=texts[0], task="classify")["data"][0]
+        assert pooled["object"] == "pooling" and np.allclose(pooled["data"], expected[0], atol=2e-3)
+        assert (
+            post(url, "/pooling", input="x", task="embed")[0]
+            == post(url, "/rerank", query="a", documents=["b"])[0]
+            == 400
+        )
+    whole = post(minilm, "/v1/embeddings", input=texts)["data"]
+    assert [each["data"] for each in post(minilm, "/pooling", input=texts)["data"]] == [e["embedding"] for e in whole]
+    (raw,) = post(minilm, "/pooling", input=texts[:1], encoding_format="base64", task="embed")["data"]
+    assert np.frombuffer(base64.b64decode(raw["data"]), "<f4").tolist() == pytest.approx(whole[0]["embedding"])
+    long = float(np.linalg.norm(post(minilm, "/pooling", input="a cat", normalize=False)["data"][0]["data"]))
+    assert abs(long - 1) > 0.01 and post(minilm, "/classify", input="x")[0] == 400
+    assert post(minilm, "/pooling", input="x", task="token_embed")[1]["error"]["param"] == "task"
 
 
 def test_documents_are_cut_where_that_is_asked_for(ranker: str) -> None:

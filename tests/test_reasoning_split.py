@@ -112,6 +112,16 @@ def test_whole_reply_has_both_names_and_the_account(client: Client) -> None:
     assert reply["usage"]["completion_tokens_details"] == {"reasoning_tokens": thought - len("<think")}
 
 
+def test_reasoning_may_be_left_out_and_still_counts(client: Client) -> None:
+    reply = client.chat(include_reasoning=False).json()
+    assert reply["choices"][0]["message"] == {"role": "assistant", "content": "The answer."}
+    assert reply["usage"]["completion_tokens_details"]["reasoning_tokens"] > 10
+    told = events(client.chat(include_reasoning=False, stream=True))[:-1]
+    deltas = [chunk["choices"][0]["delta"] for chunk in told]
+    assert "".join(delta.get("content", "") for delta in deltas) == "The answer."
+    assert not any("reasoning" in delta for delta in deltas)
+
+
 def test_stream_never_mixes_and_has_no_empty_delta(client: Client) -> None:
     got = events(client.chat(stream=True, stream_options={"include_usage": True}))
     first, *middle, finish, usage, done = got

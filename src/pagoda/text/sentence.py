@@ -26,6 +26,7 @@ class SentenceFiles:
     """`pooling` is None where there are no such files. `default_prompt` is the text for inputs that name no prompt.
 
     `dimensions` are the lengths that vectors may be cut to (Matryoshka, arXiv 2205.13147): None for none, () for all.
+    `labels` are the names of a classifier's classes.
     """
 
     pooling: str | None = None
@@ -34,6 +35,7 @@ class SentenceFiles:
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str = ""
     dimensions: tuple[int, ...] | None = None
+    labels: tuple[str, ...] = ()
 
     def prompt(self, name: str | None) -> str:
         """What goes before each text. Raises BadRequest for a name that this model does not know."""
@@ -57,16 +59,17 @@ def sentence_files(model_path: str) -> SentenceFiles:
     default = prompts.get(str(config.get("default_prompt_name")), "")
     max_len = next((n for name in _LENGTH_FILES if (n := read_json(folder, name).get("max_seq_length"))), None)
     max_len = max_len if isinstance(max_len, int) and max_len > 0 else None
-    dimensions = _dimensions(read_json(folder, "config.json"))
+    model = read_json(folder, "config.json")
+    dimensions, labels = _dimensions(model), _labels(model)
     if text is None:
-        return SentenceFiles(max_len=max_len, prompts=prompts, default_prompt=default, dimensions=dimensions)
+        return SentenceFiles(None, True, max_len, prompts, default, dimensions, labels)
     modules = _modules(folder, text)
     unknown = [kind for kind, _ in modules if kind not in ("Transformer", "Pooling", "Normalize")]
     if unknown:
         raise ModelError(f"{folder / 'modules.json'}: the step {unknown[0]} behind the model is not supported")
     pooling = next((_pooling(folder, path) for kind, path in modules if kind == "Pooling"), None)
     normalize = any(kind == "Normalize" for kind, _ in modules)
-    return SentenceFiles(pooling, normalize, max_len, prompts, default, dimensions)
+    return SentenceFiles(pooling, normalize, max_len, prompts, default, dimensions, labels)
 
 
 def _modules(folder: Path, text: str) -> list[tuple[str, str]]:
@@ -102,6 +105,12 @@ def _dimensions(config: Mapping[str, Any]) -> tuple[int, ...] | None:
         return tuple(given)
     # Qwen3-Embedding was trained for it, and its files do not say so
     return () if config.get("is_matryoshka") is True or config.get("model_type") == "qwen3" else None
+
+
+def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """In the order of their numbers; none where these are not 0, 1, 2, ..."""
+    names = {str(number): str(name) for number, name in _table(config.get("id2label")).items()}
+    return tuple(names[str(number)] for number in range(len(names)) if str(number) in names)
 
 
 def _table(value: Any) -> Mapping[str, Any]:

@@ -47,7 +47,7 @@ class _Chat:
         self._generation = generation
         self._names = TokenNames(server.tokenizer, body.return_tokens_as_token_ids)
         self._prefix = _echo(body)
-        self._answers = [new_answer(server, turn) for _ in generation.requests]
+        self._answers = [new_answer(server, turn, silent=not body.include_reasoning) for _ in generation.requests]
         options = body.stream_options
         running_usage = options is not None and options.continuous_usage_stats
         self._text_only = not (body.logprobs or body.return_token_ids or running_usage)

@@ -29,6 +29,24 @@ class EmbeddingBody(PoolingFields, kw_only=True):
     add_special_tokens: bool = True
 
 
+class ClassifyBody(PoolingFields, kw_only=True):
+    """POST /classify"""
+
+    input: str | list[Any]
+    add_special_tokens: bool = True
+
+
+class PoolingBody(PoolingFields, kw_only=True):
+    """POST /pooling. `task` says again what the model does: embed or classify."""
+
+    input: str | list[Any]
+    task: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    normalize: bool | None = None
+    add_special_tokens: bool = True
+
+
 class RerankBody(PoolingFields, kw_only=True):
     """POST /v1/rerank. `top_n` null or 0 means all. Booleans may be written as strings, as some clients do."""
 
@@ -69,6 +87,39 @@ class EmbeddingReply(msgspec.Struct, kw_only=True):
     created: int
     model: str
     data: list[Embedding]
+    usage: PoolingUsage
+
+
+class Class(msgspec.Struct, kw_only=True):
+    """The likeliest label of a text, and the probabilities of all."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ClassifyReply(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Class]
+    usage: PoolingUsage
+
+
+class PooledData(msgspec.Struct, kw_only=True):
+    index: int
+    object: Literal["pooling"] = "pooling"
+    data: list[float] | str
+
+
+class PoolingReply(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[PooledData]
     usage: PoolingUsage
 
 

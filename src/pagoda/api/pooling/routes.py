@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from pagoda.api.pooling import embeddings, rerank
-from pagoda.api.pooling.protocol import EmbeddingBody, EmbeddingReply, RerankBody, RerankReply, ScoreBody, ScoreReply
+from pagoda.api.pooling import classify, embeddings, rerank
+from pagoda.api.pooling.protocol import (
+    ClassifyBody,
+    ClassifyReply,
+    EmbeddingBody,
+    EmbeddingReply,
+    PoolingBody,
+    PoolingReply,
+    RerankBody,
+    RerankReply,
+    ScoreBody,
+    ScoreReply,
+)
 from pagoda.api.serving.endpoint import Endpoint
-from pagoda.api.serving.tasks import COMPARE, EMBED
+from pagoda.api.serving.tasks import COMPARE, EMBED, SCORE
 
 
 def endpoints() -> tuple[Endpoint, ...]:
@@ -14,6 +25,14 @@ def endpoints() -> tuple[Endpoint, ...]:
         Endpoint(
             "/embeddings", ("POST",), embeddings.embeddings, "Texts or token ids to vectors",
             EmbeddingBody, EmbeddingReply, openai=True, tasks=EMBED,
+        ),
+        Endpoint(
+            "/classify", ("POST",), classify.classify, "Texts to classes",
+            ClassifyBody, ClassifyReply, openai=True, tasks=SCORE,
+        ),
+        Endpoint(
+            "/pooling", ("POST",), classify.pooling, "Texts to what the model gives: vectors or probabilities",
+            PoolingBody, PoolingReply, openai=True, tasks=COMPARE,
         ),
         Endpoint("/rerank", ("POST",), rerank.rerank, what, RerankBody, RerankReply, openai=True, tasks=COMPARE),
         Endpoint("/v2/rerank", ("POST",), rerank.rerank, what, RerankBody, RerankReply, tasks=COMPARE),

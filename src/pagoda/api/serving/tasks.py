@@ -9,10 +9,11 @@ from pagoda.errors import BadRequest
 
 GENERATE = ("generate",)
 EMBED = ("embed",)
+SCORE = ("score",)
 COMPARE = ("embed", "score")
 
-_DOES = {"generate": "generates text", "embed": "makes embeddings", "score": "scores pairs of texts"}
-_CANNOT = {"generate": "generate text", "embed": "make embeddings", "score": "score pairs of texts"}
+_DOES = {"generate": "generates text", "embed": "makes embeddings", "score": "scores or classifies texts"}
+_CANNOT = {"generate": "generate text", "embed": "make embeddings", "score": "score or classify texts"}
 _INSTEAD = {
     "generate": "POST /v1/chat/completions here; for the other start a server with such a model",
     "embed": "POST /v1/embeddings or /v1/rerank here; for the other start a server with such a model",

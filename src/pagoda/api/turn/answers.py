@@ -18,12 +18,18 @@ _SHORT_ID_CHARS = 9
 
 
 class Answer:
-    """Reads one sequence. `parallel` False: only the first call counts. `short_ids`: as Mistral's templates want."""
+    """Reads one sequence. `parallel` False: only the first call counts. `short_ids`: as Mistral's templates want.
 
-    def __init__(self, reader: ReplyReader, *, parallel: bool = True, short_ids: bool = False) -> None:
+    `silent`: its reasoning is read and counted, but not told.
+    """
+
+    def __init__(
+        self, reader: ReplyReader, *, parallel: bool = True, short_ids: bool = False, silent: bool = False
+    ) -> None:
         self._reader = reader
         self._parallel = parallel
         self._short_ids = short_ids
+        self._silent = silent
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[tuple[str, str, list[str]]] = []  # id, name, pieces of the arguments
@@ -70,6 +76,8 @@ class Answer:
         if part.kind == "content":
             self._content.append(part.text)
             return ChatDelta(content=part.text)
+        if part.kind == "reasoning" and self._silent:
+            return None
         if part.kind == "reasoning":
             self._reasoning.append(part.text)
             return ChatDelta(reasoning_content=part.text, reasoning=part.text)

@@ -82,6 +82,8 @@ class ChatBody(SamplingFields, kw_only=True):
     thinking_token_budget: int | None = None
     thinking_budget: int | None = None
     reasoning: dict[str, Any] | None = None
+    include_reasoning: bool = True
+    documents: list[dict[str, Any]] | None = None
 
 
 class CompletionBody(SamplingFields, kw_only=True):

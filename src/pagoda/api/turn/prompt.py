@@ -103,6 +103,8 @@ def template_kwargs(body: ChatBody | TokenizeBody) -> dict[str, Any]:
         ]
         if isinstance(effort, str):
             given.setdefault("reasoning_effort", effort)
+        if body.documents:
+            given.setdefault("documents", body.documents)
         switches.append(False if thinking_budget(body) == 0 else None)
     switch = next((value for value in switches if value is not None), None)
     if switch is not None:

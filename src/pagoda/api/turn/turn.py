@@ -203,8 +203,8 @@ def start_turn(
     )
 
 
-def new_answer(server: Server, turn: Turn) -> Answer:
-    """A reader for one of the turn's answers."""
+def new_answer(server: Server, turn: Turn, *, silent: bool = False) -> Answer:
+    """A reader for one of the turn's answers, which tells nothing of its reasoning if it is `silent`."""
     reader = ReplyReader(turn.form, schemas=turn.schemas, opened=turn.opened)
     short_ids = turn.form.tools is not None and turn.form.tools.short_ids
-    return Answer(reader, parallel=turn.parallel, short_ids=short_ids)
+    return Answer(reader, parallel=turn.parallel, short_ids=short_ids, silent=silent)
