@@ -14,7 +14,7 @@ import torch
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.kernels import attention, matmul
 from pagoda.backend.torch.kernels.tuning import DEFAULTS, Tile, bucket
-from pagoda.backend.torch.packs import F8, FP8, I8, W4, W8, Dense, Weight
+from pagoda.backend.torch.packs import F8, FP8, I8, W4, W4_CHUNK, W8, Dense, Weight
 
 Row = dict[str, Any]
 GROUP = 128
@@ -92,14 +92,14 @@ def batch_of(requests: list[tuple[int, int]], device: torch.device) -> ops.Batch
 def weights(n: int, k: int, dtype: torch.dtype, device: torch.device) -> dict[str, Weight]:
     """A weight of each kind, of the size that keeps products near 1."""
     groups, size = -(-k // GROUP), k**-0.5
-    four = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    four = torch.randint(-(1 << 31), 1 << 31, (n, -(-k // W4_CHUNK) * W4_CHUNK // 8), dtype=torch.int32, device=device)
     steps = torch.full((groups, n), 0.2 * size, dtype=dtype, device=device)
     signed = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
     by_row = torch.full((n,), 0.01 * k**-0.5, device=device)
     fp8 = torch.randn(n, k, dtype=dtype, device=device).to(FP8)
     return {
         "dense": Dense(torch.randn(n, k, dtype=dtype, device=device).mul_(size)),
-        "w4": W4(four, steps, torch.full_like(steps, 8.0)),
+        "w4": W4(four, steps, torch.full_like(steps, 8.0), k),
         "w8": W8(signed, by_row[None, :]),
         "i8": I8(signed, by_row),
         "f8 row": F8(fp8, (by_row * 50)[:, None]),

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pagoda.arch.spec import Experts
 from pagoda.backend.torch import ops
-from pagoda.backend.torch.kernels import matmul
+from pagoda.backend.torch.kernels import launch, matmul
 from pagoda.backend.torch.kernels.tuning import Tile
 from pagoda.backend.torch.model import Mixture
 from pagoda.backend.torch.packs import F8, FP8, I8, W4, W8, Dense, Weight, pack_w4
@@ -68,6 +68,23 @@ def close(got: torch.Tensor | None, wanted: torch.Tensor) -> None:
 def test_product(kind: str, rows: int) -> None:
     weight, x = weights(40, 96)[kind], torch.randn(rows, 96, device=DEVICE)
     close(matmul.matmul(x, weight), ops.matmul(x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
+@pytest.mark.parametrize("group", [32, 64, 96, 128, 256, 512, 0])
+def test_four_bits_in_groups_of_any_size(group: int, dtype: torch.dtype) -> None:
+    k = 288 if group == 96 else 512
+    groups = k // group if group else 1
+    steps, zeros = scales(groups, 40) / 8, codes(0, 16, groups, 40, dtype=torch.float)
+    weight = pack_w4(codes(0, 16, 40, k, dtype=torch.uint8), steps.half(), zeros.half())
+    for rows, split in ((1, 1), (1, 2), (3, 1), (20, 2)):
+        x, parts = torch.randn(rows, k, device=DEVICE).to(dtype), matmul.operand(weight)
+        assert parts is not None
+        got = matmul.tiled(x, parts, dtype, tile=Tile(m=16, n=32, split=split, warps=2))
+        wanted = x.float() @ weight.floats().t()
+        error = float((got.float() - wanted).norm() / wanted.norm())
+        assert error < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+    assert not launch.arrivals(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)).any()
 
 
 @pytest.mark.parametrize("kind", ["dense", "w4", "i8", "f8 block"])

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+W4_CHUNK = 256
+"""Inputs whose 4-bit codes are kept together."""
+_SHARED = ("input_scale",)
+"""Fields that are one for all experts."""
+
+
+class _Rows:
+    """What every kind has. One leading axis more is that of the experts of a layer."""
+
+    __slots__ = ()
+    codes: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.codes.shape[-2]
+
+    def expert(self, index: int) -> Self:
+        """The weight of one of them."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(cast(Any, self)) if f.name not in _SHARED}
+        own: Self = replace(cast(Any, self), **{k: t[index] for k, t in tensors.items() if isinstance(t, Tensor)})
+        return own
 
 
 @dataclass(frozen=True, slots=True)
-class Dense:
+class Dense(_Rows):
     """Floats [..., out, in]. Every kind may have one leading axis: the experts of a layer."""
 
     data: Tensor
@@ -22,41 +44,34 @@ class Dense:
     def rows(self) -> int:
         return self.data.shape[-2]
 
-    def expert(self, index: int) -> Self:
-        return replace(self, data=self.data[index])
-
     def floats(self) -> Tensor:
         return self.data
 
 
 @dataclass(frozen=True, slots=True)
-class W4:
+class W4(_Rows):
     """4-bit codes with a scale and a zero point for each group of inputs: scale * (code - zero). See `pack_w4`.
 
+    Inputs come in chunks of 256, the last one filled up with codes 0: word j of a chunk holds columns j, 32 + j,
+    64 + j, ..., four bits each, so that a slice of 32 inputs is in the same four bits of 32 words.
     `order` [in] (act order): column i of the codes belongs to input order[i]; groups are runs of columns.
     """
 
-    codes: Tensor  # uint8 [..., out, in / 2]; byte j holds column 2j (low half) and 2j + 1
+    codes: Tensor  # int32 [..., out, words]
     scales: Tensor  # float [..., groups, out]
     zeros: Tensor  # float [..., groups, out]
+    inputs: int
     order: Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        return self.codes.shape[-2]
-
-    def expert(self, index: int) -> Self:
-        order = None if self.order is None else self.order[index]
-        return replace(self, codes=self.codes[index], scales=self.scales[index], zeros=self.zeros[index], order=order)
 
     def floats(self) -> Tensor:
         """[..., out, in] in float32, columns in the order of the codes."""
-        codes = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(-2)
-        return _affine(codes, self.scales, self.zeros)
+        words = torch.unflatten(self.codes, -1, (-1, W4_CHUNK // 8))
+        codes = torch.stack([words >> 4 * n & 15 for n in range(8)], dim=-2).flatten(-3)
+        return _affine(codes[..., : self.inputs], self.scales, self.zeros)
 
 
 @dataclass(frozen=True, slots=True)
-class W8:
+class W8(_Rows):
     """8-bit codes with a scale, and where `zeros` is there a zero point, for each group of inputs."""
 
     codes: Tensor  # int8 [..., out, in]
@@ -64,40 +79,24 @@ class W8:
     zeros: Tensor | None = None  # float [..., groups, out]
     order: Tensor | None = None  # as in W4
 
-    @property
-    def rows(self) -> int:
-        return self.codes.shape[-2]
-
-    def expert(self, index: int) -> Self:
-        zeros = None if self.zeros is None else self.zeros[index]
-        order = None if self.order is None else self.order[index]
-        return replace(self, codes=self.codes[index], scales=self.scales[index], zeros=zeros, order=order)
-
     def floats(self) -> Tensor:
         """[..., out, in] in float32, columns in the order of the codes."""
         return _affine(self.codes, self.scales, self.zeros)
 
 
 @dataclass(frozen=True, slots=True)
-class I8:
+class I8(_Rows):
     """int8 with one scale per output; inputs are made int8 too, each row with a scale of its own."""
 
     codes: Tensor  # int8 [..., out, in]
     scales: Tensor  # float32 [..., out]
-
-    @property
-    def rows(self) -> int:
-        return self.codes.shape[-2]
-
-    def expert(self, index: int) -> Self:
-        return replace(self, codes=self.codes[index], scales=self.scales[index])
 
     def floats(self) -> Tensor:
         return self.codes.float() * self.scales.unsqueeze(-1)
 
 
 @dataclass(frozen=True, slots=True)
-class F8:
+class F8(_Rows):
     """FP8 (e4m3) times a scale: for the whole matrix [1, 1], for each output [out, 1], or for each `block` of it.
 
     Inputs are made FP8 too: with blocks each run of block[1] inputs has a scale of its own, else each row has, or all
@@ -109,13 +108,6 @@ class F8:
     block: tuple[int, int] | None = None
     input_scale: Tensor | None = None
     quantize_input: bool = True
-
-    @property
-    def rows(self) -> int:
-        return self.codes.shape[-2]
-
-    def expert(self, index: int) -> Self:
-        return replace(self, codes=self.codes[index], scales=self.scales[index])
 
     def floats(self) -> Tensor:
         scales, values = self.scales, self.codes.float()
@@ -139,5 +131,9 @@ def _affine(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
 
 def pack_w4(codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor | None = None) -> W4:
     """From codes uint8 [..., out, in], one per byte, in runs of groups; scales and zeros [..., groups, out]."""
-    pairs = torch.unflatten(codes, -1, (-1, 2))
-    return W4(pairs[..., 0] | pairs[..., 1] << 4, scales, zeros, order)
+    inputs = codes.shape[-1]
+    chunks = torch.unflatten(F.pad(codes, (0, -inputs % W4_CHUNK)), -1, (-1, 8, W4_CHUNK // 8))
+    words = chunks[..., 0, :].int()
+    for n in range(1, 8):
+        words |= chunks[..., n, :].int() << 4 * n
+    return W4(words.flatten(-2), scales.contiguous(), zeros.contiguous(), inputs, order)

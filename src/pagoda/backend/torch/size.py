@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from pagoda.backend.torch.convert import INT4_GROUP, Target, is_product
 from pagoda.backend.torch.gguf import FORMS
+from pagoda.backend.torch.packs import W4_CHUNK
 from pagoda.weights.fp8 import Scaled
 from pagoda.weights.grouped import Grouped, MadeTensor, Stacked
 from pagoda.weights.source import Tensor
@@ -37,15 +38,21 @@ def _bytes(tensor: Tensor, target: Target) -> int:
         case Stacked(parts):
             return sum(_bytes(part, target) for part in parts)
         case Grouped() as m if m.even:
-            return count * m.bits // 8 + 2 * math.prod(m.scales.shape) * item
+            return _codes_bytes(tensor, m.bits) + 2 * math.prod(m.scales.shape) * item
         case Scaled() as m:
             return count + math.prod(m.scales.shape) * _SCALE_BYTES
     if tensor.type in FORMS:
         bits, group, has_zeros = FORMS[tensor.type]
-        return count * bits // 8 + count // group * item * (1 + has_zeros)
+        return _codes_bytes(tensor, bits) + count // group * item * (1 + has_zeros)
     match target.quantization:
         case "int8" | "fp8":
             return count + outputs * _SCALE_BYTES
         case "int4" if tensor.shape[-1] % INT4_GROUP == 0:
-            return count // 2 + 2 * count // INT4_GROUP * item
+            return _codes_bytes(tensor, 4) + 2 * count // INT4_GROUP * item
     return count * target.dtype.itemsize
+
+
+def _codes_bytes(tensor: Tensor, bits: int) -> int:
+    """Codes of 4 bits fill whole chunks."""
+    inputs = tensor.shape[-1]
+    return math.prod(tensor.shape[:-1]) * (inputs if bits == 8 else -(-inputs // W4_CHUNK) * W4_CHUNK // 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pagoda.backend.torch.kernels.product import DENSE, F8, W4, W8
+from pagoda.backend.torch.kernels.product import DENSE, F8, W8
 
 
 @triton.jit
@@ -31,35 +31,22 @@ def _gemv(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ) -> None:
-    """out [N] = weight [N, K] times x [K]; GROUP inputs share a scale (0: all), which is by output where BY_ROW.
-
-    A row of codes has `pitch` words: of W4 eight inputs each, else one.
-    """
+    """out [N] = weight [N, K] times x [K]; GROUP inputs share a scale (0: all), which is by output where BY_ROW."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     line = tl.minimum(n, N - 1).to(tl.int64)[:, None]
-    EACH: tl.constexpr = 8 if KIND == W4 else 1
-    at = tl.arange(0, BK // EACH)[None, :]
-    acc = tl.zeros((BN, BK // EACH), tl.float32)
-    for begin in range(0, pitch, BK // EACH):
+    at = tl.arange(0, BK)[None, :]
+    acc = tl.zeros((BN, BK), tl.float32)
+    for begin in range(0, pitch, BK):
         word = begin + at
         there = word < pitch
-        if KIND == W4:
-            packed = tl.load(weight + line * pitch + word, mask=there, other=0.0)
-            group = word * 8 // GROUP if GROUP else word * 0
-            zero = tl.load(zeros + group * scale_columns + line, mask=there, other=0.0).to(tl.float32)
-            part = tl.zeros((BN, BK // EACH), tl.float32)
-            for nibble in tl.static_range(8):
-                values = tl.load(x + word * 8 + nibble, mask=there, other=0.0).to(tl.float32)
-                part += (_float_of((packed >> (4 * nibble)) & 15) - zero) * values
-        else:
-            values = tl.load(x + word, mask=there, other=0.0).to(tl.float32)
-            codes = tl.load(weight + line * pitch + word, mask=there, other=0.0)
-            group = word // GROUP if GROUP else word * 0
-            if KIND == W8:
-                codes = _float_of((codes.to(tl.int32) & 255) ^ 128) - 128.0
-                if ZERO:
-                    codes -= tl.load(zeros + group * scale_columns + line, mask=there, other=0.0).to(tl.float32)
-            part = codes.to(tl.float32) * values
+        values = tl.load(x + word, mask=there, other=0.0).to(tl.float32)
+        codes = tl.load(weight + line * pitch + word, mask=there, other=0.0)
+        group = word // GROUP if GROUP else word * 0
+        if KIND == W8:
+            codes = _float_of((codes.to(tl.int32) & 255) ^ 128) - 128.0
+            if ZERO:
+                codes -= tl.load(zeros + group * scale_columns + line, mask=there, other=0.0).to(tl.float32)
+        part = codes.to(tl.float32) * values
         if GROUP:
             place = line // GROUP * scale_columns + group if KIND == F8 else group * scale_columns + line
             part *= tl.load(scales + place, mask=there, other=0.0).to(tl.float32)

@@ -21,3 +21,9 @@ def warps_for(values: int) -> int:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def arrivals(device: torch.device) -> torch.Tensor:
+    """Counters of programs that share a result: 0 before and after each kernel, which run one after the other."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)

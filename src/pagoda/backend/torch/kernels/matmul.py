@@ -11,11 +11,12 @@ from torch import Tensor
 
 from pagoda.backend.torch.kernels import product
 from pagoda.backend.torch.kernels.gemv import _gemv
-from pagoda.backend.torch.kernels.launch import block_of
+from pagoda.backend.torch.kernels.launch import arrivals, block_of, processors
 from pagoda.backend.torch.kernels.norm import FP8, quantize_f8, quantize_rows
 from pagoda.backend.torch.kernels.tuning import Tile, bucket, measured
 from pagoda.backend.torch.kernels.unpack import _unpack
-from pagoda.backend.torch.packs import F8, I8, W4, W8, Dense, Weight
+from pagoda.backend.torch.kernels.w4 import _w4
+from pagoda.backend.torch.packs import F8, I8, W4, W4_CHUNK, W8, Dense, Weight
 
 FEW_ROWS = 64
 """Up to here a quantized weight is unpacked in registers, above once, to floats, for cuBLAS."""
@@ -61,7 +62,7 @@ def operand(weight: Weight) -> Operand | None:
             if block is not None and (block[0] != block[1] or block[0] % 32):
                 return None
             return Operand(3, name, codes, scales, None, block[1] if block else 0, n, k)
-    n, k = weight.rows, weight.codes.shape[-1] * (2 if isinstance(weight, W4) else 1)
+    n, k = weight.rows, weight.inputs if isinstance(weight, W4) else weight.codes.shape[-1]
     groups = weight.scales.shape[-2]
     least = 32 if isinstance(weight, W4) else 16
     if (groups > 1 and (k // groups) % least) or k % 16:
@@ -90,7 +91,7 @@ def matmul(x: Tensor, weight: Weight) -> Tensor | None:
         return tiled(codes, parts, x.dtype, x_scales=scales)
     if isinstance(weight, F8) and weight.quantize_input and len(x) > FEW_ROWS_F8:
         return _both_f8(x, weight, parts)
-    if len(x) == 1:
+    if len(x) == 1 and not isinstance(weight, W4):
         return gemv(x, parts)
     if len(x) <= FEW_ROWS:
         return tiled(x, parts, x.dtype)
@@ -118,12 +119,11 @@ def _both_f8(x: Tensor, weight: F8, parts: Operand) -> Tensor:
 
 
 def gemv(x: Tensor, parts: Operand, tile: Tile | None = None) -> Tensor:
-    """One row against any weight but I8."""
+    """One row against any weight but I8 and W4."""
     tile = tile or measured(f"gemv_{parts.name}", parts.n, parts.k, 1) or Tile(n=4, k=1024, warps=4, stages=3)
-    codes = parts.codes.view(torch.int32) if parts.name == "w4" else parts.codes
     out = torch.empty(1, parts.n, dtype=x.dtype, device=x.device)
     _gemv[(triton.cdiv(parts.n, tile.n),)](
-        x, codes, parts.scales, parts.scales if parts.zeros is None else parts.zeros, out, parts.n, codes.shape[-1],
+        x, parts.codes, parts.scales, parts.scales if parts.zeros is None else parts.zeros, out, parts.n, parts.k,
         parts.scale_shape[1], KIND=parts.kind, ZERO=parts.zeros is not None, BY_ROW=parts.by_row, GROUP=parts.group,
         BN=tile.n, BK=min(tile.k, block_of(parts.k)), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -148,6 +148,8 @@ def tiled(
     tile: Tile | None = None,
 ) -> Tensor:
     """Rows of x against a weight, or against those of their experts (`starts`)."""
+    if parts.kind == product.W4.value:
+        return _four_bits(x, parts, starts, tile)
     rows, experts = len(x), 0 if starts is None else len(starts) - 1
     each = rows if not experts else -(-rows // experts)
     tile = tile or measured(parts.name, parts.n, parts.k, bucket(max(1, each))) or default_tile(each)
@@ -168,6 +170,37 @@ def tiled(
     return _joined(out, dtype) if split > 1 else out[0]
 
 
+def _four_bits(x: Tensor, parts: Operand, starts: Tensor | None, tile: Tile | None) -> Tensor:
+    rows, experts = len(x), 0 if starts is None else len(starts) - 1
+    each = rows if not experts else -(-rows // experts)
+    tile = tile or measured("w4", parts.n, parts.k, bucket(max(1, each))) or w4_tile(each, parts, x.device)
+    split = 1 if experts else tile.split
+    out = torch.empty(rows, parts.n, dtype=x.dtype, device=x.device)
+    sums = torch.empty(split, rows, parts.n, dtype=torch.float32, device=x.device) if split > 1 else out
+    grid = (rows // tile.m + experts if experts else triton.cdiv(rows, tile.m), triton.cdiv(parts.n, tile.n), split)
+    # slices of 32 inputs that share a scale: all 8 of a chunk, some, or none for sure
+    run = 8 if parts.group % W4_CHUNK == 0 else parts.group // 32 if W4_CHUNK % parts.group == 0 else 1
+    if rows:
+        _w4[grid](
+            x, parts.codes, parts.scales, parts.zeros, parts.codes if starts is None else starts, out, sums,
+            arrivals(x.device), rows, parts.n, parts.k, parts.codes.shape[-1], parts.scale_shape[0], experts,
+            GROUP=parts.group, RUN=run, SINGLE=rows == 1 and not experts,
+            WHOLE=parts.k % W4_CHUNK == 0, EXPERTS=block_of(experts) if experts else 0,
+            SPLIT=split, BM=tile.m, BN=tile.n, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+    return out
+
+
+def w4_tile(rows: int, parts: Operand, device: torch.device) -> Tile:
+    """So many programs share the depth that each multiprocessor has two or three, and each of them enough to do."""
+    m = min(64, block_of(rows))
+    programs, chunks = triton.cdiv(parts.n, 64) * triton.cdiv(rows, m), triton.cdiv(parts.k, W4_CHUNK)
+    split = 1
+    while split < 8 and programs * split * 2 <= processors(device) * 3 and chunks >= 8 * split:
+        split *= 2
+    return Tile(m=m, n=64, split=split, warps=4, stages=3)
+
+
 def _joined(parts: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     product._add_parts[(triton.cdiv(out.numel(), 1024),)](
@@ -181,8 +214,8 @@ def unpacked(parts: Operand, dtype: torch.dtype) -> Tensor:
     out = torch.empty(parts.n, parts.k, dtype=dtype, device=parts.codes.device)
     _unpack[(parts.n, triton.cdiv(parts.k, _UNPACK_BLOCK))](
         parts.codes, parts.scales, parts.scales if parts.zeros is None else parts.zeros, out, parts.k,
-        parts.scale_shape[1], KIND=parts.kind, ZERO=parts.zeros is not None, BY_ROW=parts.by_row, GROUP=parts.group,
-        BLOCK=_UNPACK_BLOCK, num_warps=4,
+        parts.codes.shape[-1], parts.scale_shape[1], KIND=parts.kind, ZERO=parts.zeros is not None,
+        BY_ROW=parts.by_row, GROUP=parts.group,        BLOCK=_UNPACK_BLOCK, num_warps=4,
     )  # fmt: skip
     return out
 

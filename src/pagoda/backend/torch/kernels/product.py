@@ -1,4 +1,4 @@
-"""Matrix products in Triton: float, 4-bit, 8-bit and FP8 weights, unpacked in registers; one matrix or one per expert.
+"""Matrix products in Triton: float, 8-bit and FP8 weights, unpacked in registers; one matrix or one per expert.
 
 A tile of the weight is read once for up to 128 rows. Sums run along the inputs in order; where programs share the
 depth (`split`) their parts are added in order, so a row's bits follow from the tile alone.
@@ -12,22 +12,11 @@ import triton
 import triton.language as tl
 
 DENSE = tl.constexpr(0)
-W4 = tl.constexpr(1)  # two columns in a byte; scale and zero point by group
+W4 = tl.constexpr(1)  # see w4.py
 W8 = tl.constexpr(2)  # int8; scale by group, zero point where there is one
 F8 = tl.constexpr(3)  # FP8 against floats; scale for all, by row or by block
 I8 = tl.constexpr(4)  # int8 on both sides; scale by row on both
 F8_BOTH = tl.constexpr(5)  # FP8 on both sides; scale by block on both
-
-
-@triton.jit
-def _nibbles(values: tl.tensor, like: tl.tensor) -> tl.tensor:
-    """Whole numbers 0 to 15 as floats: the bits of 128 + value are those of 128, or'ed, which is no conversion."""
-    if like.dtype == tl.bfloat16:
-        bits = (values.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
-        out = bits - tl.full(bits.shape, 128.0, tl.bfloat16)
-    else:
-        out = values.to(tl.float32).to(like.dtype)
-    return out
 
 
 @triton.jit
@@ -49,26 +38,17 @@ def _depth(
     """acc + the product of rows of x and the codes of outputs (`columns`), from input k0 on."""
     k = k0 + tl.arange(0, BK)
     values = tl.load(x + rows[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
-    if KIND == W4:
-        even, odd = tl.split(tl.reshape(values, (BM, BK // 2, 2)))
-        byte = k0 // 2 + tl.arange(0, BK // 2)
-        packed = tl.load(weight + columns[:, None] * pitch + byte[None, :], mask=(byte < pitch)[None, :], other=0)
-        low, high = _nibbles(packed & 15, even), _nibbles(packed >> 4, even)
-        low, high = low - zero.to(even.dtype)[:, None], high - zero.to(even.dtype)[:, None]
-        acc = tl.dot(even, tl.trans(low), acc, input_precision="ieee")
-        acc = tl.dot(odd, tl.trans(high), acc, input_precision="ieee")
+    codes = tl.load(weight + columns[None, :] * pitch + k[:, None], mask=(k < K)[:, None], other=0.0)
+    if KIND == I8:
+        acc = tl.dot(values, codes, acc, out_dtype=tl.int32)
+    elif KIND == F8_BOTH:
+        acc = tl.dot(values, codes, acc)
     else:
-        codes = tl.load(weight + columns[None, :] * pitch + k[:, None], mask=(k < K)[:, None], other=0.0)
-        if KIND == I8:
-            acc = tl.dot(values, codes, acc, out_dtype=tl.int32)
-        elif KIND == F8_BOTH:
-            acc = tl.dot(values, codes, acc)
-        else:
-            if KIND != DENSE:
-                codes = codes.to(values.dtype)
-            if ZERO:
-                codes = codes - zero.to(values.dtype)[None, :]
-            acc = tl.dot(values, codes, acc, input_precision="ieee")
+        if KIND != DENSE:
+            codes = codes.to(values.dtype)
+        if ZERO:
+            codes = codes - zero.to(values.dtype)[None, :]
+        acc = tl.dot(values, codes, acc, input_precision="ieee")
     return acc
 
 

@@ -6,6 +6,9 @@ import triton
 import triton.language as tl
 
 from pagoda.backend.torch.kernels.product import F8, W4
+from pagoda.backend.torch.packs import W4_CHUNK
+
+_CHUNK = tl.constexpr(W4_CHUNK)
 
 
 @triton.jit
@@ -15,6 +18,7 @@ def _unpack(
     zeros: tl.tensor,
     out: tl.tensor,
     K: tl.tensor,
+    pitch: tl.tensor,
     scale_columns: tl.tensor,
     KIND: tl.constexpr,
     ZERO: tl.constexpr,
@@ -27,9 +31,8 @@ def _unpack(
     inside = k < K
     group = k // GROUP if GROUP else k * 0
     if KIND == W4:
-        pair = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
-        packed = tl.load(weight + n * (K // 2) + pair, mask=pair * 2 < K, other=0)
-        codes = tl.interleave(packed & 15, packed >> 4).to(tl.float32)
+        word = k // _CHUNK * (_CHUNK // 8) + k % 32
+        codes = (tl.load(weight + n * pitch + word, mask=inside, other=0) >> (k % _CHUNK // 32 * 4) & 15).to(tl.float32)
     else:
         codes = tl.load(weight + n * K + k, mask=inside, other=0.0).to(tl.float32)
     if KIND == F8:

@@ -1,0 +1,146 @@
+"""Products with 4-bit matrices in Triton: codes go from memory to the matrix units through registers alone.
+
+The weight is the left side of each product, so that its codes become floats where the matrix units take them from: a
+code or'ed into the bits of 128 (1024 in float16) is that number plus the code. What that adds to the sums is taken off
+again together with the zero points. A weight is read once for up to 64 rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pagoda.backend.torch.kernels.product import _rows_of
+from pagoda.backend.torch.packs import W4_CHUNK
+
+_CHUNK = tl.constexpr(W4_CHUNK)
+_WORDS = tl.constexpr(W4_CHUNK // 8)
+
+
+@triton.jit
+def _codes(words: tl.tensor, slice: tl.constexpr, like: tl.constexpr) -> tl.tensor:
+    """Inputs 32 * slice to 32 * slice + 31 of a chunk: codes + `_added`, as floats."""
+    if like == tl.float32:
+        out = ((words >> 4 * slice) & 15).to(tl.float32)
+    else:
+        # both halves of a word at once
+        pair = (words >> 4 * (slice % 4)) & 0x000F000F | (0x43004300 if like == tl.bfloat16 else 0x64006400)
+        out = ((pair >> 16) if slice > 3 else pair).to(tl.int16).to(like, bitcast=True)
+    return out
+
+
+@triton.jit
+def _added(like: tl.constexpr) -> tl.constexpr:
+    return 0.0 if like == tl.float32 else 128.0 if like == tl.bfloat16 else 1024.0
+
+
+@triton.jit
+def _offset(
+    x: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    line: tl.tensor,
+    columns: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+) -> tl.tensor:
+    """What zero points and `_added` make of inputs first to end of a single row, for each output."""
+    total = line.to(tl.float32) * 0.0
+    unit, within = tl.arange(0, 16), tl.arange(0, UNIT)
+    added: tl.constexpr = _added(x.dtype.element_ty)
+    for begin in range(first, end, 16 * UNIT):
+        at = begin + unit * UNIT
+        here = at < end
+        place = at[:, None] + within[None, :]
+        sums = tl.sum(tl.load(x + place, mask=place < end, other=0.0).to(tl.float32), axis=1)
+        group = (at // GROUP if GROUP else at * 0)[None, :] * columns + line[:, None]
+        scale = tl.load(scales + group, mask=here[None, :], other=0.0).to(tl.float32)
+        zero = tl.load(zeros + group, mask=here[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(scale * (zero + added) * sums[None, :], axis=1)
+    return total
+
+
+@triton.jit
+def _w4(
+    x: tl.tensor,
+    weight: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    starts: tl.tensor,
+    out: tl.tensor,
+    parts: tl.tensor,
+    arrived: tl.tensor,
+    rows: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    pitch: tl.tensor,
+    groups: tl.tensor,
+    experts: tl.tensor,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    SINGLE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """out [rows, N] = x [rows, K] times the transpose of a weight; see packs.W4 for the order of its codes.
+
+    GROUP inputs share a scale (0: all); RUN slices of 32 inputs are summed before it is applied. SINGLE: rows is 1.
+    WHOLE: the last chunk is full. Of SPLIT programs that share the depth the last to arrive adds all parts, in order.
+    """
+    part = tl.program_id(2)
+    expert, begin, stop = _rows_of(starts, tl.program_id(0), rows, experts, EXPERTS, BM)
+    if begin < stop:
+        kind: tl.constexpr = x.dtype.element_ty
+        added: tl.constexpr = _added(kind)
+        m, n = begin + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+        row, line = tl.minimum(m, stop - 1).to(tl.int64), tl.minimum(n, N - 1)
+        word, inner = tl.arange(0, _WORDS), tl.arange(0, 32)
+        codes = weight + expert * N * pitch + line.to(tl.int64)[:, None] * pitch + word[None, :]
+        scales += expert * groups * N
+        zeros += expert * groups * N
+        depth = tl.cdiv(tl.cdiv(K, _CHUNK), SPLIT)
+        first, last = part * depth, tl.minimum(part * depth + depth, tl.cdiv(K, _CHUNK))
+        total = tl.zeros((BN, BM), tl.float32)
+        if SINGLE:
+            end = tl.minimum(last * _CHUNK, K)
+            less = _offset(x, scales, zeros, line, N, first * _CHUNK, end, GROUP, RUN * 32)
+            total -= less[:, None]
+        acc, sums = tl.zeros((BN, BM), tl.float32), tl.zeros((BN, BM), tl.float32)
+        ones = tl.full((BN, 32), 1.0, tl.float32).to(kind)
+        for chunk in tl.range(first, last, num_stages=STAGES):
+            words = tl.load(codes + chunk * _WORDS)
+            for slice in tl.static_range(8):
+                k = chunk * _CHUNK + slice * 32 + inner
+                at = row[None, :] * K + k[:, None]
+                values = tl.load(x + at) if WHOLE else tl.load(x + at, mask=(k < K)[:, None], other=0.0)
+                if slice % RUN == 0:
+                    acc, sums = tl.zeros((BN, BM), tl.float32), tl.zeros((BN, BM), tl.float32)
+                acc = tl.dot(_codes(words, slice, kind), values, acc, input_precision="ieee")
+                if not SINGLE:
+                    sums = tl.dot(ones, values, sums, input_precision="ieee")
+                if slice % RUN == RUN - 1:
+                    group = tl.minimum((chunk * _CHUNK + slice * 32) // GROUP, groups - 1) if GROUP else 0
+                    if not SINGLE:
+                        zero = tl.load(zeros + group * N + line).to(tl.float32) + added
+                        acc -= zero[:, None] * sums
+                    total += acc * tl.load(scales + group * N + line).to(tl.float32)[:, None]
+        inside = (m < stop)[None, :] & (n < N)[:, None]
+        if SPLIT == 1:
+            tl.store(out + m.to(tl.int64)[None, :] * N + n[:, None], total.to(out.dtype.element_ty), mask=inside)
+        else:
+            own = m[None, :] * N + n[:, None]
+            tl.store(parts + part * rows * N + own, total, mask=inside)
+            tl.debug_barrier()
+            tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+            if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1:
+                whole = tl.zeros((BN, BM), tl.float32)
+                for each in range(SPLIT):
+                    whole += tl.load(parts + each * rows * N + own, mask=inside, other=0.0, cache_modifier=".cg")
+                tl.store(out + own, whole.to(out.dtype.element_ty), mask=inside)
+                tl.store(arrived + tile, 0)
