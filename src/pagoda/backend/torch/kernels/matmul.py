@@ -215,7 +215,7 @@ def unpacked(parts: Operand, dtype: torch.dtype) -> Tensor:
     _unpack[(parts.n, triton.cdiv(parts.k, _UNPACK_BLOCK))](
         parts.codes, parts.scales, parts.scales if parts.zeros is None else parts.zeros, out, parts.k,
         parts.codes.shape[-1], parts.scale_shape[1], KIND=parts.kind, ZERO=parts.zeros is not None,
-        BY_ROW=parts.by_row, GROUP=parts.group,        BLOCK=_UNPACK_BLOCK, num_warps=4,
+        BY_ROW=parts.by_row, GROUP=parts.group, BLOCK=_UNPACK_BLOCK, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -63,6 +63,62 @@ def _offset(
 
 
 @triton.jit
+def _join(
+    parts: tl.tensor,
+    step: tl.tensor,
+    out: tl.tensor,
+    arrived: tl.tensor,
+    inside: tl.tensor,
+    SPLIT: tl.constexpr,
+) -> None:
+    """The last of SPLIT programs to store its part adds all of them, in order, and sets the counter back."""
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == SPLIT - 1:
+        whole = tl.load(parts, mask=inside, other=0.0, cache_modifier=".cg")
+        for each in range(1, SPLIT):
+            whole += tl.load(parts + each * step, mask=inside, other=0.0, cache_modifier=".cg")
+        tl.store(out, whole.to(out.dtype.element_ty), mask=inside)
+        tl.store(arrived, 0)
+
+
+@triton.jit
+def _slices(
+    total: tl.tensor,
+    words: tl.tensor,
+    values: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    begin: tl.tensor,
+    K: tl.tensor,
+    N: tl.tensor,
+    groups: tl.tensor,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    SINGLE: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> tl.tensor:
+    """total + the product of a chunk of codes, whose first input is `begin`; `values` points at the rows' inputs 0."""
+    kind: tl.constexpr = values.dtype.element_ty
+    added: tl.constexpr = _added(kind)
+    acc, sums = tl.zeros_like(total), tl.zeros_like(total)
+    ones = tl.full((total.shape[0], 32), 1.0, tl.float32).to(kind)
+    for slice in tl.static_range(8):
+        k = begin + slice * 32 + tl.arange(0, 32)[:, None]
+        x = tl.load(values + k) if WHOLE else tl.load(values + k, mask=k < K, other=0.0)
+        if slice % RUN == 0:
+            acc, sums = tl.zeros_like(total), tl.zeros_like(total)
+        acc = tl.dot(_codes(words, slice, kind), x, acc, input_precision="ieee")
+        if not SINGLE:
+            sums = tl.dot(ones, x, sums, input_precision="ieee")
+        if slice % RUN == RUN - 1:
+            group = tl.minimum((begin + slice * 32) // GROUP, groups - 1) if GROUP else 0
+            if not SINGLE:
+                acc -= (tl.load(zeros + group * N).to(tl.float32) + added)[:, None] * sums
+            total += acc * tl.load(scales + group * N).to(tl.float32)[:, None]
+    return total
+
+
+@triton.jit
 def _w4(
     x: tl.tensor,
     weight: tl.tensor,
@@ -96,12 +152,9 @@ def _w4(
     part = tl.program_id(2)
     expert, begin, stop = _rows_of(starts, tl.program_id(0), rows, experts, EXPERTS, BM)
     if begin < stop:
-        kind: tl.constexpr = x.dtype.element_ty
-        added: tl.constexpr = _added(kind)
         m, n = begin + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
         row, line = tl.minimum(m, stop - 1).to(tl.int64), tl.minimum(n, N - 1)
-        word, inner = tl.arange(0, _WORDS), tl.arange(0, 32)
-        codes = weight + expert * N * pitch + line.to(tl.int64)[:, None] * pitch + word[None, :]
+        codes = weight + (expert * N + line)[:, None] * pitch + tl.arange(0, _WORDS)[None, :]
         scales += expert * groups * N
         zeros += expert * groups * N
         depth = tl.cdiv(tl.cdiv(K, _CHUNK), SPLIT)
@@ -111,36 +164,16 @@ def _w4(
             end = tl.minimum(last * _CHUNK, K)
             less = _offset(x, scales, zeros, line, N, first * _CHUNK, end, GROUP, RUN * 32)
             total -= less[:, None]
-        acc, sums = tl.zeros((BN, BM), tl.float32), tl.zeros((BN, BM), tl.float32)
-        ones = tl.full((BN, 32), 1.0, tl.float32).to(kind)
         for chunk in tl.range(first, last, num_stages=STAGES):
-            words = tl.load(codes + chunk * _WORDS)
-            for slice in tl.static_range(8):
-                k = chunk * _CHUNK + slice * 32 + inner
-                at = row[None, :] * K + k[:, None]
-                values = tl.load(x + at) if WHOLE else tl.load(x + at, mask=(k < K)[:, None], other=0.0)
-                if slice % RUN == 0:
-                    acc, sums = tl.zeros((BN, BM), tl.float32), tl.zeros((BN, BM), tl.float32)
-                acc = tl.dot(_codes(words, slice, kind), values, acc, input_precision="ieee")
-                if not SINGLE:
-                    sums = tl.dot(ones, values, sums, input_precision="ieee")
-                if slice % RUN == RUN - 1:
-                    group = tl.minimum((chunk * _CHUNK + slice * 32) // GROUP, groups - 1) if GROUP else 0
-                    if not SINGLE:
-                        zero = tl.load(zeros + group * N + line).to(tl.float32) + added
-                        acc -= zero[:, None] * sums
-                    total += acc * tl.load(scales + group * N + line).to(tl.float32)[:, None]
+            total = _slices(
+                total, tl.load(codes + chunk * _WORDS), x + row[None, :] * K, scales + line, zeros + line,
+                chunk * _CHUNK, K, N, groups, GROUP, RUN, SINGLE, WHOLE,
+            )  # fmt: skip
         inside = (m < stop)[None, :] & (n < N)[:, None]
+        own = m.to(tl.int64)[None, :] * N + n[:, None]
         if SPLIT == 1:
-            tl.store(out + m.to(tl.int64)[None, :] * N + n[:, None], total.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + own, total.to(out.dtype.element_ty), mask=inside)
         else:
-            own = m[None, :] * N + n[:, None]
             tl.store(parts + part * rows * N + own, total, mask=inside)
-            tl.debug_barrier()
             tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-            if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1:
-                whole = tl.zeros((BN, BM), tl.float32)
-                for each in range(SPLIT):
-                    whole += tl.load(parts + each * rows * N + own, mask=inside, other=0.0, cache_modifier=".cg")
-                tl.store(out + own, whole.to(out.dtype.element_ty), mask=inside)
-                tl.store(arrived + tile, 0)
+            _join(parts + own, rows * N, out + own, arrived + tile, inside, SPLIT)
