@@ -11,8 +11,10 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
+from pooled_models import minilm_folder
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.common.by import By  # noqa: E402
@@ -30,16 +32,22 @@ KEY = "sesame"
 
 @pytest.fixture(scope="module")
 def url(smollm2_path: str) -> Iterator[str]:
+    with started(smollm2_path, "--max-model-len", "2048", "--api-key", KEY) as (base, _):
+        yield base
+
+
+@contextmanager
+def started(model: str, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, "-m", "pagoda.entrypoints.openai.api_server", "--model", smollm2_path]
-    command += ["--served-model-name", "small", "--port", str(port), "--max-model-len", "2048", "--api-key", KEY]
+    command = [sys.executable, "-m", "pagoda.entrypoints.openai.api_server", "--model", model]
+    command += ["--served-model-name", "small", "--port", str(port), *options]
     process = subprocess.Popen(command, env={**os.environ}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     base = f"http://127.0.0.1:{port}/"
     try:
         wait_for(lambda: answers(base + "health"), 60)
-        yield base
+        yield base, process
     finally:
         process.terminate()
         process.wait(30)
@@ -210,6 +218,40 @@ def test_markdown_becomes_nodes_and_never_markup(page: WebDriver) -> None:
     )
     whole = "\n\n".join([*MARKDOWN, code])
     assert page.execute_script(grown + " return box.innerHTML", whole) == page.execute_script(show, whole)
+
+
+def test_a_server_that_is_killed_in_the_middle_of_an_answer(browser: WebDriver, smollm2_path: str) -> None:
+    with started(smollm2_path, "--max-model-len", "2048", "--num-gpu-blocks-override", "256") as (base, process):
+        browser.get(base)
+        browser.execute_script("localStorage.clear(); localStorage.setItem('pagoda.language', 'en')")
+        browser.get(base)
+        wait_for(lambda: text(browser, "state") == "ready")
+        answer_for_long(browser)
+        ask(browser, "Count from one to one thousand, in words.")
+        wait_for(lambda: len(last_answer(browser)) > 20)
+        process.kill()
+        wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, ".turn .failed"))
+        kept, _, said = last_answer(browser).rpartition("\n")
+        assert len(kept) > 20 and said == "The connection to the server was lost before the answer was complete."
+        wait_for(lambda: text(browser, "state") == "not reachable")
+        assert find(browser, "send").text == "Send"
+
+
+def test_a_phone_shows_one_panel_and_a_model_that_makes_vectors_its_call(browser: WebDriver) -> None:
+    size = {"width": 375, "height": 700, "deviceScaleFactor": 1, "mobile": True}
+    with started(str(minilm_folder())) as (base, _):
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        try:
+            browser.get(base)
+            wait_for(lambda: "answers no chats" in text(browser, "greeting"))
+            assert not find(browser, "form").is_displayed()
+            find(browser, "settingsButton").send_keys(Keys.ENTER)
+            assert find(browser, "settings").is_displayed()
+            find(browser, "liveButton").send_keys(Keys.ENTER)
+            assert find(browser, "live").is_displayed() and not find(browser, "settings").is_displayed()
+            assert "/v1/embeddings" in str(find(browser, "curl").get_attribute("textContent"))
+        finally:
+            browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_programs_get_json(url: str) -> None:

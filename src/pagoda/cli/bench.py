@@ -34,7 +34,7 @@ Examples:
   pagoda bench --base-url http://host:8000 --dataset-path prompts.jsonl
 
 Where:
-  --base-url URL            the server (default http://localhost:8000); or --host and --port
+  --base-url URL            the server (default http://localhost:8000); also --url, or --host and --port
   --model NAME              default: the first that the server lists
   --api-key KEY             or in PAGODA_API_KEY, VLLM_API_KEY, OPENAI_API_KEY
   --backend openai|openai-chat   /v1/completions (the default) or /v1/chat/completions; or --endpoint PATH
@@ -75,7 +75,7 @@ _NAMES = {
     "endpoint-type": "backend",
 }
 _OPTIONS = (
-    "base-url", "host", "port", "model", "api-key", "backend", "endpoint", "header", "ready-check-timeout-sec",
+    "base-url", "url", "host", "port", "model", "api-key", "backend", "endpoint", "header", "ready-check-timeout-sec",
     "concurrency", "request-rate", "burstiness", "num-prompts", "num-warmups", "input-len", "output-len", "range-ratio",
     "prefix-len", "num-prefixes", "dataset-path", "dataset-name", "temperature", "extra-body", "seed", "json", "plot",
     "result-dir", "result-filename", "label", "goodput", "metric-percentiles", "percentile-metrics", "tokenizer",
@@ -137,7 +137,9 @@ def _plan(words: Words) -> Plan:
     if shape.spread >= 1:
         raise ConfigError("--range-ratio must be below 1", remedy="0.2 means 20 % more or less")
     return Plan(
-        url=words.last("base-url") or f"http://{words.last('host') or 'localhost'}:{words.last('port') or 8000}",
+        url=words.last("url")
+        or words.last("base-url")
+        or f"http://{words.last('host') or 'localhost'}:{words.last('port') or 8000}",
         headers=_headers(words),
         endpoint=_endpoint(words),
         model=words.last("model") or "",

@@ -101,4 +101,14 @@ def _try(name: str, target: Target, served: Served, least: int, lang: str) -> li
         )
         cure = (f"serve with --max-model-len {least} or more", f"用 --max-model-len {least} 或更大的值启动")
         findings.append(note(pick(("context", "上下文"), lang), pick(text, lang), pick(cure, lang)))
+    if least and not served.calls_tools:
+        text = (
+            "this model was not made to call tools, and this client works by them",
+            "该模型不是为调用工具而训练的，而该客户端要靠工具工作",
+        )
+        cure = (
+            "serve a model whose chat template has tools, such as Qwen3",
+            "请提供对话模板支持工具的模型，例如 Qwen3",
+        )
+        findings.append(note(pick(("tools", "工具"), lang), pick(text, lang), pick(cure, lang)))
     return findings

@@ -131,6 +131,11 @@ class Served:
     task: str = "generate"
     abilities: tuple[str, ...] = field(default=())
 
+    @property
+    def calls_tools(self) -> bool:
+        """Where the server does not say what the model can, it may."""
+        return not self.abilities or "tools" in self.abilities
+
 
 def look(target: Target, wanted: str | None) -> Served:
     """Ask the server what it serves."""

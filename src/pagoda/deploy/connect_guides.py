@@ -39,7 +39,8 @@ def text(guide: Guide, served: Served, root: str, key: str, lang: str) -> str:
         "context": str(served.context or 4096),
         "key": key or "EMPTY",
         "shell_key": shlex.quote(key or "EMPTY"),
-        "tools": pick(_CAN if not served.abilities or "tools" in served.abilities else _CANNOT, lang),
+        "tools": pick(_CAN if served.calls_tools else _CANNOT, lang),
+        "streamed_tools": pick(_STREAMED if served.calls_tools else _CANNOT, lang),
     }
     fields = _of(guide.fields, served.task, ())
     rows = [(pick(name, lang), value if isinstance(value, str) else pick(value, lang)) for name, value in fields]
@@ -61,6 +62,7 @@ def _of(by_task: Mapping[str, T], task: str, default: T) -> T:
 
 
 _CAN: Text = ("Tool Call", "工具调用")
+_STREAMED: Text = ("Support", "支持")
 _CANNOT: Text = ("Not Support", "不支持")
 _NO_KEY: Text = (
     "The server asks for no key: where a client insists on one, any text does.",
@@ -98,7 +100,7 @@ GUIDES: Mapping[str, Guide] = MappingProxyType(
                     (("Completion mode", "对话类型"), ("Chat", "对话")),
                     (("Upper bound for max tokens", "最大 token 上限"), "$context"),
                     (("Function Call Type", "函数调用类型"), "$tools"),
-                    (("Stream function calling", "流式函数调用"), ("Support", "支持")),
+                    (("Stream function calling", "流式函数调用"), "$streamed_tools"),
                 ),
                 "embed": (
                     (_TYPE, "Text Embedding"),

@@ -109,7 +109,7 @@ def _details(server: Server, name: str) -> OllamaDetails:
 
 def _capabilities(server: Server) -> list[str]:
     if server.engine.info.task != "generate":
-        return ["embedding"]
+        return ["embedding" if server.engine.info.task == "embed" else "rerank"]
     thinking = ["thinking"] if server.format.reasoning is not None else []
     return ["completion", *(["tools"] if server.format.tools is not None else []), *thinking]
 

@@ -6,9 +6,9 @@ function headers() {
   if ($("key").value) all.authorization = "Bearer " + $("key").value;
   return all;
 }
-async function ask(path, body) {
+async function ask(path, body, signal) {
   const how = body ? {method: "POST", body: JSON.stringify(body)} : {};
-  const reply = await fetch(base + path, {headers: headers(), ...how});
+  const reply = await fetch(base + path, {headers: headers(), signal, ...how});
   if (!reply.ok) {
     const error = new Error(await reply.json().then(r => r.error?.message ?? r.error, () => reply.statusText));
     error.status = reply.status;
@@ -18,13 +18,12 @@ async function ask(path, body) {
 }
 // The events of one streamed chat, as they come.
 async function* chatEvents(body, signal) {
-  const reply = await fetch(base + "/v1/chat/completions", {method: "POST", headers: headers(), signal, body: JSON.stringify(body)});
-  if (!reply.ok) throw new Error((await reply.json()).error.message);
+  const reply = await ask("/v1/chat/completions", body, signal);
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const {value, done} = await reader.read();
-    if (done) return;
+    if (done) throw new TypeError("the stream has no end");
     rest += value;
     const lines = rest.split("\n\n");
     rest = lines.pop();

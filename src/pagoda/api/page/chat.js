@@ -31,7 +31,8 @@ function showTurn(turn, index) {
     return box;
   }
   if (turn.reasoning) box.append(thinkingBox(turn));
-  if (turn.error) body.textContent = turn.error; else render(body, turn.content);
+  render(body, turn.content);
+  if (turn.error) body.append(make("p", "failed", turn.error));
   const tools = make("div", "tools", button("copy", b => copyText(turn.content, b)), button("again", () => answerAgain(index)));
   if (turn.speed) tools.append(make("span", "speed", turn.speed));
   box.append(body, tools);
@@ -105,7 +106,8 @@ async function answer() {
   try {
     await read(turn, running.signal, draw);
   } catch (error) {
-    if (error.name !== "AbortError") turn.error = (turn.content ? turn.content + "\n\n" : "") + error.message;
+    // A TypeError is the network's: the browser's own words for it help nobody.
+    if (error.name !== "AbortError") turn.error = error instanceof TypeError ? say("lost") : error.message;
   }
   running = null;
   $("send").textContent = say("send");

@@ -1,11 +1,18 @@
 // Ties the page together: buttons and keys, what is remembered, the state of the server.
 const REMEMBERED = ["system", "temperature", "topP", "maxTokens", "seed", "thinking"];
+// What a program asks a model of each kind.
+const CALLS = {
+  completion: ["chat/completions", {messages: [{role: "user", content: "Hello"}]}],
+  embedding: ["embeddings", {input: ["Hello"]}],
+  rerank: ["rerank", {query: "What is a pagoda?", documents: ["A tower.", "A boat."]}],
+};
 let sees = false;
 
-function showCurl() {
-  const body = JSON.stringify({model: $("model").value, messages: [{role: "user", content: "Hello"}]}).replaceAll("'", "'\\''");
+function showCurl(can) {
+  const [path, what] = CALLS[Object.keys(CALLS).find(kind => can.includes(kind)) ?? "rerank"];
+  const body = JSON.stringify({model: $("model").value, ...what}).replaceAll("'", "'\\''");
   const key = $("key").value ? " \\\n  -H 'authorization: Bearer YOUR_KEY'" : "";
-  $("curl").textContent = `curl ${location.origin}${base}/v1/chat/completions \\\n  -H 'content-type: application/json'${key} \\\n  -d '${body}'`;
+  $("curl").textContent = `curl ${location.origin}${base}/v1/${path} \\\n  -H 'content-type: application/json'${key} \\\n  -d '${body}'`;
 }
 async function readModels() {
   models = (await (await ask("/v1/models")).json()).data;
@@ -23,7 +30,7 @@ async function readModel() {
   const chats = can.includes("completion");
   $("form").hidden = $("ideas").hidden = !chats;
   $("greeting").textContent = say(chats ? "greeting" : "noChat");
-  showCurl();
+  showCurl(can);
 }
 function showState(word, kind) {
   $("state").textContent = word;
@@ -36,13 +43,17 @@ async function refresh() {
     if (!models.length && health.ok) await readModels();
     if (!$("live").hidden) await refreshLive();
   } catch (error) {
-    if (error.status === 401) { showState(say("needsKey"), "down"); toggle("settings", true); }
+    if (error.status === 401) {
+      showState(say("needsKey"), "down");
+      if ($("settings").hidden) { toggle("settings", true); $("key").focus(); }
+    }
     else { showState(say("notReachable"), "down"); models = []; }
   }
 }
 function toggle(name, open = $(name).hidden) {
   $(name).hidden = !open;
   $(name + "Button").setAttribute("aria-expanded", String(open));
+  if (open && innerWidth <= 760) toggle(name === "live" ? "settings" : "live", false); // a phone has room for one
   if (name === "live") { settings.set("live", open ? "1" : ""); if (open) refresh(); }
 }
 function speak() {
