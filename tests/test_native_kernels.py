@@ -62,14 +62,21 @@ def floats(x: npt.NDArray[np.float32]) -> Tensor:
 
 
 def products(
-    isa: str, x: npt.NDArray[np.float32], parts: list[Tensor], threads: int = 2, becomes: str = ""
+    isa: str, x: npt.NDArray[np.float32], parts: list[Tensor], threads: int = 2, becomes: str = "", at_once: int = 16
 ) -> npt.NDArray[np.float32]:
     """x [m, k] times the stacked parts, by a program that embeds x and lets the head multiply it."""
-    return head_of(isa, floats(x), parts, threads, becomes=becomes)
+    return head_of(isa, floats(x), parts, threads, becomes=becomes, at_once=at_once)
 
 
 def head_of(
-    isa: str, embedded: Tensor, parts: list[Tensor], threads: int = 2, *, becomes: str = "", embedded_becomes: str = ""
+    isa: str,
+    embedded: Tensor,
+    parts: list[Tensor],
+    threads: int = 2,
+    *,
+    becomes: str = "",
+    embedded_becomes: str = "",
+    at_once: int = 16,
 ) -> npt.NDArray[np.float32]:
     """The rows of the embedding times the stacked parts; what float ones become if they are quantized on load."""
     lib = Native(threads, isa)
@@ -78,7 +85,7 @@ def head_of(
     weight = lib.weight([(t.data, t.shape[0], k, t.type) for t in parts], [becomes or t.type for t in parts])
     columns = sum(t.shape[0] for t in parts)
     inv_freq = np.ones(8)
-    dims = Dims(1, 1, 1, 16, max(columns, m), 128, 16, 64, 16, 0, 1.0, inv_freq.ctypes.data)
+    dims = Dims(1, 1, 1, 16, max(columns, m), 128, at_once, 64, 16, 0, 1.0, inv_freq.ctypes.data)
     is_float = all((becomes or t.type) in FLOAT for t in parts)
     flags = native.LOGIT_ROWS | (0 if is_float else native.QUANTIZE)
     lib.program(
@@ -137,11 +144,11 @@ def test_embedded_rows_are_the_stored_values(isa: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ("Q4_1", "Q6_K", "Q8_0", "IQ4_XS", "BF16"))
 def test_rows_do_not_depend_on_their_company_or_threads(isa: str, kind: str) -> None:
     rng = np.random.default_rng(3)
-    x = rng.standard_normal((23, 256)).astype(np.float32)
-    w = stored(rng, 100, 256, kind)
-    together = products(isa, x, [w])
-    for m in (1, 2, 3, 4, 7, 16):
-        assert np.array_equal(products(isa, x[:m], [w], threads=1 + m % 3), together[:m])
+    x = rng.standard_normal((71, 768)).astype(np.float32)
+    w = stored(rng, 100, 768, kind)
+    together = products(isa, x, [w])  # 16 rows at a time
+    for m in (1, 2, 3, 4, 7, 16, 30, 71):
+        assert np.array_equal(products(isa, x[:m], [w], threads=1 + m % 3, at_once=128), together[:m])
 
 
 def test_parts_of_different_types_stack() -> None:

@@ -91,12 +91,13 @@ template <typename Body> int32_t guarded(pg_context* c, Body body) {
   }
 }
 
-Buffer make_buffer(const pg_buffer& from, const pg_dims& d) {
+Buffer make_buffer(const pg_buffer& from, const pg_dims& d, bool wide) {
   const int64_t rows = from.rows_are_logits ? d.max_rows : d.max_tokens, blocks = from.width / kBlock;
-  Buffer b{from.width, from.rows_are_logits != 0, Pages(rows * from.width * 4 + 32), {}, {}, {}, {}, {}};
+  Buffer b{from.width, from.rows_are_logits != 0, Pages(rows * from.width * 4 + 32), {}, {}, {}, {}, {}, {}};
   if (from.width % kBlock == 0) {
     b.q = Pages(rows * from.width), b.d = Pages(rows * blocks * 4);
     b.s = Pages(rows * blocks * 4), b.n = Pages(rows * blocks * 4), b.h = Pages(rows * blocks * 8);
+    if (wide) b.wide = Pages(rows * from.width * 2);
   }
   return b;
 }
@@ -173,7 +174,7 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     c->dims = *d;
     c->inv_freq.assign(d->inv_freq, d->inv_freq + d->rope_dim / 2);
     c->buffers.clear();
-    for (int i = 0; i < n_buffers; i++) c->buffers.push_back(make_buffer(buffers[i], *d));
+    for (int i = 0; i < n_buffers; i++) c->buffers.push_back(make_buffer(buffers[i], *d, c->kernels->wide));
     c->ops.assign(ops, ops + n_ops);
     c->kv = {nullptr, d->layers, d->kv_heads, d->head_dim, d->kv_int8 != 0};
     c->kv_pages = Pages((int64_t)d->layers * d->num_blocks * d->kv_heads * c->kv.stride(), true);
@@ -190,7 +191,7 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
 
 int64_t pg_activation_bytes(pg_context* c) {
   int64_t total = c->rope_pages.bytes() + c->logit_pages.bytes();
-  for (auto& b : c->buffers) total += b.f.bytes() + b.q.bytes() + b.d.bytes() + b.s.bytes() + b.n.bytes() + b.h.bytes();
+  for (auto& b : c->buffers) total += b.f.bytes() + b.q.bytes() + b.d.bytes() + b.s.bytes() + b.n.bytes() + b.h.bytes() + b.wide.bytes();
   return total;
 }
 }

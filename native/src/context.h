@@ -45,13 +45,14 @@ struct Weight {
 struct Buffer {  // [rows][width] floats, and the 8-bit form of the same rows
   int64_t width;
   bool rows_are_logits;
-  Pages f, q, d, s, n, h;
+  Pages f, q, d, s, n, h, wide;
   float* row(int64_t r) const { return reinterpret_cast<float*>(f.data()) + r * width; }
   Codes codes(int64_t r) const {
     const int64_t blocks = width / kBlock;
     return {reinterpret_cast<int8_t*>(q.data()) + r * width, reinterpret_cast<float*>(d.data()) + r * blocks,
             reinterpret_cast<float*>(s.data()) + r * blocks, reinterpret_cast<int32_t*>(n.data()) + r * blocks,
-            reinterpret_cast<int32_t*>(h.data()) + r * blocks * 2};
+            reinterpret_cast<int32_t*>(h.data()) + r * blocks * 2,
+            wide.data() ? reinterpret_cast<int16_t*>(wide.data()) + r * width : nullptr};
   }
 };
 

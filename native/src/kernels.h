@@ -13,6 +13,7 @@ struct Rows {  // activations of a matmul: float rows, and their 8-bit form if t
   const float* s;  // scale * sum of the codes of each block of 32
   const int32_t* n;  // the sum of the codes of each block of 32
   const int32_t* h;  // of each half block of 16
+  const int16_t* wide;  // see Codes
   int64_t k;
 };
 
@@ -20,6 +21,7 @@ struct Codes {  // where the 8-bit form of a row goes
   int8_t* q;
   float *d, *s;
   int32_t *n, *h;
+  int16_t* wide;  // in 16 bits, in each block the even codes in front of the odd ones; null if no product reads it
 };
 
 struct Out {
@@ -75,6 +77,7 @@ struct EncoderJob {  // consecutive tokens of one request, one head, over all it
 
 struct Kernels {
   const char* name;
+  bool wide;  // products read Rows::wide
   void (*matmul)(const Part&, int64_t first_panel, int64_t last_panel, const Rows&, int64_t first, int64_t last, const Out&);
   void (*dequantize_row)(const Part&, int64_t k, int64_t row, float* out);
   void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* out);

@@ -2,6 +2,7 @@
 #define PG_NS avx2
 #define PG_ISA_NAME "avx2"
 #define PG_AVX2
+#define PG_PACKED
 #include "kernels.inc"
 
 namespace pagoda {

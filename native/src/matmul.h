@@ -148,10 +148,14 @@ PG_INLINE void float_panels(const uint8_t* w, int64_t stride, const Rows& a, int
     for (int i = 0; i < M; i++) out[p][i] = acc[p][i];
 }
 
+PG_INLINE float* place_of(const Part& part, int64_t panel, int64_t row, const Out& out) {
+  return out.data + row * out.stride + part.first_row + panel * kPanel;
+}
+
 PG_INLINE void put(const Part& part, int64_t panel, int64_t row, const Out& out, F v) {
-  const int64_t column = part.first_row + panel * kPanel, lanes = part.rows - panel * kPanel;
-  float* to = out.data + row * out.stride + column;
-  if (out.bias) v += load(out.bias + column);
+  const int64_t lanes = part.rows - panel * kPanel;
+  float* to = place_of(part, panel, row, out);
+  if (out.bias) v += load(out.bias + part.first_row + panel * kPanel);
   if (lanes >= kPanel) return store(to, out.add ? load(to) + v : v);
   for (int i = 0; i < lanes; i++) to[i] = out.add ? to[i] + v[i] : v[i];
 }
@@ -198,11 +202,20 @@ void tile_of(int64_t n, const Part& part, int64_t first, int64_t last, const Row
   tile<Type, M>(part, first, last, a, row, out);
 }
 
+#if defined(PG_PACKED)
+template <int Type> void packed_panels(const Part& part, int64_t first, int64_t last, const Rows& a, int64_t r0, int64_t r1, const Out& out);
+#endif
+
 // Panels [first, last) times rows [r0, r1). A pair of panels stays in the first-level cache while all rows go over it;
 // the rows are split evenly into tiles of at most kTile.
 template <int Type>
 void product(const Part& part, int64_t first, int64_t last, const Rows& a, int64_t r0, int64_t r1, const Out& out) {
-  const int64_t rows = r1 - r0, tiles = (rows + kTile - 1) / kTile, step = rows <= kTile ? last - first : 2;
+  const int64_t rows = r1 - r0;
+#if defined(PG_PACKED)
+  if constexpr (!is_float(Type))
+    if (rows > (is_signed(Type) ? 16 : 8)) return packed_panels<Type>(part, first, last, a, r0, r1, out);
+#endif
+  const int64_t tiles = (rows + kTile - 1) / kTile, step = rows <= kTile ? last - first : 2;
   for (int64_t p = first; p < last; p += step) {
     const int64_t end = p + step < last ? p + step : last;
     for (int64_t t = 0; t < tiles; t++) {

@@ -182,7 +182,7 @@ class StepJob : public Job {
     const Weight& w = c_.weights[op.weight];
     const Buffer& in = c_.buffers[op.in];
     const Codes codes = in.codes(0);
-    const Rows a = {in.row(0), codes.q, codes.d, codes.s, codes.n, codes.h, w.k};
+    const Rows a = {in.row(0), codes.q, codes.d, codes.s, codes.n, codes.h, codes.wide, w.k};
     const Out out = {to, stride, vector(op.vector), (op.flags & PG_ADD) != 0};
     const Cut cut(w, task.rows, chain.threads);
     const int64_t block = chunk / cut.chunks, from = chunk % cut.chunks * cut.step, end = std::min(w.panels, from + cut.step);

@@ -63,15 +63,19 @@ PG_INLINE B look_up(const int8_t* table, B places) {  // of 16 entries; places 0
 #if !defined(PG_VNNI)
 // Sums of products of 4 consecutive bytes per lane. `Dot<P>` adds up codes (unsigned, from the weights) times
 // activations (signed, 4 of them for all lanes); P is how many such steps fit into 16 bits.
+PG_INLINE __m256i shared_bytes(const void* four) {
+  int32_t x; memcpy(&x, four, 4);
+  return _mm256_set1_epi32(x);
+}
 template <int P> struct Dot {
   I sum;
   __m256i part;
-  template <int V> inline __attribute__((always_inline)) void add(B q, const int8_t* a) {
-    int32_t four; memcpy(&four, a, 4);
-    __m256i p = _mm256_maddubs_epi16((__m256i)q, _mm256_set1_epi32(four));
+  template <int V> inline __attribute__((always_inline)) void step(B q, __m256i a) {
+    __m256i p = _mm256_maddubs_epi16((__m256i)q, a);
     part = V % P == 0 ? p : _mm256_add_epi16(part, p);
     if (V % P == P - 1) sum += (I)_mm256_madd_epi16(part, _mm256_set1_epi16(1));
   }
+  template <int V> inline __attribute__((always_inline)) void add(B q, const int8_t* a) { step<V>(q, shared_bytes(a)); }
 };
 
 // Signed 8-bit weights: their sign moves over to the activations.
@@ -85,6 +89,14 @@ struct DotSigned {
     sum += (I)_mm256_madd_epi16(p, _mm256_set1_epi16(1));
   }
 };
+// Signed weights times activations, both in 16 bits: less work, where weights are widened once for many rows.
+struct DotWide {
+  I sum;
+  template <int V> inline __attribute__((always_inline)) void step(B q, __m256i a) { sum += (I)_mm256_madd_epi16((__m256i)q, a); }
+};
+PG_INLINE void store_bytes(void* p, B v) { *reinterpret_cast<B*>(p) = v; }
+PG_INLINE B even_bytes(B v) { return (B)_mm256_srai_epi16(_mm256_slli_epi16((__m256i)v, 8), 8); }  // in 16 bits
+PG_INLINE B odd_bytes(B v) { return (B)_mm256_srai_epi16((__m256i)v, 8); }
 #endif
 
 }  // namespace PG_NS

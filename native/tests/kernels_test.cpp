@@ -39,12 +39,13 @@ bool all_close(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 struct Quantized {  // activations
-  Quantized(const Kernels& t, const std::vector<float>& x) : q(x.size()), d(x.size() / 32), s(d.size()), n(d.size()), h(2 * d.size()) {
-    t.quantize(x.data(), x.size(), {q.data(), d.data(), s.data(), n.data(), h.data()});
+  Quantized(const Kernels& t, const std::vector<float>& x) : q(x.size()), d(x.size() / 32), s(d.size()), n(d.size()), h(2 * d.size()), wide(x.size()) {
+    t.quantize(x.data(), x.size(), {q.data(), d.data(), s.data(), n.data(), h.data(), wide.data()});
   }
   std::vector<int8_t> q;
   std::vector<float> d, s;
   std::vector<int32_t> n, h;
+  std::vector<int16_t> wide;
 };
 
 // Random panels: any bytes are codes; the f16 scales behind or in front of them are made small and finite.
@@ -79,8 +80,8 @@ void test_product(const Kernels& t, int32_t type) {
   const Part part = {type, rows, 0, 0, panel_bytes(type, k), w.data()};
   const int m = 19;  // tiles of several sizes; m = 1 and 2 below
   const std::vector<float> x = normal(m * k);
-  const Quantized codes(*kernels_generic(), x);
-  const Rows a = {x.data(), codes.q.data(), codes.d.data(), codes.s.data(), codes.n.data(), codes.h.data(), k};
+  const Quantized codes(t, x);
+  const Rows a = {x.data(), codes.q.data(), codes.d.data(), codes.s.data(), codes.n.data(), codes.h.data(), codes.wide.data(), k};
   std::vector<float> out(m * panels * 8), bias = normal(panels * 8);
   for (auto [from, to] : {std::pair<int, int>{0, 19}, {0, 1}, {1, 3}})
     t.matmul(part, 0, panels, a, from, to, {out.data(), panels * 8, bias.data(), false});

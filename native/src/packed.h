@@ -1,0 +1,141 @@
+// Products for many rows of activations, in AVX2: a pair of panels is unpacked once, into the first-level cache, and all
+// rows go over it in tiles, so that loads are shared. The sums are those of quantized_panels, bit for bit.
+#pragma once
+#include "matmul.h"
+
+namespace pagoda {
+namespace PG_NS {
+
+constexpr int kPackedRows = 4;  // in a tile
+constexpr int kPackedBlocks = 18;   // unpacked at a time
+constexpr int kPackedMany = 256;   // rows that keep sums while the blocks change
+
+// What a block of a pair of panels becomes: for each step the codes of both, then scales of both, then minima. Signed codes
+// are widened to 16 bits: 8 steps with the even ones of each four, 8 with the odd ones, as the activations in Rows::wide.
+template <int Type> struct Packed {
+  static constexpr bool wide = is_signed(Type);
+  static constexpr int groups = has_halves(Type) ? 2 : 1, steps = (wide ? 16 : 8) / groups;
+  static constexpr int codes = groups * steps * 2 * sizeof(B), scales = groups * 2 * sizeof(F);
+  static constexpr int bytes = codes + scales * (has_min<Type>() ? 2 : 1);
+};
+
+// Blocks [from, to) of the pair of panels at w.
+template <int Type> void unpack(const uint8_t* w, int64_t from, int64_t to, uint8_t* out) {
+  using P = Packed<Type>;
+  constexpr Layout layout = layout_of(Type);
+  constexpr int super = 2 * (layout.header + kSuper * layout.block);
+  for (int64_t b = from; b < to; b++, out += P::bytes) {
+    const uint8_t* header = layout.header ? w + b / kSuper * super : w;
+    const uint8_t* block = layout.header ? header + 2 * (layout.header + b % kSuper * layout.block) : w + b * 2 * layout.block;
+    for (int p = 0; p < 2; p++, header += layout.header, block += layout.block) {
+      B* codes_to = (B*)out + p;
+      unroll<8>([&](auto v) __attribute__((always_inline)) {
+        const B c = codes<OnePanel, Type, v.value>(block);
+        codes_to[2 * v.value] = P::wide ? even_bytes(c) : c;
+        if (P::wide) codes_to[2 * v.value + 16] = odd_bytes(c);
+      });
+      F* scales_to = (F*)(out + P::codes) + p;
+      unroll<P::groups>([&](auto g) __attribute__((always_inline)) {
+        const auto scale = scales<OnePanel, Type, g.value>(block, header);
+        scales_to[2 * g.value] = scale.d;
+        if (has_min<Type>()) scales_to[2 * (P::groups + g.value)] = scale.m;
+      });
+    }
+  }
+}
+
+// Where a tile stands: its first row, and blocks of K.
+struct Place {
+  int64_t row, block, blocks;
+};
+
+// M rows times unpacked blocks, added to `sums`.
+template <int Type, int M> PG_INLINE void packed_tile(const uint8_t* w, const Rows& a, const Place& at, F (*sums)[2]) {
+  using P = Packed<Type>;
+  constexpr int offset = offset_of<Type>(), bytes = P::wide ? 2 : 1;  // of an activation
+  const int64_t blocks = a.k / kBlock, first = at.row * blocks + at.block;
+  const uint8_t* q = (P::wide ? (const uint8_t*)a.wide : (const uint8_t*)a.q) + first * kBlock * bytes;
+  const float *d = a.d + first, *s = a.s + first;
+  const int32_t* counts = (P::groups == 2 ? a.h : a.n) + first * P::groups;
+  for (int64_t b = 0; b < at.blocks; b++, q += kBlock * bytes, w += P::bytes)
+    unroll<P::groups>([&](auto g) __attribute__((always_inline)) {
+      std::conditional_t<P::wide, DotWide, Dot<period(Type)>> dot[M][2] = {};
+      unroll<P::steps>([&](auto v) __attribute__((always_inline)) {
+        constexpr int V = g.value * P::steps + v.value;
+        const B c0 = ((const B*)w)[2 * V], c1 = ((const B*)w)[2 * V + 1];
+        for (int i = 0; i < M; i++) {
+          const auto x = shared_bytes(q + i * a.k * bytes + 4 * V);
+          dot[i][0].template step<V>(c0, x), dot[i][1].template step<V>(c1, x);
+        }
+      });
+      const F* scale = (const F*)(w + P::codes) + 2 * g.value;
+      for (int i = 0; i < M; i++) {
+        const int64_t n = i * blocks + b;
+        for (int p = 0; p < 2; p++) {
+          const I sum = offset ? dot[i][p].sum - splat_i(counts[n * P::groups + g.value]) * offset : dot[i][p].sum;
+          sums[i][p] = fma(to_float(sum), scale[p] * splat(d[n]), sums[i][p]);
+          if constexpr (has_min<Type>()) {
+            const float x = P::groups == 2 ? d[n] * (float)counts[2 * n + g.value] : s[n];
+            sums[i][p] = fma(scale[2 * P::groups + p], splat(x), sums[i][p]);
+          }
+        }
+      }
+    });
+}
+
+// One or two panels of a pair, and where their results go.
+struct Target {
+  const Part& part;
+  int64_t panel, panels;
+  const Out& out;
+};
+
+// m <= M rows; the first blocks begin with zeros, the last ones end in the output.
+template <int Type, int M>
+void packed_tile_of(int64_t m, const uint8_t* w, const Rows& a, const Place& at, F (*kept)[2], const Target& to) {
+  if constexpr (M > 1)
+    if (m < M) return packed_tile_of<Type, M - 1>(m, w, a, at, kept, to);
+  F sums[M][2] = {};
+  if (at.block)
+    for (int i = 0; i < M; i++) sums[i][0] = kept[i][0], sums[i][1] = kept[i][1];
+  const bool last = at.block + at.blocks == a.k / kBlock;
+  if (last)
+    for (int i = 0; i < M; i++) __builtin_prefetch(place_of(to.part, to.panel, at.row + i, to.out), 1);
+  packed_tile<Type, M>(w, a, at, sums);
+  if (last) {
+    for (int i = 0; i < M; i++)
+      for (int p = 0; p < to.panels; p++) put(to.part, to.panel + p, at.row + i, to.out, sums[i][p]);
+  } else {
+    for (int i = 0; i < M; i++) kept[i][0] = sums[i][0], kept[i][1] = sums[i][1];
+  }
+}
+
+// A pair of panels times rows [r0, r1), at most kPackedMany.
+template <int Type> void packed_pair(const Target& to, const Rows& a, int64_t r0, int64_t r1) {
+  alignas(64) uint8_t w[kPackedBlocks * Packed<Type>::bytes];
+  alignas(64) F kept[kPackedMany][2];
+  const uint8_t* pair = to.part.data + to.panel * to.part.stride;
+  const int64_t bytes = 2 * to.part.stride, blocks = a.k / kBlock, passes = (blocks + kPackedBlocks - 1) / kPackedBlocks;
+  const int64_t rows = r1 - r0, tiles = (rows + kPackedRows - 1) / kPackedRows;
+  for (int64_t pass = 0; pass < passes; pass++) {
+    const int64_t block = blocks * pass / passes, end = blocks * (pass + 1) / passes;
+    unpack<Type>(pair, block, end, w);
+    const int64_t next = bytes * end / blocks, size = bytes * (end - block) / blocks;  // what is unpacked after this
+    for (int64_t t = 0; t < tiles; t++) {
+      const int64_t from = rows * t / tiles, m = rows * (t + 1) / tiles - from;
+      for (int64_t line = size * t / tiles; line < size * (t + 1) / tiles; line += 64) __builtin_prefetch(pair + next + line);
+      packed_tile_of<Type, kPackedRows>(m, w, a, {r0 + from, block, end - block}, kept + from, to);
+    }
+  }
+}
+
+template <int Type>
+void packed_panels(const Part& part, int64_t first, int64_t last, const Rows& a, int64_t r0, int64_t r1, const Out& out) {
+  const int64_t rows = r1 - r0, cuts = (rows + kPackedMany - 1) / kPackedMany;
+  for (int64_t p = first; p < last; p += 2)
+    for (int64_t cut = 0; cut < cuts; cut++)
+      packed_pair<Type>({part, p, last - p < 2 ? 1 : 2, out}, a, r0 + rows * cut / cuts, r0 + rows * (cut + 1) / cuts);
+}
+
+}  // namespace PG_NS
+}  // namespace pagoda
