@@ -12,6 +12,8 @@ import transformers
 from checkpoints import make_model, write_gguf_checkpoint
 from pooled_models import hidden_states, write_model, write_sentence_files
 
+from pagoda.backend.torch.encoder import Encoder
+from pagoda.backend.torch.ops import Batch
 from pagoda.config import EngineConfig
 from pagoda.deploy.check import check_model
 from pagoda.deploy.findings import problems
@@ -25,7 +27,7 @@ from pagoda.types import Float32, Request, SamplingParams
 LENGTHS = (1, 2, 17, 64, 65, 200)
 RNG = np.random.default_rng(3)
 TEXTS = [RNG.integers(6, 100, n).tolist() for n in LENGTHS]
-DEVICES = ("cpu", "reference")
+DEVICES = ("cpu", "reference", "torch-cpu")
 NEAR = 0.9999
 
 
@@ -71,7 +73,7 @@ def test_encoders_equal_transformers(kind: str, pooling: str, device: str, tmp_p
     check(vectors(tmp_path, device), [s[0] if pooling == "cls_token" else s.mean(dim=0) for s in states])
 
 
-@pytest.mark.parametrize("device", (*DEVICES, "torch-cpu"))
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean_tokens"])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_decoders_equal_transformers(kind: str, pooling: str, device: str, tmp_path: Path) -> None:
@@ -142,6 +144,39 @@ def test_bits_do_not_depend_on_company_chunks_or_cache(
     for turn in range(2):  # the second one finds the prefixes of the first, where there is a cache
         for got, wanted in zip(run(core, TEXTS), alone, strict=True):
             assert np.array_equal(got, wanted), turn
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_bits_of_an_encoder_in_pytorch_do_not_depend_on_company(quantization: str | None, tmp_path: Path) -> None:
+    write_model(tmp_path, "bert")
+    alone = [vectors(tmp_path, "torch-cpu", [text], quantization=quantization)[0] for text in TEXTS]
+    for got, wanted in zip(vectors(tmp_path, "torch-cpu", quantization=quantization), alone, strict=True):
+        assert np.array_equal(got, wanted)
+
+
+def test_an_encoder_in_pytorch_that_is_short_of_memory_cuts_between_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path, "bert")
+    expected = vectors(tmp_path, "torch-cpu")
+    whole, sizes = Encoder.hidden, []
+
+    def short(self: Encoder, batch: Batch) -> torch.Tensor:
+        sizes.append(len(batch.tokens))
+        if len(batch.starts) > 2:
+            raise torch.OutOfMemoryError
+        return whole(self, batch)
+
+    monkeypatch.setattr(Encoder, "hidden", short)
+    for got, wanted in zip(vectors(tmp_path, "torch-cpu"), expected, strict=True):
+        assert np.array_equal(got, wanted)
+    assert set(LENGTHS) < set(sizes)
+
+
+def test_an_encoder_is_on_one_gpu(tmp_path: Path) -> None:
+    write_model(tmp_path, "bert")
+    with pytest.raises(ConfigError, match=r"an encoder is computed on one GPU. Leave it out"):
+        EngineCore(EngineConfig(model=str(tmp_path), device="torch-cpu", tensor_parallel_size=2))
 
 
 def test_encoders_pack_short_requests_and_run_long_ones_alone(tmp_path: Path) -> None:

@@ -50,10 +50,10 @@ _log = logging.getLogger(__name__)
 
 
 def resolve_device(device: str, spec: ModelSpec) -> str:
-    """What "auto" is on this machine: "cuda" where PyTorch finds a GPU, else "cpu", which alone has encoders."""
+    """What "auto" is on this machine: "cuda" where PyTorch finds a GPU, else "cpu"."""
     if device != "auto":
         return device
-    if spec.encoder is not None or not any(Path(file).exists() for file in _GPU_FILES):
+    if not any(Path(file).exists() for file in _GPU_FILES):
         return "cpu"  # without asking PyTorch, which takes seconds to import
     if importlib.util.find_spec("torch") is None:
         _log.info("an NVIDIA GPU is here and PyTorch is not: the CPU computes. To use the GPU: %s", _EXTRA)

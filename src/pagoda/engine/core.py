@@ -286,7 +286,8 @@ def _step_tokens(config: EngineConfig, limits: Limits, spec: ModelSpec) -> int:
     """The token budget of a step. An executor of an encoder is made for longer requests, each in a step of its own."""
     if spec.encoder is None:
         return limits.max_num_batched_tokens
-    return config.max_num_batched_tokens or max(_CPU_STEP_TOKENS, limits.max_num_seqs)
+    usual = _CUDA_STEP_TOKENS if config.device == "cuda" else _CPU_STEP_TOKENS
+    return config.max_num_batched_tokens or max(usual, limits.max_num_seqs)
 
 
 def step_time_target_s(config: EngineConfig) -> float | None:

@@ -41,7 +41,7 @@ class Target:
 
 def is_product(slot: str, tensor: Stored) -> bool:
     """True of what a product takes in its own bits: the matrices of the layers, and the head of its own."""
-    return len(tensor.shape) > 1 and slot != "embed" and not slot.endswith(".router")
+    return len(tensor.shape) > 1 and slot not in ("embed", "positions", "types") and not slot.endswith(".router")
 
 
 class Converter:

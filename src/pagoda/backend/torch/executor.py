@@ -21,15 +21,16 @@ from pagoda.backend.torch import ops
 from pagoda.backend.torch.answer import Chosen, Returning, choose
 from pagoda.backend.torch.convert import Target
 from pagoda.backend.torch.device import Device, Room, choose_dtype, open_device, room
+from pagoda.backend.torch.encoder import Encoder, EncoderLoader
 from pagoda.backend.torch.graphs import DecodeGraphs, Recorder
 from pagoda.backend.torch.load import Loader
 from pagoda.backend.torch.model import Decoder, KvCache
 from pagoda.backend.torch.ops import Batch
 from pagoda.backend.torch.packs import FP8
 from pagoda.backend.torch.size import weight_bytes
-from pagoda.backend.torch.split import joined, part
+from pagoda.backend.torch.split import joined, middle, part
 from pagoda.backend.torch.upload import Rows, upload
-from pagoda.errors import EngineError, ModelError
+from pagoda.errors import EngineError
 from pagoda.formats import KV_EIGHT_BITS
 from pagoda.types import BLOCK_SIZE, StepPlan, StepResult
 from pagoda.weights.source import Tensor, TensorSource
@@ -89,7 +90,7 @@ class TorchExecutor:
     cuda = True
 
     def __init__(
-        self, decoder: Decoder, capacity: Capacity, device: Device, graphs: DecodeGraphs | None = None
+        self, decoder: Decoder | Encoder, capacity: Capacity, device: Device, graphs: DecodeGraphs | None = None
     ) -> None:
         self.decoder = decoder
         self._graphs = graphs
@@ -112,13 +113,15 @@ class TorchExecutor:
         dtype = choose_dtype(limits.dtype, source.config, device)
         target = Target(device.device, dtype, limits.quantization, device.fp8)
         kv_type = FP8 if limits.kv_cache_dtype in KV_EIGHT_BITS else dtype
-        if spec.encoder is not None:
-            raise ModelError("the PyTorch backend has no encoders yet", remedy="Use --device cpu")
         spec, tensors = team.share(spec, bind(spec, source))
         space = room(device, limits.memory_share)
         stored, work = weight_bytes(tensors, target), activation_bytes(spec, limits, 1, dtype.itemsize)
         blocks = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type))
-        decoder = team.joined(lambda: Loader(spec, tensors, target).decoder(limits.max_model_len, progress))
+        decoder: Decoder | Encoder
+        if spec.encoder is None:
+            decoder = team.joined(lambda: Loader(spec, tensors, target).decoder(limits.max_model_len, progress))
+        else:
+            decoder = EncoderLoader(spec, tensors, target).encoder(progress)
         if device.is_gpu:
             stored, work = measured(decoder, limits, device, kv_type)
             blocks = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type))
@@ -149,7 +152,7 @@ class TorchExecutor:
         except torch.AcceleratorError as error:
             raise device_lost(plan) from error
         except torch.OutOfMemoryError as error:
-            _log.exception("step %d: no memory for one token", plan.step)
+            _log.exception("step %d: no memory for the least that can be computed", plan.step)
             raise EngineError("the GPU has no memory left for this step") from error
         except (IndexError, ValueError, RuntimeError) as error:
             # the libraries' own words are for the log: the text of an EngineError reaches clients
@@ -159,17 +162,18 @@ class TorchExecutor:
     def _launch(self, plan: StepPlan) -> Pending:
         """The step whole, or where the memory does not suffice in halves; steps are never that large again."""
         count = len(plan.tokens)
-        if self._most_tokens is None or count <= self._most_tokens:
+        cut = middle(plan, whole_requests=self.decoder.spec.encoder is not None)
+        if not cut or self._most_tokens is None or count <= self._most_tokens:
             try:
                 return self._run(plan)
             except torch.OutOfMemoryError:
-                if count == 1:
+                if not cut:
                     raise
                 self._most_tokens = count // 2
                 _log.warning("no memory for a step of %d tokens: steps are cut to %d from now on", count, count // 2)
             release(self._device)
         # each half is waited for: its scratch is free before the next begins
-        halves = [part(plan, 0, count // 2), part(plan, count // 2, count)]
+        halves = [part(plan, 0, cut), part(plan, cut, count)]
         return Done(joined(plan, [(self._launch(half).wait(), rows) for half, rows in halves]))
 
     def _run(self, plan: StepPlan) -> Pending:
@@ -231,6 +235,8 @@ def kv_kind(kind: torch.dtype) -> memory.KvType:
 
 
 def make_caches(spec: ModelSpec, blocks: int, kind: torch.dtype, device: torch.device) -> list[KvCache]:
+    if spec.encoder is not None:
+        return []
     shapes = [(blocks, BLOCK_SIZE, layer.attention.kv_heads, layer.attention.head_dim) for layer in spec.layers]
     return [(_zeros(shape, kind, device), _zeros(shape, kind, device)) for shape in shapes]
 
@@ -239,7 +245,7 @@ def _zeros(shape: tuple[int, ...], kind: torch.dtype, device: torch.device) -> t
     return torch.zeros(shape, dtype=torch.uint8 if kind == FP8 else kind, device=device).view(kind)
 
 
-def measured(decoder: Decoder, limits: Limits, device: Device, kv_type: torch.dtype) -> tuple[int, int]:
+def measured(decoder: Decoder | Encoder, limits: Limits, device: Device, kv_type: torch.dtype) -> tuple[int, int]:
     """Bytes that the weights take, and those that the largest step takes beside them and the cache."""
     release(device)
     weights = torch.cuda.memory_allocated(device.device)

@@ -34,6 +34,7 @@ class Batch:
     rows: Tensor  # int32 [L], the tokens whose logits are wanted
     max_query: int  # most tokens of one request; 1: all are decoding
     max_context: int  # largest of `contexts`, or a bound of it
+    types: Tensor | None = None  # int32 [T], 1 from where the second text of a pair begins; for encoders
     runs: Tensor | None = None  # what `prepared` adds for the kernels
 
 

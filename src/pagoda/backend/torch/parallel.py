@@ -108,6 +108,12 @@ class ParallelExecutor(TorchExecutor):
     ) -> Self:
         """Raises ConfigError, before anything is started, where the GPUs are too few or cannot share the model."""
         size = limits.tensor_parallel_size
+        if spec.encoder is not None:
+            raise ConfigError(
+                f"--tensor-parallel-size {size}: an encoder is computed on one GPU",
+                remedy="Leave it out",
+                param="tensor_parallel_size",
+            )
         check_size(spec, bind(spec, source), size)
         first = Job(0, size, "", cls.cuda, 0, source.path, spec, limits)
         with cls.gathered(first) as (followers, meeting):

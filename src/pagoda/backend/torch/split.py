@@ -16,6 +16,13 @@ _PER_REQUEST = (
 Places = npt.NDArray[np.intp]
 
 
+def middle(plan: StepPlan, *, whole_requests: bool) -> int:
+    """How many tokens of a plan the first half has; 0: it cannot be cut."""
+    if whole_requests:
+        return int(plan.starts[len(plan.slots) // 2])
+    return len(plan.tokens) // 2
+
+
 def part(plan: StepPlan, first: int, last: int) -> tuple[StepPlan, Places]:
     """Tokens first:last of a plan as a plan of its own, and which rows of logits it has.
 

@@ -101,6 +101,9 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
         raise IndexError("the plan names a block outside the cache")
     parcel.add(cells=cells, tokens=plan.tokens, positions=positions.astype(np.int32), starts=plan.starts)
     parcel.add(contexts=contexts, tables=tables, rows=plan.rows)
+    second = plan.second_texts if isinstance(plan, StepPlan) else None
+    if second is not None:
+        parcel.add(types=(positions >= second[request_of]).astype(np.int32))
     return lambda: Batch(
         tokens=parcel["tokens"],
         positions=parcel["positions"],
@@ -111,6 +114,7 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
         rows=parcel["rows"],
         max_query=int(lengths.max(initial=0)),
         max_context=max_context,
+        types=None if second is None else parcel["types"],
     )
 
 
