@@ -181,7 +181,8 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     c->kv.data = c->kv_pages.data();
     c->writers.assign(d->num_blocks, -1);
     c->rope_pages = Pages((int64_t)d->max_tokens * d->rope_dim * 4);
-    c->logit_pages = Pages((int64_t)d->max_rows * d->vocab * 4);
+    const bool head = std::any_of(c->ops.begin(), c->ops.end(), [](const pg_op& op) { return op.kind == PG_HEAD; });
+    c->logit_pages = head ? Pages((int64_t)d->max_rows * d->vocab * 4) : Pages();
     int64_t widest = std::max(attention_scratch(d->head_dim), encoder_scratch(d->head_dim));
     for (auto& b : c->buffers) widest = std::max(widest, b.width);
     for (auto& s : c->row_scratch) s.resize(widest);
