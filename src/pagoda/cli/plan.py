@@ -16,6 +16,7 @@ from pagoda.config import declared
 from pagoda.deploy.find_model import find_model
 from pagoda.errors import ConfigError, ModelError
 from pagoda.settings import COMMAND_LINE, DEFAULT, Settings, check
+from pagoda.tasks import Task
 
 if TYPE_CHECKING:
     from pagoda.deploy.machines import Machine
@@ -42,7 +43,8 @@ Options:
   --ram SIZE   plan for a CPU with this much free memory (24GiB) in place of this machine's
   --json       the plan for a program
 and the options of pagoda serve: --max-model-len, --gpu-memory-utilization, --tensor-parallel-size, --quantization,
---dtype, --max-num-seqs, --max-num-batched-tokens, --kv-cache-memory-bytes, --kv-cache-dtype
+--dtype, --max-num-seqs, --max-num-batched-tokens, --kv-cache-memory-bytes, --kv-cache-dtype, --runner,
+--speculative-config
 """
 
 _BAR = 64
@@ -51,6 +53,7 @@ _PARTS = (
     ("images", "i", "36"),
     ("KV cache", "=", "32"),
     ("work", "+", "33"),
+    ("draft model", "d", "31"),
     ("CUDA", "x", "35"),
 )
 
@@ -68,7 +71,7 @@ def run(words: list[str]) -> int:
     machine = _machine(given)
     if not machine.count:
         check(settings)
-    path, model = _model(settings.options.model)
+    path, model = _model(settings.options.model, settings.options.engine_config("").task)
     asked = settings.origins["tensor_parallel_size"] != DEFAULT
     gpus = settings.options.tensor_parallel_size if asked else None
     plan = make_plan(model, settings.options.engine_config(path), machine, gpus)
@@ -79,7 +82,7 @@ def run(words: list[str]) -> int:
     return 0 if plan.fits else 1
 
 
-def _model(name: str) -> tuple[str, PlannedModel]:
+def _model(name: str, task: Task) -> tuple[str, PlannedModel]:
     """A model that is here, or else what its hub's config.json alone tells."""
     from pagoda.deploy.plan_model import model_of_config, planned_model
 
@@ -92,8 +95,9 @@ def _model(name: str) -> tuple[str, PlannedModel]:
         if remote is None:
             raise
         config, host = remote
-        return name, model_of_config(config, (f"planned from {host}'s config.json; nothing else was fetched",), name)
-    return path, planned_model(Path(path))
+        note = f"planned from {host}'s config.json; nothing else was fetched"
+        return name, model_of_config(config, (note,), name, task)
+    return path, planned_model(Path(path), task)
 
 
 def _machine(given: dict[str, str]) -> Machine:
@@ -154,8 +158,10 @@ def _rows(model: PlannedModel, plan: Plan) -> list[tuple[str, str]]:
         ("KV cache", f"{size(plan.kv_bytes)}, {plan.kv_bytes_per_token / 1024:g} KiB for each token"),
         ("work", f"{size(plan.activation_bytes)} for steps of {plan.limits.max_num_batched_tokens} tokens"),
     ]
+    if plan.draft_bytes:
+        rows.append(("draft", f"{size(plan.draft_bytes)}: its weights, cache and work"))
+    rows.append(("CUDA" if plan.gpus else "processes", f"about {size(plan.overhead_bytes)}"))
     if plan.gpus:
-        rows.append(("CUDA", f"about {size(plan.overhead_bytes)}"))
         rows.append(("GPUs", f"{plan.gpus}; sizes that work: {', '.join(map(str, plan.parallel_sizes))}"))
     rows.append(("context", f"{plan.context} tokens (the model: {model.spec.max_position})"))
     if plan.longest_context > plan.context:
@@ -169,7 +175,14 @@ def _rows(model: PlannedModel, plan: Plan) -> list[tuple[str, str]]:
 def picture(plan: Plan, color: bool) -> str:
     """The memory as a bar: what is taken by what, what is left, and where the limit is when it is too much."""
     cache = plan.kv_bytes or plan.needed_bytes - plan.fixed_bytes
-    sizes = (plan.weight_bytes, plan.image_bytes, cache, plan.activation_bytes, plan.overhead_bytes)
+    sizes = (
+        plan.weight_bytes,
+        plan.image_bytes,
+        cache,
+        plan.activation_bytes,
+        plan.draft_bytes,
+        plan.overhead_bytes,
+    )
     width = min(_BAR, max(16, shutil.get_terminal_size().columns - 4))
     total = max(plan.machine.memory_bytes, sum(sizes), 1)
     bar, end, at = "", 0, 0
@@ -182,6 +195,8 @@ def picture(plan: Plan, color: bool) -> str:
     bar += "." * (width - at)
     free = plan.machine.memory_bytes - sum(sizes)
     shown = [f"{mark} {name} {size(b)}" for (name, mark, _), b in zip(_PARTS, sizes, strict=True) if b]
+    if not plan.gpus:
+        shown = [text.replace("x CUDA", "x processes") for text in shown]
     shown.append(f". free {size(free)}" if free >= 0 else f"and {size(-free)} too much")
     what = f"each of {plan.machine.name}" if plan.machine.count > 1 else plan.machine.name
     head = f"  {what}: {size(plan.machine.memory_bytes)}{'' if plan.gpus else ' free'}, {plan.share:.0%} may be used"
@@ -231,6 +246,7 @@ def _json(settings: Settings, model: PlannedModel, plan: Plan) -> str:
         "kv_bytes_per_token": plan.kv_bytes_per_token,
         "activation_bytes": plan.activation_bytes,
         "overhead_bytes": plan.overhead_bytes,
+        "draft_bytes": plan.draft_bytes,
         "image_bytes": plan.image_bytes,
         "num_blocks": plan.blocks,
         "max_model_len": plan.context,

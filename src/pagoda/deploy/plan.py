@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 
@@ -13,10 +14,11 @@ from pagoda.backend.base import Limits
 from pagoda.backend.cpu import executor, program
 from pagoda.config import EngineConfig
 from pagoda.deploy.machines import Machine
-from pagoda.deploy.plan_model import PlannedModel, packed
+from pagoda.deploy.plan_model import PlannedModel, packed, planned_model
 from pagoda.engine.core import resolve_limits
+from pagoda.engine.draft_limits import draft_limits
 from pagoda.errors import ConfigError, MemoryShort
-from pagoda.formats import QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU
+from pagoda.formats import KV_EIGHT_BITS, QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU
 from pagoda.types import BLOCK_SIZE
 from pagoda.weights.fp8 import Scaled
 from pagoda.weights.ggml import BLOCKS, nbytes
@@ -27,6 +29,8 @@ _SHORT_CONTEXT = 2048
 _CONTEXTS = (_SHORT_CONTEXT, 8192, 32768, 131072)
 _MOST_SHARE_GPU = 0.95
 _FLOATS = ("F32", "F16", "BF16")
+# What the two processes take beside the model: measured with vocabularies of 30, 49 and 152 thousand tokens.
+_PROCESS_BYTES, _TOKEN_BYTES = 80 << 20, 256
 _BITS = {"int8": 8, "int4": 4, "U8G": 8, "U4G": 4}
 
 
@@ -46,6 +50,7 @@ class Plan:
     activation_bytes: int
     overhead_bytes: int
     image_bytes: int
+    draft_bytes: int
     block_bytes: int
     blocks: int
     most_blocks: int
@@ -60,12 +65,14 @@ class Plan:
 
     @property
     def usable_bytes(self) -> int:
-        return int(self.machine.memory_bytes * self.share)
+        """The share; on a CPU, of what the processes and a draft model leave free."""
+        first = 0 if self.gpus else min(self.overhead_bytes + self.draft_bytes, self.machine.memory_bytes)
+        return first + int((self.machine.memory_bytes - first) * self.share)
 
     @property
     def fixed_bytes(self) -> int:
         """All but the cache."""
-        return self.weight_bytes + self.activation_bytes + self.overhead_bytes + self.image_bytes
+        return self.weight_bytes + self.activation_bytes + self.overhead_bytes + self.image_bytes + self.draft_bytes
 
     @property
     def kv_bytes(self) -> int:
@@ -105,12 +112,13 @@ def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Pl
     kv_type = memory.kv_type(limits.kv_cache_dtype)
     weights = executor.weight_bytes(model.tensors, asked)
     work = program.buffer_bytes(model.spec, limits.max_num_batched_tokens)
+    draft, processes = _draft_bytes(config, limits, machine), _PROCESS_BYTES + _TOKEN_BYTES * model.spec.vocab_size
     images = _image_bytes(model, limits, memory.FLOAT32_BYTES)
     try:
         blocks = memory.fit(
             model.spec,
             limits,
-            free_bytes=machine.memory_bytes,
+            free_bytes=max(0, machine.memory_bytes - draft - processes),
             weight_bytes=weights,
             activation_bytes=work + images,
             kv_type=kv_type,
@@ -121,7 +129,9 @@ def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Pl
         blocks = 0  # the engine refuses a length that was asked for, where the model's own is cut
     share = memory.DEFAULT_SHARE if config.memory_share is None else config.memory_share
     block_bytes = memory.kv_bytes_per_block(model.spec, kv_type)
-    return _filled(machine, share, 0, (weights, work, 0, images), block_bytes, blocks, limits, model, config)
+    return _filled(
+        machine, share, 0, (weights, work, processes, images, draft), block_bytes, blocks, limits, model, config
+    )
 
 
 def _gpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine, gpus: int | None) -> Plan:
@@ -140,30 +150,49 @@ def _gpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine, gpus:
     work = sharding.activation_bytes(model.spec, limits, size, item)
     overhead, images = sharding.overhead_bytes(size), _image_bytes(model, limits, item)
     share = memory.DEFAULT_SHARE if config.memory_share is None else config.memory_share
-    block_bytes = sharding.kv_bytes_per_block(model.spec, size, item)
-    left = int(machine.memory_bytes * share) - weights - work - overhead - images
+    kv_item = 1 if limits.kv_cache_dtype in KV_EIGHT_BITS else item
+    block_bytes = sharding.kv_bytes_per_block(model.spec, size, kv_item)
+    draft = _draft_bytes(config, limits, machine)
+    left = int(machine.memory_bytes * share) - weights - work - overhead - images - draft
     most = max(0, left) // block_bytes
     one = memory.blocks_for(limits.max_model_len)
     blocks = most if config.max_model_len is None or most >= one else 0
     blocks = min(blocks, one * limits.max_num_seqs)
-    plan = _filled(machine, share, size, (weights, work, overhead, images), block_bytes, blocks, limits, model, config)
+    parts = (weights, work, overhead, images, draft)
+    plan = _filled(machine, share, size, parts, block_bytes, blocks, limits, model, config)
     return replace(plan, parallel_sizes=tuple(sizes))
+
+
+def _draft_bytes(config: EngineConfig, limits: Limits, machine: Machine) -> int:
+    """A draft model with its cache and its work."""
+    if config.speculation is None or config.speculation.model is None:
+        return 0
+    model = planned_model(Path(config.speculation.model))
+    own, blocks = draft_limits(config.speculation, limits, model.spec)
+    if machine.count:
+        item = 4 if config.dtype == "float32" else 2
+        stored = (_gpu_bytes(slot, t, own.quantization, model.group, item) for slot, t in model.tensors.items())
+        work = sharding.activation_bytes(model.spec, own, 1, item)
+        kv_item = 1 if own.kv_cache_dtype in KV_EIGHT_BITS else item
+        return sum(stored) + work + blocks * sharding.kv_bytes_per_block(model.spec, 1, kv_item)
+    program.check_spec(model.spec)
+    work = program.buffer_bytes(model.spec, own.max_num_batched_tokens)
+    cache = blocks * memory.kv_bytes_per_block(model.spec, memory.kv_type(own.kv_cache_dtype))
+    return executor.weight_bytes(model.tensors, own.quantization) + work + cache
 
 
 def _filled(
     machine: Machine,
     share: float,
     gpus: int,
-    parts: tuple[int, int, int, int],
+    parts: tuple[int, int, int, int, int],
     block_bytes: int,
     blocks: int,
     limits: Limits,
     model: PlannedModel,
     config: EngineConfig,
 ) -> Plan:
-    left = max(0, int(machine.memory_bytes * share) - sum(parts))
-    most = left // block_bytes if block_bytes else blocks  # an encoder has no cache
-    return Plan(
+    plan = Plan(
         machine=machine,
         share=share,
         gpus=gpus,
@@ -171,16 +200,20 @@ def _filled(
         activation_bytes=parts[1],
         overhead_bytes=parts[2],
         image_bytes=parts[3],
+        draft_bytes=parts[4],
         block_bytes=block_bytes,
         blocks=blocks,
-        most_blocks=most,
+        most_blocks=0,
         limits=limits,
         context=min(limits.max_model_len, blocks * BLOCK_SIZE),
-        longest_context=min(model.spec.max_position, most * BLOCK_SIZE),
+        longest_context=0,
         wanted_context=config.max_model_len or min(_SHORT_CONTEXT, model.spec.max_position),
         fits=blocks > 0,
         quantization=config.quantization,
     )
+    left = max(0, plan.usable_bytes - plan.fixed_bytes)
+    most = left // block_bytes if block_bytes else blocks  # an encoder has no cache
+    return replace(plan, most_blocks=most, longest_context=min(model.spec.max_position, most * BLOCK_SIZE))
 
 
 def _as_asked(
@@ -252,5 +285,7 @@ def _more_gpus(model: PlannedModel, config: EngineConfig, machine: Machine) -> I
 
 
 def _share_that_fits(plan: Plan) -> float:
-    need = plan.fixed_bytes + memory.blocks_for(plan.wanted_context) * plan.block_bytes
-    return math.ceil(100 * need / plan.machine.memory_bytes) / 100 if plan.machine.memory_bytes else math.inf
+    first = 0 if plan.gpus else plan.overhead_bytes + plan.draft_bytes
+    need = plan.fixed_bytes - first + memory.blocks_for(plan.wanted_context) * plan.block_bytes
+    free = plan.machine.memory_bytes - first
+    return math.ceil(100 * need / free) / 100 if free > 0 else math.inf

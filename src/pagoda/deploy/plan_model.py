@@ -15,6 +15,7 @@ from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.deploy.image_encoder import ImageEncoder, image_encoder
 from pagoda.errors import ModelError
+from pagoda.tasks import Task
 from pagoda.weights.files import Checkpoint
 from pagoda.weights.open import open_source
 from pagoda.weights.quantization import method_of
@@ -48,25 +49,25 @@ class PlannedModel:
         )
 
 
-def planned_model(path: Path) -> PlannedModel:
+def planned_model(path: Path, task: Task = "auto") -> PlannedModel:
     """From a folder, a .gguf file or a config.json. Without weights in the folder, its config.json says it all."""
     if path.name == "config.json":
-        return _from_config(path, ())
+        return _from_config(path, (), task)
     has_weights = not path.is_dir() or any(any(path.glob(f"*.{end}")) for end in ("safetensors", "gguf", "bin"))
     if not has_weights:
-        return _from_config(path / "config.json", ("there are no weights here: planned from config.json alone",))
+        return _from_config(path / "config.json", ("there are no weights here: planned from config.json alone",), task)
     try:
         source = open_source(str(path))
-        spec = load_spec(source)
+        spec = load_spec(source, task)
         tensors = bind(spec, source)
     except ModelError as error:
         if not (path / "config.json").exists():
             raise
-        return _from_config(path / "config.json", (f"planned from config.json alone: {error.message}",))
+        return _from_config(path / "config.json", (f"planned from config.json alone: {error.message}",), task)
     return PlannedModel(spec, tensors, method_of(source), _group(source.config))
 
 
-def _from_config(path: Path, notes: tuple[str, ...]) -> PlannedModel:
+def _from_config(path: Path, notes: tuple[str, ...], task: Task) -> PlannedModel:
     try:
         config = json.loads(path.read_bytes())
     except OSError as error:
@@ -77,17 +78,19 @@ def _from_config(path: Path, notes: tuple[str, ...]) -> PlannedModel:
         raise ModelError(f"{path} is not JSON", remedy="Download it again") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object", remedy="Download it again")
-    return model_of_config(config, notes, str(path.parent))
+    return model_of_config(config, notes, str(path.parent), task)
 
 
-def model_of_config(config: dict[str, Any], notes: tuple[str, ...], path: str = "") -> PlannedModel:
+def model_of_config(
+    config: dict[str, Any], notes: tuple[str, ...], path: str = "", task: Task = "auto"
+) -> PlannedModel:
     """The model that a config.json describes; `path` is where its weights would be."""
     images = None
     if "vision_config" in config or config.get("model_type") in _LANGUAGE_PARTS:
         images = image_encoder(config)
         config, notes = _language_part(config), (*notes, WITH_IMAGES if images else NO_IMAGES)
     source = Checkpoint(path, {}, config, {})
-    spec, method = load_spec(source), method_of(source)
+    spec, method = load_spec(source, task), method_of(source)
     if method not in _SERVED:
         notes = (*notes, f"weights in {method} can be planned, but not served yet")
     kind = _FLOATS.get(str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"), "BF16")

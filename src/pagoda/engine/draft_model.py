@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgspec
 
@@ -13,18 +13,17 @@ from pagoda.arch.registry import load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Limits
 from pagoda.backend.select import load_executor
+from pagoda.engine.draft_limits import draft_limits
 from pagoda.errors import ConfigError
 from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
 from pagoda.sched.state import Sequence, Turn
 from pagoda.speculation import Speculation
 from pagoda.text.tokenizer import load_tokenizer
-from pagoda.types import BLOCK_SIZE
 from pagoda.weights.open import open_source
 from pagoda.weights.quantization import check_quantization
 from pagoda.weights.source import TensorSource
 
-_CACHE_TOKENS = 32768
 _CATCH_UP_TOKENS = 128
 """Most tokens that the draft model reads in one go: all streams wait for it meanwhile."""
 _REMEDY = "Give a smaller model of the same family, or leave --speculative-config out"
@@ -55,17 +54,8 @@ class DraftModel:
         check_quantization(self._source, speculation.quantization)
         own = load_spec(self._source)
         _check_vocabulary(self._source, own, source, spec)
-        length = min(limits.max_model_len, own.max_position)
-        blocks = limits.num_blocks or min(limits.max_num_seqs * blocks_for(length), _CACHE_TOKENS // BLOCK_SIZE)
-        self._length = min(length, blocks * BLOCK_SIZE)
-        limits = replace(
-            limits,
-            max_model_len=self._length,
-            num_blocks=blocks,
-            kv_cache_bytes=None,
-            quantization=speculation.quantization,
-            tensor_parallel_size=1,
-        )
+        limits, _ = draft_limits(speculation, limits, own)
+        self._length = limits.max_model_len
         self._executor = load_executor(device, own, self._source, limits)
         self._vocab_size = own.vocab_size
         self._batch = Batch(limits.max_num_seqs, self._length, own.vocab_size)

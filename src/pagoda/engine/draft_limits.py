@@ -1,0 +1,28 @@
+"""How much of the memory a draft model takes for its cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pagoda.arch.memory import blocks_for
+from pagoda.arch.spec import ModelSpec
+from pagoda.backend.base import Limits
+from pagoda.speculation import Speculation
+from pagoda.types import BLOCK_SIZE
+
+_CACHE_TOKENS = 32768
+
+
+def draft_limits(speculation: Speculation, limits: Limits, spec: ModelSpec) -> tuple[Limits, int]:
+    """The limits of a draft model with this spec beside a model with these, and its number of cache blocks."""
+    length = min(limits.max_model_len, spec.max_position)
+    blocks = limits.num_blocks or min(limits.max_num_seqs * blocks_for(length), _CACHE_TOKENS // BLOCK_SIZE)
+    own = replace(
+        limits,
+        max_model_len=min(length, blocks * BLOCK_SIZE),
+        num_blocks=blocks,
+        kv_cache_bytes=None,
+        quantization=speculation.quantization,
+        tensor_parallel_size=1,
+    )
+    return own, blocks
