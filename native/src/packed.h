@@ -90,10 +90,10 @@ struct Target {
   const Out& out;
 };
 
-// m <= M rows; the first blocks begin with zeros, the last ones end in the output.
+// m = M or M - 1 rows, as more than 8 are always split; the first blocks begin with zeros, the last ones end in the output.
 template <int Type, int M>
 void packed_tile_of(int64_t m, const uint8_t* w, const Rows& a, const Place& at, F (*kept)[2], const Target& to) {
-  if constexpr (M > 1)
+  if constexpr (M > kPackedRows - 1)
     if (m < M) return packed_tile_of<Type, M - 1>(m, w, a, at, kept, to);
   F sums[M][2] = {};
   if (at.block)
