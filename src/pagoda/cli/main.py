@@ -25,6 +25,7 @@ COMMANDS = MappingProxyType(
         "pull": "fetch a model from Hugging Face or ModelScope",
         "list": "the models that are on this machine",
         "rm": "remove models from the caches",
+        "pack": "a model and all that serves it in one file, for a machine without network",
         "service": "keep a server running: systemd, tmux or compose",
         "top": "how busy running servers are",
         "version": "print the version (--verbose: and the CPU kernels)",

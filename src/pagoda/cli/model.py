@@ -36,7 +36,9 @@ def local_model(options: Options) -> str:
         finally:
             progress.clear()
     check_format(path, options.load_format, options.quantization)
-    return path
+    # A link on the way, such as that to the version in use, may lead elsewhere when the engine is started again.
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name) if folder else path
 
 
 def _found_or_fetched(options: Options, name: str) -> str:

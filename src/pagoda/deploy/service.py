@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ START_LIMIT_S = 3600
 WATCHDOG_S = 120
 MOST_STARTS = 5
 STARTS_WINDOW_S = 600
+LAUNCHER_VARIABLE = "PAGODA_LAUNCHER"
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:/@%+=-]*")
@@ -98,6 +100,12 @@ class Manager(Protocol):
     def follow(self, service: Service, lines: int) -> Sequence[str]:
         """The command that shows the log and what is added to it."""
         ...
+
+
+def program(environ: Mapping[str, str]) -> list[str]:
+    """The command `pagoda`, to be written down: this Python, or the launcher of an unpacked pack, which outlives it."""
+    launcher = environ.get(LAUNCHER_VARIABLE)
+    return [launcher] if launcher else [sys.executable, "-m", "pagoda.cli.main"]
 
 
 def name_for(model: str) -> str:

@@ -58,7 +58,7 @@ def service_options(settings: Settings, environ: Mapping[str, str]) -> dict[str,
     draft = dict(values.get("speculative_config", {}))
     if draft.get("model"):
         values["speculative_config"] = {**draft, "model": _absolute(draft["model"])}
-    return {s.name.replace("_", "-"): _plain(values[s.name]) for s in declared() if s.name in values}
+    return {s.name.replace("_", "-"): plain(values[s.name]) for s in declared() if s.name in values}
 
 
 def service_secrets(settings: Settings, environ: Mapping[str, str], *, here: bool) -> dict[str, str]:
@@ -84,7 +84,7 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return dict(value) if isinstance(value, Mapping) else value

@@ -25,6 +25,7 @@ from pagoda.deploy.service import (
     WATCHDOG_S,
     Service,
     load,
+    program,
     read_secrets,
 )
 
@@ -96,7 +97,7 @@ class Supervisor:
     def _one_life(self) -> int:
         if self._stop_at is not None:
             return 0
-        command = [sys.executable, "-m", "pagoda.cli.main", "serve", "--config", str(self._service.options_path)]
+        command = [*program(os.environ), "serve", "--config", str(self._service.options_path)]
         with (
             tempfile.TemporaryDirectory(prefix="pagoda-") as folder,
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices,

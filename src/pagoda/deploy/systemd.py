@@ -7,7 +7,6 @@ import os
 import pwd
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from pagoda.deploy.service import (
     Service,
     State,
     call,
+    program,
 )
 from pagoda.errors import ConfigError
 from pagoda.observe import printable
@@ -151,7 +151,7 @@ def unit_text(service: Service, *, user: bool, version: int) -> str:
 
 
 def _unit_lines(service: Service, *, user: bool, version: int) -> Iterator[str]:
-    command = [sys.executable, "-m", "pagoda.cli.main", "serve", "--config", str(service.options_path)]
+    command = [*program(os.environ), "serve", "--config", str(service.options_path)]
     yield f"# Written by pagoda service install. Options: {service.options_path}; secrets: {service.secrets_path}"
     yield from ("[Unit]", f"Description=Pagoda serves {_literal(service.options.get('model', 'its default model'))}")
     if not user:
@@ -197,7 +197,7 @@ def owner_of(path: Path, environ: Mapping[str, str]) -> str:
     try:
         return path.owner()
     except (OSError, KeyError):
-        return pwd.getpwuid(os.geteuid()).pw_name
+        return next((one.pw_name for one in pwd.getpwall() if one.pw_uid == os.geteuid()), "root")
 
 
 def _user_units() -> Path:

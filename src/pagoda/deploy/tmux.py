@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from pagoda.deploy.boot import not_at_boot, start_at_boot
-from pagoda.deploy.service import Service, State, call
+from pagoda.deploy.service import LAUNCHER_VARIABLE, Service, State, call
 from pagoda.deploy.supervise import LOG_FILE, STATE_FILE
 from pagoda.errors import ConfigError
 
@@ -47,7 +47,8 @@ class Tmux:
             return
         # The tmux server keeps the environment of its first start: what Python needs is given to each session.
         path = os.pathsep.join(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)
-        given = ("-e", f"PYTHONPATH={path}") if path else ()
+        needed = {"PYTHONPATH": path, LAUNCHER_VARIABLE: os.environ.get(LAUNCHER_VARIABLE)}
+        given = [word for name, value in needed.items() if value for word in ("-e", f"{name}={value}")]
         command = (sys.executable, "-m", "pagoda.deploy.supervise", str(service.folder))
         (service.folder / STATE_FILE).unlink(missing_ok=True)
         call(*_TMUX, "new-session", "-d", "-s", service.name, *given, *command, needs=_INSTALL)
