@@ -6,9 +6,8 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 
-from pagoda.deploy.service import Service
+from pagoda.deploy.service import Service, program
 from pagoda.errors import ConfigError
 
 _KEPT = ("XDG_CONFIG_HOME", "TMUX_TMPDIR", "PYTHONPATH")
@@ -32,7 +31,7 @@ def _line(service: Service) -> str:
     """cron gives a short PATH and nothing else: where tmux is, and what this user has set, is told."""
     tmux = os.path.dirname(shutil.which("tmux") or "/usr/bin/tmux")
     given = {"PATH": f"{tmux}:/usr/bin:/bin", **{name: os.environ[name] for name in _KEPT if os.environ.get(name)}}
-    start = [sys.executable, "-m", "pagoda.cli.main", "service", "start", service.name]
+    start = [*program(os.environ), "service", "start", service.name]
     command = shlex.join(["env", *(f"{name}={value}" for name, value in given.items()), *start])
     return f"@reboot {command} >/dev/null 2>&1 {_mark(service)}".replace("%", "\\%")
 

@@ -130,17 +130,17 @@ def pack(plan: Plan, progress: Progress) -> Packed:
                 progress("answer", 0.0, "asking the model, to record its answer")
                 answer = record(plan.model, plan.options)
             most_parts = 1 if plan.part_bytes is None else room // plan.part_bytes + 2
-            return _write(plan, linked, answer, total, header_bytes(most_parts), progress)
+            return write(plan, linked, answer, header_bytes(most_parts), progress)
         except OSError as error:
             why = error.strerror or str(error)
             raise DiskFailed(f"Cannot pack {error.filename or plan.out}: {why}", remedy="Free some space, or write to "
                              "another disk: -o FILE") from None  # fmt: skip
 
 
-def _write(
-    plan: Plan, linked: Linked, answer: Mapping[str, Any] | None, total: int, room: int, progress: Progress
-) -> Packed:
+def write(plan: Plan, linked: Linked, answer: Mapping[str, Any] | None, room: int, progress: Progress) -> Packed:
+    """Write the members and what tells of them, with `room` bytes for the header; remove what is half on an error."""
     parts = Parts(plan.out, plan.part_bytes, room)
+    total = sum(member.size for member in linked.members)
     glibc = ".".join(map(str, linked.glibc))
     try:
         tar = Tar(parts, total, progress)

@@ -17,7 +17,8 @@ from pagoda.errors import ConfigError, ModelError
 
 SUMS = "SHA256SUMS"
 _SCRIPT = "pack_install.sh"
-_SELF_END = 84
+_BEGIN = b"#!/bin/sh\n# header "
+_SELF_END = len(_BEGIN) + 64
 """What is before this byte holds the hash of what is behind it."""
 _BLOCK = 4096
 _CHUNK_BYTES = 1 << 20
@@ -194,7 +195,7 @@ def header(values: Mapping[str, str], parts: list[Part], room_bytes: int) -> byt
     data = text.replace("@SELF@", "0" * 64, 1).encode()
     data += b"\n" * (room_bytes - len(data))
     own = hashlib.sha256(data[_SELF_END:]).hexdigest().encode()
-    return data[: _SELF_END - 65] + own + data[_SELF_END - 1 :]
+    return _BEGIN + own + data[_SELF_END:]
 
 
 def check(path: Path, progress: Progress) -> Mapping[str, str]:
@@ -235,7 +236,7 @@ def read_header(path: Path) -> tuple[Mapping[str, str], list[Part]]:
         ]
     except (KeyError, ValueError):
         raise ModelError(f"{path} is no pack, or its beginning is damaged", remedy="Name the first file") from None
-    if data[_SELF_END - 65 : _SELF_END - 1].decode("latin-1") != hashlib.sha256(data[_SELF_END:room]).hexdigest():
+    if data[:_SELF_END] != _BEGIN + hashlib.sha256(data[_SELF_END:room]).hexdigest().encode():
         raise ModelError(f"the beginning of {path} is damaged", remedy="Copy it again")
     return values, parts
 

@@ -15,7 +15,8 @@ MACHINES = {62: "x86_64", 183: "aarch64"}
 
 _LOAD, _DYNAMIC = 1, 2
 _NEEDED, _STRTAB, _STRSZ, _RPATH, _RUNPATH, _VERNEED, _VERNEEDNUM = 1, 5, 10, 15, 29, 0x6FFFFFFE, 0x6FFFFFFF
-_MOST_BYTES = 1 << 24
+_MOST_BYTES, _FARTHEST = 1 << 24, 1 << 40
+_MOST_VERSIONS = 10_000
 _GLIBC = re.compile(r"GLIBC_(\d+)\.(\d+)")
 
 
@@ -68,9 +69,11 @@ def _read(file: BinaryIO, head: bytes) -> Elf:
 
 def _versions(file: BinaryIO, at: int, count: int, strings: bytes) -> list[str]:
     """The names of all versions of symbols that it asks other libraries for."""
-    out = []
+    out: list[str] = []
     for _ in range(count):
         _, names, _, first, following = struct.unpack("<HHIII", _bytes(file, at, 16))
+        if len(out) + names > _MOST_VERSIONS or not names:
+            raise ValueError(names)
         entry = at + first
         for _ in range(names):
             _, _, _, name, step = struct.unpack("<IHHII", _bytes(file, entry, 16))
@@ -81,7 +84,7 @@ def _versions(file: BinaryIO, at: int, count: int, strings: bytes) -> list[str]:
 
 
 def _bytes(file: BinaryIO, at: int, size: int) -> bytes:
-    if size > _MOST_BYTES:
+    if size > _MOST_BYTES or at > _FARTHEST:
         raise OverflowError
     file.seek(at)
     return file.read(size)

@@ -47,10 +47,9 @@ check_tools() {
 check_header() {
     [ -f "$0" ] || die "this must be run from its file" "Type: sh FILE" 78
     [ "$(bytes_of "$0")" -ge "$HEADER_BYTES" ] || die "$0 is cut off" "Copy it again" 65
-    # The second line ends with byte 84, and its hash with byte 83.
-    stated=$(head -c 83 "$0" | tail -c 64)
-    found=$(head -c "$HEADER_BYTES" "$0" | tail -c +85 | sha)
-    [ "$stated" = "$found" ] || die "$0 is damaged" "Copy it again" 65
+    stated=$(head -c 83 "$0")
+    found=$(head -c "$HEADER_BYTES" "$0" | tail -c +84 | sha)
+    [ "$stated" = "$(printf '#!/bin/sh\n# header %s' "$found")" ] || die "$0 is damaged" "Copy it again" 65
 }
 check_sizes() {
     number=0
@@ -150,11 +149,12 @@ write_config() { # the options of the server, with the place of the model, into 
         case $line in
         *@HERE@*) say "${line%%@HERE@*}$dir/current${line#*@HERE@}" ;;
         *) say "$line" ;;
-        esac
+        esac || return 1
     done <"$1/serve.yaml.in" >"$1/serve.yaml"
 }
 link_to() { # folder, name of the link: changes it in one step
-    ln -s "versions/$1" "$dir/.$2.$$" && mv -T "$dir/.$2.$$" "$dir/$2"
+    ln -s "versions/$1" "$dir/.$2.$$" && mv -T "$dir/.$2.$$" "$dir/$2" ||
+        die "the link $dir/$2 cannot be changed" "See above" 74
 }
 target() { # name of a link -> the version it leads to
     [ ! -L "$dir/$1" ] || { link=$(readlink "$dir/$1") && say "${link#versions/}"; }
@@ -198,8 +198,8 @@ build() { # unpack, check and try beside what is there; only then does it get it
     mkdir -p "$stage" || die "$stage cannot be made" "Name another folder: --dir DIR" 77
     unpack "$stage"
     check_files "$stage" || die "the pack is damaged: nothing was installed" "Copy it again, and see: sh $0 --check" 65
-    head -c "$HEADER_BYTES" "$0" >"$stage/install.sh"
-    write_config "$stage"
+    head -c "$HEADER_BYTES" "$0" >"$stage/install.sh" && write_config "$stage" ||
+        die "$stage cannot be written" "Is the disk full?" 74
     show 'compiling Python'
     "$stage/python/bin/python3" -I -m compileall -q "$stage/python/lib" >/dev/null 2>&1
     show ''
