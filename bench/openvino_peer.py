@@ -23,13 +23,15 @@ import openvino_genai
 
 
 class Peer:
-    def __init__(self, model: str, threads: int) -> None:
+    def __init__(self, model: str, threads: int, precision: str = "") -> None:
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size = 2
         scheduler.max_num_seqs = 32
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = True
-        options = {"INFERENCE_NUM_THREADS": threads}
+        options: dict[str, int | str] = {"INFERENCE_NUM_THREADS": threads}
+        if precision:
+            options["INFERENCE_PRECISION_HINT"] = precision
         self._pipe = openvino_genai.ContinuousBatchingPipeline(model, scheduler, "CPU", options)
 
     def wall_s(self, prompts: list[list[int]], output: int) -> float:
@@ -51,8 +53,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", default="", help="f32 where ONEDNN_MAX_CPU_ISA=AVX2 keeps it from bf16")
     a = parser.parse_args()
-    peer, rng = Peer(a.model, a.threads), random.Random(1)
+    peer, rng = Peer(a.model, a.threads, a.precision), random.Random(1)
 
     def ids(count: int) -> list[int]:
         return [rng.randrange(100, 40000) for _ in range(count)]

@@ -178,13 +178,13 @@ def test_the_rate_follows_what_came_true() -> None:
     assert drafter.rate < 0.15
 
 
-def speculator(one_s: float, each_s: float) -> Speculator:
+def speculator(one_s: float, each_s: float, kind: Speculation | None = None) -> Speculator:
     pace = Pace(None)
     for count in [1, 1, 9, 1, 5, 1, 1] * 4:
         load = Load()
         load.add_stream(100, count)
         pace.observe(load, one_s + each_s * (count - 1))
-    return Speculator(Speculation(), pace)
+    return Speculator(kind or Speculation(), pace)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,33 @@ def test_before_anything_was_measured_nothing_is_tried() -> None:
     load = Load()
     load.add_stream(100)
     assert Speculator(Speculation(), Pace(None)).draft(Drafter(ALWAYS), [4, 5, 6] * 10, 8, load) == []
+
+
+@pytest.mark.parametrize(
+    "rate, round_s, low, high", [(0.9, 0.0005, 4, 8), (0.7, 0.0015, 1, 3), (0.9, 0.005, 0, 0), (0.2, 0.0015, 0, 0)]
+)
+def test_a_draft_model_guesses_as_much_as_pays(rate: float, round_s: float, low: int, high: int) -> None:
+    model, load = Speculation(model="/m"), Load()
+    drafters = [Drafter(model), Drafter(model)]
+    for drafter in drafters:
+        drafter.rate = rate
+        load.add_stream(100)
+    each = speculator(0.005, 0.0005, model)
+    assert each.tokens_ahead(drafters, load) == 8, "it is tried before its price is known"
+    each.observe([(2, round_s)] * 5)
+    assert low <= each.tokens_ahead(drafters, load) <= high
+
+
+def test_a_text_that_was_hard_to_guess_is_tried_again() -> None:
+    drafter = Drafter(Speculation(model="/m"))
+    for _ in range(40):
+        drafter.take([1, 2])
+        drafter.hear([3])
+    assert drafter.rate < 0.05
+    for _ in range(200):
+        drafter.take([])
+        drafter.hear([3])
+    assert drafter.rate > 0.5
 
 
 def test_by_itself_it_is_quicker_where_text_repeats_and_never_slower() -> None:

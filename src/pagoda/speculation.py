@@ -15,8 +15,8 @@ from pagoda.formats import QUANTIZE_ON_LOAD
 class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     """Drafts by prompt lookup: up to `num_tokens` that followed the last `lookup_max` to `lookup_min` tokens before.
 
-    `always` tries them wherever they can be found, else only where what was measured says that it pays. With `model`,
-    a folder or .gguf file, that model makes the drafts, its float weights in `quantization`.
+    `always` tries them wherever they can be found, else as many as pay by what was measured. With `model`, a folder or
+    .gguf file, that model makes the drafts, its float weights in `quantization`.
     """
 
     num_tokens: int = 8
@@ -25,6 +25,11 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     always: bool = False
     model: str | None = None
     quantization: str | None = None
+
+    @property
+    def asked_for(self) -> bool:
+        """Somebody wants it; else it is only there for where it costs nothing."""
+        return self.always or self.model is not None
 
 
 _MOST_DRAFTS, _MOST_LOOKUP = 64, 32
@@ -64,7 +69,7 @@ def _draft_model(values: dict[str, Any]) -> Speculation | None:
     if values:
         raise ConfigError(f"--speculative-config: {', '.join(values)} is not known here", remedy=_DRAFT_MODEL)
     path = os.path.expanduser(model)
-    return Speculation(num_tokens=count, always=True, model=path, quantization=quantization) if count else None
+    return Speculation(num_tokens=count, model=path, quantization=quantization) if count else None
 
 
 def _whole(values: dict[str, Any], name: str, default: int, low: int, high: int) -> int:

@@ -231,7 +231,7 @@ def _both(executor: Executor, drafts: DraftModel) -> Capacity:
 
 def _speculation(config: EngineConfig, capacity: Capacity) -> Speculation | None:
     """Drafts need the tokens before them: where steps are launched ahead, only who asks for drafts gets them."""
-    asked = config.speculation is not None and config.speculation.always
+    asked = config.speculation is not None and config.speculation.asked_for
     return config.speculation if asked or capacity.steps_in_flight == 1 else None
 
 

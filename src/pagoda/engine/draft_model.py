@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -62,6 +63,7 @@ class DraftModel:
         self._pool = BlockPool(self.capacity.num_blocks)
         self._followers: dict[Sequence, _Follower] = {}
         self._steps = 0
+        self.rounds: list[tuple[int, float]] = []
 
     @property
     def capacity(self) -> Capacity:
@@ -75,6 +77,7 @@ class DraftModel:
     def propose(self, wanted: Seq[tuple[Sequence, int]]) -> list[list[int]]:
         """Up to so many tokens behind what each stream knows; none where the draft model is not that far yet."""
         self._forget_the_gone()
+        self.rounds = []
         followers = [self._follow(stream, most) for stream, most in wanted]
         turns: list[Turn] = []
         budget = _CATCH_UP_TOKENS
@@ -98,7 +101,10 @@ class DraftModel:
         """Token after token for all streams together, until each has as many as it may try."""
         while turns:
             self._steps += 1
+            started = time.monotonic()
             result = self._executor.launch(self._batch.plan(self._steps, turns)).wait()
+            if all(turn.samples for turn in turns):  # else it reads what it has not followed
+                self.rounds.append((sum(turn.count for turn in turns), time.monotonic() - started))
             rows = zip(result.tokens.tolist(), result.ok.tolist(), strict=True)
             going_on = []
             for turn in turns:

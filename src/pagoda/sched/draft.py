@@ -6,11 +6,15 @@ samples at their place are kept.
 
 from __future__ import annotations
 
-from pagoda.sched.pace import Load, Pace
+from collections.abc import Sequence
+
+from pagoda.sched.pace import LinearCost, Load, Pace
 from pagoda.speculation import Speculation
 
 _READ_AT_ONCE = 1024  # tokens: a long prompt is read over several steps, none of which waits for it
 _FIRST_RATE, _RATE_WEIGHT = 0.3, 0.2
+_FIRST_MODEL_RATE, _MODEL_RATE_WEIGHT, _FORGOTTEN = 0.7, 0.08, 0.02
+_ROUND_MEMORY = 0.98
 _MOST_STREAMS = 2
 _LEAST_GAIN = 1.05
 
@@ -23,7 +27,8 @@ class Drafter:
         self._place_after: dict[tuple[int, ...], int] = {}
         self._read = 0
         self._guess: list[int] = []
-        self.rate = _FIRST_RATE
+        text = config.model is None
+        self.rate, self._weight = (_FIRST_RATE, _RATE_WEIGHT) if text else (_FIRST_MODEL_RATE, _MODEL_RATE_WEIGHT)
 
     def guess(self, known: list[int], count: int) -> list[int]:
         """The `count` tokens that followed the longest end of `known` when it was last seen; [] when it is new."""
@@ -31,10 +36,17 @@ class Drafter:
         self._guess = self._look_up(known, count) if self._read == len(known) else []
         return self._guess
 
+    def take(self, guess: list[int]) -> list[int]:
+        """A guess that a draft model made."""
+        self._guess = guess
+        if not guess:  # what was learned of this text gets old
+            self.rate += _FORGOTTEN * (_FIRST_MODEL_RATE - self.rate)
+        return guess
+
     def hear(self, tokens: list[int]) -> None:
         """The tokens that came in place of the last guess."""
         for guessed, token in zip(self._guess, tokens, strict=False):
-            self.rate += _RATE_WEIGHT * ((guessed == token) - self.rate)
+            self.rate += self._weight * ((guessed == token) - self.rate)
             if guessed != token:
                 break
         self._guess = []
@@ -62,16 +74,34 @@ class Speculator:
     def __init__(self, config: Speculation, pace: Pace) -> None:
         self._config = config
         self._pace = pace
+        self._rounds = LinearCost(2, _ROUND_MEMORY)
         self.drafts = 0
         self.draft_tokens = 0
 
-    @property
-    def most_tokens(self) -> int:
-        return self._config.num_tokens
-
     def most_streams(self) -> int | None:
         """More streams than this share the cost of a step better than guesses do; None: no such limit."""
-        return None if self._config.always else _MOST_STREAMS
+        return None if self._config.asked_for else _MOST_STREAMS
+
+    def observe(self, rounds: Sequence[tuple[int, float]]) -> None:
+        """Tokens and seconds of rounds in which a draft model guessed one more token for each stream."""
+        for tokens, seconds in rounds:
+            self._rounds.learn(seconds, 1, tokens)
+
+    def tokens_ahead(self, drafters: Sequence[Drafter], load: Load) -> int:
+        """How many tokens a draft model should guess for each of these streams, so that the step yields the most."""
+        step_s, streams = self._pace.streams_s(load), len(drafters)
+        if self._config.always or step_s <= 0 or not self._rounds.steps:
+            return self._config.num_tokens
+        each_s = self._pace.stream_token_s(int(load.pairs / load.streams))
+        more_s = self._rounds.predict(1, streams) + streams * each_s
+        tokens, likely, best, best_count = float(streams), [1.0] * streams, _LEAST_GAIN, 0
+        for count in range(1, self._config.num_tokens + 1):
+            likely = [each * drafter.rate for each, drafter in zip(likely, drafters, strict=True)]
+            tokens += sum(likely)
+            gain = tokens / streams / (1 + count * more_s / step_s)
+            if gain > best:
+                best, best_count = gain, count
+        return best_count
 
     def draft(self, drafter: Drafter, known: list[int], most: int, load: Load) -> list[int]:
         """At most `most` tokens to try behind `known` in a step that has this load so far."""

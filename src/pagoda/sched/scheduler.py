@@ -66,7 +66,12 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Proposer(Protocol):
-    """Guesses tokens by other means than the text so far."""
+    """Guesses tokens by other means than the text so far.
+
+    `rounds`: tokens and seconds of each time that it guessed one token more for all streams, in the last call.
+    """
+
+    rounds: list[tuple[int, float]]
 
     def propose(self, wanted: list[tuple[Sequence, int]]) -> list[list[int]]:
         """For each stream at most so many tokens that may follow what it knows."""
@@ -329,19 +334,20 @@ class Scheduler:
         if most_streams is not None and len(turns) > most_streams:
             return
         trying = [turn for turn in turns if turn.samples and turn.seq.samples_alike]
+        drafters = [turn.seq.drafter or speculator.new_drafter() for turn in trying]
         guesses: list[list[int]] = []
         if self._proposer is not None and trying:
-            most = speculator.most_tokens
+            most = speculator.tokens_ahead(drafters, self._load)
             guesses = self._proposer.propose([(t.seq, min(most, self._places_ahead(t.seq, budget))) for t in trying])
-        for place, turn in enumerate(trying):
+            speculator.observe(self._proposer.rounds)
+        for place, (turn, drafter) in enumerate(zip(trying, drafters, strict=True)):
             seq = turn.seq
+            seq.drafter = drafter
             most = self._places_ahead(seq, budget)
             if self._proposer is not None:
-                drafts = guesses[place][:most]
+                drafts = drafter.take(guesses[place][:most])
             else:
-                if seq.drafter is None:
-                    seq.drafter = speculator.new_drafter()
-                drafts = speculator.draft(seq.drafter, seq.known, most, self._load)
+                drafts = speculator.draft(drafter, seq.known, most, self._load)
             if drafts:
                 speculator.count(drafts)
                 self._make_room(seq, turn.count + len(drafts))
