@@ -2,7 +2,8 @@
 # make test     install with the test tools, and run the tests
 # make check    what CI runs: lint, format, types, floors, tests
 # make test-arm compile the native library for ARM, and test its kernels under qemu
-# make test-clients  run the clients' own packages (openai, anthropic, Dify, ...), each of its pinned version
+# make test-clients  run the clients' own packages (openai, anthropic, Dify, ...), each of its pinned version; with npm
+#                    the coding agents too (Codex, Claude Code, Cline, opencode)
 # make bench    measure, beside llama.cpp: make bench ARGS="--llama FOLDER --model FILE.gguf"
 # make docs     write the pages that are made from code
 
@@ -36,6 +37,19 @@ test-clients: $(VENV)/installed $(VENV)/test-tools $(CLIENTS)/openai3/ready $(CL
 	$(call with_clients,openai3)
 	$(call with_clients,openai2)
 	$(call with_clients,dify)
+	@command -v npm >/dev/null || echo "The coding agents are left out: they come by npm, which is not here."
+	@! command -v npm >/dev/null || $(MAKE) --no-print-directory test-agents
+
+test-agents: $(VENV)/installed $(VENV)/test-tools $(CLIENTS)/agents/ready
+	PATH="$(abspath $(CLIENTS)/agents/node_modules/.bin):$$PATH" $(BIN)/python -m pytest tests/test_agents.py $(ARGS)
+
+# Newer npms run no install scripts by themselves; these put the agents' own programs in their places.
+$(CLIENTS)/agents/ready: tests/clients/agents.txt
+	@echo "Installing the coding agents of $< ..."
+	@mkdir -p $(@D)
+	@npm install --prefix $(@D) --no-audit --no-fund --silent $$(cat $<)
+	@cd $(@D)/node_modules && node @anthropic-ai/claude-code/install.cjs && node opencode-ai/postinstall.mjs
+	@touch $@
 
 # Their environments hold no Pagoda: what they see of it is HTTP.
 with_clients = PAGODA_PYTHON=$(abspath $(BIN)/python) $(CLIENTS)/$(1)/bin/python -m pytest --confcutdir=tests/clients \
@@ -84,5 +98,5 @@ $(VENV)/test-tools: pyproject.toml tests/constraints.txt | $(VENV)/installed
 	@$(PIP) --editable '.[test]' --constraint tests/constraints.txt
 	@touch $@
 
-.PHONY: serve test test-clients test-arm check bench docs clean
+.PHONY: serve test test-clients test-agents test-arm check bench docs clean
 .DELETE_ON_ERROR:

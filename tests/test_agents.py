@@ -79,3 +79,31 @@ def test_claude_code(tmp_path: Path) -> None:
         command = [claude, "-p", "What does note.txt say?", "--allowedTools", "Bash(cat:*)"]
         assert DONE in said(command, tmp_path, environ)
     assert len(engine.requests) >= 2
+
+
+def test_cline(tmp_path: Path) -> None:
+    """Its provider is the AI SDK's for servers like OpenAI's, whose schemas are strict."""
+    engine = Scripted("run_commands", {"commands": ["cat note.txt"]})
+    with agent("cline", engine, tmp_path) as (cline, url, environ):
+        provider = ["-P", "openai-compatible", "-m", "small"]
+        said(
+            [cline, "auth", "-p", "openai-compatible", "-k", "any", "-m", "small", "-b", url + "/v1"], tmp_path, environ
+        )
+        assert DONE in said([cline, *provider, "--auto-approve", "true", "What does note.txt say?"], tmp_path, environ)
+    assert len(engine.requests) >= 2
+
+
+def test_opencode(tmp_path: Path) -> None:
+    engine = Scripted("bash", {"command": "cat note.txt", "description": "Read the note"})
+    with agent("opencode", engine, tmp_path) as (opencode, url, environ):
+        provider = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": url + "/v1", "apiKey": "any"}}
+        config: dict[str, Any] = {
+            "autoupdate": False,
+            "share": "disabled",
+            "model": "p/small",
+            "small_model": "p/small",
+        }
+        config["provider"] = {"p": {**provider, "models": {"small": {"name": "small"}}}}
+        (tmp_path / "opencode.json").write_text(json.dumps(config))
+        assert DONE in said([opencode, "run", "What does note.txt say?"], tmp_path, environ)
+    assert len(engine.requests) >= 2

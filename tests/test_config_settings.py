@@ -149,6 +149,14 @@ def test_model_name_variable(environ: dict[str, str], line: str, model: str, nam
     assert settings.options.served_model_name == names
 
 
+@pytest.mark.parametrize("written", ["http://a http://b", '["http://a","http://b"]'])
+def test_several_values_are_words_or_one_list_in_json(written: str) -> None:
+    assert options(f"--allowed-origins {written}").options.allowed_origins == ("http://a", "http://b")
+    environ = {"PAGODA_ALLOWED_ORIGINS": '["http://a", "http://b"]'}
+    assert options("", environ).options.allowed_origins == ("http://a", "http://b")
+    assert options("--allowed-origins [::1]").options.allowed_origins == ("[::1]",)
+
+
 def test_variables_of_the_guides() -> None:
     environ = {"MAX_MODEL_LEN": "2048", "GPU_MEMORY_UTILIZATION": "0.9", "TENSOR_PARALLEL_SIZE": "1"}
     got = options("", {**environ, "VLLM_API_KEY": "k"}).options

@@ -139,7 +139,7 @@ def _from_environment(catalog: Catalog, environ: Mapping[str, str]) -> Iterable[
         for variable in setting.variables:
             # Compose files set variables to nothing; that is the same as not setting them.
             if raw := environ.get(variable, "").strip():
-                words = raw.split(",") if setting.kind.startswith("tuple") else raw
+                words = _split(raw) if setting.kind.startswith("tuple") else raw
                 yield Given(setting, words, f"environment {variable}")
                 break
 
@@ -223,7 +223,7 @@ def convert(setting: Setting, raw: Any, where: str) -> Any:
             raise ConfigError(f"{where}: {raw} is neither true nor false", remedy="Give true or false")
         return value
     if kind.startswith("tuple"):
-        return tuple(str(item) for item in (raw if isinstance(raw, list | tuple) else [raw]))
+        return _words(raw if isinstance(raw, list | tuple) else [raw])
     if kind.startswith("Mapping"):
         return _table(raw, where)
     if kind in ("int", "float"):
@@ -232,6 +232,20 @@ def convert(setting: Setting, raw: Any, where: str) -> Any:
     if (setting.choices and text not in setting.choices) or (setting.name, text) in REFUSED_VALUES:
         raise _not_a_choice(setting, text, where)
     return text
+
+
+def _split(raw: str) -> list[str]:
+    return [raw] if raw.startswith("[") else raw.split(",")
+
+
+def _words(given: Sequence[Any]) -> tuple[str, ...]:
+    """Several values; vLLM takes those of --allowed-origins as one list in JSON."""
+    if len(given) == 1 and str(given[0]).startswith("["):
+        try:
+            given = json.loads(str(given[0]))
+        except ValueError:
+            pass  # an address in brackets, or any other word that begins so
+    return tuple(map(str, given))
 
 
 def _number(setting: Setting, raw: Any, where: str) -> int | float | None:

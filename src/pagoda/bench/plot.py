@@ -20,12 +20,13 @@ def svg(report: Mapping[str, Any], percentiles: Sequence[float]) -> str:
     """The whole picture; each level of the sweep is a place on the x axis."""
     runs = report["runs"]
     names = [_level(run) for run in runs]
+    axis = "requests per second" if runs and runs[0]["request_rate"] else "requests at once"
     panels = []
     for index, (title, what) in enumerate(_PANELS):
         lines = what if isinstance(what, tuple) else [(f"p{p:g}_{what}_ms", f"p{p:g}") for p in percentiles]
         curves = [(label, [run.get(key) for run in runs]) for key, label in lines]
         x, y = index % 2 * (_WIDTH + _MARGIN), 40 + index // 2 * (_HEIGHT + _MARGIN)
-        panels.append(f'<g transform="translate({x + _MARGIN},{y})">{_panel(title, names, curves)}</g>')
+        panels.append(f'<g transform="translate({x + _MARGIN},{y})">{_panel(title, axis, names, curves)}</g>')
     width, height = 2 * (_WIDTH + _MARGIN) + _MARGIN // 2, 2 * (_HEIGHT + _MARGIN) + 50
     head = escape(f"{report.get('label') or report['model']}: {report['what']}")
     return (
@@ -41,7 +42,7 @@ def _level(run: Mapping[str, Any]) -> str:
     return " ".join(([f"{rate:g}/s"] if rate else []) + ([str(streams)] if streams else [])) or "all"
 
 
-def _panel(title: str, names: Sequence[str], curves: Sequence[tuple[str, Sequence[float | None]]]) -> str:
+def _panel(title: str, axis: str, names: Sequence[str], curves: Sequence[tuple[str, Sequence[float | None]]]) -> str:
     top = _nice(max((v for _, values in curves for v in values if v is not None), default=1.0))
     bottom = _HEIGHT - 40
     parts = [f'<text x="0" y="10" font-weight="600">{escape(title)}</text>']
@@ -52,6 +53,7 @@ def _panel(title: str, names: Sequence[str], curves: Sequence[tuple[str, Sequenc
     places = [_WIDTH * (i + 0.5) / len(names) for i in range(len(names))]
     for x, name in zip(places, names, strict=True):
         parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle" fill="#555">{escape(name)}</text>')
+    parts.append(f'<text x="{_WIDTH}" y="{bottom + 34}" text-anchor="end" fill="#555">{axis}</text>')
     legend = 0
     for color, (label, values) in zip(_COLORS, curves, strict=False):
         seen = [(x, bottom - v / top * (bottom - 24)) for x, v in zip(places, values, strict=True) if v is not None]
