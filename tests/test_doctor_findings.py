@@ -206,6 +206,15 @@ def test_a_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Make room" in one(doctor.storage({}), "problem").cure
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no second file system is known here")
+def test_caches_on_two_disks(cache: Path) -> None:
+    if Path("/dev/shm").stat().st_dev == cache.parent.stat().st_dev:
+        pytest.skip("one file system")
+    both = list(doctor.storage({"HF_HOME": "/dev/shm/pagoda-is-not-there"}))
+    assert ["/dev/shm" in found.text for found in both] == [True, False]
+    assert len(list(doctor.storage({"HF_HOME": str(cache / "hf")}))) == 1
+
+
 def test_writable_looks_at_what_is_there(tmp_path: Path) -> None:
     assert probe.writable(tmp_path / "a" / "b")
     (tmp_path / "file").write_text("")

@@ -125,14 +125,23 @@ def storage(environ: Mapping[str, str]) -> Iterator[Finding]:
         if not probe.writable(folder):
             cure = f'Allow it: sudo chown -R "$USER" {folder}   or set {variable} to a folder of yours'
             yield problem("disk", f"{folder} may not be written by this user", cure)
-    free = shutil.disk_usage(own).free
-    text = f"{size_text(free)} free at {own}"
+    # Two findings only where the caches are on two disks.
+    for folder in {place.stat().st_dev: place for place in map(_existing, (shared, own))}.values():
+        yield _room(folder)
+
+
+def _room(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free
+    text = f"{size_text(free)} free at {folder}"
     if free < _LEAST_DISK_BYTES:
-        yield problem("disk", text, "Make room, or set PAGODA_CACHE to a folder on another disk")
-    elif free < _SMALL_DISK_BYTES:
-        yield note("disk", text, "Make room before you fetch a larger model")
-    else:
-        yield ok("disk", text)
+        return problem("disk", text, "Make room, or set HF_HOME and PAGODA_CACHE to folders on another disk")
+    if free < _SMALL_DISK_BYTES:
+        return note("disk", text, "Make room before you fetch a larger model")
+    return ok("disk", text)
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.exists() else _existing(folder.parent)
 
 
 def listening(port: int, owner: str | None) -> Iterator[Finding]:
