@@ -63,7 +63,7 @@ def make_plan(feeds: Sequence[Feed], vocab: int, slots: Sequence[int] | None = N
         bias_start=_starts([len(f.bias) for f in feeds]),
         bias_ids=_ints([i for f in feeds for i, _ in f.bias]),
         bias_values=np.array([v for f in feeds for _, v in f.bias], np.float32),
-        mask_index=_ints([masked.index(r) if r in masked else -1 for r in range(len(feeds))]),
+        row_mask=_ints([masked.index(r) if r in masked else -1 for _, r, _, _ in rows]),
         masks=np.array([_mask(feeds[r].allowed or (), vocab) for r in masked], np.uint32).reshape(-1, -(-vocab // 32)),
     )
 

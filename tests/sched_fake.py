@@ -290,7 +290,7 @@ class Harness:
             prefix = int(self.cells[self._cells_of(plan, r, place, place + 1)][0])
             token: int | None = int(plan.row_target[row])
             if token == -1:
-                token = self._sample(plan, r, names[r], prefix, place + 1)
+                token = self._sample(plan, row, names[r], prefix, place + 1)
             if token is None or names[r] == poisoned:
                 ok[row] = 0
                 continue
@@ -301,9 +301,9 @@ class Harness:
                     top_ids[row, i], top_logprobs[row, i] = top_id, value
         return StepResult(tokens, logprobs, top_ids, top_logprobs, ok)
 
-    def _sample(self, plan: StepPlan, r: int, name: str, prefix: int, position: int) -> int | None:
+    def _sample(self, plan: StepPlan, row: int, name: str, prefix: int, position: int) -> int | None:
         """Choose by the plan's arrays alone, after comparing them with what the request says."""
-        request, params = self.requests[name], self.requests[name].params
+        request, params, r = self.requests[name], self.requests[name].params, int(plan.row_request[row])
         fed = [*self.fed(name), *self.drafts[name]]
         assert len(self.fed(name)) <= position <= len(fed), "sampled in the middle"
         told = (plan.temperature, plan.top_p, plan.min_p, plan.presence, plan.frequency, plan.repetition)
@@ -319,8 +319,8 @@ class Harness:
         bias = dict(zip(plan.bias_ids[own].tolist(), plan.bias_values[own].tolist(), strict=True))
         assert len(bias) == own.stop - own.start and bias == bias_of(request, len(outputs))
         allowed = set(range(VOCAB))
-        if plan.mask_index[r] >= 0:
-            words = plan.masks[plan.mask_index[r]]
+        if plan.row_mask[row] >= 0:
+            words = plan.masks[plan.row_mask[row]]
             allowed = {token for token in allowed if words[token // 32] >> np.uint32(token % 32) & np.uint32(1)}
         allowed -= {token for token, value in bias.items() if value == -math.inf}
         assert allowed == allowed_of(request, len(outputs))

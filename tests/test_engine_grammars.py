@@ -13,6 +13,7 @@ import pytest
 from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.speculation import Speculation
+from pagoda.text.matcher import load_vocabulary
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
 from pagoda.types import Delta, Request, SamplingParams
 
@@ -135,3 +136,62 @@ def test_drafts_never_leave_the_grammar(model: str) -> None:
         answers.append(run(core, asked("a", text, max_tokens=200))["a"].token_ids)
         core.close()
     assert answers[0] == answers[1] and len(answers[0]) == 160
+
+
+ORDER = {
+    "type": "object",
+    "properties": {
+        "customer_name": {"type": "string", "maxLength": 8},
+        "delivery_address": {"enum": ["at home", "in the office"]},
+        "priority_level": {"type": "integer", "maximum": 5, "minimum": 1},
+        "gift_wrapping_wanted": {"type": "boolean"},
+    },
+    "required": ["customer_name", "delivery_address", "priority_level", "gift_wrapping_wanted"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},
+}
+
+
+def test_forced_text_is_tried_ahead_and_changes_no_token(smollm2_path: str) -> None:
+    """It takes fewer steps, whatever else is sampled or biased; what the model cuts otherwise is dropped."""
+    always = Speculation(num_tokens=8, lookup_max=4, lookup_min=2, always=True)
+    told, steps = [], []
+    for speculation in (None, always):
+        given = EngineConfig(model=smollm2_path, num_blocks=256, max_model_len=512, threads=1, speculation=speculation)
+        core = EngineCore(given)
+        requests = [
+            asked("plain", grammar(schema=ORDER), seed=1),
+            asked("cold", grammar(schema=ORDER), temperature=0.0),
+            asked("hot", grammar(schema=ORDER), seed=2, temperature=3.0, logprobs=2, logit_bias={28: 2.0, 34: 5.0}),
+            asked("cut", grammar(schema=ORDER), seed=3, max_tokens=9),
+            asked("ends", grammar('start: "abcdefgh"'), seed=4),
+            asked("penal", grammar(schema=ORDER), seed=5, presence_penalty=1.5),
+        ]
+        ends = {}
+        before = core.stats().steps
+        for each in requests:
+            delta = run(core, each)[each.request_id]
+            ends[each.request_id] = (delta.token_ids, delta.finish_reason, delta.stop_reason)
+        together = run(core, *requests)
+        assert {name: (each.token_ids, each.finish_reason, each.stop_reason) for name, each in together.items()} == ends
+        told.append(ends)
+        steps.append(core.stats().steps - before)
+        accepted = core.stats().scheduler.spec_decode_num_accepted_tokens
+        assert (accepted > 50) == (speculation is not None)
+        core.close()
+    assert told[0] == told[1] and steps[1] < 0.8 * steps[0], steps
+
+
+def test_masks_behind_drafts_are_those_of_their_turn(model: str, tokenizer: Tokenizer) -> None:
+    vocabulary = load_vocabulary(tokenizer, 300, (EOS,))
+    text = tokenizer.encode("abcabd", add_special_tokens=False)
+    whole, behind = vocabulary.compile(grammar("start: /abc(abd)?/")), []
+    for count in range(len(text) + 1):
+        one = whole.copy()
+        one.advance(text[:count])
+        behind.append(one.mask().tolist())
+    for _ in range(2):  # looking ahead leaves no trace
+        assert [mask.tolist() for mask in whole.masks(text[:5])] == behind[:6]
+        assert [mask.tolist() for mask in whole.masks(text)][:6] == behind[:6]  # what follows the end does not matter
+        assert not any(mask.any() for mask in whole.masks([*text[:2], text[0], text[1]])[3:])
+        assert whole.forced(9) == text[:3] and whole.forced(2) == text[:2]

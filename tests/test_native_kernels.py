@@ -53,7 +53,7 @@ def flat_plan(tokens: int, rows: list[int], vocab: int) -> StepPlan:
         repetition=floats(1), seed=np.zeros(1, np.uint64),
         history_start=ints(0, 0), history_ids=none, history_counts=none,
         bias_start=ints(0, 0), bias_ids=none, bias_values=np.zeros(0, np.float32),
-        mask_index=ints(-1), masks=np.zeros((0, (vocab + 31) // 32), np.uint32),
+        row_mask=np.full(length, -1, np.int32), masks=np.zeros((0, (vocab + 31) // 32), np.uint32),
     )  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def test_sampling_parameters_stay_with_their_request() -> None:
     plan = got[0]
     assert plan.seed.tolist() == [2**64 - 1, 3, 1] and plan.top_k.tolist() == [0, 7, 0]
     assert plan.temperature.tolist() == [0.0, 0.5, 1.0]
-    assert plan.mask_index.tolist() == [-1, 0, -1] and plan.masks.tolist() == [[2, 2]]
+    assert plan.row_mask.tolist() == [-1, 0, -1] and plan.masks.tolist() == [[2, 2]]
     assert plan.bias_start.tolist() == [0, 0, 0, 1] and plan.bias_ids.tolist() == [4]
     assert plan.history_start.tolist() == [0, 0, 0, 6] and plan.history_counts.tolist() == [0] * 6
     for name in StepPlan.__slots__:

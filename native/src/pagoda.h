@@ -71,7 +71,7 @@ struct pg_step {
   const uint64_t* seed;
   const int32_t *history_start, *history_ids, *history_counts, *bias_start, *bias_ids;
   const float* bias_values;
-  const int32_t* mask_index;
+  const int32_t* row_mask;
   const uint32_t* masks;
   const int32_t* second_texts;  // [requests] the position where a second text begins, or null
   // results

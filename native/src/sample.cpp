@@ -41,7 +41,8 @@ void report(const pg_step& st, int l, const float* raw, int64_t vocab, double lo
 }
 
 // Penalties over the request's history, then biases, then the mask. Returns whether anything changed.
-void adjust(const pg_step& st, int r, float* z, int64_t vocab) {
+void adjust(const pg_step& st, int l, float* z, int64_t vocab) {
+  const int r = st.row_request[l];
   for (int i = st.history_start[r]; i < st.history_start[r + 1]; i++) {
     float& x = z[st.history_ids[i]];
     const int count = st.history_counts[i];
@@ -50,15 +51,16 @@ void adjust(const pg_step& st, int r, float* z, int64_t vocab) {
     if (count > 0) x -= st.presence[r];
   }
   for (int i = st.bias_start[r]; i < st.bias_start[r + 1]; i++) z[st.bias_ids[i]] += st.bias_values[i];
-  if (st.mask_index[r] >= 0) {
-    const uint32_t* mask = st.masks + (int64_t)st.mask_index[r] * st.mask_width;
+  if (st.row_mask[l] >= 0) {
+    const uint32_t* mask = st.masks + (int64_t)st.row_mask[l] * st.mask_width;
     for (int64_t i = 0; i < vocab; i++)
       if (!(mask[i / 32] >> i % 32 & 1)) z[i] = -INFINITY;
   }
 }
 
-bool is_adjusted(const pg_step& st, int r) {
-  return st.history_start[r + 1] > st.history_start[r] || st.bias_start[r + 1] > st.bias_start[r] || st.mask_index[r] >= 0;
+bool is_adjusted(const pg_step& st, int l) {
+  const int r = st.row_request[l];
+  return st.history_start[r + 1] > st.history_start[r] || st.bias_start[r + 1] > st.bias_start[r] || st.row_mask[l] >= 0;
 }
 
 // Sort the likeliest candidates (weights) until they hold `share` of the total; keep the shortest such prefix.
@@ -162,9 +164,9 @@ void sample_row(const Kernels& k, const pg_step& st, int l, float* z, int64_t vo
     report(st, l, z, vocab, log_total, s);
   }
   if (token < 0) {
-    if (is_adjusted(st, r)) {
+    if (is_adjusted(st, l)) {
       if (wants) s.raw.assign(z, z + vocab), raw = s.raw.data();
-      adjust(st, r, z, vocab);
+      adjust(st, l, z, vocab);
       top = k.row_max(z, vocab);
       if (!(st.out_ok[l] = std::isfinite(top))) return;
     }

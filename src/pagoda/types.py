@@ -204,11 +204,11 @@ class StepPlan:
     Row l takes the final hidden state of token row `rows[l]`, which belongs to request `row_request[l]`. Where
     `row_target[l]` is -1 a token is sampled, else that given token is scored (prompt log-probabilities).
     `row_top[l]` is how many likeliest tokens to report: -1 reports no log-probability at all, 0 only the token's.
+    `row_mask[l]` is a row of `masks` (bit i of word i // 32 set: token i may be sampled there), or -1.
 
     Sampling of a row uses its request's parameters (arrays of length R) and draws from Philox4x32-10 keyed by
     `seed[r]` with counter = absolute position of the sampled token, so a token depends on (seed, position) only.
-    `history_*` and `bias_*` are ragged: request r owns `start[r]:start[r + 1]`. `mask_index[r]` is a row of
-    `masks` (bit i of word i // 32 set: token i allowed) or -1.
+    `history_*` and `bias_*` are ragged: request r owns `start[r]:start[r + 1]`.
     """
 
     step: int
@@ -223,6 +223,7 @@ class StepPlan:
     row_request: Int32  # [L]
     row_target: Int32  # [L]
     row_top: Int32  # [L]
+    row_mask: Int32  # [L]
     # sampling parameters
     temperature: Float32  # [R], 0 is greedy
     top_k: Int32  # [R], 0 is all
@@ -238,7 +239,6 @@ class StepPlan:
     bias_start: Int32  # [R + 1]; added to the logits; -inf forbids
     bias_ids: Int32
     bias_values: Float32
-    mask_index: Int32  # [R]
     masks: npt.NDArray[np.uint32]  # [M, ceil(vocab / 32)]
     # of models that are pooled: their rows give hidden states, and sample nothing
     second_texts: Int32 | None = None  # [R] position where a second text begins; None: nowhere

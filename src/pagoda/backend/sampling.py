@@ -51,9 +51,9 @@ def best(values: npt.NDArray[np.floating], count: int) -> Ids:
     return candidates[np.argsort(-values[candidates], kind="stable")][:count]
 
 
-def adjusted(logits: Float32, plan: StepPlan, request: int) -> Float32:
-    """The logits after penalties, biases and mask of a request."""
-    out = logits.copy()
+def adjusted(logits: Float32, plan: StepPlan, row: int) -> Float32:
+    """The logits of a row after penalties and biases of its request, and its own mask."""
+    out, request = logits.copy(), int(plan.row_request[row])
     history = slice(plan.history_start[request], plan.history_start[request + 1])
     ids, counts = plan.history_ids[history], plan.history_counts[history]
     seen, repetition = out[ids], plan.repetition[request]
@@ -63,8 +63,8 @@ def adjusted(logits: Float32, plan: StepPlan, request: int) -> Float32:
     biased = slice(plan.bias_start[request], plan.bias_start[request + 1])
     # add.at: an id may be biased twice (min_tokens forbids what logit_bias raises)
     np.add.at(out, plan.bias_ids[biased], plan.bias_values[biased])
-    if plan.mask_index[request] >= 0:
-        words = plan.masks[plan.mask_index[request]].astype("<u4")
+    if plan.row_mask[row] >= 0:
+        words = plan.masks[plan.row_mask[row]].astype("<u4")
         allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[: len(out)].astype(bool)
         out[~allowed] = -np.inf
     return out
@@ -95,9 +95,9 @@ def draw(ids: Ids, weights: Float64, u: float) -> int:
     return int(ids[np.searchsorted(cumulative, u * cumulative[-1], side="right")])
 
 
-def sample(logits: Float32, plan: StepPlan, request: int, position: int) -> int | None:
+def sample(logits: Float32, plan: StepPlan, row: int, position: int) -> int | None:
     """The token at `position` of a request, None where no token is possible."""
-    values = adjusted(logits, plan, request)
+    values, request = adjusted(logits, plan, row), int(plan.row_request[row])
     top = values.max()
     if not np.isfinite(top):
         return None
@@ -130,9 +130,8 @@ def sample_rows(logits: Float32, plan: StepPlan) -> StepResult:
 def _fill(result: StepResult, row: int, logits: Float32, plan: StepPlan) -> None:
     if not np.isfinite(logits.max()):  # max passes a NaN on
         return
-    request = int(plan.row_request[row])
     if plan.row_target[row] == NO_TOKEN:
-        token = sample(logits, plan, request, row_position(plan, row) + 1)
+        token = sample(logits, plan, row, row_position(plan, row) + 1)
         if token is None:
             return
         result.tokens[row] = token

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from itertools import accumulate, count
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pagoda.sched.state import Sequence, Turn, mask_words
+from pagoda.sched.state import Mask, Sequence, Turn, mask_words
 from pagoda.types import BLOCK_SIZE, Int32, StepPlan
 
 _UINT64 = 2**64 - 1
@@ -65,6 +65,8 @@ class Batch:
         row_request: list[int] = []
         row_target: list[int] = []
         row_top: list[int] = []
+        row_mask: list[int] = []
+        masks: list[Mask] = []
         for r, turn in enumerate(turns):
             seq, first = turn.seq, turn.seq.computed
             base = len(tokens) - first
@@ -80,12 +82,18 @@ class Batch:
                 row_request += [r] * sampled
                 row_target += [-1] * sampled
                 row_top += [-1 if seq.params.logprobs is None else seq.params.logprobs] * sampled
+                row_mask += [-1] * (len(rows) - sampled - len(row_mask))
+                # A grammar is asked only where a token is sampled: its answer may take longer than all else here.
+                own = seq.masks(turn.drafts)
+                row_mask += range(len(masks), len(masks) + sampled) if own else [-1] * sampled
+                masks += own
                 tokens += turn.drafts
             if turn.pooled:
                 rows += (base + place for place in turn.pooled)
                 row_request += [r] * len(turn.pooled)
                 row_target += [-1] * len(turn.pooled)
                 row_top += [-1] * len(turn.pooled)
+        row_mask += [-1] * (len(rows) - len(row_mask))
         seqs = [turn.seq for turn in turns]
         slots = _ints([seq.slot for seq in seqs])
         floats = self._floats.take(slots, axis=1)
@@ -111,18 +119,9 @@ class Batch:
             second_texts=_second_texts(seqs),
             **_history(seqs),
             **_bias(seqs),
-            **self._masks(turns),
+            row_mask=_ints(row_mask),
+            masks=np.array(masks, np.uint32).reshape(len(masks), self._mask_words),
         )
-
-    def _masks(self, turns: list[Turn]) -> dict[str, npt.NDArray[Any]]:
-        """A grammar is asked only where a token is sampled: its answer may take longer than all else here."""
-        each = [turn.seq.next_mask() if turn.samples else None for turn in turns]
-        masks = [mask for mask in each if mask is not None]
-        place = count()
-        return {
-            "mask_index": _ints([-1 if mask is None else next(place) for mask in each]),
-            "masks": np.array(masks, np.uint32).reshape(len(masks), self._mask_words),
-        }
 
 
 def _second_texts(seqs: list[Sequence]) -> Int32 | None:

@@ -6,17 +6,20 @@ samples at their place are kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pagoda.sched.pace import LinearCost, Load, Pace
 from pagoda.speculation import Speculation
 
 _READ_AT_ONCE = 1024  # tokens: a long prompt is read over several steps, none of which waits for it
-_FIRST_RATE, _RATE_WEIGHT = 0.3, 0.2
+_FIRST_RATE, _FORCED_RATE, _RATE_WEIGHT = 0.3, 0.9, 0.2
 _FIRST_MODEL_RATE, _MODEL_RATE_WEIGHT, _FORGOTTEN = 0.7, 0.08, 0.02
 _ROUND_MEMORY = 0.98
 _MOST_STREAMS = 2
 _LEAST_GAIN = 1.05
+
+Forced = Callable[[int], list[int]]
+"""At most so many tokens that a grammar asks for next."""
 
 
 class Drafter:
@@ -35,6 +38,11 @@ class Drafter:
         self._read_on(known)
         self._guess = self._look_up(known, count) if self._read == len(known) else []
         return self._guess
+
+    def expect(self, guess: list[int]) -> list[int]:
+        """A guess from elsewhere takes the place of the look-up."""
+        self._guess = guess
+        return guess
 
     def take(self, guess: list[int]) -> list[int]:
         """A guess that a draft model made."""
@@ -103,9 +111,15 @@ class Speculator:
                 best, best_count = gain, count
         return best_count
 
-    def draft(self, drafter: Drafter, known: list[int], most: int, load: Load) -> list[int]:
-        """At most `most` tokens to try behind `known` in a step that has this load so far."""
-        guess = drafter.guess(known, self._config.num_tokens)
+    def draft(
+        self, drafter: Drafter, known: list[int], most: int, load: Load, forced: Forced | None = None
+    ) -> list[int]:
+        """At most `most` tokens to try behind `known` in a step that has this load so far.
+
+        `forced` is what a grammar asks for there, in place of a guess.
+        """
+        count = self._config.num_tokens
+        guess = drafter.guess(known, count) if forced is None else drafter.expect(forced(min(most, count)))
         most = min(most, len(guess))
         return guess[: most if self._config.always else self._worth(drafter.rate, len(known), most, load)]
 
@@ -114,8 +128,11 @@ class Speculator:
         self.drafts += 1
         self.draft_tokens += len(draft)
 
-    def new_drafter(self) -> Drafter:
-        return Drafter(self._config)
+    def new_drafter(self, *, forced: bool = False) -> Drafter:
+        """`forced`: of a request with a grammar, whose text is seldom cut in another way than it is usually."""
+        drafter = Drafter(self._config)
+        drafter.rate = _FORCED_RATE if forced else drafter.rate
+        return drafter
 
     def _worth(self, rate: float, context: int, most: int, load: Load) -> int:
         """How many tokens make the step yield the most in its time."""

@@ -334,7 +334,9 @@ class Scheduler:
         if most_streams is not None and len(turns) > most_streams:
             return
         trying = [turn for turn in turns if turn.samples and turn.seq.samples_alike]
-        drafters = [turn.seq.drafter or speculator.new_drafter() for turn in trying]
+        if self._proposer is not None:  # a draft model knows no grammars
+            trying = [turn for turn in trying if turn.seq.grammar is None]
+        drafters = [t.seq.drafter or speculator.new_drafter(forced=t.seq.grammar is not None) for t in trying]
         guesses: list[list[int]] = []
         if self._proposer is not None and trying:
             most = speculator.tokens_ahead(drafters, self._load)
@@ -347,7 +349,8 @@ class Scheduler:
             if self._proposer is not None:
                 drafts = drafter.take(guesses[place][:most])
             else:
-                drafts = speculator.draft(drafter, seq.known, most, self._load)
+                forced = None if seq.grammar is None else seq.grammar.forced
+                drafts = speculator.draft(drafter, seq.known, most, self._load, forced)
             if drafts:
                 speculator.count(drafts)
                 self._make_room(seq, turn.count + len(drafts))

@@ -26,8 +26,12 @@ class Grammar(Protocol):
         """Why nothing can follow any more, "" while all is well."""
         ...
 
-    def mask(self) -> Mask:
-        """The tokens that may come next. The array may be filled anew by the next call."""
+    def masks(self, drafts: Seq[int]) -> list[Mask]:
+        """The tokens that may come next, and behind each of the drafts, which are such as it allows."""
+        ...
+
+    def forced(self, most: int) -> list[int]:
+        """The tokens of the text that must come next, as far as it is certain, and as they are usually cut."""
         ...
 
     def advance(self, token_ids: Seq[int]) -> bool:
@@ -138,9 +142,10 @@ class Sequence:
 
     @property
     def samples_alike(self) -> bool:
-        """True if what sampling does to the logits no longer depends on how many tokens there are, or which."""
-        if self.grammar is not None:
-            return False
+        """True if what sampling does to the logits no longer depends on how many tokens there are, or which.
+
+        A grammar does depend on them: it gives each row a mask of its own.
+        """
         return self.history is None and (self._first_bias is None or len(self.known) >= self._min_len)
 
     @property
@@ -162,11 +167,12 @@ class Sequence:
             self.known.pop()
             self.promised = 0
 
-    def next_mask(self) -> Mask | None:
-        """The tokens that its next one may be; None: all."""
+    def masks(self, drafts: Seq[int]) -> list[Mask]:
+        """The tokens that its next one may be, and those behind each draft; none: all may."""
         if self.grammar is None:
-            return self.mask
-        return self.grammar.mask() if self.mask is None else self.grammar.mask() & self.mask
+            return [] if self.mask is None else [self.mask] * (1 + len(drafts))
+        found = self.grammar.masks(drafts)
+        return found if self.mask is None else [each & self.mask for each in found]
 
     def reusable_len(self) -> int:
         """How many known tokens may come from the cache: the next logits wanted must still be computed."""

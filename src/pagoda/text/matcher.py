@@ -109,24 +109,49 @@ class Matcher:
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
-        self._mask: Mask = np.zeros(-(-vocab_size // 32), np.uint32)
+        self._words = -(-vocab_size // 32)
 
     @property
     def error(self) -> str:
         return reason(self._matcher.get_error()) if self._matcher.is_error() else ""
 
     def copy(self) -> Matcher:
-        return Matcher(self._matcher.deep_copy(), 32 * len(self._mask))
+        return Matcher(self._matcher.deep_copy(), 32 * self._words)
 
     def mask(self) -> Mask:
-        """Bit i of word i // 32: token i may come next. The array is filled anew by the next call."""
+        """Bit i of word i // 32: token i may come next."""
+        return self.masks()[0]
+
+    def masks(self, drafts: Sequence[int] = ()) -> list[Mask]:
+        """`mask`, and the same behind each of the drafts.
+
+        A draft that is not allowed is followed by nothing, and so are those behind it.
+        """
+        out = np.zeros((1 + len(drafts), self._words), np.uint32)
+        self._fill(out[0])
+        taken = 0
+        for place, draft in enumerate(drafts, 1):
+            if self._matcher.is_error() or self._matcher.try_consume_tokens([draft]) != 1:
+                break
+            taken = place
+            if self._matcher.is_stopped():
+                break
+            self._fill(out[place])
+        if taken and not self._matcher.is_error():
+            self._matcher.rollback(taken)
+        return list(out)
+
+    def _fill(self, mask: Mask) -> None:
+        if not self._matcher.is_error():
+            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._matcher.is_error():
-            self._mask.fill(0)
-        else:
-            self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-            if self._matcher.is_error():
-                self._mask.fill(0)
-        return self._mask
+            mask.fill(0)
+
+    def forced(self, most: int) -> list[int]:
+        """The tokens of the text that must come next, as far as it is certain, and as they are usually cut."""
+        if most < 1 or self._matcher.is_error():
+            return []
+        return list(self._matcher.compute_ff_tokens()[:most])
 
     def advance(self, token_ids: Sequence[int]) -> bool:
         """Take in what was sampled; True if the output is complete and nothing can follow."""

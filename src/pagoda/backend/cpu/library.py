@@ -60,7 +60,7 @@ class Dims(c.Structure):
 _PLAN_ARRAYS = (
     "slots", "starts", "positions", "tokens", "block_tables", "rows", "row_request", "row_target", "row_top",
     "temperature", "top_k", "top_p", "min_p", "presence", "frequency", "repetition", "seed", "history_start",
-    "history_ids", "history_counts", "bias_start", "bias_ids", "bias_values", "mask_index", "masks", "second_texts",
+    "history_ids", "history_counts", "bias_start", "bias_ids", "bias_values", "row_mask", "masks", "second_texts",
 )  # fmt: skip
 _RESULT_ARRAYS = ("tokens", "logprobs", "top_ids", "top_logprobs", "ok")
 

@@ -286,6 +286,7 @@ def largest_step(tokens: int, requests: int, max_model_len: int) -> StepPlan:
         row_request=np.arange(requests, dtype=np.int32),
         row_target=np.full(requests, -1, np.int32),
         row_top=np.full(requests, 20, np.int32),
+        row_mask=ints - 1,
         temperature=floats,
         top_k=ints + 50,
         top_p=floats * np.float32(0.9),
@@ -300,6 +301,5 @@ def largest_step(tokens: int, requests: int, max_model_len: int) -> StepPlan:
         bias_start=np.zeros(requests + 1, np.int32),
         bias_ids=nothing,
         bias_values=np.zeros(0, np.float32),
-        mask_index=ints - 1,
         masks=np.zeros((0, 1), np.uint32),
     )

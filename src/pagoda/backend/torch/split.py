@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pagoda.types import Int32, StepPlan, StepResult
 
 _PER_REQUEST = (
-    "slots", "temperature", "top_k", "top_p", "min_p", "presence", "frequency", "repetition", "seed", "mask_index",
+    "slots", "temperature", "top_k", "top_p", "min_p", "presence", "frequency", "repetition", "seed",
 )  # fmt: skip
 Places = npt.NDArray[np.intp]
 
@@ -45,6 +45,7 @@ def part(plan: StepPlan, first: int, last: int) -> tuple[StepPlan, Places]:
         row_request=_ints(plan.row_request[rows] - begin),
         row_target=plan.row_target[rows],
         row_top=plan.row_top[rows],
+        row_mask=plan.row_mask[rows],
         history_start=_ints(plan.history_start[begin : end + 1] - history.start),
         history_ids=plan.history_ids[history],
         history_counts=plan.history_counts[history],

@@ -126,8 +126,8 @@ def _add_rows(parcel: Parcel, plan: StepPlan, first: int, last: int) -> None:
     parcel.add(prefix, top_k=plan.top_k[request].astype(np.int64), targets=plan.row_target[first:last].astype(np.int64))
     _add_ragged(parcel, f"{prefix}history.", plan.history_start, plan.history_ids, plan.history_counts, request)
     _add_ragged(parcel, f"{prefix}bias.", plan.bias_start, plan.bias_ids, plan.bias_values, request)
-    masked = np.flatnonzero(plan.mask_index[request] >= 0)
-    words = plan.masks[plan.mask_index[request[masked]]]
+    masked = np.flatnonzero(plan.row_mask[first:last] >= 0)
+    words = plan.masks[plan.row_mask[first:last][masked]]
     parcel.add(prefix, mask_rows=masked.astype(np.int64), mask_words=words.view(np.int32))
 
 
