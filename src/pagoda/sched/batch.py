@@ -65,8 +65,6 @@ class Batch:
         row_request: list[int] = []
         row_target: list[int] = []
         row_top: list[int] = []
-        row_mask: list[int] = []
-        masks: list[Mask] = []
         for r, turn in enumerate(turns):
             seq, first = turn.seq, turn.seq.computed
             base = len(tokens) - first
@@ -82,18 +80,12 @@ class Batch:
                 row_request += [r] * sampled
                 row_target += [-1] * sampled
                 row_top += [-1 if seq.params.logprobs is None else seq.params.logprobs] * sampled
-                row_mask += [-1] * (len(rows) - sampled - len(row_mask))
-                # A grammar is asked only where a token is sampled: its answer may take longer than all else here.
-                own = seq.masks(turn.drafts)
-                row_mask += range(len(masks), len(masks) + sampled) if own else [-1] * sampled
-                masks += own
                 tokens += turn.drafts
             if turn.pooled:
                 rows += (base + place for place in turn.pooled)
                 row_request += [r] * len(turn.pooled)
                 row_target += [-1] * len(turn.pooled)
                 row_top += [-1] * len(turn.pooled)
-        row_mask += [-1] * (len(rows) - len(row_mask))
         seqs = [turn.seq for turn in turns]
         slots = _ints([seq.slot for seq in seqs])
         floats = self._floats.take(slots, axis=1)
@@ -119,9 +111,20 @@ class Batch:
             second_texts=_second_texts(seqs),
             **_history(seqs),
             **_bias(seqs),
-            row_mask=_ints(row_mask),
-            masks=np.array(masks, np.uint32).reshape(len(masks), self._mask_words),
+            **self._masks(turns),
         )
+
+    def _masks(self, turns: list[Turn]) -> dict[str, npt.NDArray[Any]]:
+        """A grammar is asked only where a token is sampled: its answer may take longer than all else here."""
+        rows: list[int] = []
+        masks: list[Mask] = []
+        for turn in turns:
+            own = turn.seq.masks(turn.drafts) if turn.samples else []
+            rows += [-1] * len(turn.scoring)
+            rows += range(len(masks), len(masks) + len(own)) if own else [-1] * turn.sampled_rows
+            rows += [-1] * len(turn.pooled)
+            masks += own
+        return {"row_mask": _ints(rows), "masks": np.array(masks, np.uint32).reshape(len(masks), self._mask_words)}
 
 
 def _second_texts(seqs: list[Sequence]) -> Int32 | None:
