@@ -64,9 +64,9 @@ def test_errors(client: ollama.Client) -> None:
         client.chat("fake-model", [{"role": "user", "content": "x" * 600}])
     with pytest.raises(ollama.ResponseError, match="cannot make embeddings"):
         client.embed("fake-model", "x")
-    with pytest.raises(ollama.ResponseError) as caught:
+    with pytest.raises(ollama.ResponseError, match="is being served") as caught:
         client.delete("fake-model")
-    assert caught.value.status_code == 501
+    assert caught.value.status_code == 400
 
 
 def test_an_error_in_a_stream_is_raised() -> None:
