@@ -148,8 +148,8 @@ def test_perplexity_of_a_real_model(smollm2_path: str, tmp_path: Path) -> None:
     print(f"weights: F16 {whole}, int8 {eight_bytes}, int4 {four_bytes}, stored {stored} bytes")
     assert abs(same / plain - 1) < 0.01
     assert abs(eight / plain - 1) < 0.01
-    assert abs(four / plain - 1) < 0.25  # of a model this small; seen: 0.18
-    assert eight_bytes < whole * 0.54 and four_bytes < eight_bytes * 0.75
+    assert abs(four / plain - 1) < 0.16  # of a model this small; seen: 0.12
+    assert eight_bytes < whole * 0.54 and four_bytes < eight_bytes * 0.78
 
 
 def test_memory_is_planned_with_the_size_that_it_takes(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_experts_quantized_on_load(asked: str, kind: type, tmp_path: Path) -> No
     write_checkpoint(tmp_path, "qwen3-experts", moe_intermediate_size=64)
     executor = load(tmp_path, quantization=asked)
     mixture = executor.decoder.layers[0].mlp
-    assert isinstance(mixture, Mixture) and isinstance(mixture.down, kind)
+    assert isinstance(mixture, Mixture) and isinstance(mixture.gate_up[0], kind)
     source = open_source(str(tmp_path))
     bound = bind(load_spec(source), source)
     slots = {slot: bound[slot] for slot in bound if slot.startswith("layers.0.") and slot.endswith("_experts")}

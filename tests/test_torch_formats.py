@@ -18,7 +18,7 @@ from torch_models import PLAN, expected, load, logits, reference, relative
 
 from pagoda.arch.registry import bind, load_spec
 from pagoda.backend.torch import ops
-from pagoda.backend.torch.convert import Converter, Target, make_f8, make_i8, make_w4
+from pagoda.backend.torch.convert import Converter, Target, make_f8, make_i8, make_w4, make_w8
 from pagoda.backend.torch.gguf import FORMS
 from pagoda.backend.torch.packs import F8, I8, W4, W8, Dense
 from pagoda.backend.torch.size import weight_bytes
@@ -161,7 +161,8 @@ def test_quantizing_on_load(asked: str, kind: type, error: float, tmp_path: Path
     whole, small = load(tmp_path), load(tmp_path, quantization=asked)
     layer, exact = small.decoder.layers[0], whole.decoder.layers[0]
     assert isinstance(layer.qkv.parts[0], kind) and isinstance(small.decoder.head.parts[0], Dense)
-    values, floats = layer.qkv.parts[0].floats(), exact.qkv.parts[0].floats()
+    assert [type(part) for part in layer.qkv.parts] == ([W4, W8] if asked == "int4" else [kind])
+    values, floats = torch.cat([part.floats() for part in layer.qkv.parts]), exact.qkv.parts[0].floats()
     assert 0 < relative(values.numpy(), floats.numpy()) < error
     source = open_source(str(tmp_path))
     target = Target(torch.device("cpu"), torch.float32, asked)
@@ -186,6 +187,21 @@ def test_values_at_the_ends_of_a_group() -> None:
     values = torch.linspace(-3, 1, 64).repeat(2, 1)
     assert (make_w4(values, torch.float32).floats() - values).abs().max() <= 4 / 15
     assert torch.equal(make_f8(values, True).floats()[:, 0], torch.full((2,), -3.0))
+    alike = torch.tensor([[0.0], [-0.25], [3.0]]).repeat(1, 64) + torch.tensor([0.0, 1e-6]).repeat(32)
+    for kind in (torch.float32, torch.float16):
+        assert (make_w4(alike, kind).floats() - alike).abs().max() < 2e-3 * (kind == torch.float16) + 2e-6
+
+
+def test_the_line_that_fits_is_better_than_the_span_of_a_group() -> None:
+    values = torch.randn(64, 256, generator=torch.Generator().manual_seed(5)) * 0.05
+    grouped = torch.unflatten(values, -1, (-1, 32))
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    step = (high - low) / 15
+    plain = ((grouped - low) / step).round() * step + low
+    fitted = torch.unflatten(make_w4(values, torch.float16).floats(), -1, (-1, 32))
+    before, after = ((each - grouped).square().sum(-1) for each in (plain, fitted))
+    assert after.mean() < 0.9 * before.mean() and (after <= before * 1.01).all()
+    assert relative(make_w8(values, torch.float16).floats().numpy(), values.numpy()) < 0.006
 
 
 def test_fp8_on_load_needs_a_gpu(tmp_path: Path) -> None:

@@ -27,3 +27,6 @@ QUANTIZATION_METHODS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Values of --quantization that say how a checkpoint was made -> the method. They choose nothing, and must be true."""
+
+EIGHT_BITS_OF_INT4 = ("v", "down", "down_experts")
+"""Slots that suffer most from rounding: --quantization int4 makes 8 bits of them."""

@@ -14,7 +14,7 @@ from pagoda.backend.base import Progress
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
 from pagoda.errors import ModelError
-from pagoda.formats import QUANTIZE_ON_LOAD
+from pagoda.formats import EIGHT_BITS_OF_INT4, QUANTIZE_ON_LOAD
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import OrderedTensor
 from pagoda.weights.source import Tensor
@@ -26,7 +26,7 @@ MAX_ROWS = 32
 
 FLOATS = ("F32", "F16", "BF16")
 
-_INT4 = MappingProxyType({"embed": "Q8_0", "head": "Q8_0", "v": "Q5_1", "down": "Q5_1"})
+_INT4 = MappingProxyType(dict.fromkeys(("embed", "head", *EIGHT_BITS_OF_INT4), "Q8_0"))
 """What int4 makes of the matrices that suffer most from rounding; Q4_1 of the others."""
 
 VECTORS = ("positions", "types", "score", "pool_dense")

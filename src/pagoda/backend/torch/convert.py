@@ -12,6 +12,7 @@ from torch import Tensor
 from pagoda.backend.torch import gguf
 from pagoda.backend.torch.join import stacked
 from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight, pack_w4
+from pagoda.formats import EIGHT_BITS_OF_INT4
 from pagoda.weights.awq import EVEN, ODD, AwqCodes
 from pagoda.weights.fp8 import Scaled
 from pagoda.weights.ggml import dequantize
@@ -21,7 +22,11 @@ from pagoda.weights.source import Tensor as Stored
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK_BYTES = 32 << 20
-INT4_GROUP = 64
+GROUP = 32
+"""Inputs that share a scale in what int4 makes."""
+_FITS = 4
+_FIT_VALUES = 1 << 24
+_MOST_ZERO = 1000  # of zero points, so that float16 says them well
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,15 @@ class Target:
 def is_product(slot: str, tensor: Stored) -> bool:
     """True of what a product takes in its own bits: the matrices of the layers, and the head of its own."""
     return len(tensor.shape) > 1 and slot not in ("embed", "positions", "types") and not slot.endswith(".router")
+
+
+def on_load(quantization: str | None, slot: str, inputs: int) -> str | None:
+    """What is made of a matrix in floats: int8, fp8, int4, "w8" (8 bits with a scale for each group), or None."""
+    if slot == "head" or (quantization == "int4" and inputs % GROUP):
+        return None  # rounding a head costs more than it saves
+    if quantization == "int4" and slot.rpartition(".")[2] in EIGHT_BITS_OF_INT4:
+        return "w8"
+    return quantization
 
 
 class Converter:
@@ -73,11 +87,11 @@ class Converter:
             return self.send(tensor.data).view(FLOATS[kind]).reshape(tensor.shape).to(dtype)
         return self.send(dequantize(tensor).view(np.uint8)).view(torch.float32).reshape(tensor.shape).to(dtype)
 
-    def weight(self, tensor: Stored) -> Weight:
-        """A matrix that a product takes."""
+    def weight(self, tensor: Stored, slot: str = "") -> Weight:
+        """A matrix that a product takes; the slot matters to what is quantized on load."""
         origin = tensor.origin if isinstance(tensor, MadeTensor) else None
         if isinstance(origin, Stacked):
-            return stacked([self.weight(part) for part in origin.parts])
+            return stacked([self.weight(part, slot) for part in origin.parts])
         if isinstance(origin, Grouped) and (packed := self._grouped(origin)) is not None:
             return packed
         if isinstance(origin, Scaled):
@@ -85,7 +99,7 @@ class Converter:
         if tensor.type in gguf.DECODERS:
             rows = self.send(tensor.data).reshape(*tensor.shape[:-1], -1)
             return gguf.weight(tensor.type, rows, self.target.scale_type)
-        return self._quantized(self.floats(tensor, self.target.dtype))
+        return self._quantized(self.floats(tensor, self.target.dtype), slot)
 
     def _grouped(self, m: Grouped) -> Weight | None:
         """None where the groups are of different sizes."""
@@ -128,12 +142,14 @@ class Converter:
         scale = None if m.input_scale is None else self.floats(m.input_scale, torch.float32).reshape(())
         return F8(codes, scales, m.block, scale, self.target.fp8_inputs)
 
-    def _quantized(self, values: Tensor) -> Weight:
-        match self.target.quantization:
+    def _quantized(self, values: Tensor, slot: str) -> Weight:
+        match on_load(self.target.quantization, slot, values.shape[-1]):
             case "int8":
                 return make_i8(values)
-            case "int4" if values.shape[-1] % INT4_GROUP == 0:
+            case "int4":
                 return make_w4(values, self.target.scale_type)
+            case "w8":
+                return make_w8(values, self.target.scale_type)
             case "fp8":
                 return make_f8(values, self.target.fp8_inputs)
         return Dense(values)
@@ -152,14 +168,52 @@ def make_i8(values: Tensor) -> I8:
 
 
 def make_w4(values: Tensor, kind: torch.dtype) -> W4:
-    """Codes 0 to 15 from the least to the largest value of each group."""
-    grouped = torch.unflatten(values.float(), -1, (-1, INT4_GROUP))
-    low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
-    scales = ((high - low) / 15).clamp_min(1e-7).to(kind)
-    zeros = (-low / scales.float()).round().clamp(0, 15)
-    codes = (grouped / scales.float().unsqueeze(-1)).round() + zeros.unsqueeze(-1)
-    packed = codes.clamp(0, 15).to(torch.uint8).flatten(-2)
-    return pack_w4(packed, scales.transpose(-1, -2).contiguous(), zeros.to(kind).transpose(-1, -2).contiguous())
+    """Codes 0 to 15 of each group, and the scale and zero point that fit it best: from the least to the largest value
+    first, then the least-squares line through the codes, again and again; the best of these is kept.
+    """
+    rows = torch.split(values.flatten(0, -2), max(1, _FIT_VALUES // values.shape[-1]))  # a fit takes ten times a matrix
+    fitted = [_line(torch.unflatten(part.float(), -1, (-1, GROUP)), kind) for part in rows]
+    codes, scales, zeros = (
+        torch.unflatten(torch.cat(parts), 0, values.shape[:-1]) for parts in zip(*fitted, strict=True)
+    )
+    columns = [part.squeeze(-1).to(kind).transpose(-1, -2).contiguous() for part in (scales, zeros)]
+    return pack_w4(codes.flatten(-2), *columns)
+
+
+def _line(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zero points of groups [..., GROUP]."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    least, scale = torch.full_like(low, torch.inf), (high - low) / 15
+    found = (x, scale, low)
+    for _ in range(1 + _FITS):
+        # a group of one value is said by that value as the scale, times 1 - 0
+        flat = scale.abs() * _MOST_ZERO <= low.abs()
+        scale = torch.where(flat, torch.where(low == 0, 1.0, low), scale).to(kind).float()
+        zero = torch.where(flat, torch.where(low == 0, 0.0, -1.0), -low / scale).to(kind).float()
+        codes = torch.where(flat, 0.0, (x / scale + zero).round().clamp(0, 15))
+        error = ((codes - zero) * scale - x).square().sum(-1, keepdim=True)
+        better = error < least
+        least = torch.where(better, error, least)
+        found = (
+            torch.where(better, codes, found[0]),
+            torch.where(better, scale, found[1]),
+            torch.where(better, zero, found[2]),
+        )
+        middle, mean = codes.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
+        spread = (codes - middle).square().sum(-1, keepdim=True)
+        slope = ((codes - middle) * (x - mean)).sum(-1, keepdim=True) / spread
+        scale = torch.where(spread > 0, slope, scale)
+        low = torch.where(spread > 0, mean - slope * middle, low)
+    codes, scale, zero = found
+    return codes.to(torch.uint8), scale, zero
+
+
+def make_w8(values: Tensor, kind: torch.dtype) -> W8:
+    """Codes -127 to 127: the largest magnitude of each group is 127."""
+    grouped = torch.unflatten(values.float(), -1, (-1, GROUP))
+    scales = (grouped.abs().amax(-1, keepdim=True).clamp_min(1e-7) / 127).to(kind)
+    codes = (grouped / scales.float()).round().clamp(-127, 127).to(torch.int8)
+    return W8(codes.flatten(-2), scales.squeeze(-1).transpose(-1, -2).contiguous())
 
 
 def make_f8(values: Tensor, quantize_input: bool) -> F8:

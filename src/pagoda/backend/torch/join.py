@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -16,8 +17,10 @@ from pagoda.backend.torch.packs import F8, FP8, I8, W4, W8, Dense, Weight
 def side_by_side(weights: Sequence[Weight]) -> tuple[Weight, ...]:
     """One weight whose outputs are those of all, where they are stored alike; else the weights as they are."""
     first = weights[0]
-    if len(weights) == 1 or any(type(w) is not type(first) for w in weights):
-        return tuple(weights)
+    if len(weights) == 1:
+        return (first,)
+    if any(type(w) is not type(first) for w in weights):  # those that follow each other may still go together
+        return tuple(w for _, run in groupby(weights, key=type) for w in side_by_side(list(run)))
     match first:
         case Dense() | I8():
             return (_concatenated(weights, {"data": -2, "codes": -2, "scales": -1}),)

@@ -89,17 +89,18 @@ class Loader:
     def _mlp(self, p: str, mlp: Mlp) -> GatedMlp | Mixture:
         if mlp.experts is None:
             return GatedMlp(self._linear(p + "gate", p + "up"), self._linear(p + "down"))
-        gate, up, down = (
-            self._converter.weight(self._tensors[f"{p}{part}_experts"]) for part in ("gate", "up", "down")
-        )
+        gate, up, down = (self._weight(f"{p}{part}_experts") for part in ("gate", "up", "down"))
         router = self._converter.floats(self._tensors[p + "router"], self._target.dtype)
         return Mixture(mlp.experts, router, side_by_side([gate, up]), down)
 
     def _linear(self, *slots: str) -> Linear:
-        parts = side_by_side([self._converter.weight(self._tensors[slot]) for slot in slots])
+        parts = side_by_side([self._weight(slot) for slot in slots])
         biases = [slot + "_bias" for slot in slots if slot + "_bias" in self._tensors]
         bias = [self._converter.floats(self._tensors[slot], self._target.dtype) for slot in biases]
         return Linear(parts, torch.cat(bias) if bias else None)
+
+    def _weight(self, slot: str) -> Weight:
+        return self._converter.weight(self._tensors[slot], slot)
 
     def _vector(self, slot: str) -> Tensor:
         return self._converter.floats(self._tensors[slot], torch.float32)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pagoda.backend.torch.convert import INT4_GROUP, Target, is_product
+from pagoda.backend.torch.convert import GROUP, Target, is_product, on_load
 from pagoda.backend.torch.gguf import FORMS
 from pagoda.backend.torch.packs import W4_CHUNK
 from pagoda.weights.fp8 import Scaled
@@ -20,8 +20,7 @@ def weight_bytes(bound: Mapping[str, Tensor], target: Target) -> int:
     """All tensors of a model, by slot."""
     total = 0
     for slot, tensor in bound.items():
-        # a head in floats is never quantized on load
-        own = replace(target, quantization=None) if slot == "head" else target
+        own = replace(target, quantization=on_load(target.quantization, slot, tensor.shape[-1]))
         total += _bytes(tensor, own) if is_product(slot, tensor) else _float_bytes(slot, tensor, target)
     return total
 
@@ -47,8 +46,10 @@ def _bytes(tensor: Tensor, target: Target) -> int:
     match target.quantization:
         case "int8" | "fp8":
             return count + outputs * _SCALE_BYTES
-        case "int4" if tensor.shape[-1] % INT4_GROUP == 0:
-            return _codes_bytes(tensor, 4) + 2 * count // INT4_GROUP * item
+        case "int4":
+            return _codes_bytes(tensor, 4) + 2 * count // GROUP * item
+        case "w8":
+            return count + count // GROUP * item
     return count * target.dtype.itemsize
 
 
