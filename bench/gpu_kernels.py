@@ -148,6 +148,15 @@ def cases(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[tup
         for rows in (1, 3, 17) if small else (1, 3, 16, 17, 100):
             inputs = torch.randn(rows, k, device=device).to(dtype)
             yield f"matmul {name} {rows}", lambda x=inputs, w=weight: product(x, w)  # type: ignore[misc]
+    row, before, factor = (torch.randn(1, k, device=device).to(dtype) for _ in range(3))
+    for name, weight in weights(n, k, dtype, device).items():
+        if isinstance(weight, Dense | F8):
+            for gated in (False, True):
+                label = f"norm_matmul {name}{' gated' * gated}"
+                yield (
+                    label,
+                    lambda w=weight, g=gated: ops.norm_matmul(row, before, factor.float()[0], 1e-6, w, gated=g)[0],
+                )  # type: ignore[misc]
     experts = Dense(torch.randn(4, n, k, device=device).to(dtype))
     rows_of = torch.tensor([0, 3, 3, 24, 30], dtype=torch.int32, device=device)
     sorted_rows = torch.randn(30, k, device=device).to(dtype)
@@ -247,7 +256,14 @@ def rates(seconds: float, nbytes: int, operations: int) -> Row:
 
 
 # few enough that compiling them all leaves time to measure them
-GEMV_TILES = tuple(Tile(n=n, k=k, warps=w) for n in (2, 4, 8) for k in (512, 1024) for w in (4, 8))
+GEMV_TILES = tuple(Tile(n=n, k=k, warps=w) for n in (1, 2, 4) for k in (1024, 2048) for w in (2, 4))
+W4_TILES = tuple(
+    Tile(m=16, n=n, split=s, warps=w, stages=p)
+    for n, w in ((32, 2), (64, 4), (128, 8))
+    for s in (1, 2, 4, 8)
+    for p in (3, 4)
+)
+W4_MANY = tuple(Tile(m=64, n=n, split=s, warps=w, stages=3) for n, w in ((64, 4), (128, 8)) for s in (1, 2, 4))
 FEW_TILES = tuple(Tile(m=16, n=n, k=k, split=split, stages=4) for n in (16, 32) for k in (64, 128) for split in (1, 4))
 MANY_TILES = tuple(Tile(m=64, n=n, warps=w, stages=s) for n in (64, 128) for w in (4, 8) for s in (3, 4))
 PREFILL_TILES = tuple(Tile(m=m, n=n, warps=w, stages=2) for m in (64, 128) for n in (64, 128) for w in (4, 8))
@@ -299,6 +315,8 @@ def autotune(
             for rows, tiles in ((1, GEMV_TILES), (8, FEW_TILES), (64, MANY_TILES)):
                 if time.monotonic() > until:
                     return
+                if name == "w4":
+                    tiles = W4_MANY if rows > 16 else W4_TILES
                 yield from tuned_product(n, k, name, rows, tiles[cut], dtype, device, until)
 
 
@@ -321,7 +339,8 @@ def tuned_product(
     x = torch.randn(rows, k, device=device).to(dtype)
 
     def seconds_of(tile: Tile) -> float:
-        run = matmul.gemv if rows == 1 else lambda x, p, t: matmul.tiled(x, p, dtype, tile=t)
+        alone = rows == 1 and name != "w4"
+        run = matmul.gemv if alone else lambda x, p, t: matmul.tiled(x, p, dtype, tile=t)
         return timed([lambda p=p: run(x, p, tile) for p in operands], device, 3)  # type: ignore[misc]
 
     tile, seconds = best(tiles, seconds_of, until)
@@ -333,4 +352,4 @@ def tuned_product(
             return
     if tile:
         kernel = name.split()[0]
-        yield f"{'gemv_' if rows == 1 else ''}{kernel}/{n}/{k}/{bucket(rows)}", tile, row
+        yield f"{'gemv_' if rows == 1 and kernel != 'w4' else ''}{kernel}/{n}/{k}/{bucket(rows)}", tile, row

@@ -82,6 +82,9 @@ class FakeExecutor:
         if self._behaviour.get("break") in plan.tokens:
             raise ZeroDivisionError("secret text of a library")
 
+    def prepare(self) -> bool:
+        return False
+
     def close(self) -> None:
         pass
 

@@ -62,6 +62,9 @@ class Watched:
         pending = self.own.launch(plan)
         return Failed() if self.failing and self.ahead > 3 else pending
 
+    def prepare(self) -> bool:
+        return self.own.prepare()
+
     def close(self) -> None:
         self.own.close()
 

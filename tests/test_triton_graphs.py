@@ -69,6 +69,22 @@ def test_steps_are_padded_recorded_and_replayed() -> None:
     assert set(model.seen) == {1, 2, 4, 6}
 
 
+def test_sizes_are_recorded_ahead_and_harm_no_cell() -> None:
+    model = Model()
+    runner, seen = graphs(model), []
+    runner.run(tokens(contexts=[5, 33, 17]))
+    caches = [cache.clone() for cache in model.caches]
+    while runner.record_next():
+        seen.append(model.seen[-1])
+    assert seen == [6, 2, 1] and not runner.record_next()
+    assert all(torch.equal(own, before) for own, before in zip(model.caches, caches, strict=True))
+    model.seen.clear()
+    batch = tokens(contexts=[40, 41, 42, 43, 44, 45])
+    got = runner.run(batch)
+    assert got is not None and (DEVICE.type == "cpu" or not model.seen)
+    torch.testing.assert_close(got, model.plain(batch), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("why", ["a prompt", "too many", "fewer rows"])
 def test_other_batches_are_left_to_the_caller(why: str) -> None:
     runner = graphs(Model(), most=2)

@@ -87,6 +87,26 @@ def test_four_bits_in_groups_of_any_size(group: int, dtype: torch.dtype) -> None
     assert not launch.arrivals(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)).any()
 
 
+@pytest.mark.parametrize("k", [96, 768])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "w8 by 16", "w8 zeros", "f8 tensor", "f8 row", "f8 block"])
+def test_a_row_with_its_norm_and_activation_is_one_kernel(kind: str, gated: bool, k: int) -> None:
+    n = 64
+    weight, norm = weights(n, k)[kind], matmul.Norm(torch.randn(1, k, device=DEVICE).half(), torch.rand(k), 1e-5)
+    if isinstance(weight, Dense):
+        weight = Dense(weight.data.half() / 8)
+    else:
+        weight = replace(weight, scales=weight.scales / 64)
+    x = torch.randn(1, k, device=DEVICE).half()
+    done = matmul.fused(x, weight, norm, gated=gated)
+    assert done is not None
+    wanted = ops.norm_matmul(x, norm.residual, norm.weight, norm.eps, weight, gated=gated)
+    error = float((done[0].float() - wanted[0].float()).norm() / wanted[0].float().norm())
+    assert error < 2e-3 and torch.equal(done[1], wanted[1])
+    for several in (x.repeat(2, 1), x.float()):
+        assert matmul.fused(several, weight, norm, gated=gated) is None
+
+
 @pytest.mark.parametrize("kind", ["dense", "w4", "i8", "f8 block"])
 def test_parts_of_the_depth_are_added(kind: str) -> None:
     weight, x = weights(40, 160)[kind], torch.randn(5, 160, device=DEVICE)
@@ -103,7 +123,7 @@ def test_one_row_of_a_float_matrix() -> None:
     weight, x = weights(40, 96)["dense"], torch.randn(1, 96, device=DEVICE)
     parts = matmul.operand(weight)
     assert parts is not None
-    close(matmul.gemv(x, parts), ops.matmul(x, weight))
+    close(matmul.gemv(x, parts)[0], ops.matmul(x, weight))
 
 
 @pytest.mark.parametrize("kind", ["f8 tensor", "f8 row", "f8 block"])

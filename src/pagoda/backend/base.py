@@ -74,6 +74,13 @@ class Executor(Protocol):
         """Start a step. The plan's arrays must stay unchanged until `wait` returns."""
         ...
 
+    def prepare(self) -> bool:
+        """Do a part, of well under a second, of what makes later steps faster; False once nothing is left of it.
+
+        Called with no step in flight.
+        """
+        ...
+
     def close(self) -> None: ...
 
 

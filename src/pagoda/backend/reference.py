@@ -110,6 +110,9 @@ class ReferenceExecutor:
                 _log.exception("step %d failed", plan.step)
                 raise EngineError("the step failed") from error
 
+    def prepare(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.caches = []
         self.weights = {}

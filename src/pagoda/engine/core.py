@@ -207,6 +207,10 @@ class EngineCore:
             deltas += self._scheduler.fail(plan, "the engine failed in a step that computed this request")
             self._flight = None
 
+    def prepare(self) -> bool:
+        """While nothing is asked: see backend.base.Executor."""
+        return self._flight is None and self._executor.prepare()
+
     def stats(self) -> EngineStats:
         return EngineStats(scheduler=self._scheduler.stats(), steps=self._steps, last_step_s=self._last_step_s)
 

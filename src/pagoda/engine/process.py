@@ -111,9 +111,10 @@ class Wire:
 def serve(wire: Wire, core: EngineCore) -> None:
     """Take in messages and compute steps until told to end. Without work it sleeps in the kernel."""
     decoder = msgspec.msgpack.Decoder(ToEngine)
+    more = True  # to prepare
     while True:
         asked = False
-        for data in wire.receive(wait=wire.full or not core.has_work):
+        for data in wire.receive(wait=wire.full or not (core.has_work or more)):
             match decoder.decode(data):
                 case Submit(request):
                     core.add(request)
@@ -128,6 +129,8 @@ def serve(wire: Wire, core: EngineCore) -> None:
             wire.send_step(Step(core.step(), core.stats()))
         elif asked:
             wire.send(Step([], core.stats()))
+        elif more and not core.has_work:
+            more = core.prepare()
 
 
 def run(sock: socket.socket, make_core: CoreFactory = EngineCore) -> int:

@@ -64,6 +64,9 @@ class CpuExecutor:
     def launch(self, plan: StepPlan) -> Done:
         return Done(self._lib.run(plan))
 
+    def prepare(self) -> bool:
+        return False
+
     def close(self) -> None:
         self._lib.close()
 

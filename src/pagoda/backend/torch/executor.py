@@ -22,7 +22,7 @@ from pagoda.backend.torch.answer import Chosen, Returning, choose
 from pagoda.backend.torch.convert import Target
 from pagoda.backend.torch.device import Device, Room, choose_dtype, open_device, room
 from pagoda.backend.torch.encoder import Encoder, EncoderLoader
-from pagoda.backend.torch.graphs import DecodeGraphs, Recorder
+from pagoda.backend.torch.graphs import DecodeGraphs, Recorder, padding
 from pagoda.backend.torch.load import Loader
 from pagoda.backend.torch.model import Decoder, KvCache
 from pagoda.backend.torch.ops import Batch
@@ -193,6 +193,11 @@ class TorchExecutor:
         hidden = self._graphs.run(batch) if self._graphs else None
         return self.decoder.hidden(batch) if hidden is None else hidden
 
+    def prepare(self) -> bool:
+        """Record a CUDA graph."""
+        with torch.inference_mode():
+            return self._graphs is not None and self._graphs.record_next()
+
     def close(self) -> None:
         self._graphs = None
         self.decoder.caches, self.decoder.layers = [], ()
@@ -261,9 +266,22 @@ def measured(decoder: Decoder | Encoder, limits: Limits, device: Device, kv_type
             choose(decoder.logits(hidden[turn.first : turn.last]), turn, plan)
     torch.cuda.synchronize(device.device)
     work = torch.cuda.max_memory_reserved(device.device) - begun
+    if not limits.enforce_eager and decoder.spec.pooling is None:
+        work += graph_bytes(decoder, limits, device)
     decoder.caches = []
     release(device)
     return weights, work
+
+
+def graph_bytes(decoder: Decoder, limits: Limits, device: Device) -> int:
+    """What the largest decode step takes: the graphs of all sizes share a pool of their own, that large."""
+    release(device)
+    begun = torch.cuda.memory_allocated(device.device)
+    torch.cuda.reset_peak_memory_stats(device.device)
+    with torch.inference_mode():
+        decoder.hidden(padding(limits.max_num_seqs, limits.max_model_len, device.device))
+    torch.cuda.synchronize(device.device)
+    return torch.cuda.max_memory_reserved(device.device) - begun
 
 
 def largest_step(tokens: int, requests: int, max_model_len: int) -> StepPlan:

@@ -1,7 +1,7 @@
 """CUDA graphs of decode steps: a step of single tokens is replayed as one launch, in a batch padded to a few sizes.
 
-A size is recorded in the first step that needs it: that step runs as it is, in the padded batch (which compiles and
-loads every kernel it takes), and is recorded behind it. So nothing waits for graphs when the server starts.
+Sizes are recorded while nothing is asked, the largest first, so that the others fit into its memory; one that a step
+needs before is recorded behind that step, which runs as it is in the padded batch. So no start waits for graphs.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class DecodeGraphs:
         self._forward, self._record = forward, record
         self._sizes = sizes(most_requests)
         self._recorded: dict[int, Recorded] = {}
-        self._fixed = _buffers(most_requests, most_context, device)
+        self._fixed = padding(most_requests, most_context, device)
 
     def run(self, batch: Batch) -> Tensor | None:
         """The forward pass of a batch, [L, hidden], good until the next one; None where no graph is for it."""
@@ -88,14 +88,34 @@ class DecodeGraphs:
         self._add(size, fixed)
         return result[:requests]
 
+    def record_next(self) -> bool:
+        """Record the largest size that is not; False when there is none."""
+        size = next((s for s in reversed(self._sizes) if s not in self._recorded), None)
+        if size is None:
+            return False
+        fixed = self._of_size(size)
+        for values in (fixed.tokens, fixed.positions, fixed.starts, fixed.contexts, fixed.rows):
+            values.zero_()
+        fixed.cells.fill_(-1)
+        try:
+            self._forward(fixed)  # compiles and loads every kernel it takes
+        except torch.OutOfMemoryError:
+            self._without(size)
+        else:
+            self._add(size, fixed)
+        return True
+
     def _add(self, size: int, fixed: Batch) -> None:
         try:
             replay, result = self._record(lambda: self._forward(fixed))
         except torch.OutOfMemoryError:
-            self._sizes = tuple(s for s in self._sizes if s < size)
-            _log.warning("no memory for a CUDA graph of %d requests: steps of so many run without", size)
+            self._without(size)
             return
         self._recorded[size] = Recorded(fixed, replay, result)
+
+    def _without(self, size: int) -> None:
+        self._sizes = tuple(s for s in self._sizes if s < size)
+        _log.warning("no memory for a CUDA graph of %d requests: steps of so many run without", size)
 
     @property
     def _most(self) -> int:
@@ -108,14 +128,16 @@ class DecodeGraphs:
         return replace(f, starts=f.starts[: size + 1], block_tables=f.block_tables[:size], **parts)
 
 
-def _buffers(requests: int, context: int, device: torch.device) -> Batch:
+def padding(requests: int, context: int, device: torch.device) -> Batch:
+    """A batch of nothing, as large as any decode step."""
+
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
     return Batch(
         tokens=zeros(requests),
         positions=zeros(requests),
-        cells=zeros(requests, dtype=torch.int64),
+        cells=zeros(requests, dtype=torch.int64) - 1,
         starts=zeros(requests + 1),
         contexts=zeros(requests),
         block_tables=zeros(requests, -(-context // BLOCK_SIZE)),

@@ -38,6 +38,16 @@ class Linear:
         y = torch.cat([ops.matmul(x, part) for part in self.parts], dim=-1)
         return y if self.bias is None else y + self.bias
 
+    def behind(
+        self, x: Tensor, residual: Tensor, norm: Tensor, eps: float, *, gated: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The product with x + residual, normed (`gated`: silu(gate) * up of it), and that sum."""
+        if len(self.parts) == 1 and self.bias is None:
+            return ops.norm_matmul(x, residual, norm, eps, self.parts[0], gated=gated)
+        normed, total = ops.add_rms_norm(x, residual, norm, eps)
+        y = self(normed)
+        return (ops.silu_mul(y) if gated else y), total
+
 
 @dataclass(frozen=True, slots=True)
 class GatedMlp:
@@ -46,6 +56,11 @@ class GatedMlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.down(ops.silu_mul(self.gate_up(x)))
+
+    def behind(self, x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """What it makes of x + residual, normed, and that sum."""
+        hidden, total = self.gate_up.behind(x, residual, norm, eps, gated=True)
+        return self.down(hidden), total
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +116,14 @@ class Decoder:
         total = self.embed[batch.tokens]
         x = torch.zeros_like(total)
         for layer, (k_cache, v_cache) in zip(self.layers, self.caches, strict=True):
-            x, total = ops.add_rms_norm(x, total, layer.attn_norm, eps)
-            q = ops.rope_and_cache(
-                layer.qkv(x), layer.q_norm, layer.k_norm, self.cos_sin, batch, k_cache, v_cache, layer.heads
-            )
+            qkv, total = layer.qkv.behind(x, total, layer.attn_norm, eps)
+            q = ops.rope_and_cache(qkv, layer.q_norm, layer.k_norm, self.cos_sin, batch, k_cache, v_cache, layer.heads)
             x = layer.o(ops.paged_attention(q, k_cache, v_cache, batch, layer.heads).flatten(1))
-            x, total = ops.add_rms_norm(x, total, layer.mlp_norm, eps)
-            x = layer.mlp(x)
+            if isinstance(layer.mlp, GatedMlp):
+                x, total = layer.mlp.behind(x, total, layer.mlp_norm, eps)
+            else:
+                x, total = ops.add_rms_norm(x, total, layer.mlp_norm, eps)
+                x = layer.mlp(x)
         return ops.add_rms_norm(x[batch.rows], total[batch.rows], self.norm, eps)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

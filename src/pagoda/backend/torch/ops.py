@@ -188,6 +188,19 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
+def norm_matmul(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, gated: bool = False
+) -> tuple[Tensor, Tensor]:
+    """add_rms_norm and the product of that with a weight (`gated`: silu_mul of it too); and the sum x + residual."""
+    if on_gpu(x):
+        done = products.fused(x, weight, products.Norm(residual, norm_weight, eps), gated=gated)
+        if done is not None:
+            return done
+    normed, total = add_rms_norm(x, residual, norm_weight, eps)
+    y = matmul(normed, weight)
+    return (silu_mul(y) if gated else y), total
+
+
 def matmul_w4(x: Tensor, weight: W4) -> Tensor:
     """4-bit weights, floats otherwise."""
     return _product(_ordered(x, weight.order), weight.floats().to(x.dtype))

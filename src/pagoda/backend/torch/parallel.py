@@ -159,6 +159,9 @@ class ParallelExecutor(TorchExecutor):
         self.apart = False
         return pending
 
+    def prepare(self) -> bool:
+        return False  # all would have to record at the same time
+
     def close(self) -> None:
         if not self.apart:
             self.group.tell(None)

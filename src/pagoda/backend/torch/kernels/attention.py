@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagoda.backend.torch.kernels.launch import block_of, processors
+from pagoda.backend.torch.kernels.launch import arrivals, block_of, processors
 from pagoda.backend.torch.kernels.tuning import Tile, choose
 from pagoda.types import BLOCK_SIZE
 
@@ -101,6 +101,43 @@ def _fold(
 
 
 @triton.jit
+def _join(
+    parts: tl.tensor,
+    stats: tl.tensor,
+    out: tl.tensor,
+    arrived: tl.tensor,
+    line: tl.tensor,
+    inside: tl.tensor,
+    count: tl.tensor,
+    step: tl.tensor,
+    HEAD: tl.constexpr,
+    D: tl.constexpr,
+) -> None:
+    """The last of `count` runs that are done joins them all, in the order of their keys, and sets the counter back.
+
+    `parts` and `stats` point at the lines (heads) of the first run; those of the next one are `step` lines further.
+    """
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1:
+        d = tl.arange(0, D)
+        most = tl.full((line.shape[0],), float("-inf"), tl.float32)
+        for run in range(0, count):
+            place = stats + (line + run * step) * 2
+            most = tl.maximum(most, tl.load(place, mask=inside, other=float("-inf"), cache_modifier=".cg"))
+        top = tl.where(inside, most, 0.0)
+        total, acc = tl.zeros((line.shape[0],), tl.float32), tl.zeros((line.shape[0], D), tl.float32)
+        both = inside[:, None] & (d < HEAD)[None, :]
+        for run in range(0, count):
+            at = line + run * step
+            factor = tl.exp2(tl.load(stats + at * 2, mask=inside, other=0.0, cache_modifier=".cg") - top)
+            total += tl.load(stats + at * 2 + 1, mask=inside, other=1.0, cache_modifier=".cg") * factor
+            values = parts + at[:, None] * HEAD + d[None, :]
+            acc += tl.load(values, mask=both, other=0.0, cache_modifier=".cg") * factor[:, None]
+        tl.store(out, (acc / total[:, None]).to(out.dtype.element_ty), mask=both)
+        tl.store(arrived, 0)
+
+
+@triton.jit
 def _decode(
     q: tl.tensor,
     k_cache: tl.tensor,
@@ -112,6 +149,8 @@ def _decode(
     runs: tl.tensor,
     parts: tl.tensor,
     stats: tl.tensor,
+    out: tl.tensor,
+    arrived: tl.tensor,
     requests: tl.tensor,
     kv_heads: tl.tensor,
     scale: tl.tensor,
@@ -144,40 +183,17 @@ def _decode(
                 rows, most, total, acc, k_head, v_head, table, key, end, begins, ends, kv_heads * HEAD, scale,
                 True, HEAD, D, TILE,
             )  # fmt: skip
-        out = (number * kv_heads + head) * GROUP + row
-        tl.store(parts + out[:, None] * HEAD + d[None, :], acc, mask=inside)
-        tl.store(stats + out * 2, most, mask=row < GROUP)
-        tl.store(stats + out * 2 + 1, total, mask=row < GROUP)
-
-
-@triton.jit
-def _join(
-    parts: tl.tensor,
-    stats: tl.tensor,
-    starts: tl.tensor,
-    runs: tl.tensor,
-    out: tl.tensor,
-    heads: tl.tensor,
-    HEAD: tl.constexpr,
-    D: tl.constexpr,
-    RUNS: tl.constexpr,
-) -> None:
-    """The parts of one request and head, in the order of their keys."""
-    r, head, d = tl.program_id(0), tl.program_id(1), tl.arange(0, D)
-    first, end = tl.load(runs + r), tl.load(runs + r + 1)
-    if first < end:
-        at = tl.arange(0, RUNS)
-        place = ((first + at) * heads + head) * 2
-        most = tl.load(stats + place, mask=first + at < end, other=float("-inf"))
-        top = tl.max(most, axis=0)
-        acc, total = tl.zeros((D,), tl.float32), 0.0
-        for run in range(first, end):
-            line = run * heads + head
-            factor = tl.exp2(tl.load(stats + line * 2) - top)
-            acc += tl.load(parts + line * HEAD + d, mask=d < HEAD, other=0.0) * factor
-            total += tl.load(stats + line * 2 + 1) * factor
-        token = tl.load(starts + r).to(tl.int64)
-        tl.store(out + (token * heads + head) * HEAD + d, (acc / total).to(out.dtype.element_ty), mask=d < HEAD)
+        begun, count = tl.load(runs + r), tl.load(runs + r + 1) - tl.load(runs + r)
+        place = out + q_at[:, None] * HEAD + d[None, :]
+        if count == 1:
+            tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
+        else:
+            line = (number * kv_heads + head) * GROUP + row
+            tl.store(parts + line[:, None] * HEAD + d[None, :], acc, mask=inside)
+            tl.store(stats + line * 2, most, mask=row < GROUP)
+            tl.store(stats + line * 2 + 1, total, mask=row < GROUP)
+            first, counter = (begun * kv_heads + head) * GROUP + row, arrived + r * kv_heads + head
+            _join(parts, stats, place, counter, first, row < GROUP, count, kv_heads * GROUP, HEAD, D)
 
 
 @triton.jit
@@ -298,10 +314,7 @@ def _run_decode(
     size = block_of(shape.head_dim)
     _decode[(min(most * shape.kv_heads, processors(q.device) * _PROGRAMS),)](
         q.contiguous(), k_cache, v_cache, batch.starts, batch.contexts, batch.block_tables,
-        batch.block_tables.stride(0), runs, parts, stats, requests, shape.kv_heads, shape.scale * _LOG2_E,
-        shape.window or NO_WINDOW, R=block_of(requests), GROUP=group, M=block_of(group), HEAD=shape.head_dim,
-        D=size, TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages,
+        batch.block_tables.stride(0), runs, parts, stats, out, arrivals(q.device), requests, shape.kv_heads,
+        shape.scale * _LOG2_E, shape.window or NO_WINDOW, R=block_of(requests), GROUP=group, M=block_of(group),
+        HEAD=shape.head_dim, D=size, TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    _join[(requests, shape.heads)](
-        parts, stats, batch.starts, runs, out, shape.heads, HEAD=shape.head_dim, D=size, RUNS=MOST_RUNS, num_warps=1
-    )

@@ -92,7 +92,7 @@ def matmul(x: Tensor, weight: Weight) -> Tensor | None:
     if isinstance(weight, F8) and weight.quantize_input and len(x) > FEW_ROWS_F8:
         return _both_f8(x, weight, parts)
     if len(x) == 1 and not isinstance(weight, W4):
-        return gemv(x, parts)
+        return gemv(x, parts)[0]
     if len(x) <= FEW_ROWS:
         return tiled(x, parts, x.dtype)
     return F.linear(x, unpacked(parts, x.dtype))
@@ -101,7 +101,7 @@ def matmul(x: Tensor, weight: Weight) -> Tensor | None:
 def _dense(x: Tensor, parts: Operand) -> Tensor:
     """cuBLAS, but where a measurement found a kernel of ours faster."""
     if len(x) == 1 and (tile := measured("gemv_dense", parts.n, parts.k, 1)):
-        return gemv(x, parts, tile)
+        return gemv(x, parts, tile)[0]
     if len(x) and (tile := measured("dense", parts.n, parts.k, bucket(len(x)))):
         return tiled(x, parts, x.dtype, tile=tile)
     return F.linear(x, parts.codes)
@@ -118,16 +118,53 @@ def _both_f8(x: Tensor, weight: F8, parts: Operand) -> Tensor:
     return result.to(x.dtype)
 
 
-def gemv(x: Tensor, parts: Operand, tile: Tile | None = None) -> Tensor:
-    """One row against any weight but I8 and W4."""
-    tile = tile or measured(f"gemv_{parts.name}", parts.n, parts.k, 1) or Tile(n=4, k=1024, warps=4, stages=3)
-    out = torch.empty(1, parts.n, dtype=x.dtype, device=x.device)
-    _gemv[(triton.cdiv(parts.n, tile.n),)](
-        x, parts.codes, parts.scales, parts.scales if parts.zeros is None else parts.zeros, out, parts.n, parts.k,
-        parts.scale_shape[1], KIND=parts.kind, ZERO=parts.zeros is not None, BY_ROW=parts.by_row, GROUP=parts.group,
-        BN=tile.n, BK=min(tile.k, block_of(parts.k)), num_warps=tile.warps, num_stages=tile.stages,
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """What comes before a product: `residual` is added to its row, and the sum is normed."""
+
+    residual: Tensor
+    weight: Tensor
+    eps: float
+
+
+def gemv(
+    x: Tensor, parts: Operand, tile: Tile | None = None, *, norm: Norm | None = None, gated: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One row against any weight but I8 and W4: the product (`gated`: silu(first half) * second half of it), and the
+    sum that was normed.
+    """
+    n = parts.n // 2 if gated else parts.n
+    tile = tile or measured(f"gemv_{parts.name}", parts.n, parts.k, 1) or gemv_tile(n, parts, x.device)
+    # whole parts need no masks; parts of odd sizes would be too small
+    even = parts.k & -parts.k
+    depth = min(tile.k, even if even >= 256 else block_of(parts.k))
+    out, total = torch.empty(1, n, dtype=x.dtype, device=x.device), torch.empty_like(x) if norm else x
+    _gemv[(triton.cdiv(n, tile.n),)](
+        x, norm.residual if norm else x, norm.weight if norm else x, total, parts.codes, parts.scales,
+        parts.scales if parts.zeros is None else parts.zeros, out, n, parts.k, parts.scale_shape[1],
+        norm.eps if norm else 0.0, KIND=parts.kind, ZERO=parts.zeros is not None, BY_ROW=int(parts.by_row),
+        GROUP=parts.group, NORM=norm is not None, GATED=gated, BN=tile.n, BK=depth, WHOLE=parts.k % depth == 0,
+        ALL=block_of(parts.k), num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
-    return out
+    return out, total
+
+
+def gemv_tile(n: int, parts: Operand, device: torch.device) -> Tile:
+    """Rows enough for each program to be worth its start, and programs enough for each multiprocessor to have eight."""
+    rows = 4
+    while rows > 1 and n < rows * 8 * processors(device):
+        rows //= 2
+    return Tile(n=rows, k=1024 if parts.codes.element_size() > 1 else 2048, warps=4)
+
+
+def fused(x: Tensor, weight: Weight, norm: Norm, *, gated: bool) -> tuple[Tensor, Tensor] | None:
+    """See ops.norm_matmul; None where one kernel cannot do it all."""
+    if len(x) != 1 or isinstance(weight, W4 | I8) or (isinstance(weight, W8) and weight.order is not None):
+        return None
+    parts = operand(weight)
+    if parts is None or parts.k % 16 or x.dtype == torch.float32:
+        return None
+    return gemv(x, parts, norm=norm, gated=gated)
 
 
 def default_tile(rows: int) -> Tile:
