@@ -266,7 +266,7 @@ def measured(decoder: Decoder | Encoder, limits: Limits, device: Device, kv_type
             choose(decoder.logits(hidden[turn.first : turn.last]), turn, plan)
     torch.cuda.synchronize(device.device)
     work = torch.cuda.max_memory_reserved(device.device) - begun
-    if not limits.enforce_eager and decoder.spec.pooling is None:
+    if isinstance(decoder, Decoder) and decoder.spec.pooling is None and not limits.enforce_eager:
         work += graph_bytes(decoder, limits, device)
     decoder.caches = []
     release(device)
