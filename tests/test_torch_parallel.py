@@ -230,6 +230,14 @@ def test_two_ranks(name: str, tmp_path: Path) -> None:
     _same(tmp_path, 2, 2)
 
 
+def test_random_weights_are_the_same_at_each_rank(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    one, many = (answers(tmp_path, size, load_format="dummy") for size in (1, 2))
+    assert one.pop("bytes") > many.pop("bytes")
+    assert many == one
+
+
 def test_a_rank_that_fails_is_heard_by_all(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "llama")
     with pytest.raises(MemoryShort):
