@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from api_fake import Client, FakeEngine, make_server
 
-from pagoda.deploy.default_model import default_model_path
+from pagoda.deploy.download.default_model import default_model_path
 from pagoda.errors import ModelError
 
 # Triton reads this when a kernel is defined: without a GPU its kernels run in its interpreter.

@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from pagoda.deploy.pack import Packed, Plan, write
-from pagoda.deploy.pack_archive import header_bytes
-from pagoda.deploy.pack_files import PYTHON, Member
-from pagoda.deploy.pack_libraries import Linked
+from pagoda.deploy.pack.archive import header_bytes
+from pagoda.deploy.pack.files import PYTHON, Member
+from pagoda.deploy.pack.libraries import Linked
+from pagoda.deploy.pack.pack import Packed, Plan, write
 
 # It "answers" as the model's file says: with 0 for the recorded answer.
 STAND_IN = """\

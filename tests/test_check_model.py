@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pagoda.cli.main import main
-from pagoda.deploy.check import check_model
+from pagoda.deploy.check.check import check_model
 from pagoda.deploy.findings import Finding, problems
 
 QWEN3_32B = {

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pagoda.deploy import default_model
-from pagoda.deploy.default_model import cache_dir, default_model_path
+from pagoda.deploy.download import default_model
+from pagoda.deploy.download.default_model import cache_dir, default_model_path
 from pagoda.errors import ModelError
 
 FIND_INSTALLED = default_model._installed

@@ -20,7 +20,7 @@ from pagoda.cli.main import main
 from pagoda.cli.model import sampling_defaults
 from pagoda.cli.screen import ProgressLine, size, table
 from pagoda.config import Options
-from pagoda.deploy.find_model import check_format, find_model
+from pagoda.deploy.download.find_model import check_format, find_model
 from pagoda.errors import ConfigError, ModelError
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from pagoda.cli.serve import address, is_loopback, welcome
 from pagoda.config import Options
-from pagoda.deploy.default_model import FILE
+from pagoda.deploy.download.default_model import FILE
 from pagoda.engine.messages import ModelInfo
 
 START_S = 60

@@ -26,8 +26,8 @@ from pooled_models import write_model
 from test_pooled_api import minilm, minilm_path, served
 
 from pagoda.cli.main import main
-from pagoda.deploy.connect import Target
-from pagoda.deploy.connect_guides import GUIDES
+from pagoda.deploy.connect.connect import Target
+from pagoda.deploy.connect.guides import GUIDES
 
 __all__ = ["minilm", "minilm_path"]
 KEY = "sesame"

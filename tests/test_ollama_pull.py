@@ -17,8 +17,8 @@ from hub import REPO, Fault, Hub, running
 from test_pull_faults import check_published, environ
 
 from pagoda.cli.hub import MAX_PULLS, Models
-from pagoda.deploy.cached import cached_models
-from pagoda.deploy.find_model import cached_model
+from pagoda.deploy.download.cached import cached_models
+from pagoda.deploy.download.find_model import cached_model
 
 BIG = "model.safetensors"
 FILES = {"config.json": b"{}", BIG: b"\x01" * 900_000, "tokenizer.json": b"{}"}

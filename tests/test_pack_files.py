@@ -19,14 +19,14 @@ import pytest
 from packs import quiet, small_pack
 
 from pagoda.cli.main import main
-from pagoda.deploy import pack_files
-from pagoda.deploy.pack import below
-from pagoda.deploy.pack_answer import Agreement, compare, judge
-from pagoda.deploy.pack_archive import check, read_header
-from pagoda.deploy.pack_elf import read_elf
-from pagoda.deploy.pack_files import Member, model_members, package_members, python_members
-from pagoda.deploy.pack_libraries import link
-from pagoda.deploy.pack_options import plan
+from pagoda.deploy.pack import files as pack_files
+from pagoda.deploy.pack.answer import Agreement, compare, judge
+from pagoda.deploy.pack.archive import check, read_header
+from pagoda.deploy.pack.elf import read_elf
+from pagoda.deploy.pack.files import Member, model_members, package_members, python_members
+from pagoda.deploy.pack.libraries import link
+from pagoda.deploy.pack.options import plan
+from pagoda.deploy.pack.pack import below
 from pagoda.errors import ConfigError, ModelError, PagodaError
 from pagoda.settings import resolve
 
@@ -87,7 +87,7 @@ def test_a_changed_package_is_not_packed(tmp_path: Path) -> None:
     source = tmp_path / "x.py"
     source.write_text("import os\n")
     member = Member("x.py", source, sha256=hashlib.sha256(b"another").hexdigest())
-    from pagoda.deploy.pack_archive import Parts, Tar
+    from pagoda.deploy.pack.archive import Parts, Tar
 
     parts = Parts(tmp_path / "out", None, 4096)
     with pytest.raises(ConfigError, match="not the file that its package brought"):

@@ -23,12 +23,12 @@ from pagoda.arch.sharding import kv_bytes_per_block, parallel_sizes, weight_byte
 from pagoda.backend.cpu.machine import free_memory_bytes
 from pagoda.cli.main import main
 from pagoda.config import EngineConfig
-from pagoda.deploy import hub as hubs
-from pagoda.deploy.image_encoder import image_encoder
-from pagoda.deploy.machines import Machine, parse_gpus, parse_memory
-from pagoda.deploy.plan import Plan, make_plan
-from pagoda.deploy.plan_model import planned_model
-from pagoda.deploy.plan_remote import remote_config
+from pagoda.deploy.download import hub as hubs
+from pagoda.deploy.plan.image_encoder import image_encoder
+from pagoda.deploy.plan.machines import Machine, parse_gpus, parse_memory
+from pagoda.deploy.plan.model import planned_model
+from pagoda.deploy.plan.plan import Plan, make_plan
+from pagoda.deploy.plan.remote import remote_config
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
 from pagoda.speculation import Speculation

@@ -15,11 +15,11 @@ from pooled_models import hidden_states, write_model, write_sentence_files
 from pagoda.backend.torch.encoder import Encoder
 from pagoda.backend.torch.ops import Batch
 from pagoda.config import EngineConfig
-from pagoda.deploy.check import check_model
+from pagoda.deploy.check.check import check_model
 from pagoda.deploy.findings import problems
-from pagoda.deploy.machines import Machine
-from pagoda.deploy.plan import make_plan
-from pagoda.deploy.plan_model import planned_model
+from pagoda.deploy.plan.machines import Machine
+from pagoda.deploy.plan.model import planned_model
+from pagoda.deploy.plan.plan import make_plan
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
 from pagoda.types import Float32, Request, SamplingParams

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from hub import COMMIT, REPO, Fault, Hub, git_sha1, running, sha256
 
-from pagoda.deploy import transfer
-from pagoda.deploy.failures import AccessDenied, DiskFailed, SourceFailed, Unreachable
-from pagoda.deploy.partial import Partial, merged
-from pagoda.deploy.pull import Pulled, Report, Wanted, pull
-from pagoda.deploy.transfer import Pace
+from pagoda.deploy.download import transfer
+from pagoda.deploy.download.failures import AccessDenied, DiskFailed, SourceFailed, Unreachable
+from pagoda.deploy.download.partial import Partial, merged
+from pagoda.deploy.download.pull import Pulled, Report, Wanted, pull
+from pagoda.deploy.download.transfer import Pace
 from pagoda.errors import ConfigError
 
 BIG = "model.safetensors"
@@ -242,7 +242,7 @@ def test_merged_spans() -> None:
 
 
 def test_a_journal_that_promises_too_much(tmp_path: Path) -> None:
-    from pagoda.deploy.hub import RemoteFile
+    from pagoda.deploy.download.hub import RemoteFile
 
     content = b"x" * 100
     file = RemoteFile("a", 100, hashlib.sha256(content).hexdigest())

@@ -15,15 +15,15 @@ import pytest
 from hub import COMMIT, REPO, Fault, Hub, running, sha256
 from test_pull_faults import BIG, check_nothing_wrong, check_published, environ, get
 
-from pagoda.deploy import hub as hubs
-from pagoda.deploy.choose import choose, pick_gguf
-from pagoda.deploy.failures import SourceFailed, Unreachable
-from pagoda.deploy.fetch import Endpoint
-from pagoda.deploy.find_model import cached_model, find_model
-from pagoda.deploy.hub import Listing, RemoteFile, Source, list_files, sources
-from pagoda.deploy.lock import owned
-from pagoda.deploy.pull import Report, Wanted, pull
-from pagoda.deploy.transfer import CHUNK_BYTES, Pace
+from pagoda.deploy.download import hub as hubs
+from pagoda.deploy.download.choose import choose, pick_gguf
+from pagoda.deploy.download.failures import SourceFailed, Unreachable
+from pagoda.deploy.download.fetch import Endpoint
+from pagoda.deploy.download.find_model import cached_model, find_model
+from pagoda.deploy.download.hub import Listing, RemoteFile, Source, list_files, sources
+from pagoda.deploy.download.lock import owned
+from pagoda.deploy.download.pull import Report, Wanted, pull
+from pagoda.deploy.download.transfer import CHUNK_BYTES, Pace
 from pagoda.errors import ConfigError, ModelError
 
 NOWHERE = "http://127.0.0.1:9"

@@ -22,10 +22,10 @@ import pytest
 import yaml
 
 from pagoda.cli.service import last_error
-from pagoda.deploy import service as disk
-from pagoda.deploy import systemd
-from pagoda.deploy.compose import compose_text, state_of
-from pagoda.deploy.service import Service
+from pagoda.deploy.service import service as disk
+from pagoda.deploy.service import systemd
+from pagoda.deploy.service.compose import compose_text, state_of
+from pagoda.deploy.service.service import Service
 from pagoda.errors import ConfigError
 
 PATIENCE_S = 120
@@ -265,7 +265,7 @@ def test_a_supervised_server_that_hangs_is_started_again(tmp_path: Path, smollm2
     )
     disk.save(service, {})
     code = (
-        "import sys; from pathlib import Path; from pagoda.deploy.supervise import Supervisor, load\n"
+        "import sys; from pathlib import Path; from pagoda.deploy.service.supervise import Supervisor, load\n"
         "sys.exit(Supervisor(load(Path(sys.argv[1])), watchdog_s=4, backoff_s=0.1).run())"
     )
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -14,7 +14,7 @@ import pytest
 from api_fake import Client, FakeEngine, make_server, on_port
 
 from pagoda.cli.top import address, compare, text
-from pagoda.deploy.scrape import CannotAsk, ask, health, parse
+from pagoda.deploy.service.scrape import CannotAsk, ask, health, parse
 from pagoda.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent

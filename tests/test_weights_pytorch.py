@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch_files import DATA, GOOD, number, numbers, storage, table, tensor, text
 
 from pagoda.cli.main import main
-from pagoda.deploy.check import check_model
-from pagoda.deploy.convert import convert
-from pagoda.deploy.find_model import is_complete
+from pagoda.deploy.check.check import check_model
+from pagoda.deploy.check.convert import convert
+from pagoda.deploy.download.find_model import is_complete
 from pagoda.deploy.findings import problems
 from pagoda.errors import ConfigError, ModelError
 from pagoda.weights.open import open_source

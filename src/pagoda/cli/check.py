@@ -33,7 +33,7 @@ def run(words: list[str]) -> int:
     only(rest, 1, "check")
     if not rest:
         raise ConfigError("pagoda check needs a model", remedy="Write: pagoda check FOLDER")
-    from pagoda.deploy.check import check_model
+    from pagoda.deploy.check.check import check_model
 
     findings = check_model(rest[0], os.environ, deep="deep" in given)
     verdicts = (f"{rest[0]} can be served: pagoda serve {rest[0]}", "{count} found that must be cured first.")

@@ -10,7 +10,7 @@ from pagoda.cli.words import read_words
 from pagoda.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pagoda.deploy.connect import Served, Target
+    from pagoda.deploy.connect.connect import Served, Target
     from pagoda.deploy.findings import Finding
 
 _OPTIONS = ("url", "model", "api-key", "address", "lang")
@@ -51,8 +51,8 @@ def run(argv: list[str]) -> int:
     if "help" in words.switches:
         print(HELP, end="")
         return 0
-    from pagoda.deploy.connect import LANGUAGES, Target, from_containers, look
-    from pagoda.deploy.connect_guides import GUIDES, text
+    from pagoda.deploy.connect.connect import LANGUAGES, Target, from_containers, look
+    from pagoda.deploy.connect.guides import GUIDES, text
 
     lang = words.last("lang") or "en"
     if lang not in LANGUAGES:
@@ -83,8 +83,8 @@ def run(argv: list[str]) -> int:
 
 
 def _try(name: str, target: Target, served: Served, least: int, lang: str) -> list[Finding]:
-    from pagoda.deploy.connect import pick
-    from pagoda.deploy.connect_calls import calls, play
+    from pagoda.deploy.connect.calls import calls, play
+    from pagoda.deploy.connect.connect import pick
     from pagoda.deploy.findings import note, ok, problem
 
     seen = ok(pick(("model", "模型"), lang), f"{served.model}  ({served.task}, {served.context or '?'} tokens)")

@@ -28,7 +28,7 @@ def run(words: list[str]) -> int:
     only(rest, 2, "convert")
     if len(rest) < 2:
         raise ConfigError("pagoda convert needs two names", remedy="Write: pagoda convert FOLDER NEW_FOLDER")
-    from pagoda.deploy.convert import convert
+    from pagoda.deploy.check.convert import convert
     from pagoda.weights.files import reading
 
     source, out = (Path(word).expanduser() for word in rest)

@@ -19,7 +19,7 @@ class Models:
 
     def pull(self, name: str, show: Show) -> None:
         # Only here: a server starts faster without what a pull needs.
-        from pagoda.deploy.pull import Report, pull, wanted
+        from pagoda.deploy.download.pull import Report, pull, wanted
 
         if not self._free.acquire(blocking=False):
             raise Overloaded(f"{MAX_PULLS} models are being fetched already", remedy="Wait for one of them")
@@ -31,7 +31,7 @@ class Models:
             self._free.release()
 
     def delete(self, name: str) -> None:
-        from pagoda.deploy.cached import cached_models, remove
+        from pagoda.deploy.download.cached import cached_models, remove
 
         found = [model for model in cached_models(os.environ) if model.name == name]
         if not found:

@@ -9,7 +9,7 @@ import time
 
 from pagoda.cli.screen import size
 from pagoda.cli.words import read_words
-from pagoda.deploy.cached import CachedModel, cached_models
+from pagoda.deploy.download.cached import CachedModel, cached_models
 from pagoda.errors import ConfigError
 
 HELP = """\

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pagoda.cli.screen import ProgressLine
 from pagoda.config import Options
-from pagoda.deploy.default_model import default_model_path
-from pagoda.deploy.find_model import cached_model, check_format, find_model
-from pagoda.deploy.hub import offline, split_name
+from pagoda.deploy.download.default_model import default_model_path
+from pagoda.deploy.download.find_model import cached_model, check_format, find_model
+from pagoda.deploy.download.hub import offline, split_name
 from pagoda.errors import BadRequest, ConfigError
 
 SAMPLING = (
@@ -54,7 +54,7 @@ def _found_or_fetched(options: Options, name: str) -> str:
     if offline(environ):
         return find_model(name, environ)
     from pagoda.cli.pull import fetch
-    from pagoda.deploy.pull import wanted
+    from pagoda.deploy.download.pull import wanted
 
     return str(fetch(replace(wanted(name), revision=options.revision), environ).model)
 

@@ -58,7 +58,7 @@ def run(words: list[str]) -> int:
 
 
 def _check(path: Path) -> int:
-    from pagoda.deploy.pack_archive import check
+    from pagoda.deploy.pack.archive import check
     from pagoda.weights.files import reading
 
     line = ProgressLine()
@@ -72,7 +72,7 @@ def _check(path: Path) -> int:
 
 
 def _answer(folder: Path) -> int:
-    from pagoda.deploy.pack_answer import compare, judge
+    from pagoda.deploy.pack.answer import compare, judge
 
     agreement = compare(folder)
     print("no answer was recorded: not compared" if agreement is None else judge(agreement))
@@ -80,9 +80,9 @@ def _answer(folder: Path) -> int:
 
 
 def _pack(given: dict[str, str], rest: list[str]) -> int:
-    from pagoda.deploy.machines import parse_memory
-    from pagoda.deploy.pack import below, pack
-    from pagoda.deploy.pack_options import plan
+    from pagoda.deploy.pack.options import plan
+    from pagoda.deploy.pack.pack import below, pack
+    from pagoda.deploy.plan.machines import parse_memory
 
     part_bytes = below(parse_memory(given["split"], "--split")) if "split" in given else None
     settings = load_options(split(rest), os.environ)

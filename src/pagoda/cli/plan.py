@@ -13,15 +13,15 @@ from pagoda.cli.findings import take
 from pagoda.cli.inputs import load, split
 from pagoda.cli.screen import size, table
 from pagoda.config import declared
-from pagoda.deploy.find_model import find_model
+from pagoda.deploy.download.find_model import find_model
 from pagoda.errors import ConfigError, ModelError
 from pagoda.settings import COMMAND_LINE, DEFAULT, Settings, check
 from pagoda.tasks import Task
 
 if TYPE_CHECKING:
-    from pagoda.deploy.machines import Machine
-    from pagoda.deploy.plan import Plan
-    from pagoda.deploy.plan_model import PlannedModel
+    from pagoda.deploy.plan.machines import Machine
+    from pagoda.deploy.plan.model import PlannedModel
+    from pagoda.deploy.plan.plan import Plan
 
 HELP = """\
 Usage: pagoda plan MODEL [options]
@@ -66,7 +66,7 @@ def run(words: list[str]) -> int:
     settings = load(split(rest), os.environ)
     if settings.options.model is None:
         raise ConfigError("pagoda plan needs a model", remedy="Write: pagoda plan FOLDER")
-    from pagoda.deploy.plan import make_plan
+    from pagoda.deploy.plan.plan import make_plan
 
     machine = _machine(given)
     if not machine.count:
@@ -84,12 +84,12 @@ def run(words: list[str]) -> int:
 
 def _model(name: str, task: Task) -> tuple[str, PlannedModel]:
     """A model that is here, or else what its hub's config.json alone tells."""
-    from pagoda.deploy.plan_model import model_of_config, planned_model
+    from pagoda.deploy.plan.model import model_of_config, planned_model
 
     try:
         path = find_model(name, os.environ)
     except ModelError:
-        from pagoda.deploy.plan_remote import remote_config
+        from pagoda.deploy.plan.remote import remote_config
 
         remote = remote_config(name, os.environ)
         if remote is None:
@@ -102,7 +102,7 @@ def _model(name: str, task: Task) -> tuple[str, PlannedModel]:
 
 def _machine(given: dict[str, str]) -> Machine:
     from pagoda.backend.cpu.machine import free_memory_bytes
-    from pagoda.deploy.machines import Machine, parse_gpus, parse_memory
+    from pagoda.deploy.plan.machines import Machine, parse_gpus, parse_memory
 
     if "gpu" in given and "ram" in given:
         raise ConfigError("--gpu and --ram contradict each other", remedy="Give one of them")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pagoda.cli.screen import ProgressLine, size
 from pagoda.cli.words import read_words
-from pagoda.deploy.pull import Pulled, Report, Wanted, pull, wanted
-from pagoda.deploy.transfer import Progress
+from pagoda.deploy.download.pull import Pulled, Report, Wanted, pull, wanted
+from pagoda.deploy.download.transfer import Progress
 from pagoda.errors import ConfigError
 
 HELP = """\

@@ -6,7 +6,7 @@ import os
 
 from pagoda.cli.screen import size
 from pagoda.cli.words import read_words
-from pagoda.deploy.cached import cached_models, remove
+from pagoda.deploy.download.cached import cached_models, remove
 from pagoda.errors import ConfigError, ModelError
 
 HELP = """\

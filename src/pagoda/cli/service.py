@@ -16,13 +16,13 @@ from pagoda.cli.inputs import load as load_options
 from pagoda.cli.inputs import split
 from pagoda.cli.screen import size, table
 from pagoda.cli.words import read_words
-from pagoda.deploy import service as disk
-from pagoda.deploy.compose import Compose
-from pagoda.deploy.scrape import CannotAsk, health, sample
-from pagoda.deploy.service import Manager, Service, State
-from pagoda.deploy.service_options import service_options, service_secrets
-from pagoda.deploy.systemd import Systemd, owner_of
-from pagoda.deploy.tmux import Tmux
+from pagoda.deploy.service import service as disk
+from pagoda.deploy.service.compose import Compose
+from pagoda.deploy.service.options import service_options, service_secrets
+from pagoda.deploy.service.scrape import CannotAsk, health, sample
+from pagoda.deploy.service.service import Manager, Service, State
+from pagoda.deploy.service.systemd import Systemd, owner_of
+from pagoda.deploy.service.tmux import Tmux
 from pagoda.errors import ConfigError
 from pagoda.settings import check
 

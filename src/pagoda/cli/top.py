@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from pagoda.cli.screen import size
 from pagoda.cli.words import read_words
-from pagoda.deploy.scrape import CannotAsk, Sample, sample
+from pagoda.deploy.service.scrape import CannotAsk, Sample, sample
 from pagoda.errors import ConfigError
 
 HELP = """\

@@ -15,7 +15,7 @@ from pagoda.arch.memory import size_text
 from pagoda.backend.cpu.library import Native
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
 from pagoda.deploy import probe
-from pagoda.deploy.default_model import cache_dir
+from pagoda.deploy.download.default_model import cache_dir
 from pagoda.deploy.findings import Finding, note, of_error, ok, problem
 from pagoda.errors import PagodaError
 

@@ -1,0 +1,291 @@
+"""`pagoda plan`: what a model takes of a machine's memory, what fits, and what would make it fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from pagoda.arch import memory, sharding
+from pagoda.backend.base import Limits
+from pagoda.backend.cpu import executor, program
+from pagoda.config import EngineConfig
+from pagoda.deploy.plan.machines import Machine
+from pagoda.deploy.plan.model import PlannedModel, packed, planned_model
+from pagoda.engine.core import resolve_limits
+from pagoda.engine.draft_limits import draft_limits
+from pagoda.errors import ConfigError, MemoryShort
+from pagoda.formats import KV_EIGHT_BITS, QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU
+from pagoda.types import BLOCK_SIZE
+from pagoda.weights.fp8 import Scaled
+from pagoda.weights.ggml import BLOCKS, nbytes
+from pagoda.weights.grouped import MadeTensor
+from pagoda.weights.source import Tensor
+
+_SHORT_CONTEXT = 2048
+_CONTEXTS = (_SHORT_CONTEXT, 8192, 32768, 131072)
+_MOST_SHARE_GPU = 0.95
+_FLOATS = ("F32", "F16", "BF16")
+# What the two processes take beside the model: measured with vocabularies of 30, 49 and 152 thousand tokens.
+_PROCESS_BYTES, _TOKEN_BYTES = 80 << 20, 256
+_BITS = {"int8": 8, "int4": 4, "U8G": 8, "U4G": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes are those of each GPU, or of the CPU's free memory.
+
+    `blocks` is what the engine would take for its cache, `most_blocks` what would fit; `context` is the longest
+    context it would serve, `longest_context` what would fit at most; `wanted_context` is what was asked for, else a
+    short one. `cures`: options with which it fits.
+    """
+
+    machine: Machine
+    share: float
+    gpus: int
+    weight_bytes: int
+    activation_bytes: int
+    overhead_bytes: int
+    image_bytes: int
+    draft_bytes: int
+    block_bytes: int
+    blocks: int
+    most_blocks: int
+    limits: Limits
+    context: int
+    longest_context: int
+    wanted_context: int
+    fits: bool
+    parallel_sizes: tuple[int, ...] = ()
+    quantization: str | None = None
+    cures: tuple[Mapping[str, str], ...] = ()
+
+    @property
+    def usable_bytes(self) -> int:
+        """The share; on a CPU, of what the processes and a draft model leave free."""
+        first = 0 if self.gpus else min(self.overhead_bytes + self.draft_bytes, self.machine.memory_bytes)
+        return first + int((self.machine.memory_bytes - first) * self.share)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the cache."""
+        return self.weight_bytes + self.activation_bytes + self.overhead_bytes + self.image_bytes + self.draft_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.blocks * self.block_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.block_bytes // BLOCK_SIZE
+
+    @property
+    def needed_bytes(self) -> int:
+        """With the cache that is planned, or where nothing fits, with that of one request."""
+        cache = self.kv_bytes or memory.blocks_for(self.wanted_context) * self.block_bytes
+        return self.fixed_bytes + cache
+
+    def parallel(self) -> dict[int, int]:
+        """Context in tokens -> requests of that length that run at once."""
+        contexts = sorted({*(c for c in _CONTEXTS if c < self.context), self.context} - {0})
+        return {c: min(self.limits.max_num_seqs, self.blocks // memory.blocks_for(c)) for c in contexts}
+
+
+def make_plan(model: PlannedModel, config: EngineConfig, machine: Machine, gpus: int | None = None) -> Plan:
+    """The plan with what was asked for and, where that does not fit, what would."""
+    plan = _plan(model, config, machine, gpus)
+    return plan if plan.fits else replace(plan, cures=tuple(_cures(model, config, machine, plan)))
+
+
+def _plan(model: PlannedModel, config: EngineConfig, machine: Machine, gpus: int | None) -> Plan:
+    return _gpu_plan(model, config, machine, gpus) if machine.count else _cpu_plan(model, config, machine)
+
+
+def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Plan:
+    """The arithmetic of backend.cpu.executor."""
+    asked, model = _as_asked(model, config.quantization, QUANTIZE_ON_LOAD)
+    program.check_spec(model.spec)
+    limits = resolve_limits(config, model.spec)
+    kv_type = memory.kv_type(limits.kv_cache_dtype)
+    weights = executor.weight_bytes(model.tensors, asked)
+    work = program.buffer_bytes(model.spec, limits.max_num_batched_tokens)
+    draft, processes = _draft_bytes(config, limits, machine), _PROCESS_BYTES + _TOKEN_BYTES * model.spec.vocab_size
+    images = _image_bytes(model, limits, memory.FLOAT32_BYTES)
+    try:
+        blocks = memory.fit(
+            model.spec,
+            limits,
+            free_bytes=max(0, machine.memory_bytes - draft - processes),
+            weight_bytes=weights,
+            activation_bytes=work + images,
+            kv_type=kv_type,
+        )
+    except MemoryShort:
+        blocks = 0
+    if config.max_model_len is not None and blocks < memory.blocks_for(config.max_model_len):
+        blocks = 0  # the engine refuses a length that was asked for, where the model's own is cut
+    share = memory.DEFAULT_SHARE if config.memory_share is None else config.memory_share
+    block_bytes = memory.kv_bytes_per_block(model.spec, kv_type)
+    return _filled(
+        machine, share, 0, (weights, work, processes, images, draft), block_bytes, blocks, limits, model, config
+    )
+
+
+def _gpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine, gpus: int | None) -> Plan:
+    quantization, model = _as_asked(model, config.quantization, QUANTIZE_ON_LOAD_GPU)
+    limits = resolve_limits(msgspec.structs.replace(config, device="cuda"), model.spec)
+    sizes = sharding.parallel_sizes(model.spec, machine.count, _group_of(model))
+    size = gpus or max(sizes)
+    if size not in sizes:
+        raise ConfigError(
+            f"--tensor-parallel-size {size} cannot work on {machine.name}: heads and matrices do not divide by it",
+            remedy=f"Sizes that work: {', '.join(map(str, sizes))}",
+        )
+    item = 4 if config.dtype == "float32" else 2
+    stored = {slot: _gpu_bytes(slot, t, quantization, model.group, item) for slot, t in model.tensors.items()}
+    weights = sharding.weight_bytes(model.spec, stored, size)
+    work = sharding.activation_bytes(model.spec, limits, size, item)
+    overhead, images = sharding.overhead_bytes(size), _image_bytes(model, limits, item)
+    share = memory.DEFAULT_SHARE if config.memory_share is None else config.memory_share
+    kv_item = 1 if limits.kv_cache_dtype in KV_EIGHT_BITS else item
+    block_bytes = sharding.kv_bytes_per_block(model.spec, size, kv_item)
+    draft = _draft_bytes(config, limits, machine)
+    left = int(machine.memory_bytes * share) - weights - work - overhead - images - draft
+    most = max(0, left) // block_bytes
+    one = memory.blocks_for(limits.max_model_len)
+    blocks = most if config.max_model_len is None or most >= one else 0
+    blocks = min(blocks, one * limits.max_num_seqs)
+    parts = (weights, work, overhead, images, draft)
+    plan = _filled(machine, share, size, parts, block_bytes, blocks, limits, model, config)
+    return replace(plan, parallel_sizes=tuple(sizes))
+
+
+def _draft_bytes(config: EngineConfig, limits: Limits, machine: Machine) -> int:
+    """A draft model with its cache and its work."""
+    if config.speculation is None or config.speculation.model is None:
+        return 0
+    model = planned_model(Path(config.speculation.model))
+    own, blocks = draft_limits(config.speculation, limits, model.spec)
+    if machine.count:
+        item = 4 if config.dtype == "float32" else 2
+        stored = (_gpu_bytes(slot, t, own.quantization, model.group, item) for slot, t in model.tensors.items())
+        work = sharding.activation_bytes(model.spec, own, 1, item)
+        kv_item = 1 if own.kv_cache_dtype in KV_EIGHT_BITS else item
+        return sum(stored) + work + blocks * sharding.kv_bytes_per_block(model.spec, 1, kv_item)
+    program.check_spec(model.spec)
+    work = program.buffer_bytes(model.spec, own.max_num_batched_tokens)
+    cache = blocks * memory.kv_bytes_per_block(model.spec, memory.kv_type(own.kv_cache_dtype))
+    return executor.weight_bytes(model.tensors, own.quantization) + work + cache
+
+
+def _filled(
+    machine: Machine,
+    share: float,
+    gpus: int,
+    parts: tuple[int, int, int, int, int],
+    block_bytes: int,
+    blocks: int,
+    limits: Limits,
+    model: PlannedModel,
+    config: EngineConfig,
+) -> Plan:
+    plan = Plan(
+        machine=machine,
+        share=share,
+        gpus=gpus,
+        weight_bytes=parts[0],
+        activation_bytes=parts[1],
+        overhead_bytes=parts[2],
+        image_bytes=parts[3],
+        draft_bytes=parts[4],
+        block_bytes=block_bytes,
+        blocks=blocks,
+        most_blocks=0,
+        limits=limits,
+        context=min(limits.max_model_len, blocks * BLOCK_SIZE),
+        longest_context=0,
+        wanted_context=config.max_model_len or min(_SHORT_CONTEXT, model.spec.max_position),
+        fits=blocks > 0,
+        quantization=config.quantization,
+    )
+    left = max(0, plan.usable_bytes - plan.fixed_bytes)
+    most = left // block_bytes if block_bytes else blocks  # an encoder has no cache
+    return replace(plan, most_blocks=most, longest_context=min(model.spec.max_position, most * BLOCK_SIZE))
+
+
+def _as_asked(
+    model: PlannedModel, quantization: str | None, on_load: tuple[str, ...]
+) -> tuple[str | None, PlannedModel]:
+    """What to quantize on load, and the model; one in floats counts as its AWQ or GPTQ version where that is asked."""
+    if quantization is None or quantization == model.method:
+        return None, model
+    if quantization in on_load and model.method is None:
+        return quantization, model
+    method = quantization.removesuffix("_marlin").removeprefix("auto_")
+    if model.method is None and method in ("awq", "gptq", "fp8"):
+        return None, packed(model, method)
+    if method == model.method:
+        return None, model
+    raise ConfigError(
+        f"--quantization {quantization} cannot be planned for weights in {model.method or 'floats'}",
+        remedy="Leave --quantization out" if model.method else "Give int8, int4, awq or gptq",
+    )
+
+
+def _image_bytes(model: PlannedModel, limits: Limits, itemsize: int) -> int:
+    """The image encoder, whole on each GPU, with the images of one step."""
+    return 0 if model.images is None else model.images.total_bytes(limits.max_num_batched_tokens, itemsize)
+
+
+def _group_of(model: PlannedModel) -> int:
+    return model.group if model.method in ("awq", "gptq") else 1
+
+
+def _gpu_bytes(slot: str, tensor: Tensor, quantization: str | None, group: int, itemsize: int) -> int:
+    """What a tensor takes on a GPU: floats in the type of computation, packed matrices with scales and zero points."""
+    count = math.prod(tensor.shape)
+    matrix = len(tensor.shape) > 1 and not slot.endswith("router") and slot.startswith("layers.")
+    kind = quantization if quantization and matrix and tensor.type in _FLOATS else tensor.type
+    if isinstance(tensor, MadeTensor) and isinstance(tensor.origin, Scaled):
+        return tensor.origin.codes.nbytes + tensor.origin.scales.nbytes
+    if kind in _FLOATS:
+        return count * itemsize
+    if kind in ("int8", "fp8"):
+        return count + 2 * math.prod(tensor.shape[:-1])
+    if kind in _BITS:
+        return count * _BITS[kind] // 8 + math.ceil(count / group) * (16 + _BITS[kind]) // 8
+    return nbytes(kind, tensor.shape) if BLOCKS[kind].elements > 1 else count * BLOCKS[kind].bytes
+
+
+def _cures(model: PlannedModel, config: EngineConfig, machine: Machine, plan: Plan) -> Iterator[Mapping[str, str]]:
+    """Options with which it fits, the least costly first."""
+    if plan.most_blocks and config.max_model_len:
+        yield {"max-model-len": str(min(config.max_model_len, plan.most_blocks * BLOCK_SIZE))}
+    gpus = plan.gpus or None
+    most_share = _MOST_SHARE_GPU if machine.count else memory.MOST_SHARE
+    if plan.share < most_share and (share := _share_that_fits(plan)) <= most_share:
+        yield {"gpu-memory-utilization": f"{share:.2f}"}
+    if model.method is None and config.quantization is None:
+        for quantization in ("int8", "awq", "int4") if machine.count else QUANTIZE_ON_LOAD:
+            if _plan(model, msgspec.structs.replace(config, quantization=quantization), machine, gpus).fits:
+                yield {"quantization": quantization}
+    if machine.count:
+        yield from _more_gpus(model, config, machine)
+
+
+def _more_gpus(model: PlannedModel, config: EngineConfig, machine: Machine) -> Iterator[Mapping[str, str]]:
+    wide = replace(machine, count=64)
+    for size in sharding.parallel_sizes(model.spec, 64, _group_of(model)):
+        if size > machine.count and _plan(model, config, wide, size).fits:
+            yield {"tensor-parallel-size": str(size)}
+            return
+
+
+def _share_that_fits(plan: Plan) -> float:
+    first = 0 if plan.gpus else plan.overhead_bytes + plan.draft_bytes
+    need = plan.fixed_bytes - first + memory.blocks_for(plan.wanted_context) * plan.block_bytes
+    free = plan.machine.memory_bytes - first
+    return math.ceil(100 * need / free) / 100 if free > 0 else math.inf
