@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pagoda.backend.torch import ops
+from pagoda.backend.torch.batch import Batch, Heads
 from pagoda.backend.torch.kernels import attention, matmul
 from pagoda.backend.torch.kernels.tuning import DEFAULTS, Tile, bucket
 from pagoda.backend.torch.packs import F8, FP8, I8, W4, W4_CHUNK, W8, Dense, Weight
@@ -66,7 +67,7 @@ def in_turns(make: Callable[[], Callable[[], Any]], nbytes: int, device: torch.d
     return [make() for _ in range(count)]
 
 
-def batch_of(requests: list[tuple[int, int]], device: torch.device) -> ops.Batch:
+def batch_of(requests: list[tuple[int, int]], device: torch.device) -> Batch:
     """Requests of (tokens now, tokens before), their blocks one after the other."""
     contexts = [now + before for now, before in requests]
     width = -(-max(contexts) // 16)
@@ -76,7 +77,7 @@ def batch_of(requests: list[tuple[int, int]], device: torch.device) -> ops.Batch
     cells = tables[owners, positions // 16].long() * 16 + positions % 16
     starts = torch.tensor([0, *[now for now, _ in requests]]).cumsum(0)
     ints = {"dtype": torch.int32, "device": device}
-    return ops.Batch(
+    return Batch(
         tokens=torch.zeros(len(positions), **ints),
         positions=positions.int(),
         cells=cells,
@@ -124,7 +125,7 @@ def cases(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[tup
     }.items():
         for kind in (dtype, FP8):
             for heads, kv_heads in ((8, 2), (7, 1)):
-                shape = ops.Heads(heads, kv_heads, size, size**-0.5, None, 1e-6, False)
+                shape = Heads(heads, kv_heads, size, size**-0.5, None, 1e-6, False)
                 batch = batch_of(requests, device)
                 caches = [
                     torch.randn(int(batch.block_tables.numel()), 16, kv_heads, size, device=device).to(kind)
@@ -134,7 +135,7 @@ def cases(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[tup
                 label = f"attention {name} {heads}/{kv_heads} {str(kind)[6:]}"
                 yield label, lambda q=q, c=caches, b=batch, s=shape: ops.paged_attention(q, *c, b, s)  # type: ignore[misc]
     batch, table = batch_of([(5, 3), (1, 40)], device), torch.randn(64, size, device=device)
-    shape = ops.Heads(8, 2, size, 1.0, None, 1e-6, False)
+    shape = Heads(8, 2, size, 1.0, None, 1e-6, False)
     qkv, unit = torch.randn(6, 12 * size, device=device).to(dtype), torch.rand(size, device=device)
 
     def rope() -> torch.Tensor:
@@ -228,7 +229,7 @@ def micro(shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.devic
 
 def attention_row(requests: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, small: bool) -> Row:
     heads, kv_heads, size = (4, 2, 16) if small else (32, 8, 128)
-    shape = ops.Heads(heads, kv_heads, size, size**-0.5, None, 1e-6, False)
+    shape = Heads(heads, kv_heads, size, size**-0.5, None, 1e-6, False)
     batch, call = attention_call(requests, shape, dtype, device)
     keys = sum(now + before for now, before in requests)
     pairs = sum(now * before + now * (now + 1) // 2 for now, before in requests)
@@ -240,8 +241,8 @@ def attention_row(requests: list[tuple[int, int]], dtype: torch.dtype, device: t
 
 
 def attention_call(
-    requests: list[tuple[int, int]], shape: ops.Heads, dtype: torch.dtype, device: torch.device
-) -> tuple[ops.Batch, Callable[[], Any]]:
+    requests: list[tuple[int, int]], shape: Heads, dtype: torch.dtype, device: torch.device
+) -> tuple[Batch, Callable[[], Any]]:
     batch = batch_of(requests, device)
     blocks = int(batch.block_tables.numel())
     k, v = (torch.randn(blocks, 16, shape.kv_heads, shape.head_dim, device=device).to(dtype) for _ in range(2))
@@ -290,9 +291,7 @@ def autotune(
 ) -> Iterator[tuple[str, Tile, Row]]:
     """Keys of tuned.json with the best tile. A float matrix gets one only where it beats cuBLAS by 3 %."""
     cut = slice(0, 1) if small else slice(None)
-    shape = (
-        ops.Heads(4, 2, 16, 0.25, None, 1e-6, False) if small else ops.Heads(32, 8, 128, 128**-0.5, None, 1e-6, False)
-    )
+    shape = Heads(4, 2, 16, 0.25, None, 1e-6, False) if small else Heads(32, 8, 128, 128**-0.5, None, 1e-6, False)
     for name, tiles, requests in (
         ("prefill", PREFILL_TILES, [(32 if small else 4096, 0)]),
         ("decode", DECODE_TILES, [(1, 63 if small else 1023)] * (2 if small else 64)),

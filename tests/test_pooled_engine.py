@@ -12,8 +12,8 @@ import transformers
 from checkpoints import make_model, write_gguf_checkpoint
 from pooled_models import hidden_states, write_model, write_sentence_files
 
+from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.encoder import Encoder
-from pagoda.backend.torch.ops import Batch
 from pagoda.config import EngineConfig
 from pagoda.deploy.check.check import check_model
 from pagoda.deploy.findings import problems

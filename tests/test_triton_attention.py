@@ -9,6 +9,7 @@ import torch
 from triton_cases import make_batch
 
 from pagoda.backend.torch import ops
+from pagoda.backend.torch.batch import Batch, Heads
 from pagoda.backend.torch.kernels import attention
 from pagoda.backend.torch.kernels.tuning import Tile
 
@@ -25,7 +26,7 @@ BATCHES = {
 
 def case(
     requests: list[tuple[int, int]], heads: int, kv_heads: int, size: int, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, ops.Batch]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Batch]:
     batch = make_batch(requests, device=DEVICE)
     generator = torch.Generator().manual_seed(5)
     cells = (batch.block_tables.numel(), 16, kv_heads, size)
@@ -34,7 +35,7 @@ def case(
     return q, k, v, batch
 
 
-def check(requests: list[tuple[int, int]], shape: ops.Heads, dtype: torch.dtype, cache: torch.dtype) -> None:
+def check(requests: list[tuple[int, int]], shape: Heads, dtype: torch.dtype, cache: torch.dtype) -> None:
     q, k, v, batch = case(requests, shape.heads, shape.kv_heads, shape.head_dim, dtype)
     k, v = k.to(cache), v.to(cache)
     wanted = ops.paged_attention(q, k, v, batch, shape)
@@ -47,19 +48,19 @@ def check(requests: list[tuple[int, int]], shape: ops.Heads, dtype: torch.dtype,
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), (7, 1, 24)])
 def test_attention(name: str, heads: int, kv_heads: int, size: int) -> None:
-    shape = ops.Heads(heads, kv_heads, size, size**-0.5, None, 1e-6, False)
+    shape = Heads(heads, kv_heads, size, size**-0.5, None, 1e-6, False)
     check(BATCHES[name], shape, torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("window", [1, 20, 130])
 def test_a_window(window: int) -> None:
-    shape = ops.Heads(2, 1, 16, 0.25, window, 1e-6, False)
+    shape = Heads(2, 1, 16, 0.25, window, 1e-6, False)
     check([(1, 290), (50, 130)], shape, torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("cache", [HALF, torch.float8_e4m3fn])
 def test_half_precision_and_an_fp8_cache(cache: torch.dtype) -> None:
-    shape = ops.Heads(4, 2, 16, 0.25, None, 1e-6, False)
+    shape = Heads(4, 2, 16, 0.25, None, 1e-6, False)
     check([(1, 70), (20, 3)], shape, HALF, cache)
 
 
@@ -70,7 +71,7 @@ def test_runs_of_keys() -> None:
 
 
 def test_a_token_does_not_depend_on_its_company() -> None:
-    shape = ops.Heads(4, 2, 16, 0.25, None, 1e-6, False)
+    shape = Heads(4, 2, 16, 0.25, None, 1e-6, False)
     q, k, v, batch = case([(1, 300), (1, 40), (6, 2)], 4, 2, 16)
     together = attention.paged_attention(q, k, v, batch, shape)
     alone = replace(batch, starts=batch.starts[:2], contexts=batch.contexts[:1], max_query=1)
@@ -80,5 +81,5 @@ def test_a_token_does_not_depend_on_its_company() -> None:
 @pytest.mark.parametrize("tile", [Tile(m=16, n=16), Tile(m=64, n=128)])
 def test_other_tiles(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "choose", lambda kernel: tile)
-    shape = ops.Heads(4, 2, 16, 0.25, None, 1e-6, False)
+    shape = Heads(4, 2, 16, 0.25, None, 1e-6, False)
     check([(1, 290), (30, 130)], shape, torch.float32, torch.float32)

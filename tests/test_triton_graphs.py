@@ -10,12 +10,12 @@ import torch
 from triton_cases import again, make_batch
 
 from pagoda.backend.torch import ops
+from pagoda.backend.torch.batch import Batch, Heads
 from pagoda.backend.torch.graphs import DecodeGraphs, Recorder, sizes
 from pagoda.backend.torch.kernels import attention, stage
-from pagoda.backend.torch.ops import Batch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPE = ops.Heads(4, 2, 16, 0.25, None, 1e-6, False)
+SHAPE = Heads(4, 2, 16, 0.25, None, 1e-6, False)
 
 
 def test_sizes() -> None:

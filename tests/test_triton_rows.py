@@ -7,6 +7,7 @@ import torch
 from triton_cases import make_batch
 
 from pagoda.backend.torch import ops
+from pagoda.backend.torch.batch import Heads
 from pagoda.backend.torch.kernels import activation, norm, rope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,7 +86,7 @@ ROPES = [
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(("size", "dim", "interleaved", "normed"), ROPES)
 def test_rope_and_cache(size: int, dim: int, interleaved: bool, normed: bool, fp8: bool) -> None:
-    heads = ops.Heads(6, 2, size, 0.3, None, 1e-6, interleaved)
+    heads = Heads(6, 2, size, 0.3, None, 1e-6, interleaved)
     batch = make_batch([(3, 0), (1, 20), (0, 0)], device=DEVICE, pad_tokens=1)
     qkv, table = random(len(batch.tokens), 10 * size), random(64, dim)
     if fp8:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pagoda.backend.torch.ops import Batch
+from pagoda.backend.torch.batch import Batch
 from pagoda.types import BLOCK_SIZE
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pagoda.arch.spec import Attention, ModelSpec
 from pagoda.backend.base import Progress
+from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.load import Loader
 from pagoda.backend.torch.model import KvCache, Linear
-from pagoda.backend.torch.ops import Batch
 from pagoda.errors import ModelError
 
 _SHORTEST = 16

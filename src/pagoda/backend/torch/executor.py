@@ -19,13 +19,13 @@ from pagoda.backend.base import Capacity, Done, Limits, Pending, Progress
 from pagoda.backend.reference import pooled_rows
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.answer import Chosen, Returning, choose
+from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.convert import Target
 from pagoda.backend.torch.device import Device, Room, choose_dtype, open_device, room
 from pagoda.backend.torch.encoder import Encoder, EncoderLoader
 from pagoda.backend.torch.graphs import DecodeGraphs, Recorder, padding
 from pagoda.backend.torch.load import Loader
 from pagoda.backend.torch.model import Decoder, KvCache
-from pagoda.backend.torch.ops import Batch
 from pagoda.backend.torch.packs import FP8
 from pagoda.backend.torch.size import weight_bytes
 from pagoda.backend.torch.split import joined, middle, part

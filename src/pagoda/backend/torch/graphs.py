@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.kernels.stage import stage
-from pagoda.backend.torch.ops import Batch
 from pagoda.types import BLOCK_SIZE
 
 _log = logging.getLogger(__name__)

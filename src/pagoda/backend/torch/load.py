@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pagoda.arch.spec import Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
+from pagoda.backend.torch.batch import Heads
 from pagoda.backend.torch.convert import FLOATS, Converter, Target
 from pagoda.backend.torch.join import side_by_side
 from pagoda.backend.torch.model import Decoder, DecoderLayer, GatedMlp, Linear, Mixture
-from pagoda.backend.torch.ops import Heads
 from pagoda.backend.torch.packs import Dense, Weight
 from pagoda.errors import ModelError
 from pagoda.weights.grouped import MadeTensor

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pagoda.arch.spec import Experts, ModelSpec
 from pagoda.backend.torch import ops
-from pagoda.backend.torch.ops import Batch, Heads
+from pagoda.backend.torch.batch import Batch, Heads
 from pagoda.backend.torch.packs import Dense, Weight
 
 KvCache = tuple[Tensor, Tensor]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pagoda.backend.torch.batch import Batch, Heads
 from pagoda.backend.torch.kernels import activation, attention, norm, rope, stage
 from pagoda.backend.torch.kernels import matmul as products
 from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight
@@ -15,40 +16,6 @@ from pagoda.types import BLOCK_SIZE
 
 _TILE = 16
 """Rows of a matrix product on a CPU: always the same, so that a row's bits do not depend on how many come with it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One step on the device: R requests, T tokens, L rows of logits. Token arrays are in the order of the requests.
-
-    Request r owns tokens starts[r]:starts[r + 1]. A padded batch (CUDA graphs) has tokens with the cell -1, which
-    write nothing and whose results are not looked at, and requests without tokens.
-    """
-
-    tokens: Tensor  # int32 [T]
-    positions: Tensor  # int32 [T], absolute
-    cells: Tensor  # int64 [T], block * BLOCK_SIZE + offset of the token's place in the cache
-    starts: Tensor  # int32 [R + 1]
-    contexts: Tensor  # int32 [R], keys that the last token of the request sees: its position + 1
-    block_tables: Tensor  # int32 [R, W]
-    rows: Tensor  # int32 [L], the tokens whose logits are wanted
-    max_query: int  # most tokens of one request; 1: all are decoding
-    max_context: int  # largest of `contexts`, or a bound of it
-    types: Tensor | None = None  # int32 [T], 1 from where the second text of a pair begins; for encoders
-    runs: Tensor | None = None  # what `prepared` adds for the kernels
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """The shape of attention in one layer."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    window: int | None
-    eps: float  # of the norms of q and k
-    interleaved: bool  # RoPE turns the pairs (2i, 2i + 1), else (i, i + dim / 2)
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pagoda.backend.torch.ops import Batch
+from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.sampling import Ragged, Sampling
 from pagoda.types import BLOCK_SIZE, Int32, StepPlan
 

@@ -7,19 +7,17 @@ the answer does not depend on the rest of the batch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagoda.backend.torch.batch import Batch, Heads
 from pagoda.backend.torch.kernels.launch import arrivals, block_of, processors
 from pagoda.backend.torch.kernels.tuning import Tile, choose
 from pagoda.types import BLOCK_SIZE
-
-if TYPE_CHECKING:
-    from pagoda.backend.torch.ops import Batch, Heads
 
 LEAST_RUN = 256
 MOST_RUNS = 32

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagoda.backend.torch.batch import Batch, Heads
 from pagoda.backend.torch.kernels.launch import block_of
-
-if TYPE_CHECKING:
-    from pagoda.backend.torch.ops import Batch, Heads
 
 _HEADS = 8
 """Heads of one token that a program takes."""

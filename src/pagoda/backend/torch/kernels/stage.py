@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pagoda.backend.torch.ops import Batch
+from pagoda.backend.torch.batch import Batch
 
 
 @triton.jit
