@@ -19,9 +19,12 @@ from pagoda.backend.cpu.executor import CpuExecutor, weight_bytes
 from pagoda.backend.cpu.program import in_their_order
 from pagoda.backend.reference import ReferenceExecutor
 from pagoda.errors import ConfigError, ModelError
+from pagoda.weights.files import drop_pages
 from pagoda.weights.ggml import dequantize
+from pagoda.weights.gptq import gptq_tensors
 from pagoda.weights.open import open_source
 from pagoda.weights.quantization import check_quantization
+from pagoda.weights.safetensors import read_shard
 
 torch = pytest.importorskip("torch")
 LIMITS = Limits(max_model_len=256, max_num_seqs=4, max_num_batched_tokens=128, num_blocks=32)
@@ -100,6 +103,44 @@ def test_a_matrix_is_converted_when_it_is_read_and_not_kept(tmp_path: Path) -> N
     assert (tensor.type, tensor.shape, tensor.nbytes) == ("U4G", (128, 256), 128 * 8 * 19)
     assert tensor.data is not tensor.data and np.array_equal(tensor.data, tensor.data)
     assert tensor.data.nbytes == tensor.nbytes
+
+
+@pytest.mark.parametrize("order", [False, True])
+def test_an_original_does_not_stay_in_memory(order: bool, tmp_path: Path) -> None:
+    write(tmp_path, "llama", TABLES["gptq-32"])
+    inputs, outputs, file = 2048, 8192, tmp_path / "large.safetensors"
+    rng = np.random.default_rng(3)
+    group_of = (np.arange(inputs) // 32).astype(np.int32)
+    tensors = {
+        "x.qweight": rng.integers(0, 1 << 31, (inputs // 8, outputs), np.int32),
+        "x.qzeros": np.zeros((inputs // 32, outputs // 8), np.int32),
+        "x.scales": np.ones((inputs // 32, outputs), np.float16),
+        "x.g_idx": rng.permutation(group_of) if order else group_of,
+    }
+    save_file({name: torch.from_numpy(data) for name, data in tensors.items()}, file)
+    stored = read_shard(file)
+    matrix = gptq_tensors(str(file), TABLES["gptq-32"], stored)["x.weight"]
+    assert matrix.data.size and resident_bytes(file) > 8e6
+    drop_pages([matrix])
+    assert resident_bytes(file) < 100_000
+
+
+def test_of_a_loaded_model_no_original_stays_in_memory(tmp_path: Path) -> None:
+    write(tmp_path, "llama", TABLES["gptq-order"])
+    source = open_source(str(tmp_path))
+    spec = load_spec(source)
+    file = tmp_path / "model.safetensors"
+    assert all(tensor.data.size for tensor in source.tensors.values()) and resident_bytes(file) > 0
+    executor = CpuExecutor.load(spec, source, LIMITS)
+    assert resident_bytes(file) == 0
+    executor.close()
+
+
+def resident_bytes(file: Path) -> int:
+    """Of this file, in this process; it must be mapped."""
+    maps = Path("/proc/self/smaps").read_text().split(f" {file}\n")
+    assert len(maps) > 1
+    return sum(int(part.split("Rss:")[1].split()[0]) * 1024 for part in maps[1:])
 
 
 def test_scales_in_bfloat16_stay_exact(tmp_path: Path) -> None:

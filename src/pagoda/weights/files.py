@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,17 +129,40 @@ def map_file(path: Path, kind: Kind) -> MappedFile:
     return MappedFile(path, raw, np.frombuffer(raw, dtype=np.uint8))
 
 
-def drop_pages(tensors: Iterable[Tensor]) -> None:
-    """Give back the memory of the mapped files that the tensors are views of; read again, it comes from the cache."""
-    files: dict[int, mmap.mmap] = {}
-    for tensor in tensors:
-        owner: Any = None if isinstance(tensor, MadeTensor) else tensor.data
+def drop_pages(tensors: Iterable[Tensor], *, files: bool = False) -> None:
+    """Give back the memory of what the tensors are stored in; read again, it comes from the system's cache.
+
+    `files`: that of all of their mapped files, with the headers.
+    """
+    whole: dict[int, mmap.mmap] = {}
+    for view in _stored(tuple(tensors)):
+        owner: Any = view
         while isinstance(owner, np.ndarray | memoryview):
             owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
-        if isinstance(owner, mmap.mmap):
-            files[id(owner)] = owner
-    for file in files.values():
+        if not isinstance(owner, mmap.mmap):
+            continue
+        if files:
+            whole[id(owner)] = owner
+        else:
+            begin = view.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
+            before = begin % mmap.PAGESIZE
+            owner.madvise(mmap.MADV_DONTNEED, begin - before, before + view.nbytes)
+    for file in whole.values():
         file.madvise(mmap.MADV_DONTNEED)
+
+
+def _stored(value: object) -> Iterator[npt.NDArray[Any]]:
+    """The arrays of tensors, and of what is behind those that are made when they are read."""
+    match value:
+        case np.ndarray():
+            yield value
+        case MadeTensor():
+            yield from _stored(value.origin)
+        case tuple():
+            for each in value:
+                yield from _stored(each)
+        case _ if is_dataclass(value):
+            yield from _stored(tuple(getattr(value, field.name) for field in fields(value)))
 
 
 @dataclass(slots=True)

@@ -51,7 +51,7 @@ class CpuExecutor:
         except BaseException:
             lib.close()
             raise
-        drop_pages(tensors.values())  # the repacked weights are what is read from now on
+        drop_pages(tensors.values(), files=True)  # the repacked weights are what is read from now on
         capacity = Capacity(
             num_blocks=blocks,
             weight_bytes=lib.weight_bytes,

@@ -15,6 +15,7 @@ from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
 from pagoda.errors import ModelError
 from pagoda.formats import EIGHT_BITS_OF_INT4, QUANTIZE_ON_LOAD
+from pagoda.weights.files import drop_pages
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import OrderedTensor
 from pagoda.weights.source import Tensor
@@ -84,7 +85,9 @@ class Program:
     def _matrix(self, *slots: str) -> int:
         tensors = [_runnable(self._tensors[s]) for s in slots]
         parts = [(t.data, t.shape[0], t.shape[1], t.type) for t in tensors]
-        return self._lib.weight(parts, [self._panel_types[s] for s in slots])
+        weight = self._lib.weight(parts, [self._panel_types[s] for s in slots])
+        drop_pages(self._tensors[s] for s in slots)  # so that the whole model is never there twice
+        return weight
 
     def _vector(self, *slots: str) -> int:
         values = np.concatenate([dequantize(self._tensors[s]).ravel() for s in slots])
