@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch_short_rank
 from api_fake import on_port
 from checkpoints import VOCAB, make_model, write_checkpoint, write_gguf_checkpoint
 from packed_checkpoints import write
@@ -26,6 +28,7 @@ from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.sharding import check_size, share, vocab_range
 from pagoda.backend.base import Limits
 from pagoda.backend.select import load_executor
+from pagoda.backend.torch import ops, parallel
 from pagoda.backend.torch.group import _packed, _unpacked
 from pagoda.backend.torch.parallel import ParallelExecutor
 from pagoda.cli.serve import make_server
@@ -236,6 +239,57 @@ def test_random_weights_are_the_same_at_each_rank(tmp_path: Path) -> None:
     one, many = (answers(tmp_path, size, load_format="dummy") for size in (1, 2))
     assert one.pop("bytes") > many.pop("bytes")
     assert many == one
+
+
+def test_a_rank_without_memory_for_a_step_gets_smaller_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails where the others wait for it: before the first sum, between two, and where the logits are gathered."""
+    write_checkpoint(tmp_path, "llama")
+    one = answers(tmp_path, 1)
+    monkeypatch.setenv("SHORT_RANK_TELLS", str(tmp_path / "told"))
+    monkeypatch.setattr(parallel, "_COMMAND", (sys.executable, torch_short_rank.__file__))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    many = answers(tmp_path, 2)
+    assert one.pop("bytes") > many.pop("bytes")
+    assert many == one
+    assert set((tmp_path / "told").read_text().split()) == {"upload", "attention", "head"}
+
+
+def test_rank_0_without_memory_for_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second layer: halves; where even one token is too much its request fails, and the next one does not."""
+    write_checkpoint(tmp_path, "llama")
+    core = EngineCore(config(tmp_path, 2, prefix_caching=False))
+    prompt = list(range(3, 33))
+    whole, most, failed = ops.paged_attention, 40, []
+
+    def short(q: torch.Tensor, k_cache: torch.Tensor, *args: Any) -> torch.Tensor:
+        if len(q) > most and k_cache is core._executor.decoder.caches[1][0]:  # type: ignore[attr-defined]
+            failed.append(len(q))
+            raise torch.OutOfMemoryError("no memory")
+        return whole(q, k_cache, *args)
+
+    monkeypatch.setattr(ops, "paged_attention", short)
+    wanted = _answer(core, "a", prompt)
+    assert (len(wanted[0]), wanted[1]) == (8, None) and not failed
+    most = 8
+    assert _answer(core, "b", prompt) == wanted
+    assert failed == [30, 15]
+    most = 0
+    assert _answer(core, "c", prompt) == ([], "the GPU has no memory left for this step")
+    most = 40
+    assert _answer(core, "d", prompt) == wanted
+    core.close()
+    assert _followers() == []
+
+
+def _answer(core: EngineCore, name: str, prompt: list[int]) -> tuple[list[int], str | None]:
+    params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.0)
+    core.add(Request(request_id=name, prompt_token_ids=prompt, params=params))
+    tokens, error = [], None
+    while core.has_work:
+        for delta in core.step():
+            tokens += delta.token_ids
+            error = error or delta.error
+    return tokens, error
 
 
 def test_a_rank_that_fails_is_heard_by_all(tmp_path: Path) -> None:

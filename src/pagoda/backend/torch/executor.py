@@ -51,8 +51,8 @@ class Team:
         """The least that any of them comes to; where one fails, all do."""
         return work()
 
-    def joined(self, load: Callable[[], Decoder]) -> Decoder:
-        """The decoder with what this process computes joined to what the others do."""
+    def joined(self, load: Callable[[], Decoder], most_tokens: int) -> Decoder:
+        """The decoder with what this process computes joined to what the others do, in steps of up to `most_tokens`."""
         return load()
 
 
@@ -119,7 +119,8 @@ class TorchExecutor:
         blocks = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type))
         decoder: Decoder | Encoder
         if spec.encoder is None:
-            decoder = team.joined(lambda: Loader(spec, tensors, target).decoder(limits.max_model_len, progress))
+            loader = Loader(spec, tensors, target)
+            decoder = team.joined(lambda: loader.decoder(limits.max_model_len, progress), limits.max_num_batched_tokens)
         else:
             decoder = EncoderLoader(spec, tensors, target).encoder(progress)
         if device.is_gpu:
@@ -171,7 +172,7 @@ class TorchExecutor:
                     raise
                 self._most_tokens = count // 2
                 _log.warning("no memory for a step of %d tokens: steps are cut to %d from now on", count, count // 2)
-            release(self._device)
+            self.release()
         # each half is waited for: its scratch is free before the next begins
         halves = [part(plan, 0, cut), part(plan, cut, count)]
         return Done(joined(plan, [(self._launch(half).wait(), rows) for half, rows in halves]))
@@ -201,6 +202,10 @@ class TorchExecutor:
     def close(self) -> None:
         self._graphs = None
         self.decoder.caches, self.decoder.layers = [], ()
+        self.release()
+
+    def release(self) -> None:
+        """Give back to the device what nothing holds any more."""
         release(self._device)
 
 

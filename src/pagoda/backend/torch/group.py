@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import MappingProxyType
@@ -22,7 +23,7 @@ from pagoda.arch.sharding import share, vocab_range
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.torch.executor import Team
 from pagoda.backend.torch.model import Block, Decoder, Embedding
-from pagoda.backend.torch.upload import Fed
+from pagoda.backend.torch.upload import MAX_ROWS, Fed
 from pagoda.errors import ConfigError, EngineError, MemoryShort, ModelError, PagodaError
 from pagoda.types import Int32, StepPlan
 from pagoda.weights.source import Tensor as Stored
@@ -90,6 +91,8 @@ class Group(Team):
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         place = {"init_method": meeting} if isinstance(meeting, str) else {"store": meeting}
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=_FOREVER, **place)
+        self._sums = self._gathers = 0  # done in this step
+        self._spare, self._widths, self._sums_of_step = torch.empty(0), (0, 0), 0
 
     def close(self) -> None:
         dist.destroy_process_group()
@@ -101,9 +104,11 @@ class Group(Team):
         """The sum over all ranks. Among CPUs in their order: gloo's own depends on the place within the tensor."""
         if x.is_cuda:
             dist.all_reduce(x)
+            self._sums += 1
             return x
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous())
+        self._sums += 1
         total = parts[0]
         for part in parts[1:]:
             total = total + part
@@ -112,21 +117,59 @@ class Group(Team):
     def gathered(self, x: Tensor) -> list[Tensor]:
         """What each rank has, at rank 0; nothing at the others."""
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else []
-        dist.gather(x.contiguous(), parts or None, dst=0)
+        self._gather(x.contiguous(), parts)
         return parts
+
+    def _gather(self, x: Tensor, parts: list[Tensor]) -> None:
+        dist.gather(x, parts or None, dst=0)
+        self._gathers += 1
+
+    def step(self, tokens: int, rows: int, work: Callable[[], _T]) -> _T:
+        """What comes of a step's work at this rank. OutOfMemoryError at each rank that had too little, and at rank 0
+        where any had: its result is of no use then, and all are ready for another step."""
+        self._sums = self._gathers = 0
+        found: list[_T] = []
+        with suppress(torch.OutOfMemoryError):
+            found.append(work())
+        if not found:  # what the work held is free now
+            self._attend(tokens, rows)
+        short = torch.tensor(int(not found))
+        dist.reduce(short, 0, dist.ReduceOp.MAX)  # by gloo: while the device computes
+        if not found or (self.rank == 0 and int(short)):
+            raise torch.OutOfMemoryError(f"a step of {tokens} tokens does not fit at one of {self.size} ranks")
+        return found[0]
+
+    def _attend(self, tokens: int, rows: int) -> None:
+        """Take part in what is left of a step, without memory of its own: the others would wait for this rank."""
+        hidden, width = self._widths
+        while self._sums < self._sums_of_step:
+            self.sum(self._spare[: tokens * hidden].zero_().view(tokens, hidden))
+        while (first := self._gathers * MAX_ROWS) < rows:
+            count = min(MAX_ROWS, rows - first)
+            own = self._spare[: count * width].zero_().view(count, width)
+            self._gather(own, [own] * self.size if self.rank == 0 else [])
 
     def least(self, work: Callable[[], int]) -> int:
         number = torch.tensor([self._agreed(work)])
         dist.all_reduce(number, dist.ReduceOp.MIN)
         return int(number)
 
-    def joined(self, load: Callable[[], Decoder]) -> Decoder:
-        decoder = self._agreed(load)
+    def joined(self, load: Callable[[], Decoder], most_tokens: int) -> Decoder:
+        decoder = self._agreed(lambda: self._with_spare(load(), most_tokens))
         spec = decoder.spec
         layers = [replace(layer, o=Summed(layer.o, self), mlp=Summed(layer.mlp, self)) for layer in decoder.layers]
         decoder.layers = tuple(layers)
         decoder.embed = SplitEmbedding(decoder.embed, *vocab_range(spec, self.rank, self.size), self)
         decoder.head = SplitHead(decoder.head, vocab_range(spec, 0, self.size)[1], spec.vocab_size, self)
+        return decoder
+
+    def _with_spare(self, decoder: Decoder, most_tokens: int) -> Decoder:
+        """Set aside what a rank without memory sends to the others."""
+        spec = decoder.spec
+        width, rows = vocab_range(spec, 0, self.size)[1], MAX_ROWS if spec.pooling is None else 0
+        one = decoder.embed[torch.zeros(1, dtype=torch.int64, device=decoder.cos_sin.device)]
+        self._spare = one.new_empty(max(most_tokens * spec.hidden_size, rows * width))
+        self._widths, self._sums_of_step = (spec.hidden_size, width), 1 + 2 * len(spec.layers)
         return decoder
 
     def _agreed(self, work: Callable[[], _T]) -> _T:

@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -24,7 +25,7 @@ from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Limits, Pending, Progress
 from pagoda.backend.torch.executor import ALONE, Team, TorchExecutor
 from pagoda.backend.torch.group import Group
-from pagoda.backend.torch.upload import MAX_ROWS, upload, upload_batch
+from pagoda.backend.torch.upload import MAX_ROWS, Fed, upload, upload_batch
 from pagoda.errors import ConfigError, EngineError
 from pagoda.types import StepPlan
 from pagoda.weights.source import TensorSource
@@ -142,14 +143,18 @@ class ParallelExecutor(TorchExecutor):
             others = range(1, first.size)
             yield Processes([replace(first, rank=rank, gpu=rank, meeting=meeting) for rank in others]), meeting
 
-    def _launch(self, plan: StepPlan) -> Pending:
+    def _run(self, plan: StepPlan) -> Pending:
         if self.apart:
             raise EngineError("a step was interrupted, and the GPUs are at different places; load the model again")
         batch, turns = upload(plan, self._device.device, self.capacity.num_blocks)
+        rows = len(plan.rows) if self.decoder.spec.pooling is None else 0
         self.apart = True
         try:
             self.group.tell(plan)
-            pending = self._computed(plan, batch, turns)
+            pending = self.group.step(len(plan.tokens), rows, lambda: self._computed(plan, batch, turns))
+        except torch.OutOfMemoryError:
+            self.apart = False
+            raise
         except Exception as error:
             # the others may have gone further, or wait for this one
             _log.critical(
@@ -186,11 +191,18 @@ def follow(executor: TorchExecutor, group: Group) -> None:
     """Compute what rank 0 tells, until it has no more."""
     with torch.inference_mode():
         while (fed := group.told()) is not None:
-            batch = upload_batch(fed, executor.device, executor.capacity.num_blocks)
-            hidden = executor.hidden(batch)
-            if executor.decoder.spec.pooling is None:
-                for first in range(0, len(fed.rows), MAX_ROWS):
-                    executor.decoder.logits(hidden[first : first + MAX_ROWS])
+            rows = len(fed.rows) if executor.decoder.spec.pooling is None else 0
+            try:
+                group.step(len(fed.tokens), rows, partial(_followed, executor, fed, rows))
+            except torch.OutOfMemoryError as error:
+                _log.warning("rank %d: %s", group.rank, error)
+                executor.release()
+
+
+def _followed(executor: TorchExecutor, fed: Fed, rows: int) -> None:
+    hidden = executor.hidden(upload_batch(fed, executor.device, executor.capacity.num_blocks))
+    for first in range(0, rows, MAX_ROWS):
+        executor.decoder.logits(hidden[first : first + MAX_ROWS])
 
 
 def _check_gpus(size: int) -> None:
