@@ -58,15 +58,19 @@ def stop_ids(request: Request) -> set[int]:
 
 def bias_of(request: Request, output_len: int) -> dict[int, float]:
     bias = dict(request.params.logit_bias or {})
+    bias.update((run[0], -math.inf) for run in request.params.bad_words_token_ids if len(run) == 1)
     if output_len < request.params.min_tokens:
         bias.update(dict.fromkeys(stop_ids(request), -math.inf))
     return bias
 
 
-def allowed_of(request: Request, output_len: int) -> set[int]:
+def allowed_of(request: Request, outputs: list[int]) -> set[int]:
     given = request.params.allowed_token_ids
     allowed = set(range(VOCAB)) if given is None else set(given)
-    return allowed.difference(token for token, value in bias_of(request, output_len).items() if value == -math.inf)
+    for *begun, last in request.params.bad_words_token_ids:
+        if len(begun) <= len(outputs) and outputs[len(outputs) - len(begun) :] == begun:
+            allowed.discard(last)
+    return allowed.difference(token for token, value in bias_of(request, len(outputs)).items() if value == -math.inf)
 
 
 @dataclass
@@ -103,7 +107,7 @@ def solo(request: Request, config: SchedulerConfig) -> Told:
             break
         outputs = known[len(request.prompt_token_ids) :]
         prefix = ids[-1]
-        allowed = allowed_of(request, len(outputs))
+        allowed = allowed_of(request, outputs)
         token = choose(prefix, params.seed or 0, len(known), allowed, penalty_history(request, outputs))
         if token is None:
             told.finish_reason = "error"
@@ -323,7 +327,7 @@ class Harness:
             words = plan.masks[plan.row_mask[row]]
             allowed = {token for token in allowed if words[token // 32] >> np.uint32(token % 32) & np.uint32(1)}
         allowed -= {token for token, value in bias.items() if value == -math.inf}
-        assert allowed == allowed_of(request, len(outputs))
+        assert allowed == allowed_of(request, outputs)
         return choose(prefix, int(plan.seed[r]), position, allowed, history)
 
     def _hear(self, deltas: list[Delta]) -> None:

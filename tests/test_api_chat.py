@@ -191,6 +191,14 @@ def test_every_sampling_field_reaches_the_engine(client: Client) -> None:
     assert request.eos_token_ids == (257,)
 
 
+def test_bad_words_become_their_tokens(client: Client) -> None:
+    client.chat(bad_words=[" hi", "\n", "x"])
+    assert engine(client).requests[0].params.bad_words_token_ids == (
+        (104, 105), (32, 104, 105), (10,), (120,), (32, 120),
+    )  # fmt: skip
+    assert client.chat(bad_words=[""]).json()["error"]["param"] == "bad_words"
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", "reasoning_text"])
 def test_earlier_reasoning_has_one_name_and_no_place_in_the_content(client: Client, name: str) -> None:
     parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import engine_tiny
+import msgspec
 import pytest
 
 import pagoda
@@ -75,6 +76,39 @@ def test_n_answers_have_seeds_of_their_own(llm: LLM) -> None:
     assert len({one.text for one in first.outputs}) == 3
     assert first.outputs == again.outputs
     assert llm.generate("x", SamplingParams(temperature=1.0, seed=5, max_tokens=10))[0].outputs == first.outputs[:1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bad_words_do_not_come(llm: LLM, temperature: float) -> None:
+    params: dict[str, Any] = {"temperature": temperature, "seed": 3, "max_tokens": 40, "ignore_eos": True}
+    plain = llm.generate("abc", SamplingParams(**params))[0].outputs[0]
+    first, pair = plain.token_ids[0], tuple(plain.token_ids[7:9])
+    runs = {"one token": ((first,),), "a run": (pair,), "no match": ((first, first, first, pair[1]),)}
+    made = {
+        name: llm.generate("abc", SamplingParams(**params, bad_words_token_ids=ids))[0].outputs[0].token_ids
+        for name, ids in runs.items()
+    }
+    assert first not in made["one token"] and len(made["one token"]) == 40
+    assert made["a run"][:8] == plain.token_ids[:8] and pair not in zip(made["a run"], made["a run"][1:], strict=False)
+    assert made["no match"] == plain.token_ids
+    everything = [SamplingParams(**params, bad_words_token_ids=ids) for ids in runs.values()]
+    together = llm.generate(["abc"] * 3, everything)
+    assert [one.outputs[0].token_ids for one in together] == list(made.values())
+
+
+def test_bad_words_are_spelled_with_and_without_a_space(llm: LLM) -> None:
+    letters = "abcdefghij klmnop"
+    asked = SamplingParams(
+        temperature=1.0, seed=1, max_tokens=60, ignore_eos=True, allowed_token_ids=llm.get_tokenizer().encode(letters)
+    )
+    text = llm.generate("abc", asked)[0].outputs[0].text
+    words = [text[i : i + 2] for i in (3, 11, 30) if " " not in text[i : i + 2]]
+    given: Any = {**msgspec.structs.asdict(asked), "bad_words": words}  # a list, as vLLM takes it
+    clean = llm.generate("abc", SamplingParams(**given))[0].outputs[0].text
+    assert len(words) > 1 and all(word in text and word not in clean for word in words)
+    for bad in ([""], ["x" * 257], ["x"] * 257):
+        with pytest.raises(BadRequest, match="bad_words"):
+            llm.generate("abc", SamplingParams(bad_words=tuple(bad)))
 
 
 def test_stop_strings_as_vllm_takes_them(llm: LLM) -> None:

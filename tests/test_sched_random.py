@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import product
 from random import Random
 from typing import Any
 
@@ -47,6 +48,10 @@ def draw_params(rng: Random) -> SamplingParams:
         "repetition_penalty": 1.25,
         "logit_bias": {rng.randrange(VOCAB): -1.0, rng.randrange(VOCAB): 2.0},
         "allowed_token_ids": tuple(rng.sample(range(VOCAB), rng.randint(1, 8))),
+        "bad_words_token_ids": (
+            (rng.randrange(VOCAB),),
+            *((a, b, b ^ 1)[: 2 + b % 2] for a, b in product(range(VOCAB), range(8))),
+        ),
     }
     return SamplingParams(
         seed=rng.getrandbits(64),

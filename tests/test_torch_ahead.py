@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "penalties": {"repetition_penalty": 1.3, "temperature": 0.0},
     "stops": {"stop_token_ids": (5, 9, 40, 77, 100, 130, 200), "min_tokens": 3},
     "short": {"max_tokens": 1},
+    "bad words": {"temperature": 0.0, "bad_words_token_ids": ((9,), (40,))},
 }
 
 
@@ -84,6 +85,18 @@ def test_answers_are_those_of_one_step_after_the_other(model: str) -> None:
         assert answers(core, {name: CASES[name] for name in names}) == {name: expected[name] for name in names}
         assert watched.ahead > 10
         assert core.stats().scheduler.blocks_used == 0
+
+
+def test_a_run_of_tokens_that_must_not_come_is_seen_across_steps(model: str) -> None:
+    """The step behind one in flight would not know what the last token was: it waits."""
+    plain = answers(core_of(model), {"greedy": {"temperature": 0.0, "ignore_eos": True}})["greedy"]
+    tokens = [token for piece in plain[::4] for token in piece]
+    run = tuple(tokens[9:12])
+    cut = {"temperature": 0.0, "ignore_eos": True, "bad_words_token_ids": (run,)}
+    core = core_of(model)
+    made = [token for piece in answers(core, {"greedy": cut})["greedy"][::4] for token in piece]
+    assert made[:11] == tokens[:11] and made[11] != tokens[11] and len(made) == 30
+    assert run not in zip(made, made[1:], made[2:], strict=False)
 
 
 def test_a_failed_step_takes_the_one_behind_it_along(model: str) -> None:

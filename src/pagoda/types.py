@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import msgspec
@@ -21,6 +23,8 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_TOKENS = 2048
 
 
 class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +46,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     `top_k` 0 or -1 means all tokens. `max_tokens` None means the rest of the context. `logprobs` k asks for the
     chosen token's log-probability and those of the k likeliest tokens (0: only the chosen token's), taken from the
     model's raw logits, before temperature and penalties. `seed` None lets the server choose one. `grammar` is what the
-    output must match, as `text.grammar` writes it; `LLM` makes it from `structured_outputs`.
+    output must match, as `text.grammar` writes it; `LLM` makes it from `structured_outputs`. `bad_words` must not come:
+    server and `LLM` make `bad_words_token_ids` of them, and none of these runs of tokens comes in the output.
     """
 
     n: int = 1
@@ -63,6 +68,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     grammar: str = ""
     structured_outputs: StructuredOutputsParams | None = None
     skip_special_tokens: bool = True
@@ -86,6 +93,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise BadRequest(
                 f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters", param="stop"
             )
+        bad = self.bad_words
+        if len(bad) > MAX_BAD_WORDS or any(not word or len(word) > MAX_STOP_CHARS for word in bad):
+            raise BadRequest(
+                f"bad_words takes at most {MAX_BAD_WORDS} words of 1 to {MAX_STOP_CHARS} characters", param="bad_words"
+            )
         self._check_ids(vocab_size)
 
     def _check_ids(self, vocab_size: int) -> None:
@@ -94,9 +106,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise BadRequest(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens", param="logit_bias")
         if any(not math.isfinite(v) or abs(v) > 100 for v in bias.values()):
             raise BadRequest("logit_bias values must be between -100 and 100", param="logit_bias")
-        lists = {"logit_bias": bias, "stop_token_ids": self.stop_token_ids, "allowed_token_ids": self.allowed_token_ids}
+        runs = self.bad_words_token_ids
+        if len(runs) > 2 * MAX_BAD_WORDS or any(not 1 <= len(run) <= MAX_BAD_WORD_TOKENS for run in runs):
+            raise BadRequest(
+                f"bad_words_token_ids takes at most {2 * MAX_BAD_WORDS} runs of 1 to {MAX_BAD_WORD_TOKENS} tokens",
+                param="bad_words_token_ids",
+            )
+        lists: dict[str, Iterable[int]] = {
+            "logit_bias": bias,
+            "stop_token_ids": self.stop_token_ids,
+            "allowed_token_ids": self.allowed_token_ids or (),
+            "bad_words_token_ids": chain.from_iterable(runs),
+        }
         for name, ids in lists.items():
-            if any(not 0 <= i < vocab_size for i in ids or ()):
+            if any(not 0 <= i < vocab_size for i in ids):
                 raise BadRequest(f"{name} holds a token id outside 0..{vocab_size - 1}", param=name)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise BadRequest("allowed_token_ids must not be empty", param="allowed_token_ids")

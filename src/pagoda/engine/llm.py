@@ -27,6 +27,7 @@ from pagoda.engine.pooled import (
 from pagoda.engine.shared import SharedCore
 from pagoda.errors import BadRequest, ContextLengthExceeded, ModelError
 from pagoda.settings import Catalog, check, resolve
+from pagoda.text.bad_words import with_bad_words
 from pagoda.text.chat import load_chat_template
 from pagoda.text.generation import load_generation_defaults
 from pagoda.text.sentence import sentence_files
@@ -274,13 +275,14 @@ class LLM:
         values = msgspec.structs.asdict(params)
         if isinstance(params.stop, str):
             values["stop"] = (params.stop,)
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids"):
             values[name] = values[name] or ()
         try:
             params = msgspec.convert(values, SamplingParams)
         except msgspec.ValidationError as error:
             raise BadRequest(f"sampling_params: {error}", param="sampling_params") from None
         params.check(self.info.vocab_size)
+        params = with_bad_words(params, self._tokenizer)
         if (asked := params.structured_outputs) is None:
             return params
         grammar = structured_grammar(msgspec.structs.asdict(asked), self._tokenizer)

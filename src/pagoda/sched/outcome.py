@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pagoda.sched.state import Sequence, Turn
 from pagoda.types import Delta, FinishReason, StepResult, TokenLogprob
 
-_NOTHING_LEFT = "it and allowed_token_ids leave no token"
+_NOTHING_LEFT = "it, allowed_token_ids and bad_words leave no token"
 NO_LOGITS = "the model produced no usable logits for this request"
 
 

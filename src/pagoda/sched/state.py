@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pagoda.sched.blocks import chain_hashes, root_hash
 from pagoda.sched.draft import Drafter
+from pagoda.sched.forbidden import ForbiddenRuns
 from pagoda.sched.pooled import Pool, PoolKind
 from pagoda.types import BLOCK_SIZE, Float32, Int32, Request, SamplingParams, TokenLogprob
 
@@ -77,6 +78,7 @@ class Sequence:
         "computed",
         "drafter",
         "end",
+        "forbidden",
         "grammar",
         "hashes",
         "history",
@@ -125,7 +127,10 @@ class Sequence:
         self._min_len = self.prompt_len + params.min_tokens
         self._bias = _bias(params, frozenset())
         self._first_bias = _bias(params, self.stop_ids) if params.min_tokens else None
+        self.forbidden = ForbiddenRuns(run for run in params.bad_words_token_ids if len(run) > 1)
         self.mask = _mask(params.allowed_token_ids, vocab_size)
+        if self.forbidden and self.mask is None:
+            self.mask = _mask(range(vocab_size), vocab_size)
         self.grammar = grammar
         self.history = _history(request)
         self.drafter: Drafter | None = None
@@ -170,9 +175,14 @@ class Sequence:
     def masks(self, drafts: Seq[int]) -> list[Mask]:
         """The tokens that its next one may be, and those behind each draft; none: all may."""
         if self.grammar is None:
-            return [] if self.mask is None else [self.mask] * (1 + len(drafts))
-        found = self.grammar.masks(drafts)
-        return found if self.mask is None else [each & self.mask for each in found]
+            found = [] if self.mask is None else [self.mask] * (1 + len(drafts))
+        else:
+            found = self.grammar.masks(drafts)
+            found = found if self.mask is None else [each & self.mask for each in found]
+        if not self.forbidden:
+            return found
+        output = self.known[max(self.prompt_len, len(self.known) - self.forbidden.longest) :]
+        return [_without(*each) for each in zip(found, self.forbidden.next(output, drafts), strict=True)]
 
     def reusable_len(self) -> int:
         """How many known tokens may come from the cache: the next logits wanted must still be computed."""
@@ -223,7 +233,8 @@ class Turn:
     def foreseeable(self) -> bool:
         """What comes of it changes nothing in the request's next turn but the token itself."""
         seq = self.seq
-        return seq.history is None and seq.grammar is None and seq.pool is None and not self.scoring
+        plain = seq.history is None and seq.grammar is None and not seq.forbidden
+        return plain and seq.pool is None and not self.scoring
 
     @property
     def sampled_rows(self) -> int:
@@ -236,18 +247,28 @@ class Turn:
 
 
 def _bias(params: SamplingParams, forbidden: frozenset[int]) -> Bias | None:
-    values = {**(params.logit_bias or {}), **dict.fromkeys(forbidden, -np.inf)}
+    bad = [run[0] for run in params.bad_words_token_ids if len(run) == 1]
+    values = {**(params.logit_bias or {}), **dict.fromkeys([*bad, *forbidden], -np.inf)}
     if not values:
         return None
     return np.array(list(values), np.int32), np.array(list(values.values()), np.float32)
 
 
-def _mask(allowed: tuple[int, ...] | None, vocab_size: int) -> Mask | None:
+def _mask(allowed: Seq[int] | None, vocab_size: int) -> Mask | None:
     if allowed is None:
         return None
     bits = np.zeros(mask_words(vocab_size) * 32, np.uint8)
     bits[list(allowed)] = 1
     return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)
+
+
+def _without(mask: Mask, forbidden: list[int]) -> Mask:
+    if not forbidden:
+        return mask
+    mask = mask.copy()
+    for token in forbidden:
+        mask[token >> 5] &= ~np.uint32(1 << (token & 31))
+    return mask
 
 
 def mask_words(vocab_size: int) -> int:

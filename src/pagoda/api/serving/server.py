@@ -25,6 +25,7 @@ from pagoda.api.serving.names import ServedNames
 from pagoda.engine.grammar_check import GrammarCheck, Words
 from pagoda.errors import BadRequest, ContextLengthExceeded, Overloaded
 from pagoda.observe import log_request
+from pagoda.text.bad_words import with_bad_words
 from pagoda.text.reply import find_format
 from pagoda.text.sentence import SentenceFiles
 from pagoda.text.tokenizer import token_table
@@ -193,6 +194,7 @@ class Server:
         generation_id = f"{kind}-{secrets.token_hex(16)}"
         self.check_count(len(prompts) * params.n)
         seed = secrets.randbits(64) if params.seed is None else params.seed
+        params = with_bad_words(params, self.tokenizer)
         requests = [
             Request(
                 request_id=f"{generation_id}-{index * params.n + i}",

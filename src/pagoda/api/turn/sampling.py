@@ -26,7 +26,6 @@ _WITH_DEFAULT = (
 _AS_GIVEN = ("ignore_eos", "prompt_logprobs", "skip_special_tokens", "include_stop_str_in_output")
 
 _NOT_HERE: tuple[tuple[str, str], ...] = (
-    ("bad_words", "bad_words is not yet supported; logit_bias can forbid single tokens"),
     ("prompt_embeds", "prompts are text or token ids, not embeddings"),
     ("use_beam_search", "beam search is not supported"),
 )
@@ -56,6 +55,7 @@ def sampling_params(
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logit_bias=_logit_bias(body.logit_bias),
         allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
+        bad_words=tuple(body.bad_words or ()),
         logprobs=_logprobs(body),
     )
     params.check(vocab_size)
