@@ -92,13 +92,13 @@ class RayRanks:
     """Followers in a Ray cluster."""
 
     def __init__(self, actors: Sequence[Any], messages: Sequence[bytes], group: PlacementGroup, ours: bool) -> None:
-        self._actors, self._group, self._ours, self._ending = actors, group, ours, False
+        self._actors, self._group, self._ours, self.ending = actors, group, ours, False
         self._ends = [actor.follow.remote(message) for actor, message in zip(actors, messages, strict=True)]
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         ended, _ = ray.wait(self._ends, num_returns=1)
-        if self._ending:
+        if self.ending:
             return
         try:
             why = f"code {ray.get(ended[0])}"
@@ -108,7 +108,7 @@ class RayRanks:
         engine_ends(f"rank {self._ends.index(ended[0]) + 1} ended ({why})")
 
     def end(self, *, kill: bool) -> None:
-        self._ending = True
+        self.ending = True
         if not kill:
             ray.wait(self._ends, num_returns=len(self._ends), timeout=_END_S)
         for actor in self._actors:

@@ -53,6 +53,9 @@ class Job(msgspec.Struct, frozen=True):
 class Followers(Protocol):
     """The other ranks. When one of them ends before it was told to, this process ends too: no step can be done."""
 
+    ending: bool
+    """From now on they may end."""
+
     def end(self, *, kill: bool) -> None: ...
 
 
@@ -60,7 +63,7 @@ class Processes:
     """Followers on this machine."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
-        self._ending = False
+        self.ending = False
         environment = dict(os.environ) if jobs[0].cuda else {**os.environ, "OMP_NUM_THREADS": "1"}
         self._processes = [
             subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=_STDERR, env=environment) for _ in jobs
@@ -74,11 +77,11 @@ class Processes:
 
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
-        if not self._ending:
+        if not self.ending:
             engine_ends(f"the process of GPU {rank} ended (code {code})")
 
     def end(self, *, kill: bool) -> None:
-        self._ending = True
+        self.ending = True
         for process in self._processes:
             if kill:
                 process.kill()
@@ -168,6 +171,7 @@ class ParallelExecutor(TorchExecutor):
         return False  # all would have to record at the same time
 
     def close(self) -> None:
+        self.followers.ending = True  # before they are told: they may be gone at once
         if not self.apart:
             self.group.tell(None)
         self.followers.end(kill=self.apart)
