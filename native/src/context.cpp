@@ -1,12 +1,11 @@
-// Loading: instruction set, weights, program, memory.
+// Loading: weights, program, memory.
 #include "context.h"
 
 #include <algorithm>
 #include <new>
 #include <sys/mman.h>
-#if defined(__aarch64__)
-#include <sys/auxv.h>
-#endif
+
+#include "isa.h"
 
 using namespace pagoda;
 
@@ -42,21 +41,6 @@ uint8_t* Arena::take(int64_t bytes) {
 }  // namespace pagoda
 
 namespace {
-
-const Kernels* find_kernels(const std::string& isa) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool vnni = avx2 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-  if (isa == "avx512") return vnni ? kernels_avx512() : nullptr;
-  if (isa == "avx2") return avx2 ? kernels_avx2() : nullptr;
-#endif
-#if defined(__aarch64__)
-  if (isa == "neon-dotprod") return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? kernels_dotprod() : nullptr;
-  if (isa == "neon") return kernels_neon();
-#endif
-  return isa == "generic" ? kernels_generic() : nullptr;
-}
 
 bool runs(int32_t type, int64_t k) {
   if (is_float(type)) return true;
@@ -105,14 +89,6 @@ Buffer make_buffer(const pg_buffer& from, const pg_dims& d, bool wide) {
 }  // namespace
 
 extern "C" {
-
-const char* pg_isa(int32_t i) {
-  for (const char* isa : {"avx512", "avx2", "neon-dotprod", "neon", "generic"})
-    if (find_kernels(isa) && i-- == 0) return isa;
-  return nullptr;
-}
-
-const char* pg_best_isa() { return pg_isa(0); }
 
 pg_context* pg_create(int32_t threads, const char* isa) {
   const Kernels* k = find_kernels(isa);

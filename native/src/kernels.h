@@ -109,6 +109,7 @@ const Kernels* kernels_generic();
 #if defined(__x86_64__)
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_amx();
 #elif defined(__aarch64__)
 const Kernels* kernels_neon();
 const Kernels* kernels_dotprod();

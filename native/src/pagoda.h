@@ -86,8 +86,8 @@ struct pg_step {
 
 struct pg_context;
 
-// The instruction sets this machine can run, the best first: of "avx512", "avx2", "neon-dotprod", "neon", "generic".
-// Null past the last.
+// The instruction sets this machine can run, the best first: of "amx", "avx512", "avx2", "neon-dotprod", "neon",
+// "generic". Null past the last.
 const char* pg_isa(int32_t i);
 const char* pg_best_isa();
 // threads >= 1; isa one of those names. Null if this machine cannot run it.
