@@ -14,6 +14,7 @@ import torch
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.batch import Batch, Heads
 from pagoda.backend.torch.kernels import attention, matmul
+from pagoda.backend.torch.kernels.greedy import greedy
 from pagoda.backend.torch.kernels.tuning import DEFAULTS, Tile, bucket
 from pagoda.backend.torch.packs import F8, FP8, I8, W4, W4_CHUNK, W8, Dense, Weight
 
@@ -113,9 +114,13 @@ def cases(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[tup
     hidden, size = (64, 16) if small else (4096, 128)
     x, residual = (torch.randn(5, hidden, device=device).to(dtype) for _ in range(2))
     norm = torch.rand(hidden, device=device)
+    picked, free = torch.tensor([40, 41], device=device), torch.full((5,), -1, device=device)
+    logits = torch.randn(5, 9000, device=device).to(dtype)
     yield "rms_norm", lambda: ops.rms_norm(x, norm, 1e-6)
     yield "add_rms_norm", lambda: ops.add_rms_norm(x, residual, norm, 1e-6)[0]
     yield "silu_mul", lambda: ops.silu_mul(x)
+    yield "told", lambda: ops.told(torch.tensor([7, -2, -1, 3], dtype=torch.int32, device=device), picked)
+    yield "greedy", lambda: greedy(logits, free)[0] if ops.on_gpu(logits) else logits.argmax(-1)
     yield "quantize_rows", lambda: ops.quantize_rows(x)[0]
     yield "quantize_f8", lambda: ops.quantize_f8(x, 16 if small else 128)[0]
     for name, requests in {
@@ -171,19 +176,15 @@ def product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     return ops.matmul(x, weight)
 
 
-def correctness(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[Row]:
-    for name, call in cases(dtype, device, small):
-        try:
-            with dispatch(False):
-                wanted = call().float()
-            with dispatch(True):
-                got = call().float()
-            error = float((got - wanted).norm() / wanted.norm())
-            # FP8 on both sides is compared with FP8 on one side only, up to 16 rows; the interpreter cuts, not rounds
-            bound = (0.06 if device.type == "cuda" else 0.15) if "f8" in name else 0.02
-            yield {"kernel": name, "error": error, "ok": bool(error < bound and got.isfinite().all())}
-        except Exception as error:  # one wrong kernel must not hide the others
-            yield {"kernel": name, "error": repr(error)[:300], "ok": False}
+def compared(name: str, call: Callable[[], Any], device: torch.device) -> Row:
+    with dispatch(False):
+        wanted = call().float()
+    with dispatch(True):
+        got = call().float()
+    error = float((got - wanted).norm() / wanted.norm())
+    # FP8 on both sides is compared with FP8 on one side only, up to 16 rows; the interpreter cuts, not rounds
+    bound = (0.06 if device.type == "cuda" else 0.15) if "f8" in name else 0.02
+    return {"kernel": name, "error": error, "ok": bool(error < bound and got.isfinite().all())}
 
 
 def roofs(dtype: torch.dtype, device: torch.device, small: bool) -> Row:
@@ -207,24 +208,35 @@ def weight_nbytes(weight: Weight) -> int:
     return sum(f.nbytes for f in fields if f is not None)
 
 
-def micro(shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[Row]:
+def micro(
+    shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, small: bool
+) -> Iterator[tuple[str, Callable[[], Row]]]:
     """Bytes and operations per second of each kernel on real shapes."""
     for n, k in shapes:
         for name, weight in weights(n, k, dtype, device).items():
-            nbytes = weight_nbytes(weight)
             for rows in (1, 3) if small else (1, 8, 64, 256):
-                with dispatch(True):
+                args = (name, (n, k), rows, weight_nbytes(weight), dtype, device)
+                yield f"{name} {n}x{k} rows {rows}", lambda args=args: product_row(*args)  # type: ignore[misc]
+    decodes = ((2, 64),) if small else ((1, 1024), (8, 1024), (64, 1024), (256, 1024), (8, 16384))
+    many = [[(1, context - 1)] * count for count, context in decodes]
+    many += [[(tokens, 0)] for tokens in ((64,) if small else (1024, 4096, 16384))]
+    for requests in many:
+        name = f"attention {len(requests)} of {sum(requests[0])}, {requests[0][0]} at once"
+        yield name, lambda r=requests: attention_row(r, dtype, device, small)  # type: ignore[misc]
 
-                    def make(rows: int = rows, name: str = name, n: int = n, k: int = k) -> Callable[[], Any]:
-                        own, x = weights(n, k, dtype, device)[name], torch.randn(rows, k, device=device).to(dtype)
-                        return lambda: ops.matmul(x, own)
 
-                    seconds = timed(in_turns(make, nbytes, device), device)
-                yield {"kernel": f"{name} {n}x{k}", "rows": rows, **rates(seconds, nbytes, 2 * rows * n * k)}
-    for count, context in ((2, 64),) if small else ((1, 1024), (8, 1024), (64, 1024), (256, 1024), (8, 16384)):
-        yield attention_row([(1, context - 1)] * count, dtype, device, small)
-    for tokens in (64,) if small else (1024, 4096, 16384):
-        yield attention_row([(tokens, 0)], dtype, device, small)
+def product_row(
+    name: str, shape: tuple[int, int], rows: int, nbytes: int, dtype: torch.dtype, device: torch.device
+) -> Row:
+    n, k = shape
+
+    def make() -> Callable[[], Any]:
+        own, x = weights(n, k, dtype, device)[name], torch.randn(rows, k, device=device).to(dtype)
+        return lambda: ops.matmul(x, own)
+
+    with dispatch(True):
+        seconds = timed(in_turns(make, nbytes, device), device)
+    return {"kernel": f"{name} {n}x{k}", "rows": rows, **rates(seconds, nbytes, 2 * rows * n * k)}
 
 
 def attention_row(requests: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, small: bool) -> Row:
@@ -286,37 +298,51 @@ def best(tiles: tuple[Tile, ...], seconds_of: Callable[[Tile], float], until: fl
     return found, least
 
 
+Tuning = Callable[[], tuple[str, Tile, Row] | None]
+
+
 def autotune(
     shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, small: bool, until: float
-) -> Iterator[tuple[str, Tile, Row]]:
+) -> Iterator[tuple[str, Tuning]]:
     """Keys of tuned.json with the best tile. A float matrix gets one only where it beats cuBLAS by 3 %."""
     cut = slice(0, 1) if small else slice(None)
-    shape = Heads(4, 2, 16, 0.25, None, 1e-6, False) if small else Heads(32, 8, 128, 128**-0.5, None, 1e-6, False)
     for name, tiles, requests in (
         ("prefill", PREFILL_TILES, [(32 if small else 4096, 0)]),
         ("decode", DECODE_TILES, [(1, 63 if small else 1023)] * (2 if small else 64)),
     ):
-        call = attention_call(requests, shape, dtype, device)[1]
-
-        def attend(tile: Tile, call: Callable[[], Any] = call) -> float:
-            before = attention.choose
-            attention.choose = lambda kernel: tile
-            try:
-                return timed([call], device, 3)
-            finally:
-                attention.choose = before
-
-        tile, seconds = best(tiles[cut], attend, until)
-        if tile:
-            yield name, tile, {"us": seconds * 1e6, "default": asdict(DEFAULTS[name])}
+        args = (name, tiles[cut], requests, dtype, device, small, until)
+        yield name, lambda args=args: tuned_attention(*args)  # type: ignore[misc]
     for n, k in shapes:
         for name in ("w4", "f8 block", "dense"):
             for rows, tiles in ((1, GEMV_TILES), (8, FEW_TILES), (64, MANY_TILES)):
-                if time.monotonic() > until:
-                    return
                 if name == "w4":
                     tiles = W4_MANY if rows > 16 else W4_TILES
-                yield from tuned_product(n, k, name, rows, tiles[cut], dtype, device, until)
+                of = (n, k, name, rows, tiles[cut], dtype, device, until)
+                yield f"{name} {n}x{k} rows {rows}", lambda of=of: tuned_product(*of)  # type: ignore[misc]
+
+
+def tuned_attention(
+    name: str,
+    tiles: tuple[Tile, ...],
+    requests: list[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    small: bool,
+    until: float,
+) -> tuple[str, Tile, Row] | None:
+    shape = Heads(4, 2, 16, 0.25, None, 1e-6, False) if small else Heads(32, 8, 128, 128**-0.5, None, 1e-6, False)
+    call = attention_call(requests, shape, dtype, device)[1]
+
+    def attend(tile: Tile) -> float:
+        before = attention.choose
+        attention.choose = lambda kernel: tile
+        try:
+            return timed([call], device, 3)
+        finally:
+            attention.choose = before
+
+    tile, seconds = best(tiles, attend, until)
+    return (name, tile, {"us": seconds * 1e6, "default": asdict(DEFAULTS[name])}) if tile else None
 
 
 def tuned_product(
@@ -328,7 +354,7 @@ def tuned_product(
     dtype: torch.dtype,
     device: torch.device,
     until: float,
-) -> Iterator[tuple[str, Tile, Row]]:
+) -> tuple[str, Tile, Row] | None:
     first = weights(n, k, dtype, device)[name]
     copies = [
         weights(n, k, dtype, device)[name]
@@ -348,7 +374,7 @@ def tuned_product(
         plain = timed([lambda p=p: torch.nn.functional.linear(x, p.codes) for p in operands if p], device, 3)  # type: ignore[misc]
         row["cublas_us"] = plain * 1e6
         if seconds > 0.97 * plain:
-            return
-    if tile:
-        kernel = name.split()[0]
-        yield f"{'gemv_' if rows == 1 and kernel != 'w4' else ''}{kernel}/{n}/{k}/{bucket(rows)}", tile, row
+            return None
+    kernel = name.split()[0]
+    key = f"{'gemv_' if rows == 1 and kernel != 'w4' else ''}{kernel}/{n}/{k}/{bucket(rows)}"
+    return (key, tile, row) if tile else None
