@@ -18,9 +18,10 @@ from hub import REPO, Hub, running
 from pooled_models import minilm_folder
 from transformers import AutoConfig
 
-from pagoda.arch.registry import load_spec
+from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.sharding import kv_bytes_per_block, parallel_sizes, weight_bytes
 from pagoda.backend.cpu.machine import free_memory_bytes
+from pagoda.backend.torch.convert import Converter, Target
 from pagoda.cli.main import main
 from pagoda.config import EngineConfig
 from pagoda.deploy.download import hub as hubs
@@ -32,7 +33,9 @@ from pagoda.deploy.plan.remote import remote_config
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
 from pagoda.speculation import Speculation
+from pagoda.weights.device_size import is_product
 from pagoda.weights.files import Checkpoint
+from pagoda.weights.open import open_source
 
 GIB = 1 << 30
 COMMON = {
@@ -102,8 +105,8 @@ def test_32b_awq_on_two_cards_of_16_gib(tmp_path: Path) -> None:
     folder = write(tmp_path, {**QWEN3_32B, **AWQ})
     made = plan(folder, parse_gpus("2x16GiB"), max_model_len=26624, memory_share=0.95)
     assert made.fits and made.gpus == 2 and made.context == 26624
-    # 31.2 billion weights of layers at 4.156 bits, two matrices of the vocabulary in 16
-    assert made.weight_bytes == pytest.approx((31_205_621_760 * 4.15625 / 8 + 2 * 777_912_320 * 2) / 2, rel=1e-3)
+    # 31.2 billion weights of layers at 4.25 bits (scales and zero points in 16), two matrices of the vocabulary in 16
+    assert made.weight_bytes == pytest.approx((31_205_621_760 * 4.25 / 8 + 2 * 777_912_320 * 2) / 2, rel=1e-3)
     assert made.kv_bytes_per_token == 262_144 // 2
     assert made.parallel()[26624] >= 1
     same = plan(write(tmp_path, QWEN3_32B), parse_gpus("2x16GiB"), quantization="awq", max_model_len=26624)
@@ -114,7 +117,8 @@ def test_32b_without_quantization_does_not_fit_and_4_bits_are_proposed(tmp_path:
     made = plan(write(tmp_path, QWEN3_32B), parse_gpus("2x16GiB"), max_model_len=26624, memory_share=0.95)
     assert not made.fits
     assert made.weight_bytes == pytest.approx(32_762_123_264, rel=1e-3)  # half of them, in 16 bits
-    assert {"quantization": "awq"} in made.cures and {"quantization": "int4"} in made.cures
+    assert {"quantization": "awq"} in made.cures
+    assert {"quantization": "int4"} not in made.cures  # a third of it is in 8 bits, and groups are of 32
     assert {"tensor-parallel-size": "8"} in made.cures
     for cure in made.cures:
         size = int(cure.get("tensor-parallel-size", 2))
@@ -252,6 +256,29 @@ def test_config_alone_says_the_same_as_the_weights(tmp_path: Path) -> None:
         assert whole.weight_bytes == alone.weight_bytes
         assert whole.weight_bytes == pytest.approx(core.info.weight_bytes, rel=0.03)
         core.close()
+
+
+def stored(weight: Any) -> int:
+    """Bytes of what a device keeps of one weight."""
+    tensors = [weight] if isinstance(weight, torch.Tensor) else [getattr(weight, f) for f in weight.__slots__]
+    return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "fp8"])
+def test_the_weights_on_a_gpu_are_counted_as_they_are_made(quantization: str | None, tmp_path: Path) -> None:
+    """Also those that --quantization int4 makes 8 bits of; by the converter itself, on a CPU."""
+    folder = Path(engine_tiny.write(tmp_path / "model"))
+    source = open_source(str(folder))
+    bound = bind(load_spec(source), source)
+    converter = Converter(Target(torch.device("cpu"), torch.bfloat16, quantization))
+    taken = sum(
+        stored(converter.weight(t, slot))
+        if is_product(slot, t)
+        else stored(converter.floats(t, torch.bfloat16 if len(t.shape) > 1 else torch.float32))
+        for slot, t in bound.items()
+    )
+    for path in (folder, folder / "config.json"):
+        assert plan(path, parse_gpus("1GiB"), quantization=quantization).weight_bytes == taken
 
 
 def test_a_cpu_that_is_too_small(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ from torch_models import PLAN, expected, load, logits, reference, relative
 from pagoda.arch.registry import bind, load_spec
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.convert import Converter, Target, make_f8, make_i8, make_w4, make_w8
-from pagoda.backend.torch.gguf import FORMS
 from pagoda.backend.torch.packs import F8, I8, W4, W8, Dense
 from pagoda.backend.torch.size import weight_bytes
 from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
+from pagoda.weights.device_size import FORMS
 from pagoda.weights.fp8 import e4m3_values
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.open import open_source

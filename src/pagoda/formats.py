@@ -30,3 +30,15 @@ QUANTIZATION_METHODS: Mapping[str, str] = MappingProxyType(
 
 EIGHT_BITS_OF_INT4 = ("v", "down", "down_experts")
 """Slots that suffer most from rounding: --quantization int4 makes 8 bits of them."""
+
+INT4_GROUP = 32
+"""Inputs that share a scale in what int4 makes on a GPU."""
+
+
+def on_load_gpu(quantization: str | None, slot: str, inputs: int) -> str | None:
+    """What is made of a matrix in floats: int8, fp8, int4, "w8" (8 bits with a scale for each group), or None."""
+    if slot == "head" or (quantization == "int4" and inputs % INT4_GROUP):
+        return None  # rounding a head costs more than it saves
+    if quantization == "int4" and slot.rpartition(".")[2] in EIGHT_BITS_OF_INT4:
+        return "w8"
+    return quantization

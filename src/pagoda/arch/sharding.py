@@ -124,14 +124,14 @@ def _kv_heads(attention: Attention, size: int) -> int:
 
 
 def weight_bytes(spec: ModelSpec, stored: Mapping[str, int], size: int) -> int:
-    """Bytes of the weights on each of `size` GPUs; `stored` is what each slot takes in whole."""
-    padded = -(-spec.vocab_size // (VOCAB_MULTIPLE * size)) * VOCAB_MULTIPLE
+    """Bytes of the weights on the first of `size` GPUs, which has the most; `stored` is what each slot takes in whole."""
+    first, last = vocab_range(spec, 0, size)
     kv_heads = spec.layers[0].attention.kv_heads
     total = 0
     for slot, count_bytes in stored.items():
         part = slot.rpartition(".")[2]
         if part in _BY_VOCAB:
-            total += count_bytes * padded // spec.vocab_size
+            total += count_bytes * (last - first) // spec.vocab_size
         elif part in _BY_KV_HEADS:
             total += count_bytes // min(size, kv_heads)  # more GPUs than KV heads: each head is on several
         else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pagoda.backend.torch import gguf
 from pagoda.backend.torch.join import stacked
 from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight, pack_w4
-from pagoda.formats import EIGHT_BITS_OF_INT4
+from pagoda.formats import INT4_GROUP, on_load_gpu
 from pagoda.weights.awq import EVEN, ODD, AwqCodes
 from pagoda.weights.fp8 import Scaled
 from pagoda.weights.ggml import dequantize
@@ -22,8 +22,6 @@ from pagoda.weights.source import Tensor as Stored
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK_BYTES = 32 << 20
-GROUP = 32
-"""Inputs that share a scale in what int4 makes."""
 _FITS = 4
 _FIT_VALUES = 1 << 24
 _MOST_ZERO = 1000  # of zero points, so that float16 says them well
@@ -42,20 +40,6 @@ class Target:
     def scale_type(self) -> torch.dtype:
         """Scales and zero points of groups: at least as exact as what is computed with them."""
         return torch.float32 if self.dtype == torch.float32 else torch.float16
-
-
-def is_product(slot: str, tensor: Stored) -> bool:
-    """True of what a product takes in its own bits: the matrices of the layers, and the head of its own."""
-    return len(tensor.shape) > 1 and slot not in ("embed", "positions", "types") and not slot.endswith(".router")
-
-
-def on_load(quantization: str | None, slot: str, inputs: int) -> str | None:
-    """What is made of a matrix in floats: int8, fp8, int4, "w8" (8 bits with a scale for each group), or None."""
-    if slot == "head" or (quantization == "int4" and inputs % GROUP):
-        return None  # rounding a head costs more than it saves
-    if quantization == "int4" and slot.rpartition(".")[2] in EIGHT_BITS_OF_INT4:
-        return "w8"
-    return quantization
 
 
 class Converter:
@@ -143,7 +127,7 @@ class Converter:
         return F8(codes, scales, m.block, scale, self.target.fp8_inputs)
 
     def _quantized(self, values: Tensor, slot: str) -> Weight:
-        match on_load(self.target.quantization, slot, values.shape[-1]):
+        match on_load_gpu(self.target.quantization, slot, values.shape[-1]):
             case "int8":
                 return make_i8(values)
             case "int4":
@@ -172,7 +156,7 @@ def make_w4(values: Tensor, kind: torch.dtype) -> W4:
     first, then the least-squares line through the codes, again and again; the best of these is kept.
     """
     rows = torch.split(values.flatten(0, -2), max(1, _FIT_VALUES // values.shape[-1]))  # a fit takes ten times a matrix
-    fitted = [_line(torch.unflatten(part.float(), -1, (-1, GROUP)), kind) for part in rows]
+    fitted = [_line(torch.unflatten(part.float(), -1, (-1, INT4_GROUP)), kind) for part in rows]
     codes, scales, zeros = (
         torch.unflatten(torch.cat(parts), 0, values.shape[:-1]) for parts in zip(*fitted, strict=True)
     )
@@ -210,7 +194,7 @@ def _line(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 def make_w8(values: Tensor, kind: torch.dtype) -> W8:
     """Codes -127 to 127: the largest magnitude of each group is 127."""
-    grouped = torch.unflatten(values.float(), -1, (-1, GROUP))
+    grouped = torch.unflatten(values.float(), -1, (-1, INT4_GROUP))
     scales = (grouped.abs().amax(-1, keepdim=True).clamp_min(1e-7) / 127).to(kind)
     codes = (grouped / scales.float()).round().clamp(-127, 127).to(torch.int8)
     return W8(codes.flatten(-2), scales.squeeze(-1).transpose(-1, -2).contiguous())

@@ -109,16 +109,3 @@ DECODERS: MappingProxyType[str, tuple[int, Callable[[Tensor], Parts]]] = Mapping
         "Q6_K": (210, _q6_k),
     }
 )
-
-FORMS: MappingProxyType[str, tuple[int, int, bool]] = MappingProxyType(
-    {
-        "Q4_0": (4, 32, True),
-        "Q4_1": (4, 32, True),
-        "Q8_0": (8, 32, False),
-        "IQ4_NL": (8, 32, False),
-        "Q4_K": (4, 32, True),
-        "Q5_K": (8, 32, True),
-        "Q6_K": (8, 16, False),
-    }
-)
-"""Bits of a code, values that share a scale, whether there are zero points."""

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pagoda.weights.device_size import W4_CHUNK
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-W4_CHUNK = 256
-"""Inputs whose 4-bit codes are kept together."""
 _SHARED = ("input_scale",)
 """Fields that are one for all experts."""
 

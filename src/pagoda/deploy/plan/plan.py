@@ -20,18 +20,16 @@ from pagoda.engine.draft_limits import draft_limits
 from pagoda.errors import ConfigError, MemoryShort
 from pagoda.formats import KV_EIGHT_BITS, QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU
 from pagoda.types import BLOCK_SIZE
-from pagoda.weights.fp8 import Scaled
-from pagoda.weights.ggml import BLOCKS, nbytes
+from pagoda.weights import device_size
 from pagoda.weights.grouped import MadeTensor
 from pagoda.weights.source import Tensor
 
 _SHORT_CONTEXT = 2048
 _CONTEXTS = (_SHORT_CONTEXT, 8192, 32768, 131072)
 _MOST_SHARE_GPU = 0.95
-_FLOATS = ("F32", "F16", "BF16")
 # What the two processes take beside the model: measured with vocabularies of 30, 49 and 152 thousand tokens.
 _PROCESS_BYTES, _TOKEN_BYTES = 80 << 20, 256
-_BITS = {"int8": 8, "int4": 4, "U8G": 8, "U4G": 4}
+_BITS, _FP8 = {"U8G": 8, "U4G": 4}, "F8_E4M3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,19 +243,13 @@ def _group_of(model: PlannedModel) -> int:
 
 
 def _gpu_bytes(slot: str, tensor: Tensor, quantization: str | None, group: int, itemsize: int) -> int:
-    """What a tensor takes on a GPU: floats in the type of computation, packed matrices with scales and zero points."""
-    count = math.prod(tensor.shape)
-    matrix = len(tensor.shape) > 1 and not slot.endswith("router") and slot.startswith("layers.")
-    kind = quantization if quantization and matrix and tensor.type in _FLOATS else tensor.type
-    if isinstance(tensor, MadeTensor) and isinstance(tensor.origin, Scaled):
-        return tensor.origin.codes.nbytes + tensor.origin.scales.nbytes
-    if kind in _FLOATS:
-        return count * itemsize
-    if kind in ("int8", "fp8"):
-        return count + 2 * math.prod(tensor.shape[:-1])
-    if kind in _BITS:
-        return count * _BITS[kind] // 8 + math.ceil(count / group) * (16 + _BITS[kind]) // 8
-    return nbytes(kind, tensor.shape) if BLOCKS[kind].elements > 1 else count * BLOCKS[kind].bytes
+    """What a tensor takes on a GPU; packed ones of which config.json alone is known have even groups."""
+    if tensor.type in _BITS and not isinstance(tensor, MadeTensor):
+        groups = math.prod(tensor.shape[:-1]) * math.ceil(tensor.shape[-1] / group)
+        return device_size.grouped_bytes(tensor, _BITS[tensor.type], groups, itemsize)
+    if tensor.type == _FP8 and not isinstance(tensor, MadeTensor):
+        quantization = "fp8"
+    return device_size.tensor_bytes(slot, tensor, quantization, itemsize)
 
 
 def _cures(model: PlannedModel, config: EngineConfig, machine: Machine, plan: Plan) -> Iterator[Mapping[str, str]]:

@@ -16,7 +16,8 @@ from pagoda.backend.torch.kernels.norm import FP8, quantize_f8, quantize_rows
 from pagoda.backend.torch.kernels.tuning import Tile, bucket, measured
 from pagoda.backend.torch.kernels.unpack import _unpack
 from pagoda.backend.torch.kernels.w4 import _w4
-from pagoda.backend.torch.packs import F8, I8, W4, W4_CHUNK, W8, Dense, Weight
+from pagoda.backend.torch.packs import F8, I8, W4, W8, Dense, Weight
+from pagoda.weights.device_size import W4_CHUNK
 
 FEW_ROWS = 64
 """Up to here a quantized weight is unpacked in registers, above once, to floats, for cuBLAS."""

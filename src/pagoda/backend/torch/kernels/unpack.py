@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from pagoda.backend.torch.kernels.product import F8, W4
-from pagoda.backend.torch.packs import W4_CHUNK
+from pagoda.weights.device_size import W4_CHUNK
 
 _CHUNK = tl.constexpr(W4_CHUNK)
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pagoda.backend.torch.kernels.product import _rows_of
-from pagoda.backend.torch.packs import W4_CHUNK
+from pagoda.weights.device_size import W4_CHUNK
 
 _CHUNK = tl.constexpr(W4_CHUNK)
 _WORDS = tl.constexpr(W4_CHUNK // 8)
