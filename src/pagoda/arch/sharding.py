@@ -124,7 +124,7 @@ def _kv_heads(attention: Attention, size: int) -> int:
 
 
 def weight_bytes(spec: ModelSpec, stored: Mapping[str, int], size: int) -> int:
-    """Bytes of the weights on the first of `size` GPUs, which has the most; `stored` is what each slot takes in whole."""
+    """Bytes of the weights on the first of `size` GPUs, which has most; `stored` is what each slot takes in whole."""
     first, last = vocab_range(spec, 0, size)
     kv_heads = spec.layers[0].attention.kv_heads
     total = 0
