@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import uvicorn
 
+from pagoda import heap
 from pagoda.api.app import create_app
 from pagoda.api.batch.runner import BatchRunner
 from pagoda.api.http.connection import Connection
@@ -179,7 +180,7 @@ async def _either(task: asyncio.Future[None], stopping: asyncio.Event) -> bool:
 
 def settle_memory() -> None:
     """For `on_ready`: look for garbage rarely, never in vocabulary and templates; each token makes a few objects."""
-    gc.freeze()
+    heap.settle()
     gc.set_threshold(_GC_OBJECTS, 20, 50)
     gc.enable()
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -55,21 +56,22 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
         started = time.monotonic()
-        self._source = open_model(config.model, config.load_format, config.task)
-        self.spec = load_spec(self._source, config.task)
+        self._read_metadata = partial(_metadata, config)
+        source = open_model(config.model, config.load_format, config.task)
+        self.spec = load_spec(source, config.task)
         config = msgspec.structs.replace(config, device=resolve_device(config.device, self.spec))
-        check_quantization(self._source, config.quantization, gpu=config.device in ("cuda", "torch-cpu"))
+        check_quantization(source, config.quantization, gpu=config.device in ("cuda", "torch-cpu"))
         limits = resolve_limits(config, self.spec)
         self._drafts: DraftModel | None = None
         if config.speculation is not None and config.speculation.model is not None:
             # Imported only now: it compares vocabularies, with the tokenizer that no other engine needs.
             kind = importlib.import_module("pagoda.engine.draft_model").DraftModel
-            self._drafts = kind(config.speculation, config.device, limits, self._source, self.spec)
+            self._drafts = kind(config.speculation, config.device, limits, source, self.spec)
             limits = replace(limits, reserved_bytes=self._drafts.unseen_bytes)
-        self._executor = load_executor(config.device, self.spec, self._source, limits, progress)
+        self._executor = load_executor(config.device, self.spec, source, limits, progress)
         capacity = self._executor.capacity if self._drafts is None else _both(self._executor, self._drafts)
         max_model_len = fit_context(config, limits, capacity)
-        self.info = _describe(config, limits, capacity, self.spec, self._source, max_model_len, started)
+        self.info = _describe(config, limits, capacity, self.spec, source, max_model_len, started)
         self._scheduler = Scheduler(
             SchedulerConfig(
                 num_blocks=capacity.num_blocks,
@@ -85,9 +87,9 @@ class EngineCore:
             ),
             self._drafts,
         )
-        self._head = _head(self.spec, self._source)
+        self._head = _head(self.spec, source)
         self._grammars = Grammars(
-            config.model, self._source.metadata, self.spec, bytes_else=config.load_format == "dummy"
+            config.model, self._read_metadata, self.spec, bytes_else=config.load_format == "dummy"
         )
         self._refused: list[Delta] = []
         self._ahead = capacity.steps_in_flight > 1  # a step is launched before the one in flight has its result
@@ -98,8 +100,8 @@ class EngineCore:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The GGUF key-value table of the model, {} if it has none."""
-        return self._source.metadata
+        """The GGUF key-value table of the model, {} if it has none. Read anew each time: its vocabulary is large."""
+        return self._read_metadata()
 
     @property
     def has_work(self) -> bool:
@@ -217,7 +219,6 @@ class EngineCore:
     def close(self) -> None:
         self._grammars.close()
         self._executor.close()
-        self._source.close()
         if self._drafts is not None:
             self._drafts.close()
 
@@ -315,6 +316,10 @@ def fit_context(config: EngineConfig, limits: Limits, capacity: Capacity) -> int
         else "give more memory with --gpu-memory-utilization, or take a smaller model",
         param="max_model_len",
     )
+
+
+def _metadata(config: EngineConfig) -> Mapping[str, Any]:
+    return open_model(config.model, config.load_format, config.task).metadata
 
 
 def weight_types(source: TensorSource, quantization: str | None = None) -> str:

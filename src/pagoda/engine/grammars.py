@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,9 @@ _log = logging.getLogger(__name__)
 class Grammars:
     """Requests come in with `start` and out of `take`, with a matcher that has read their output so far."""
 
-    def __init__(self, model: str, metadata: Mapping[str, Any], spec: ModelSpec, *, bytes_else: bool = False) -> None:
+    def __init__(
+        self, model: str, metadata: Callable[[], Mapping[str, Any]], spec: ModelSpec, *, bytes_else: bool = False
+    ) -> None:
         self._model = model
         self._metadata = metadata
         self._spec = spec
@@ -62,7 +64,7 @@ class Grammars:
     def _prepare(self, grammar: str, output: list[int]) -> Matcher:
         """Runs in the thread, and nowhere else."""
         if self._vocabulary is None:
-            self._vocabulary = _load(self._model, self._metadata, self._spec, self._bytes_else)
+            self._vocabulary = _load(self._model, self._metadata(), self._spec, self._bytes_else)
         kept = self._kept.get(grammar)
         if kept is None:
             kept = self._kept[grammar] = self._vocabulary.compile(grammar)

@@ -63,7 +63,7 @@ class LLM:
         self._options = _options(table)
         path = self._path = os.path.expanduser(model)
         self._core = EngineCore(self._options.engine_config(path))
-        metadata = self._core.metadata
+        metadata = self._metadata = self._core.metadata
         self._tokenizer = load_tokenizer(path, metadata, bytes_else=self._options.load_format == "dummy")
         self.chat_template = load_chat_template(path, metadata, self._options.chat_template)
         defaults = load_generation_defaults(path, metadata)
@@ -146,7 +146,7 @@ class LLM:
         """The prompt of one conversation, through the model's template."""
         template = self.chat_template
         if chat_template is not None:
-            template = load_chat_template(self._path, self._core.metadata, chat_template)
+            template = load_chat_template(self._path, self._metadata, chat_template)
         if template is None:
             raise ModelError(
                 "this model has no chat template", remedy="Give one with chat_template=, or use generate()"

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from pagoda import heap
 from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.engine.messages import (
@@ -147,7 +148,7 @@ def run(sock: socket.socket, make_core: CoreFactory = EngineCore) -> int:
         except PagodaError as error:
             wire.send(LoadFailed(type(error).__name__, error.message, error.remedy, error.exit_code))
             return error.exit_code
-        gc.freeze()  # so no later collection walks over it in the middle of a stream
+        heap.settle()
         gc.enable()
         wire.send(Ready(core.info))
         serve(wire, core)
