@@ -191,6 +191,17 @@ def test_every_sampling_field_reaches_the_engine(client: Client) -> None:
     assert request.eos_token_ids == (257,)
 
 
+def test_priority_may_come_as_a_header(client: Client) -> None:
+    ask = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "max_tokens": 1}
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        for given in ({}, {"priority": 3}):
+            assert client.post(path, ask | given, headers={"X-Vllm-Priority": "-7"}).status_code == 200
+        for wrong in ("high", "9999999999"):
+            refused = client.post(path, ask, headers={"X-Vllm-Priority": wrong})
+            assert refused.status_code == 400 and refused.json()["error"]["param"] == "priority"
+    assert [request.priority for request in engine(client).requests] == [-7, 3, -7, 3]
+
+
 def test_bad_words_become_their_tokens(client: Client) -> None:
     client.chat(bad_words=[" hi", "\n", "x"])
     assert engine(client).requests[0].params.bad_words_token_ids == (

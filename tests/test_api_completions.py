@@ -134,6 +134,16 @@ def test_echo_of_token_ids_is_decoded(client: Client) -> None:
     )
 
 
+@pytest.mark.parametrize(("side", "kept"), [(None, "loH"), ("left", "loH"), ("right", "heH")])
+def test_a_prompt_is_cut_on_the_side_that_is_named(client: Client, side: str | None, kept: str) -> None:
+    fields: dict[str, Any] = {"echo": True, "max_tokens": 1, "truncation_side": side, "add_special_tokens": False}
+    assert client.complete("hello", truncate_prompt_tokens=2, **fields).json()["choices"][0]["text"] == kept
+    far = client.complete("x" * 10**6, truncate_prompt_tokens=-1, truncation_side=side, max_tokens=1)
+    assert far.json()["usage"]["prompt_tokens"] == 511
+    assert client.chat("x" * 10**6, truncate_prompt_tokens=7).json()["usage"]["prompt_tokens"] == 7
+    assert client.complete("hello", truncation_side="middle").json()["error"]["param"] == "truncation_side"
+
+
 def test_prompt_logprobs_stand_in_each_choice(client: Client) -> None:
     choice = client.complete("ab", prompt_logprobs=2, max_tokens=1).json()["choices"][0]
     assert choice["prompt_logprobs"][0] is None

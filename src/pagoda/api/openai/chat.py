@@ -19,13 +19,14 @@ from pagoda.api.turn.answers import ROLE, Answer
 from pagoda.api.turn.bodies import ChatBody
 from pagoda.api.turn.logprobs import ChatLogprobs, TokenNames, chat_logprobs, prompt_logprobs
 from pagoda.api.turn.message import ChatDelta
-from pagoda.api.turn.sampling import sampling_params
+from pagoda.api.turn.sampling import PRIORITY_HEADER, sampling_params, take_priority
 from pagoda.api.turn.turn import Turn, new_answer, prepare_turn, start_turn
 from pagoda.types import Delta, TokenLogprob
 
 
 async def chat_completions(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), ChatBody)
+    take_priority(body, request.headers.get(PRIORITY_HEADER))
     model = server.served.resolve(body.model)
     params = sampling_params(body, server.default_params, server.vocab_size)
     turn = await prepare_turn(server, body)

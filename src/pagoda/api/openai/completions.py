@@ -18,7 +18,7 @@ from pagoda.api.serving.server import Server
 from pagoda.api.serving.usage import Usage
 from pagoda.api.turn.bodies import CompletionBody
 from pagoda.api.turn.logprobs import CompletionLogprobs, CompletionLogprobsBuilder, TokenNames, prompt_logprobs
-from pagoda.api.turn.sampling import sampling_params
+from pagoda.api.turn.sampling import PRIORITY_HEADER, sampling_params, take_priority
 from pagoda.api.turn.structured import plain_grammar
 from pagoda.errors import BadRequest
 from pagoda.types import Delta, SamplingParams, TokenLogprob
@@ -26,12 +26,14 @@ from pagoda.types import Delta, SamplingParams, TokenLogprob
 
 async def completions(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), CompletionBody)
+    take_priority(body, request.headers.get(PRIORITY_HEADER))
     model = server.served.resolve(body.model)
     params = _params(body, server)
     params = msgspec.structs.replace(params, grammar=await plain_grammar(server, body))
     given = _split(body.prompt)
     server.check_count(len(given) * params.n)
-    prompts = [server.truncate(await _ids(server, body, one), body.truncate_prompt_tokens) for one in given]
+    cut = body.truncate_prompt_tokens, body.truncation_side
+    prompts = [server.truncate(await _ids(server, body, one), *cut) for one in given]
     generation = server.start(
         "cmpl",
         prompts,
@@ -74,7 +76,9 @@ def _split(prompt: str | list[str | int | list[int]]) -> Sequence[str | list[int
 
 async def _ids(server: Server, body: CompletionBody, prompt: str | list[int]) -> list[int]:
     if isinstance(prompt, str):
-        return await server.encode(prompt, add_special_tokens=body.add_special_tokens)
+        whole = body.truncate_prompt_tokens is not None  # it may be as long as it likes
+        encode = server.encode_whole if whole else server.encode
+        return await encode(prompt, add_special_tokens=body.add_special_tokens)
     if any(not 0 <= token_id < server.vocab_size for token_id in prompt):
         raise BadRequest(f"prompt holds a token id outside 0..{server.vocab_size - 1}", param="prompt")
     return prompt

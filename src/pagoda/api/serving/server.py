@@ -165,12 +165,12 @@ class Server:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
-    def truncate(self, prompt: list[int], keep: int | None) -> list[int]:
-        """The last `keep` tokens; -1 keeps as many as the context holds."""
+    def truncate(self, prompt: list[int], keep: int | None, side: str | None) -> list[int]:
+        """The last `keep` tokens, or the first where the right side is cut; -1: as many as the context holds."""
         if keep is None:
             return prompt
         keep = self.max_model_len - 1 if keep == -1 else keep
-        return prompt[max(0, len(prompt) - keep) :]
+        return prompt[:keep] if side == "right" else prompt[max(0, len(prompt) - keep) :]
 
     def start(
         self,

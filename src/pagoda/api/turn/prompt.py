@@ -28,7 +28,8 @@ async def chat_prompt(server: Server, body: ChatBody | TokenizeBody) -> list[int
     _check(body)
     messages = [_one_reasoning_name(message) for message in body.messages or []]
     texts = [text for message in messages for text in _texts(message.get("content"))]
-    await server.check_length(max(texts, key=len, default=""))
+    if getattr(body, "truncate_prompt_tokens", None) is None:
+        await server.check_length(max(texts, key=len, default=""))
 
     def encode() -> list[int]:
         return template.encode(

@@ -10,6 +10,7 @@ from pagoda.api.turn.bodies import ChatBody, CompletionBody, SamplingFields
 from pagoda.errors import BadRequest
 from pagoda.types import SamplingParams
 
+PRIORITY_HEADER = "x-vllm-priority"
 MAX_LIST = 1024
 MAX_DEADLINE_S = 86_400
 MAX_PRIORITY = MAX_TOKENS = 2**31 - 1
@@ -61,6 +62,15 @@ def sampling_params(
     params.check(vocab_size)
     _check_others(body)
     return params
+
+
+def take_priority(body: SamplingFields, header: str | None) -> None:
+    """The priority that came as a header counts where the body gives none."""
+    if header is None or body.priority is not None:
+        return
+    if not re.fullmatch(r"-?[0-9]{1,10}", header):
+        raise BadRequest(f"the header {PRIORITY_HEADER} must be a whole number", param="priority")
+    body.priority = int(header)
 
 
 def _refuse(body: ChatBody | CompletionBody) -> None:

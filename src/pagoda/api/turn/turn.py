@@ -55,7 +55,7 @@ async def prepare_turn(server: Server, body: ChatBody) -> Turn:
     if forced is not None:  # templates know the words only
         changes["tool_choice"] = "auto"
     body = msgspec.structs.replace(body, **changes)
-    prompt = server.truncate(await chat_prompt(server, body), body.truncate_prompt_tokens)
+    prompt = server.truncate(await chat_prompt(server, body), body.truncate_prompt_tokens, body.truncation_side)
     opened = _is_open(server, body, prompt)
     silent = all_kwargs(server, body).get("enable_thinking") is False
     if opened and silent and server.format.reasoning is not None:
