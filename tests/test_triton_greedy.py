@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def plain(rows: int) -> Sampling:
     zeros, ones, none = torch.zeros(rows), torch.ones(rows), torch.zeros(rows, dtype=torch.int64)
-    return Sampling(zeros, none, ones, zeros, none, none, zeros, zeros, ones, None, None, None, False, False)
+    return Sampling(zeros, none, ones, zeros, none, none, zeros, zeros, ones, None, None, None, False, False, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -290,7 +290,7 @@ def graph_bytes(decoder: Decoder, limits: Limits, device: Device) -> int:
 
 
 def largest_step(tokens: int, requests: int, max_model_len: int) -> StepPlan:
-    """Prompts of `requests` that fill a step, all in the same few blocks; each is sampled with all that there is."""
+    """Prompts of `requests` that fill a step, all in the same few blocks; each is sampled in the dearest way."""
     lengths = np.full(requests, tokens // requests, np.int32)
     lengths[0] += tokens - int(lengths.sum())
     lengths = np.minimum(lengths, max_model_len)
@@ -311,7 +311,7 @@ def largest_step(tokens: int, requests: int, max_model_len: int) -> StepPlan:
         row_top=np.full(requests, 20, np.int32),
         row_mask=ints - 1,
         temperature=floats,
-        top_k=ints + 50,
+        top_k=ints,
         top_p=floats * np.float32(0.9),
         min_p=floats * np.float32(0.1),
         presence=floats * 0,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 NO_TOKEN = -1
+NEAREST = 256
+"""A top-k of so many tokens at most is found without sorting all of them."""
 _WORD = 0xFFFFFFFF
 
 
@@ -37,7 +39,8 @@ class Sampling:
     bias: Ragged | None  # a token may come twice
     mask: tuple[Tensor, Tensor] | None  # rows int64 [M]; words int32 [M, ceil(vocab / 32)], bit set: allowed
     random: bool  # any temperature above 0
-    sorted: bool  # any top-k or top-p
+    near: bool  # any top-k of at most NEAREST
+    sorted: bool  # any other top-k, or a top-p without one
 
     @property
     def plain(self) -> bool:
@@ -101,7 +104,7 @@ def _drawn(values: Tensor, how: Sampling) -> Tensor:
     exact = values.double()
     temperature = how.temperature.double().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
     weights = torch.exp((exact - exact.amax(-1, keepdim=True)) / temperature)
-    if how.sorted:
+    if how.near or how.sorted:
         weights = _shortened(values, weights, how)
     likely = weights >= how.min_p.double().unsqueeze(-1) * weights.amax(-1, keepdim=True)
     cumulative = torch.where(likely, weights, 0.0).cumsum(-1)
@@ -110,12 +113,28 @@ def _drawn(values: Tensor, how: Sampling) -> Tensor:
 
 
 def _shortened(values: Tensor, weights: Tensor, how: Sampling) -> Tensor:
-    """The weights with 0 for what top-k and top-p leave out. Ties go by lower id."""
-    order = torch.sort(ranks(values), dim=-1, descending=True).indices
+    """The weights with 0 for what top-k and top-p leave out. Ties go by lower id.
+
+    Which way a row goes follows from its own parameters, so its sums do not depend on the others.
+    """
+    keys = ranks(values)
+    is_near = ((how.top_k > 0) & (how.top_k <= NEAREST)).unsqueeze(-1)
+    far = ~is_near & ((how.top_k > 0) | (how.top_p < 1)).unsqueeze(-1)
+    out = weights
+    if how.near:  # what is further back than a top-k weighs nothing
+        order = keys.topk(min(NEAREST, values.shape[1]), dim=-1).indices
+        out = torch.where(is_near, _kept(weights, order, how), out)
+    if how.sorted:
+        order = torch.sort(keys, dim=-1, descending=True).indices
+        out = torch.where(far, _kept(weights, order, how), out)
+    return out
+
+
+def _kept(weights: Tensor, order: Tensor, how: Sampling) -> Tensor:
+    """The weights that top-k and top-p keep of the tokens of `order` [L, n], the likeliest first; 0 elsewhere."""
     ordered = weights.gather(-1, order)
-    size = values.shape[1]
-    place = torch.arange(size, device=values.device)
-    k = torch.where(how.top_k > 0, how.top_k, size).unsqueeze(-1)
+    place = torch.arange(order.shape[1], device=weights.device)
+    k = torch.where(how.top_k > 0, how.top_k, weights.shape[1]).unsqueeze(-1)
     ordered = torch.where(place < k, ordered, 0.0)
     cumulative = ordered.cumsum(-1)
     target = how.top_p.double().unsqueeze(-1) * cumulative[:, -1:]

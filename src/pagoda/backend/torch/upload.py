@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pagoda.backend.torch.batch import Batch
-from pagoda.backend.torch.sampling import Ragged, Sampling
+from pagoda.backend.torch.sampling import NEAREST, Ragged, Sampling
 from pagoda.types import BLOCK_SIZE, Int32, StepPlan
 
 MAX_ROWS = 256
@@ -157,13 +157,15 @@ def _rows(parcel: Parcel, plan: StepPlan, first: int, last: int) -> Rows:
 
     request = plan.row_request[first:last]
     drawn = (plan.temperature[request] > 0) & (plan.row_target[first:last] < 0)
-    shortened = (plan.top_k[request] > 0) | (plan.top_p[request] < 1)
+    top_k = plan.top_k[request]
+    near = (top_k > 0) & (top_k <= NEAREST)
     sampling = Sampling(
         **{name: number(name) for name in (*_FLOATS, "seed", "position", "top_k")},
         history=ragged("history"),
         bias=ragged("bias"),
         mask=(number("mask_rows"), number("mask_words")) if len(number("mask_rows")) else None,
         random=bool(drawn.any()),
-        sorted=bool((drawn & shortened).any()),
+        near=bool((drawn & near).any()),
+        sorted=bool((drawn & ~near & ((top_k > 0) | (plan.top_p[request] < 1))).any()),
     )
     return Rows(first, last, number("targets"), sampling)
