@@ -82,6 +82,7 @@ def test_continuous_usage_grows(client: Client) -> None:
 
 def test_stream_headers(client: Client) -> None:
     headers = client.chat(stream=True).headers
+    assert headers["content-type"] == "text/event-stream; charset=utf-8"
     assert headers["cache-control"] == "no-cache"
     assert headers["x-accel-buffering"] == "no"
     assert "content-encoding" not in headers

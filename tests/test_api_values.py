@@ -9,6 +9,7 @@ import pytest
 from api_fake import Client, FakeEngine, make_server
 
 from pagoda.api.http.body import MAX_BODY_BYTES
+from pagoda.api.turn.bodies import ChatBody, CompletionBody
 
 BAD = (
     "NaN",
@@ -81,11 +82,16 @@ def test_bad_numbers(client: Client, path: str, rest: str, field: str, value: st
         assert field in str(error["message"]) or error["param"] == field
 
 
-@pytest.mark.parametrize(
-    ("path", "rest", "field"), [(path, rest, field) for path, rest, fields in ROUTES for field in fields]
-)
-def test_null_means_the_default(client: Client, path: str, rest: str, field: str) -> None:
-    assert client.post(path, f'{{{rest}, "{field}": null}}'.encode()).status_code == 200
+@pytest.mark.parametrize(("route", "kind"), list(zip(ROUTES, (ChatBody, CompletionBody), strict=True)))
+def test_null_means_the_default(
+    client: Client, route: tuple[str, str, tuple[str, ...]], kind: type[ChatBody | CompletionBody]
+) -> None:
+    path, rest, fields = route
+    optional = {*kind.__struct_fields__} - {"messages", "prompt", "logprobs"}
+    assert optional >= {*fields} - {"logprobs"} and {"stream", "ignore_eos", "echo"} <= optional
+    for field in sorted(optional):
+        response = client.post(path, f'{{{rest}, "{field}": null}}'.encode())
+        assert response.status_code == 200 and "x-pagoda-ignored" not in response.headers, field
 
 
 @pytest.mark.parametrize(
