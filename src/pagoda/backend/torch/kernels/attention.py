@@ -94,7 +94,11 @@ def _fold(
     base = tl.where(new == float("-inf"), 0.0, new)
     weights, keep = tl.exp2(scores - base[:, None]), tl.exp2(most - base)
     v = tl.load(v_cache + cell[:, None] + d[None, :], mask=known[:, None] & (d < HEAD)[None, :], other=0.0)
-    acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * keep[:, None], input_precision="ieee")
+    v = v.to(q.dtype)
+    if v_cache.dtype.element_ty.primitive_bitwidth == 8:
+        # changes no value; it keeps the compiler from moving bytes as the matrix units want them, one at a time
+        v = tl.where(known[:, None], v, 0.0)
+    acc = tl.dot(weights.to(q.dtype), v, acc * keep[:, None], input_precision="ieee")
     return new, total * keep + tl.sum(weights, axis=1), acc
 
 
