@@ -183,11 +183,18 @@ def test_every_sampling_field_reaches_the_engine(client: Client) -> None:
         "skip_special_tokens": False,
         "include_stop_str_in_output": True,
     }
-    client.chat(**given, logit_bias={"5": -100, "6": 1.5}, allowed_token_ids=[1, 2], cache_salt="s", priority=-3)
+    client.chat(
+        **given,
+        logit_bias={"5": -100, "6": 1.5},
+        allowed_token_ids=[1, 2],
+        cache_salt="s",
+        priority=-3,
+        stop_token_ids=[7],
+    )
     request = engine(client).requests[0]
     assert {name: getattr(request.params, name) for name in given} == given
     assert request.params.logit_bias == {5: -100.0, 6: 1.5}
-    assert request.params.allowed_token_ids == (1, 2)
+    assert (request.params.allowed_token_ids, request.params.stop_token_ids) == ((1, 2), (7,))
     assert (request.cache_salt, request.priority) == ("s", -3)
     assert request.eos_token_ids == (257,)
 

@@ -153,6 +153,7 @@ def test_health_follows_the_engine() -> None:
         engine.ready = False
         response = client.get("/health")
         assert (response.status_code, response.json()) == (503, {"status": "loading"})
+        assert response.headers["retry-after"] == "1"
         assert client.chat().status_code == 200
         engine.ready = True
         client.server.draining = True
