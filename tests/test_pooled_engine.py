@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentence_transformers
 import torch
 import transformers
 from checkpoints import make_model, write_gguf_checkpoint
-from pooled_models import hidden_states, write_model, write_sentence_files
+from pooled_models import hidden_states, minilm_folder, write_model, write_sentence_files
 
 from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.encoder import Encoder
@@ -144,6 +145,15 @@ def test_bits_do_not_depend_on_company_chunks_or_cache(
     for turn in range(2):  # the second one finds the prefixes of the first, where there is a cache
         for got, wanted in zip(run(core, TEXTS), alone, strict=True):
             assert np.array_equal(got, wanted), turn
+
+
+def test_minilm_in_pytorch_equals_sentence_transformers() -> None:
+    texts = ["A pagoda is a tower.", "Ünïcödé, 数字 and 🙂", "so long " * 100, "?"]
+    encoder = sentence_transformers.SentenceTransformer(str(minilm_folder()), device="cpu")
+    ids = [encoder.tokenizer(text)["input_ids"] for text in texts]
+    found = np.array(vectors(minilm_folder(), "torch-cpu", ids))  # before they are made of length 1
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, encoder.encode(texts), atol=1e-5)
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
