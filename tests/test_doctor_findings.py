@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import email.utils
 import json
+import os
 import resource
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -128,13 +131,13 @@ def test_drift_of_a_clock_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Site(BaseHTTPRequestHandler):
-    """Answers by path; its clock is an hour before ours at /past."""
+    """Answers by path; its clock is an hour before ours at /past, two at /two-hours-past."""
 
     def do_HEAD(self) -> None:
         if self.path == "/hang":
             time.sleep(1)
         self.send_response_only(403 if self.path == "/refuses" else 200)
-        then = time.time() - (3600 if self.path == "/past" else 0)
+        then = time.time() - {"/past": 3600, "/two-hours-past": 7200}.get(self.path, 0)
         self.send_header("Date", email.utils.formatdate(then, usegmt=True))
         self.end_headers()
 
@@ -170,6 +173,16 @@ def test_what_answers_mean(site: str) -> None:
     assert "HF_ENDPOINT=https://hf-mirror.com" in findings[0].cure
     assert findings[1].level == "ok"
     assert findings[2].topic == "clock" and "60 minutes fast" in findings[2].text
+
+
+def test_the_hub_finds_a_clock_two_hours_off(site: str) -> None:
+    """Though another place, which may share our clock, agrees with it; both run in the doctor that a user types."""
+    command = (sys.executable, "-m", "pagoda.cli.main", "doctor", "--json")
+    places = {"HF_ENDPOINT": f"{site}/two-hours-past", "MODELSCOPE_ENDPOINT": site, "PIP_INDEX_URL": site}
+    environ = {**os.environ, **places, "PYTHONPATH": os.pathsep.join(sys.path), "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    found = [f["text"] for f in json.loads(done.stdout)["findings"] if f["topic"] == "clock" and f["level"] == "note"]
+    assert found == [f"it is 120 minutes fast, by the clock of {site.removeprefix('http://')}"]
 
 
 def test_a_certificate_that_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:

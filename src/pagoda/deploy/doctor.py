@@ -211,10 +211,13 @@ def network(answers: Sequence[probe.Answer]) -> Iterator[Finding]:
             yield note("network", f"{answer.name}: the certificate of {_host(answer.url)}: {answer.error}", cure)
         else:
             yield note("network", f"{answer.name}: {_host(answer.url)} does not answer: {answer.error}", _cure(answer))
-    skews = [answer.skew_s for answer in answers if answer.skew_s is not None]
-    if skews and abs(skew := min(skews, key=abs)) > _SKEW_S:
-        way = "fast" if skew > 0 else "slow"
-        yield note("clock", f"it is {abs(skew) / 60:.0f} minutes {way}", "Set it: sudo timedatectl set-ntp true")
+    # The first that differs is told, with its name: a mirror nearby that agrees may share our clock.
+    for answer in answers:
+        if answer.skew_s is not None and abs(answer.skew_s) > _SKEW_S:
+            way = "fast" if answer.skew_s > 0 else "slow"
+            off = f"it is {abs(answer.skew_s) / 60:.0f} minutes {way}, by the clock of {_host(answer.url)}"
+            yield note("clock", off, "Set it: sudo timedatectl set-ntp true")
+            return
 
 
 def _cure(answer: probe.Answer) -> str:
