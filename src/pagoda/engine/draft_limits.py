@@ -11,6 +11,8 @@ from pagoda.speculation import Speculation
 from pagoda.types import BLOCK_SIZE
 
 _CACHE_TOKENS = 32768
+CATCH_UP_TOKENS = 128
+"""Most tokens that the draft model reads in one go: all streams wait for it meanwhile."""
 
 
 def draft_limits(speculation: Speculation, limits: Limits, spec: ModelSpec) -> tuple[Limits, int]:
@@ -20,6 +22,7 @@ def draft_limits(speculation: Speculation, limits: Limits, spec: ModelSpec) -> t
     own = replace(
         limits,
         max_model_len=min(length, blocks * BLOCK_SIZE),
+        max_num_batched_tokens=min(limits.max_num_batched_tokens, max(CATCH_UP_TOKENS, limits.max_num_seqs)),
         num_blocks=blocks,
         kv_cache_bytes=None,
         quantization=speculation.quantization,

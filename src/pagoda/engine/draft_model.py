@@ -14,7 +14,7 @@ from pagoda.arch.registry import load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Limits
 from pagoda.backend.select import load_executor
-from pagoda.engine.draft_limits import draft_limits
+from pagoda.engine.draft_limits import CATCH_UP_TOKENS, draft_limits
 from pagoda.errors import ConfigError
 from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
@@ -25,8 +25,6 @@ from pagoda.weights.open import open_source
 from pagoda.weights.quantization import check_quantization
 from pagoda.weights.source import TensorSource
 
-_CATCH_UP_TOKENS = 128
-"""Most tokens that the draft model reads in one go: all streams wait for it meanwhile."""
 _REMEDY = "Give a smaller model of the same family, or leave --speculative-config out"
 
 _log = logging.getLogger(__name__)
@@ -80,7 +78,7 @@ class DraftModel:
         self.rounds = []
         followers = [self._follow(stream, most) for stream, most in wanted]
         turns: list[Turn] = []
-        budget = _CATCH_UP_TOKENS
+        budget = CATCH_UP_TOKENS
         for follower in followers:
             if follower is not None and budget > 0:
                 seq = follower.seq

@@ -27,8 +27,9 @@ from pagoda.weights.source import Tensor
 _SHORT_CONTEXT = 2048
 _CONTEXTS = (_SHORT_CONTEXT, 8192, 32768, 131072)
 _MOST_SHARE_GPU = 0.95
-# What the two processes take beside the model: measured with vocabularies of 30, 49 and 152 thousand tokens.
-_PROCESS_BYTES, _TOKEN_BYTES = 80 << 20, 256
+# What the two processes take beside the model, measured with vocabularies of 30, 49 and 152 thousand tokens: their
+# own memory, what they touch of Python and its libraries, and of each token the tokenizer and a GGUF file's tables.
+_PROCESS_BYTES, LIBRARY_BYTES, _TOKEN_BYTES, GGUF_TOKEN_BYTES = 56 << 20, 10 << 20, 256, 160
 _BITS, _FP8 = {"U8G": 8, "U4G": 4}, "F8_E4M3"
 
 
@@ -110,7 +111,8 @@ def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Pl
     kv_type = memory.kv_type(limits.kv_cache_dtype)
     weights = executor.weight_bytes(model.tensors, asked)
     work = program.buffer_bytes(model.spec, limits.max_num_batched_tokens)
-    draft, processes = _draft_bytes(config, limits, machine), _PROCESS_BYTES + _TOKEN_BYTES * model.spec.vocab_size
+    draft = _draft_bytes(config, limits, machine)
+    processes = _PROCESS_BYTES + LIBRARY_BYTES + _TOKEN_BYTES * model.spec.vocab_size + _table_bytes(model)
     images = _image_bytes(model, limits, memory.FLOAT32_BYTES)
     try:
         blocks = memory.fit(
@@ -176,7 +178,12 @@ def _draft_bytes(config: EngineConfig, limits: Limits, machine: Machine) -> int:
     program.check_spec(model.spec)
     work = program.buffer_bytes(model.spec, own.max_num_batched_tokens)
     cache = blocks * memory.kv_bytes_per_block(model.spec, memory.kv_type(own.kv_cache_dtype))
-    return executor.weight_bytes(model.tensors, own.quantization) + work + cache
+    return executor.weight_bytes(model.tensors, own.quantization) + work + cache + _table_bytes(model)
+
+
+def _table_bytes(model: PlannedModel) -> int:
+    """Tokens and merges of a GGUF file, which the engine keeps as long as the file is open."""
+    return GGUF_TOKEN_BYTES * model.spec.vocab_size if model.method == "gguf" else 0
 
 
 def _filled(
