@@ -67,6 +67,13 @@ def unit(name: str, kind: str, work: Callable[[], Iterable[tuple[str, Row]]]) ->
     return True
 
 
+def free() -> None:
+    """Give the memory of what is done with back: the next model looks how much there is."""
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
+
+
 def correctness(end: float) -> Iterator[bool]:
     for name, call in kernels.cases(DTYPE, DEVICE, SMALL):
         yield unit(name, "correctness", lambda n=name, c=call: [("correctness", kernels.compared(n, c, DEVICE))])  # type: ignore[misc]
@@ -99,7 +106,13 @@ def measured(name: str, config: Row, kind: str, ranks: int, until: float) -> Ite
         made.append(gpu_models.Model(name, config, kind, Path(JOB["folder"]) / title, SMALL, ranks))
         yield from ()
 
-    if unit(f"{title}: load", "load", load):
+    def close() -> Iterator[tuple[str, Row]]:
+        made.pop().core.close()
+        yield from ()
+
+    if not unit(f"{title}: load", "load", load):
+        return
+    try:
         for what, phase, measure in todo:
             if time.monotonic() > until:
                 row("cut", {"model": title, "what": what})
@@ -112,11 +125,8 @@ def measured(name: str, config: Row, kind: str, ranks: int, until: float) -> Ite
                     made[0].clear()
 
             yield unit(f"{title}: {what}", "measure", work)
-        made.pop().core.close()
-    made.clear()
-    gc.collect()
-    if GPU:
-        torch.cuda.empty_cache()
+    finally:  # also where the time of the phase is up: the next one needs the memory
+        unit(f"{title}: close", "load", close)
 
 
 def models(end: float) -> Iterator[bool]:
@@ -126,6 +136,7 @@ def models(end: float) -> Iterator[bool]:
         now = time.monotonic()
         with nullcontext() if GPU else kernels.dispatch(True):
             yield from measured(name, config, kind, 1, now + min(1.0, 1.6 / left) * (end - now))
+        free()
         yield True
 
 
@@ -137,6 +148,7 @@ def parallel(end: float) -> Iterator[bool]:
         for ranks in (2, 4, 8):
             if ranks <= count and (not JOB["models"] or name in JOB["models"]):
                 yield from measured(name, *table[name], ranks, end)
+                free()
 
 
 def start(end: float) -> Iterator[bool]:
@@ -158,6 +170,7 @@ def phase(name: str, limit_s: float) -> None:
     begun = JOB["begun"].get(name, time.monotonic())
     tell("phase", name=name, begun=begun)
     end = min(begun + limit_s, JOB["end"])
+    free()
     with nullcontext() if name in ("models", "parallel", "start") else torch.inference_mode():
         units = PHASES[name](end)
         while time.monotonic() < end:
