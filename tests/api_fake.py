@@ -21,7 +21,7 @@ from pagoda.api.run import run_server
 from pagoda.api.serving.server import Server
 from pagoda.engine.messages import EngineStats, ModelInfo
 from pagoda.errors import BadRequest
-from pagoda.sched.scheduler import SchedulerStats
+from pagoda.sched.stats import SchedulerStats
 from pagoda.types import Delta, Request, TokenLogprob
 
 EOS = 257

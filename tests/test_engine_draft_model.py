@@ -14,7 +14,7 @@ from pagoda.engine.core import EngineCore
 from pagoda.engine.draft_model import DraftModel
 from pagoda.errors import ConfigError, ModelError
 from pagoda.sched.draft import Speculator
-from pagoda.sched.scheduler import SchedulerStats
+from pagoda.sched.stats import SchedulerStats
 from pagoda.speculation import Speculation, speculation_from
 from pagoda.types import Request, SamplingParams, TokenLogprob
 

@@ -36,7 +36,7 @@ from pagoda.engine.messages import (
     frame,
 )
 from pagoda.engine.spawn import COMMAND, EngineProcess
-from pagoda.sched.scheduler import SchedulerStats
+from pagoda.sched.stats import SchedulerStats
 from pagoda.types import Delta, Request, SamplingParams
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
-from pagoda.sched.scheduler import SchedulerStats
+from pagoda.sched.stats import SchedulerStats
 from pagoda.speculation import Speculation
 from pagoda.text.tokenizer import load_tokenizer
 from pagoda.types import Delta, Request, SamplingParams, TokenLogprob

@@ -30,7 +30,7 @@ from pagoda.engine.roster import Roster
 from pagoda.engine.spawn import COMMAND, EngineProcess
 from pagoda.engine.stream import DeltaStream, Stream
 from pagoda.errors import ConfigError, EngineError, MemoryShort, ModelError, Overloaded, PagodaError
-from pagoda.sched.scheduler import SchedulerStats
+from pagoda.sched.stats import SchedulerStats
 from pagoda.types import Request
 
 MAX_DEATHS = 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pagoda.errors import PagodaError
-from pagoda.sched.scheduler import SchedulerStats
+from pagoda.sched.stats import SchedulerStats
 from pagoda.types import Delta, Request
 
 MAX_FRAME_BYTES = 256 << 20

@@ -10,9 +10,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Protocol
-
-import msgspec
 
 from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
@@ -21,7 +18,8 @@ from pagoda.sched.flights import Flight, Flights
 from pagoda.sched.outcome import NO_LOGITS, Outcome
 from pagoda.sched.pace import Load, Pace
 from pagoda.sched.pooled import PoolKind
-from pagoda.sched.state import Grammar, Sequence, Turn
+from pagoda.sched.state import Grammar, Proposer, Sequence, Turn
+from pagoda.sched.stats import SchedulerStats
 from pagoda.speculation import Speculation
 from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan, StepResult
 
@@ -46,36 +44,6 @@ class SchedulerConfig:
     speculation: Speculation | None = None
     pooling: PoolKind | None = None
     whole_prompts: bool = False
-
-
-class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Gauges of this moment, then counters since the start."""
-
-    running: int
-    waiting: int
-    blocks_used: int
-    blocks_total: int
-    prefix_queries_tokens: int
-    prefix_hits_tokens: int
-    preemptions: int
-    prompt_tokens: int
-    generation_tokens: int
-    spec_decode_num_drafts: int = 0
-    spec_decode_num_draft_tokens: int = 0
-    spec_decode_num_accepted_tokens: int = 0
-
-
-class Proposer(Protocol):
-    """Guesses tokens by other means than the text so far.
-
-    `rounds`: tokens and seconds of each time that it guessed one token more for all streams, in the last call.
-    """
-
-    rounds: list[tuple[int, float]]
-
-    def propose(self, wanted: list[tuple[Sequence, int]]) -> list[list[int]]:
-        """For each stream at most so many tokens that may follow what it knows."""
-        ...
 
 
 class Scheduler:

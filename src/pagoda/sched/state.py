@@ -282,3 +282,16 @@ def _history(request: Request) -> History | None:
     if params.presence_penalty or params.frequency_penalty:
         return History([], request.output_token_ids)
     return None
+
+
+class Proposer(Protocol):
+    """Guesses tokens by other means than the text so far.
+
+    `rounds`: tokens and seconds of each time that it guessed one token more for all streams, in the last call.
+    """
+
+    rounds: list[tuple[int, float]]
+
+    def propose(self, wanted: list[tuple[Sequence, int]]) -> list[list[int]]:
+        """For each stream at most so many tokens that may follow what it knows."""
+        ...
