@@ -79,7 +79,9 @@ def package_members(*, torch: bool) -> Iterator[Member]:
     code = Path(pagoda.__file__).parent
     yield from _below(code, f"{place}/pagoda")
     for name in _closure({"cuda"} if torch else set()):
-        yield from _of_distribution(importlib.metadata.distribution(name), place)
+        found = _distribution(name)
+        if found is not None:
+            yield from _of_distribution(found, place)
 
 
 def _site() -> str:
@@ -104,15 +106,16 @@ def _closure(extras: set[str]) -> list[str]:
                 continue
             seen.add((match[0], marker))
             needed = re.sub(r"[-_.]+", "-", match[1]).lower()
-            if _installed(needed):  # one that is not is for another system or Python
+            if _distribution(needed):  # one that is not is for another system or Python
                 found.add(needed)
                 open_.append((needed, set((match[2] or "").replace(" ", "").split(","))))
     return sorted(found - {DISTRIBUTION})
 
 
 def _requirements(name: str) -> Sequence[str]:
-    if _installed(name):
-        return importlib.metadata.requires(name) or ()
+    found = _distribution(name)
+    if found is not None:
+        return found.requires or ()
     checkout = Path(pagoda.__file__).parents[2] / "pyproject.toml"  # run from its sources
     if name != DISTRIBUTION or not checkout.is_file():
         raise ConfigError(f"{name} is not installed as a package", remedy=f"Install it: pip install {name}")
@@ -121,12 +124,10 @@ def _requirements(name: str) -> Sequence[str]:
     return [*project["dependencies"], *extra]
 
 
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def _distribution(name: str) -> importlib.metadata.Distribution | None:
+    """The one of this environment; a package may put others on the path, which are its own (Ray does)."""
+    places = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
+    return next(iter(importlib.metadata.distributions(name=name, path=places)), None)
 
 
 def _of_distribution(distribution: importlib.metadata.Distribution, place: str) -> Iterator[Member]:
