@@ -1,6 +1,6 @@
 # make serve    install, and serve the default model at http://localhost:8000
 # make test     install with the test tools, and run the tests
-# make check    what CI runs: lint, format, types, floors, tests
+# make check    what CI runs: lint, format, types, floors, tests but the slow ones (`make test` runs those too)
 # make test-arm compile the native library for ARM, and test its kernels under qemu
 # make test-clients  run the clients' own packages (openai, anthropic, Dify, ...), each of its pinned version; with npm
 #                    the coding agents too (Codex, Claude Code, Cline, opencode)
@@ -27,7 +27,7 @@ check: $(VENV)/installed $(VENV)/test-tools
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
 
 CLIENTS := $(VENV)/clients
 OF_openai3 := openai anthropic ollama cohere langchain
