@@ -14,7 +14,7 @@ import ollama
 import pytest
 from api_fake import Client, FakeEngine, make_server, on_port
 from hub import REPO, Fault, Hub, running
-from test_pull_faults import check_published, environ
+from test_pull_faults import check_published, use
 
 from pagoda.cli.hub import MAX_PULLS, Models
 from pagoda.deploy.download.cached import cached_models
@@ -27,10 +27,7 @@ FILES = {"config.json": b"{}", BIG: b"\x01" * 900_000, "tokenizer.json": b"{}"}
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with running(dict(FILES)) as started:
-        for name in [name for name in os.environ if name.startswith(("HF_", "MODELSCOPE_", "VLLM_USE"))]:
-            monkeypatch.delenv(name)
-        for name, value in environ(started, tmp_path).items():
-            monkeypatch.setenv(name, value)
+        use(started, tmp_path, monkeypatch)
         yield started
 
 

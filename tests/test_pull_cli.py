@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hub import REPO, Fault, Hub, running
-from test_pull_faults import check_published, environ
+from test_pull_faults import check_published, use
 
 from pagoda.cli.main import main
 from pagoda.cli.model import local_model
@@ -26,10 +25,7 @@ FILES = {"config.json": b"{}", "model.safetensors": b"\x01" * 300_000, "tokenize
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with running(dict(FILES)) as started:
-        for name in [name for name in os.environ if name.startswith(("HF_", "MODELSCOPE_", "VLLM_USE"))]:
-            monkeypatch.delenv(name)
-        for name, value in environ(started, tmp_path).items():
-            monkeypatch.setenv(name, value)
+        use(started, tmp_path, monkeypatch)
         yield started
 
 

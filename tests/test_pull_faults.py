@@ -55,6 +55,14 @@ def environ(hub: Hub, folder: Path) -> dict[str, str]:
     }
 
 
+def use(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this hub the only one that this process knows of."""
+    for name in [name for name in os.environ if name.startswith(("HF_", "MODELSCOPE_", "VLLM_USE"))]:
+        monkeypatch.delenv(name)
+    for name, value in environ(hub, folder).items():
+        monkeypatch.setenv(name, value)
+
+
 def get(hub: Hub, folder: Path, source: str = "huggingface", pace: Pace = PACE, **more: object) -> Pulled:
     want = Wanted(hub.repo, source=source, **more)  # type: ignore[arg-type]
     return pull(want, environ(hub, folder), Report(pace=pace))

@@ -8,10 +8,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pagoda.api.http.body import parse, read_body
-from pagoda.api.http.stream import Reply, answer
+from pagoda.api.http.stream import Reply
 from pagoda.api.ollama.options import resolve
 from pagoda.api.ollama.protocol import OllamaEmbedBody, OllamaEmbeddingsBody, OllamaEmbeddingsReply, OllamaEmbedReply
 from pagoda.api.pooling.prompts import input_prompts
+from pagoda.api.pooling.replies import reply_to
 from pagoda.api.serving.server import Server
 from pagoda.engine.vectors import check_dimensions, vector
 
@@ -31,9 +32,7 @@ async def embed(server: Server, request: Request) -> Reply:
             model=call.model, embeddings=vectors, total_duration=total_ns, prompt_eval_count=call.prompt_tokens
         )
 
-    response = await answer(call, reply(), request.receive, server.aborted)
-    server.dress(response, [*ignored, *_options(body)], call)
-    return response
+    return await reply_to(server, request, call, reply(), [*ignored, *_options(body)])
 
 
 async def embed_one(server: Server, request: Request) -> Reply:
@@ -49,9 +48,7 @@ async def embed_one(server: Server, request: Request) -> Reply:
         (raw,) = await call.vectors()
         return OllamaEmbeddingsReply(embedding=vector(raw, server.sentence.normalize).tolist())
 
-    response = await answer(call, reply(), request.receive, server.aborted)
-    server.dress(response, [*ignored, *_options(body)], call)
-    return response
+    return await reply_to(server, request, call, reply(), [*ignored, *_options(body)])
 
 
 def _options(body: OllamaEmbedBody | OllamaEmbeddingsBody) -> list[str]:

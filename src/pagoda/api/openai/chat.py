@@ -91,18 +91,18 @@ class _Chat:
         """Role, reasoning, content and calls, finish; usage if asked for; [DONE]."""
         options = self._body.stream_options
         for index in range(len(self._generation.requests)):
-            yield self._chunk(index, ChatDelta(role=ROLE, content=""), prompt_token_ids=self._prompt_ids())
+            yield event(self._chunk(index, ChatDelta(role=ROLE, content=""), prompt_token_ids=self._prompt_ids()))
             if self._prefix:
-                yield self._chunk(index, ChatDelta(content=self._prefix))
+                yield event(self._chunk(index, ChatDelta(content=self._prefix)))
         waiting = [_Tokens() for _ in self._generation.requests]
-        quick = [_Texts(self._delta_chunk, index) for index in range(len(waiting))] if self._text_only else []
+        quick = [_Texts(self._chunk, index) for index in range(len(waiting))] if self._text_only else []
         async with aclosing(self._generation.deltas()) as deltas:
             async for index, delta in deltas:
                 if not quick:
                     waiting[index].take(delta)
                 for made in self._read(index, delta):
                     known = quick[index].event(made) if quick else None
-                    yield known or self._chunk(index, made, *self._details(waiting[index]))
+                    yield known or event(self._chunk(index, made, *self._details(waiting[index])))
                 if delta.finish_reason is not None:
                     yield self._finish(index, delta, waiting[index])
         if options is not None and options.include_usage:
@@ -130,16 +130,6 @@ class _Chat:
         return event(self._bare([choice], self._running_usage()))
 
     def _chunk(
-        self,
-        index: int,
-        delta: ChatDelta,
-        logprobs: ChatLogprobs | UnsetType = UNSET,
-        token_ids: list[int] | UnsetType = UNSET,
-        prompt_token_ids: list[int] | UnsetType = UNSET,
-    ) -> bytes:
-        return event(self._delta_chunk(index, delta, logprobs, token_ids, prompt_token_ids))
-
-    def _delta_chunk(
         self,
         index: int,
         delta: ChatDelta,

@@ -6,9 +6,10 @@ import numpy as np
 from starlette.requests import Request
 
 from pagoda.api.http.body import parse, read_body
-from pagoda.api.http.stream import Reply, answer
+from pagoda.api.http.stream import Reply
 from pagoda.api.pooling.prompts import as_base64, input_prompts, limit_of, usage
 from pagoda.api.pooling.protocol import Class, ClassifyBody, ClassifyReply, PooledData, PoolingBody, PoolingReply
+from pagoda.api.pooling.replies import reply_to
 from pagoda.api.serving.server import Server
 from pagoda.engine.vectors import check_dimensions, probabilities, vector
 from pagoda.errors import BadRequest
@@ -33,9 +34,7 @@ async def classify(server: Server, request: Request) -> Reply:
         tokens = usage(call.prompt_tokens)
         return ClassifyReply(id=call.id, created=call.created, model=call.model, data=data, usage=tokens)
 
-    response = await answer(call, reply(), request.receive, server.aborted)
-    server.dress(response, ignored, call)
-    return response
+    return await reply_to(server, request, call, reply(), ignored)
 
 
 async def pooling(server: Server, request: Request) -> Reply:
@@ -65,6 +64,4 @@ async def pooling(server: Server, request: Request) -> Reply:
         tokens = usage(call.prompt_tokens)
         return PoolingReply(id=call.id, created=call.created, model=call.model, data=data, usage=tokens)
 
-    response = await answer(call, reply(), request.receive, server.aborted)
-    server.dress(response, ignored, call)
-    return response
+    return await reply_to(server, request, call, reply(), ignored)

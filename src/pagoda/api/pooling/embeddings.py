@@ -5,9 +5,10 @@ from __future__ import annotations
 from starlette.requests import Request
 
 from pagoda.api.http.body import parse, read_body
-from pagoda.api.http.stream import Reply, answer
+from pagoda.api.http.stream import Reply
 from pagoda.api.pooling.prompts import as_base64, input_prompts, limit_of, usage
 from pagoda.api.pooling.protocol import Embedding, EmbeddingBody, EmbeddingReply
+from pagoda.api.pooling.replies import reply_to
 from pagoda.api.serving.generation import Pooled
 from pagoda.api.serving.server import Server
 from pagoda.engine.vectors import check_dimensions, vector
@@ -20,9 +21,7 @@ async def embeddings(server: Server, request: Request) -> Reply:
     most, before = limit_of(server, body.truncate_prompt_tokens), server.sentence.prompt(body.prompt_name)
     prompts = await input_prompts(server, body.input, most, before, body.add_special_tokens)
     call = server.start_pooled("embd", prompts, model=model, priority=body.priority or 0)
-    reply = await answer(call, _reply(server, call, body), request.receive, server.aborted)
-    server.dress(reply, ignored, call)
-    return reply
+    return await reply_to(server, request, call, _reply(server, call, body), ignored)
 
 
 async def _reply(server: Server, call: Pooled, body: EmbeddingBody) -> EmbeddingReply:

@@ -9,7 +9,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 
 from pagoda.api.http.body import parse, read_body
-from pagoda.api.http.stream import Reply, answer
+from pagoda.api.http.stream import Reply
 from pagoda.api.pooling.prompts import (
     MAX_CHARS_PER_TOKEN,
     Prompt,
@@ -29,6 +29,7 @@ from pagoda.api.pooling.protocol import (
     ScoreBody,
     ScoreReply,
 )
+from pagoda.api.pooling.replies import reply_to
 from pagoda.api.serving.generation import Pooled
 from pagoda.api.serving.server import Server
 from pagoda.engine.vectors import probability, vector
@@ -62,9 +63,7 @@ async def rerank(server: Server, request: Request) -> Reply:
             id=call.id, model=call.model, results=results, usage=usage(call.prompt_tokens), meta=RerankMeta()
         )
 
-    response = await answer(call, reply(), request.receive, server.aborted)
-    server.dress(response, ignored, call)
-    return response
+    return await reply_to(server, request, call, reply(), ignored)
 
 
 async def score(server: Server, request: Request) -> Reply:
@@ -79,9 +78,7 @@ async def score(server: Server, request: Request) -> Reply:
             id=call.id, created=call.created, model=call.model, data=data, usage=usage(call.prompt_tokens)
         )
 
-    response = await answer(call, reply(), request.receive, server.aborted)
-    server.dress(response, ignored, call)
-    return response
+    return await reply_to(server, request, call, reply(), ignored)
 
 
 class _Comparison:

@@ -78,10 +78,8 @@ def package_members(*, torch: bool) -> Iterator[Member]:
     place = f"python/{_site()}"
     code = Path(pagoda.__file__).parent
     yield from _below(code, f"{place}/pagoda")
-    for name in _closure({"cuda"} if torch else set()):
-        found = _distribution(name)
-        if found is not None:
-            yield from _of_distribution(found, place)
+    for distribution in _closure({"cuda"} if torch else set()):
+        yield from _of_distribution(distribution, place)
 
 
 def _site() -> str:
@@ -92,9 +90,9 @@ def _site() -> str:
     return done.stdout.strip().removeprefix("@/")
 
 
-def _closure(extras: set[str]) -> list[str]:
+def _closure(extras: set[str]) -> list[importlib.metadata.Distribution]:
     """The distributions that Pagoda needs, with these extras, and that are installed; without Pagoda itself."""
-    found: set[str] = set()
+    found: dict[str, importlib.metadata.Distribution] = {}
     open_: list[tuple[str, set[str]]] = [(DISTRIBUTION, extras)]
     seen: set[tuple[str, str]] = set()
     while open_:
@@ -106,10 +104,11 @@ def _closure(extras: set[str]) -> list[str]:
                 continue
             seen.add((match[0], marker))
             needed = re.sub(r"[-_.]+", "-", match[1]).lower()
-            if _distribution(needed):  # one that is not is for another system or Python
-                found.add(needed)
+            distribution = found.get(needed) or _distribution(needed)
+            if distribution is not None:  # else it is for another system or Python
+                found[needed] = distribution
                 open_.append((needed, set((match[2] or "").replace(" ", "").split(","))))
-    return sorted(found - {DISTRIBUTION})
+    return [found[name] for name in sorted(found) if name != DISTRIBUTION]
 
 
 def _requirements(name: str) -> Sequence[str]:
