@@ -158,6 +158,25 @@ _INT_RANGES = (
 )
 
 
+class Image(msgspec.Struct, frozen=True, kw_only=True):
+    """One picture, or the frames of one video, resized and ready for a model's vision encoder.
+
+    Its placeholder tokens are `tokens` consecutive ones of the prompt from index `start` on: t * h * w / merge² of
+    them. `grid` is t, h, w in patches; t counts groups of `temporal_patch_size` frames. `pixels` are uint8 RGB
+    [frames, h * patch, w * patch, 3], not normalized; a picture has one frame, which the encoder repeats. `digest` is
+    16 bytes over kind, shape and pixels: what is encoded once is known by it. `second_per_grid` is the time between
+    groups of frames of a video, in seconds.
+    """
+
+    start: int
+    tokens: int
+    grid: tuple[int, int, int]
+    pixels: bytes
+    digest: bytes
+    video: bool = False
+    second_per_grid: float = 1.0
+
+
 class Request(msgspec.Struct, kw_only=True):
     """One sequence to generate, as the engine sees it: token ids and resolved parameters, no text.
 
@@ -166,7 +185,8 @@ class Request(msgspec.Struct, kw_only=True):
     `output_token_ids` holds tokens that were generated before (the engine died, or the request moved): the engine
     goes on behind them and never sends them again. `eos_token_ids` end the request unless `params.ignore_eos`.
     A model that is pooled gives one vector for the prompt and no tokens, whatever the parameters say;
-    `second_text` is the place of the first token of a second text, for models that read pairs.
+    `second_text` is the place of the first token of a second text, for models that read pairs. `images` are in the
+    order of their places in the prompt.
     """
 
     request_id: str
@@ -175,6 +195,7 @@ class Request(msgspec.Struct, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     output_token_ids: list[int] = []
     second_text: int | None = None
+    images: list[Image] = []
     cache_salt: str = ""
     priority: int = 0
 
@@ -214,6 +235,17 @@ Float32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedImage:
+    """Token rows `row` .. `row + count - 1` of a step take, in place of their embeddings, an image's vectors
+    `first` .. `first + count - 1`, as the vision encoder makes them of that image alone."""
+
+    image: Image
+    row: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step for an executor: R requests, T tokens, L rows of logits. All arrays are C-contiguous.
 
@@ -232,6 +264,10 @@ class StepPlan:
     Sampling of a row uses its request's parameters (arrays of length R) and draws from Philox4x32-10 keyed by
     `seed[r]` with counter = absolute position of the sampled token, so a token depends on (seed, position) only.
     `history_*` and `bias_*` are ragged: request r owns `start[r]:start[r + 1]`.
+
+    `rope_positions` are the temporal, height and width position by which the keys and queries of each token are
+    turned (`Rope.sections`); None: a token's absolute position is all three. Place and mask follow `positions` always.
+    An image may be cut over several steps, and come again: executors keep what they have encoded, by its digest.
     """
 
     step: int
@@ -265,6 +301,9 @@ class StepPlan:
     masks: npt.NDArray[np.uint32]  # [M, ceil(vocab / 32)]
     # of models that are pooled: their rows give hidden states, and sample nothing
     second_texts: Int32 | None = None  # [R] position where a second text begins; None: nowhere
+    # of models that see
+    rope_positions: Int32 | None = None  # [3, T]
+    images: tuple[PlannedImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ _HELPERS = frozenset(
         "encoder",
         "fields",
         "memory",
+        "mrope",
         "names",
         "names_pooled",
         "pooling",

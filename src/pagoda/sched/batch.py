@@ -114,7 +114,7 @@ class Batch:
             **self._masks(turns),
         )
 
-    def _masks(self, turns: list[Turn]) -> dict[str, npt.NDArray[Any]]:
+    def _masks(self, turns: list[Turn]) -> dict[str, Any]:
         """A grammar is asked only where a token is sampled: its answer may take longer than all else here."""
         rows: list[int] = []
         masks: list[Mask] = []
@@ -138,13 +138,13 @@ def _ints(values: list[int]) -> Int32:
     return np.array(values, np.int32)
 
 
-def _history(seqs: list[Sequence]) -> dict[str, npt.NDArray[Any]]:
+def _history(seqs: list[Sequence]) -> dict[str, Any]:
     parts = [None if seq.history is None else seq.history.arrays() for seq in seqs]
     start, ids, counts = _ragged(parts, np.int32)
     return {"history_start": start, "history_ids": ids, "history_counts": counts}
 
 
-def _bias(seqs: list[Sequence]) -> dict[str, npt.NDArray[Any]]:
+def _bias(seqs: list[Sequence]) -> dict[str, Any]:
     start, ids, values = _ragged([seq.bias for seq in seqs], np.float32)
     return {"bias_start": start, "bias_ids": ids, "bias_values": values}
 
