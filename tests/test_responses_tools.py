@@ -16,7 +16,7 @@ from test_responses import ADD, ask, events, messages_of, refused, seen
 from test_structured_live import url
 from test_text_lark import PATCH
 
-from pagoda.api.responses.tools import CustomInput, custom_arguments
+from pagoda.api.turn.custom import CustomInput
 
 __all__ = ["url"]
 PATCHER = {"type": "custom", "name": "apply_patch", "description": "Changes files."}
@@ -31,7 +31,9 @@ def calling(name: str, arguments: str) -> Iterator[Client]:
         yield client
 
 
-@pytest.mark.parametrize("arguments", [custom_arguments(INPUT), json.dumps({"input": INPUT}), '{"patch": "x"}'])
+@pytest.mark.parametrize(
+    "arguments", [json.dumps({"input": INPUT}, ensure_ascii=False), json.dumps({"input": INPUT}), '{"patch": "x"}']
+)
 def test_a_custom_tool_is_called_with_a_text(arguments: str) -> None:
     with calling("apply_patch", arguments) as client:
         expected = INPUT if "input" in arguments else arguments
@@ -51,7 +53,7 @@ def test_the_model_sees_a_function_and_its_history() -> None:
     call = {"type": "custom_tool_call", "call_id": "c1", "name": "apply_patch", "input": INPUT}
     made = messages_of([call, {"type": "custom_tool_call_output", "call_id": "c1", "output": "Done."}])
     (told,) = made[0]["tool_calls"]
-    assert told["function"]["name"] == "apply_patch" and json.loads(told["function"]["arguments"]) == {"input": INPUT}
+    assert told == {"id": "c1", "type": "custom", "custom": {"name": "apply_patch", "input": INPUT}}
     assert made[1] == {"role": "tool", "tool_call_id": "c1", "content": "Done."}
     with calling("apply_patch", "{}") as client:
         ask(client, tools=[{**PATCHER, "format": LARK}])
@@ -173,7 +175,8 @@ def test_the_openai_package_reads_them() -> None:
     ],
 )
 def test_a_small_model_is_held_to_the_grammar(url: str, syntax: str, definition: str, right: str) -> None:
-    form = {"type": "grammar", "syntax": syntax, "definition": definition}
+    grammar = {"syntax": syntax, "definition": definition}
+    form = {"type": "grammar", **grammar}
     tool = {"type": "custom", "name": "run", "description": "Runs it.", "format": form}
     with openai.OpenAI(base_url=url + "/v1", api_key="x", timeout=120) as client:
         for choice in ("required", {"type": "custom", "name": "run"}):
@@ -188,3 +191,14 @@ def test_a_small_model_is_held_to_the_grammar(url: str, syntax: str, definition:
             )  # type: ignore[call-overload]
             (call,) = reply.output
             assert call.type == "custom_tool_call" and re.fullmatch(right, call.input), call.input
+        said = client.chat.completions.create(
+            model="smollm2",
+            messages=[{"role": "user", "content": "Run something."}],
+            tools=[
+                {"type": "custom", "custom": {"name": "run", "format": {"type": "grammar", "grammar": grammar}}},
+            ],
+            tool_choice={"type": "custom", "custom": {"name": "run"}},
+            max_tokens=120,
+        )  # type: ignore[call-overload]
+        (made,) = said.choices[0].message.tool_calls
+        assert made.type == "custom" and re.fullmatch(right, made.custom.input), made.custom.input

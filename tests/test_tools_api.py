@@ -251,3 +251,90 @@ def test_parser_named_on_the_command_line() -> None:
     with Client(make_server(engine, chat_template=template, tool_call_parser="llama3_json")) as client:
         (call,) = client.chat(tools=TOOLS).json()["choices"][0]["message"]["tool_calls"]
     assert json.loads(call["function"]["arguments"]) == {"a": 1}
+
+
+PATCH = '*** Begin\n+ "ö" \\ 🙂'
+PATCHER: dict[str, Any] = {"type": "custom", "custom": {"name": "patch", "description": "Changes files."}}
+PATCHED = (
+    f"<tool_call>\n{json.dumps({'name': 'patch', 'arguments': {'input': PATCH}}, ensure_ascii=False)}\n</tool_call>"
+)
+
+
+def test_a_custom_tool_is_called_with_a_text() -> None:
+    both = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>\n' + PATCHED
+    with serving(both) as client:
+        choice = client.chat(tools=[*TOOLS, PATCHER]).json()["choices"][0]
+        plain, call = choice["message"]["tool_calls"]
+        assert list(plain) == ["id", "type", "function"] and list(call) == ["id", "type", "custom"]
+        assert (call["type"], call["custom"]) == ("custom", {"name": "patch", "input": PATCH})
+        assert choice["finish_reason"] == "tool_calls"
+        got = events(client.chat(tools=[*TOOLS, PATCHER], stream=True))
+        pieces = [made for c in got[:-1] for made in c["choices"][0]["delta"].get("tool_calls", []) if made["index"]]
+        assert list(pieces[0]) == ["index", "id", "type", "custom"] and pieces[0]["type"] == "custom"
+        assert pieces[0]["custom"] == {"name": "patch", "input": ""}
+        assert all(list(each) == ["index", "custom"] and list(each["custom"]) == ["input"] for each in pieces[1:])
+        assert "".join(each["custom"]["input"] for each in pieces) == PATCH and len(pieces) > 10
+
+
+def test_what_is_no_input_comes_as_it_was_written() -> None:
+    said = '{"text": "x"}'
+    text = f'<tool_call>{{"name": "patch", "arguments": {said}}}</tool_call>'
+    with serving(text + PATCHED) as client:
+        first, second = client.chat(tools=[PATCHER]).json()["choices"][0]["message"]["tool_calls"]
+        assert (first["custom"]["input"], second["custom"]["input"]) == (said, PATCH)
+        got = events(client.chat(tools=[PATCHER], stream=True))
+        pieces = [made for c in got[:-1] for made in c["choices"][0]["delta"].get("tool_calls", [])]
+        assert "".join(each["custom"]["input"] for each in pieces if each["index"] == 0) == said
+
+
+def test_the_model_is_told_of_a_custom_tool_as_a_function_and_sees_its_calls_so() -> None:
+    called = {"id": "c1", "type": "custom", "custom": {"name": "patch", "input": PATCH}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "c1", "content": "Done."},
+    ]
+    grammar = {"syntax": "regex", "definition": "[a-z]+"}
+    tool = {"type": "custom", "custom": {**PATCHER["custom"], "format": {"type": "grammar", "grammar": grammar}}}
+    with serving("x") as client:
+        reply = client.post("/v1/chat/completions", {"messages": messages, "tools": [tool]})
+        assert reply.status_code == 200 and "free" in grammar_of(client)
+        template = client.server.chat_template
+        assert isinstance(template, PlainTemplate)
+        function = template.seen[-1]["tools"][0]["function"]
+        assert function["parameters"]["properties"] == {"input": {"type": "string", "pattern": "^(?:[a-z]+)$"}}
+        assert "regular expression:\n[a-z]+" in function["description"]
+        (told,) = template.seen[-1]["messages"][1]["tool_calls"]
+        assert told["function"]["name"] == "patch" and json.loads(told["function"]["arguments"]) == {"input": PATCH}
+        counted = client.post("/tokenize", {"messages": messages, "tools": [tool]}).json()
+        assert counted["count"] == reply.json()["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"type": "custom", "custom": {"name": "patch"}},
+        {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "required", "tools": [{"type": "custom", "custom": {"name": "patch"}}]},
+        },
+    ],
+)
+def test_a_custom_tool_may_be_the_one_that_is_called(choice: dict[str, Any]) -> None:
+    with serving(PATCHED) as client:
+        (call,) = client.chat(tools=[*TOOLS, PATCHER], tool_choice=choice).json()["choices"][0]["message"]["tool_calls"]
+        assert call["custom"] == {"name": "patch", "input": PATCH}
+        assert "patch" in grammar_of(client) and "get_weather" not in grammar_of(client)
+        error = client.chat(tools=TOOLS, tool_choice={"type": "custom", "custom": {"name": "patch"}}).json()["error"]
+        assert error["param"] == "tool_choice" and "'patch'" in error["message"]
+
+
+def test_custom_tools_that_are_none_or_cannot_be_enforced() -> None:
+    with serving("x") as client:
+        for custom in ({}, {"name": 1}, {"name": "p", "format": {"type": "grammar", "grammar": {"syntax": "peg"}}}, 1):
+            reply = client.chat(tools=[{"type": "custom", "custom": custom}])
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tools")
+        nested = {"syntax": "lark", "definition": 'start: "(" start ")" | "x"'}
+        tool = {"type": "custom", "custom": {"name": "p", "format": {"type": "grammar", "grammar": nested}}}
+        told = client.chat(tools=[tool, {"type": "web_search"}]).headers["x-pagoda-ignored"]
+        assert told == "tools.p.format, tools.web_search"

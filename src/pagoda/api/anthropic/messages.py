@@ -146,8 +146,8 @@ class _Blocks:
         if piece.tool_calls is not UNSET:
             call = piece.tool_calls[0]
             if call.id is UNSET:
-                return self._delta(InputDelta(partial_json=call.function.arguments))
-            return self._start(ToolUseBlock(id=call.id, name=call.function.name or "", input={}), again=True)
+                return self._delta(InputDelta(partial_json=call.text))
+            return self._start(ToolUseBlock(id=call.id, name=call.name, input={}), again=True)
         if piece.reasoning_content is not UNSET:
             return self._start(ThinkingBlock(thinking="")) + self._delta(
                 ThinkingDelta(thinking=piece.reasoning_content)
@@ -181,8 +181,7 @@ def _whole_blocks(said: ChatMessage) -> list[Block]:
         blocks.append(TextBlock(text=said.content))
     if said.tool_calls:
         blocks += [
-            ToolUseBlock(id=call.id, name=call.function.name, input=arguments_object(call.function.arguments))
-            for call in said.tool_calls
+            ToolUseBlock(id=call.id, name=call.name, input=arguments_object(call.text)) for call in said.tool_calls
         ]
     return blocks
 

@@ -211,9 +211,7 @@ def _tool_calls(message: ChatMessage) -> list[OllamaToolCall] | UnsetType:
     return [
         OllamaToolCall(
             id=call.id,
-            function=OllamaFunction(
-                index=index, name=call.function.name, arguments=arguments_object(call.function.arguments)
-            ),
+            function=OllamaFunction(index=index, name=call.name, arguments=arguments_object(call.text)),
         )
         for index, call in enumerate(message.tool_calls)
     ]

@@ -11,6 +11,7 @@ from pagoda.api.openai.replies import DetokenizeReply, TokenizeReply, TokenizerI
 from pagoda.api.serving.server import Server
 from pagoda.api.turn.bodies import DetokenizeBody, TokenizeBody
 from pagoda.api.turn.prompt import chat_prompt
+from pagoda.api.turn.tools import read_tools
 from pagoda.errors import BadRequest
 
 MAX_CHARS_PER_TOKEN = 64
@@ -22,6 +23,7 @@ async def tokenize(server: Server, request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise BadRequest("give either prompt or messages", param="prompt")
     if body.prompt is None:
+        body.tools = read_tools(body.tools or ()).functions or None
         tokens = await chat_prompt(server, body)
     else:
         if len(body.prompt) > server.max_model_len * MAX_CHARS_PER_TOKEN:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pagoda.api.responses.output import new_id
 from pagoda.api.responses.protocol import ResponsesBody
-from pagoda.api.responses.tools import Tool, Tools, custom_arguments
+from pagoda.api.responses.tools import Tool, Tools
 from pagoda.api.turn.bodies import ChatBody
 from pagoda.errors import BadRequest
 
@@ -120,13 +120,10 @@ def _add_message(where: str, messages: list[dict[str, Any]], item: Mapping[str, 
 
 def _add_call(where: str, messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
     name, namespace = _string(where, item, "name"), item.get("namespace")
-    if item["type"] == "custom_tool_call":
-        arguments = custom_arguments(_string(where, item, "input"))
-    else:
-        arguments = _string(where, item, "arguments")
+    kind, text = ("custom", "input") if item["type"] == "custom_tool_call" else ("function", "arguments")
     tool = Tool(name, namespace if isinstance(namespace, str) else None)
-    function = {"name": tool.function, "arguments": arguments}
-    call = {"id": _string(where, item, "call_id"), "type": "function", "function": function}
+    called = {"name": tool.function, text: _string(where, item, text)}
+    call = {"id": _string(where, item, "call_id"), "type": kind, kind: called}
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant"})
     messages[-1].setdefault("tool_calls", []).append(call)

@@ -36,7 +36,7 @@ from pagoda.api.responses.protocol import (
     TextDelta,
     TextDone,
 )
-from pagoda.api.responses.tools import CustomInput, Tool, Tools
+from pagoda.api.responses.tools import Tool, Tools
 from pagoda.api.turn.logprobs import ChatLogprob
 from pagoda.api.turn.message import ChatDelta
 
@@ -61,7 +61,7 @@ class Output:
         self._kind: _Kind | None = None
         self._id = self._call_id = ""
         self._tool = Tool("")
-        self._input: CustomInput | None = None
+        self._custom = False
         self._texts: list[str] = []
         self._logprobs: list[ChatLogprob] | None = None
 
@@ -70,10 +70,9 @@ class Output:
         if piece.tool_calls is not UNSET:
             call = piece.tool_calls[0]
             if call.id is UNSET:
-                return self._more_arguments(call.function.arguments)
+                return self._more_arguments(call.text)
             events = self.close()
-            self._call_id, self._tool = call.id, self._tools.tool(call.function.name or "")
-            self._input = CustomInput() if self._tool.custom else None
+            self._call_id, self._tool, self._custom = call.id, self._tools.tool(call.name), call.type == "custom"
             return [*events, *self._open("call")]
         if piece.reasoning_content is not UNSET:
             events = self._open("reasoning")
@@ -92,12 +91,11 @@ class Output:
         """The open item is done."""
         if self._kind is None:
             return []
-        events = [] if self._input is None or not (rest := self._input.finish()) else self._more_input(rest)
         item = self._item(status)
         index = len(self.items)
-        events += self._done(item, index)
+        events = self._done(item, index)
         self.items.append(item)
-        self._kind, self._texts, self._logprobs, self._input = None, [], None, None
+        self._kind, self._texts, self._logprobs = None, [], None
         return [*events, ItemDone(output_index=index, item=item)]
 
     def _done(self, item: Item, index: int) -> list[StreamEvent]:
@@ -116,22 +114,16 @@ class Output:
         done = ReasoningDone(output_index=index, item_id=item_id, text=text)
         return [done, PartDone(output_index=index, item_id=item_id, part=item.content[0])]
 
-    def _more_arguments(self, arguments: str) -> list[StreamEvent]:
-        if self._input is not None:
-            text = self._input.feed(arguments)
-            return self._more_input(text) if text else []
-        self._texts.append(arguments)
-        return [ArgumentsDelta(output_index=len(self.items), item_id=self._id, delta=arguments)]
-
-    def _more_input(self, text: str) -> list[StreamEvent]:
+    def _more_arguments(self, text: str) -> list[StreamEvent]:
         self._texts.append(text)
-        return [CustomInputDelta(output_index=len(self.items), item_id=self._id, delta=text)]
+        kind = CustomInputDelta if self._custom else ArgumentsDelta
+        return [kind(output_index=len(self.items), item_id=self._id, delta=text)]
 
     def _open(self, kind: _Kind) -> list[StreamEvent]:
         if self._kind == kind:
             return []
         events = self.close()
-        self._kind, self._id = kind, new_id("ctc" if self._input is not None else _PREFIX[kind])
+        self._kind, self._id = kind, new_id("ctc" if kind == "call" and self._custom else _PREFIX[kind])
         index = len(self.items)
         if kind == "call":
             return [*events, ItemAdded(output_index=index, item=self._item("in_progress"))]
@@ -152,7 +144,7 @@ class Output:
         text = "".join(self._texts)
         if self._kind == "call":
             name, namespace = self._tool.name, UNSET if self._tool.namespace is None else self._tool.namespace
-            if self._tool.custom:
+            if self._custom:
                 return CustomCallItem(
                     id=self._id, call_id=self._call_id, name=name, input=text, namespace=namespace, status=status
                 )

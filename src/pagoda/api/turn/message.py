@@ -14,10 +14,27 @@ class Function(msgspec.Struct, kw_only=True):
     arguments: str
 
 
+class Custom(msgspec.Struct, kw_only=True):
+    name: str
+    input: str
+
+
 class ToolCall(msgspec.Struct, kw_only=True):
+    """A call of a function, or of a custom tool."""
+
     id: str
-    type: Literal["function"] = "function"
-    function: Function
+    type: Literal["function", "custom"] = "function"
+    function: Function | UnsetType = UNSET
+    custom: Custom | UnsetType = UNSET
+
+    @property
+    def name(self) -> str:
+        return self.function.name if self.function else self.custom.name if self.custom else ""
+
+    @property
+    def text(self) -> str:
+        """The function's arguments, or the custom tool's input."""
+        return self.function.arguments if self.function else self.custom.input if self.custom else ""
 
 
 class ChatMessage(msgspec.Struct, kw_only=True):
@@ -35,13 +52,28 @@ class FunctionDelta(msgspec.Struct, kw_only=True):
     arguments: str
 
 
+class CustomDelta(msgspec.Struct, kw_only=True):
+    name: str | UnsetType = UNSET
+    input: str
+
+
 class ToolCallDelta(msgspec.Struct, kw_only=True):
-    """The first of a call names it; later ones hold nothing but its index and more of its arguments."""
+    """The first of a call names it; later ones hold nothing but its index and more of its arguments or its input."""
 
     index: int
     id: str | UnsetType = UNSET
-    type: Literal["function"] | UnsetType = UNSET
-    function: FunctionDelta
+    type: Literal["function", "custom"] | UnsetType = UNSET
+    function: FunctionDelta | UnsetType = UNSET
+    custom: CustomDelta | UnsetType = UNSET
+
+    @property
+    def name(self) -> str:
+        called = self.function or self.custom
+        return called.name or "" if called else ""
+
+    @property
+    def text(self) -> str:
+        return self.function.arguments if self.function else self.custom.input if self.custom else ""
 
 
 class ChatDelta(msgspec.Struct, kw_only=True):

@@ -7,6 +7,7 @@ from typing import Any
 
 from pagoda.api.serving.server import INLINE_CHARS, Server
 from pagoda.api.turn.bodies import ChatBody, TokenizeBody
+from pagoda.api.turn.custom import function_call
 from pagoda.errors import BadRequest
 
 MAX_MESSAGES = 10_000
@@ -26,7 +27,7 @@ async def chat_prompt(server: Server, body: ChatBody | TokenizeBody) -> list[int
             remedy="Use /v1/completions, or start the server with --chat-template FILE",
         )
     _check(body)
-    messages = [_one_reasoning_name(message) for message in body.messages or []]
+    messages = [_as_templates_know_it(message) for message in body.messages or []]
     texts = [text for message in messages for text in _texts(message.get("content"))]
     if getattr(body, "truncate_prompt_tokens", None) is None:
         await server.check_length(max(texts, key=len, default=""))
@@ -61,12 +62,14 @@ def _check(body: ChatBody | TokenizeBody) -> None:
         raise BadRequest("modalities: this model gives text only", param="modalities")
 
 
-def _one_reasoning_name(given: dict[str, Any]) -> dict[str, Any]:
-    """The message with its earlier reasoning under the name that templates use, and not among its content."""
+def _as_templates_know_it(given: dict[str, Any]) -> dict[str, Any]:
+    """The message with earlier reasoning under the one name that templates use, and calls of functions only."""
     message = {name: value for name, value in given.items() if name not in _REASONING_NAMES}
     reasoning = next((given[name] for name in _REASONING_NAMES if isinstance(given.get(name), str)), None)
     if reasoning is not None:
         message["reasoning_content"] = reasoning
+    if isinstance(calls := message.get("tool_calls"), list):
+        message["tool_calls"] = [function_call(call) for call in calls]
     content = message.get("content")
     if isinstance(content, list):
         message["content"] = [part for part in content if not _is_hidden(part)]

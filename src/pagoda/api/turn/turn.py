@@ -13,25 +13,25 @@ from pagoda.api.turn.answers import Answer
 from pagoda.api.turn.bodies import ChatBody
 from pagoda.api.turn.prompt import all_kwargs, chat_prompt, thinking_budget
 from pagoda.api.turn.structured import answer_part, checked
-from pagoda.errors import BadRequest
+from pagoda.api.turn.tools import allowed, forced, read_tools
 from pagoda.text.reply import TAIL_TOKENS, ReplyFormat, ReplyReader
 from pagoda.text.reply_grammar import forced_calls, reply_grammar, wanted_calls
 from pagoda.text.tools import PLAIN_FORMAT, Schemas, function_schemas
 from pagoda.types import SamplingParams
-
-_FORCED = ("required", "any")
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     """`schemas`: the functions that may be called, None if none may. `opened`: the answer begins as reasoning.
 
-    `form` is how the answer is written, `grammar` what it must match. `shown` are special tokens to read it by.
-    `ignored` names what the template has no place for. `thinking` is the limit for its reasoning, if there is one.
+    `custom`: those of them that stand for custom tools. `form` is how the answer is written, `grammar` what it must
+    match. `shown` are special tokens to read it by. `ignored` names what has no effect here. `thinking` is the limit
+    for its reasoning, if there is one.
     """
 
     prompt: list[int]
     schemas: Schemas | None
+    custom: frozenset[str]
     form: ReplyFormat
     opened: bool
     shown: frozenset[int]
@@ -47,12 +47,12 @@ class Turn:
 
 async def prepare_turn(server: Server, body: ChatBody) -> Turn:
     """Render the messages. Raises BadRequest for what the template, the model or the tools do not allow."""
-    tools = [tool for tool in body.tools or [] if tool.get("type", "function") == "function"]
-    tools, choice = _allowed(tools, body.tool_choice)
+    read = read_tools(body.tools or ())
+    tools, choice = allowed(read.functions, body.tool_choice)
     schemas = function_schemas(tools)
-    forced = _forced(choice, schemas)
+    wanted = forced(choice, schemas)
     changes: dict[str, Any] = {"tools": tools or None, "tool_choice": choice}
-    if forced is not None:  # templates know the words only
+    if wanted is not None:  # templates know the words only
         changes["tool_choice"] = "auto"
     body = msgspec.structs.replace(body, **changes)
     prompt = server.truncate(await chat_prompt(server, body), body.truncate_prompt_tokens, body.truncation_side)
@@ -63,19 +63,20 @@ async def prepare_turn(server: Server, body: ChatBody) -> Turn:
         opened = False
     callable_ = schemas if schemas and body.tool_choice != "none" else None
     form = server.format
-    if forced is not None and form.tools is None:
+    if wanted is not None and form.tools is None:
         form = replace(form, tools=PLAIN_FORMAT)
     marks = frozenset(form.marks(tools=callable_ is not None))
     thinks = not silent and not body.continue_final_message
     return Turn(
         prompt,
         callable_,
+        read.custom,
         form,
         opened,
         server.special_tokens(marks),
         body.parallel_tool_calls,
-        await _grammar(server, body, form, forced, callable_, opened=opened, thinks=thinks),
-        ("tools",) if callable_ and not server.format.takes_tools else (),
+        await _grammar(server, body, form, wanted, callable_, opened=opened, thinks=thinks),
+        (*read.ignored, *(["tools"] if callable_ and not server.format.takes_tools else [])),
         _thinking_limit(server, body, opened),
     )
 
@@ -93,7 +94,7 @@ async def _grammar(
     server: Server,
     body: ChatBody,
     form: ReplyFormat,
-    forced: Schemas | None,
+    wanted: Schemas | None,
     callable_: Schemas | None,
     *,
     opened: bool,
@@ -106,10 +107,10 @@ async def _grammar(
     field = "tools" if found is None else found[0]
     if form.tools is not None and callable_ is not None:
         parallel = body.parallel_tool_calls
-        free = forced is None and found is None and not form.is_harmony and _any_strict(body)
-        if forced is not None:
-            several = parallel and forced is callable_
-            calls = forced_calls(form.tools, forced, server.tokenizer, parallel=several)
+        free = wanted is None and found is None and not form.is_harmony and _any_strict(body)
+        if wanted is not None:
+            several = parallel and wanted is callable_
+            calls = forced_calls(form.tools, wanted, server.tokenizer, parallel=several)
             found = None
         elif free:
             calls = wanted_calls(form.tools, callable_, server.tokenizer, parallel=parallel)
@@ -137,55 +138,6 @@ def _is_open(server: Server, body: ChatBody, prompt: list[int]) -> bool:
     return form.is_open(server.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False))
 
 
-def _forced(choice: str | dict[str, Any] | None, schemas: Schemas) -> Schemas | None:
-    """The functions of which one must be called; None where the model decides."""
-    if choice is None or choice in ("none", "auto"):
-        return None
-    name = _named(choice)
-    if not schemas:
-        raise BadRequest("tool_choice asks for a call, but there are no tools", param="tool_choice")
-    if name is None:
-        return schemas
-    if name not in schemas:
-        raise BadRequest(f"tool_choice names {name[:64]!r}, which is not among the tools", param="tool_choice")
-    return {name: schemas[name]}
-
-
-def _allowed(
-    tools: list[dict[str, Any]], choice: str | dict[str, Any] | None
-) -> tuple[list[dict[str, Any]], str | dict[str, Any] | None]:
-    """What `allowed_tools` leaves of the tools, and its mode; it is nested in chats and flat in responses."""
-    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
-        return tools, choice
-    given = choice.get("allowed_tools", choice)
-    named, mode = (given.get("tools"), given.get("mode", "auto")) if isinstance(given, dict) else (None, None)
-    if not isinstance(named, list) or mode not in ("auto", "required"):
-        raise BadRequest("allowed_tools needs a list of tools, and a mode: auto or required", param="tool_choice")
-    inner = [each.get("function", each) for each in named if isinstance(each, dict)]
-    allowed = [each.get("name") for each in inner if isinstance(each, dict)]
-    return [tool for tool in tools if _name_of(tool) in allowed], mode
-
-
-def _name_of(tool: dict[str, Any]) -> Any:
-    function = tool.get("function")
-    return function.get("name") if isinstance(function, dict) else None
-
-
-def _named(choice: str | dict[str, Any]) -> str | None:
-    """The function's name; None: any function."""
-    if isinstance(choice, str):
-        if choice in _FORCED:
-            return None
-        raise BadRequest("tool_choice must be auto, none, required or name a function", param="tool_choice")
-    function = choice.get("function")
-    name = function.get("name") if isinstance(function, dict) else choice.get("name")
-    if choice.get("type", "function") != "function" or not isinstance(name, str):
-        raise BadRequest(
-            'tool_choice must be a word or {"type": "function", "function": {"name": "..."}}', param="tool_choice"
-        )
-    return name
-
-
 def start_turn(
     server: Server, kind: str, turn: Turn, params: SamplingParams, body: ChatBody, *, model: str
 ) -> Generation:
@@ -207,4 +159,4 @@ def new_answer(server: Server, turn: Turn, *, silent: bool = False) -> Answer:
     """A reader for one of the turn's answers, which tells nothing of its reasoning if it is `silent`."""
     reader = ReplyReader(turn.form, schemas=turn.schemas, opened=turn.opened)
     short_ids = turn.form.tools is not None and turn.form.tools.short_ids
-    return Answer(reader, parallel=turn.parallel, short_ids=short_ids, silent=silent)
+    return Answer(reader, parallel=turn.parallel, short_ids=short_ids, silent=silent, custom=turn.custom)
