@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,6 @@ from pagoda.backend.torch.convert import Converter, Target
 from pagoda.cli.main import main
 from pagoda.config import EngineConfig
 from pagoda.deploy.download import hub as hubs
-from pagoda.deploy.plan.image_encoder import image_encoder
 from pagoda.deploy.plan.machines import Machine, parse_gpus, parse_memory
 from pagoda.deploy.plan.model import planned_model
 from pagoda.deploy.plan.plan import GGUF_TOKEN_BYTES, LIBRARY_BYTES, Plan, make_plan
@@ -146,7 +146,7 @@ def test_a_vision_model_on_a_card_of_24_gib(tmp_path: Path) -> None:
     """8.29 billion parameters, as its model card has it; the guide gives the image encoder 2 to 3 GB."""
     model = planned_model(write(tmp_path, QWEN25_VL_7B))
     assert model.parameters == 8_292_166_656
-    assert any("the image encoder is counted" in note for note in model.notes)
+    assert model.spec.vision is not None and not any("encoder" in note for note in model.notes)
     made = plan(tmp_path, parse_gpus("4090"), memory_share=0.8, max_model_len=8192, max_num_seqs=32)
     assert 1.9e9 < made.image_bytes < 3e9
     assert made.kv_bytes_per_token == 57_344
@@ -161,20 +161,23 @@ def test_a_vision_model_on_a_card_of_24_gib(tmp_path: Path) -> None:
         ("qwen2_vl", {"embed_dim": 1280, "mlp_ratio": 4, "hidden_size": 3584}, "Qwen2VisionTransformerPretrainedModel"),
     ],
 )
-def test_the_encoder_has_the_parameters_of_transformers(kind: str, changes: dict[str, Any], class_name: str) -> None:
+def test_the_encoder_has_the_parameters_of_transformers(
+    kind: str, changes: dict[str, Any], class_name: str, tmp_path: Path
+) -> None:
     vision = {**QWEN25_VL_7B["vision_config"], **changes}
     module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     with torch.device("meta"):
         encoder = getattr(module, class_name)._from_config(
             AutoConfig.for_model(kind, vision_config=vision).vision_config
         )
-    found = image_encoder({"model_type": kind, "vision_config": vision})
-    assert found is not None and found.parameters == sum(one.numel() for one in encoder.parameters())
+    slots = planned_model(write(tmp_path, {**QWEN25_VL_7B, "model_type": kind, "vision_config": vision})).spec.slots()
+    counted = sum(math.prod(shape) for slot, shape in slots.items() if slot.startswith("vision."))
+    assert counted == sum(one.numel() for one in encoder.parameters())
 
 
 def test_an_encoder_that_is_not_known_is_said(tmp_path: Path) -> None:
     inner = {k: v for k, v in QWEN25_VL_7B.items() if k not in ("vision_config", "torch_dtype")}
-    outer = {"model_type": "qwen2_5_vl", "vision_config": {}, "text_config": {**inner, "model_type": "qwen2_5_vl_text"}}
+    outer = {"model_type": "another_vl", "vision_config": {}, "text_config": {**inner, "model_type": "qwen2"}}
     model = planned_model(write(tmp_path, outer))
     assert model.parameters == 7_615_616_512
     assert any("cannot be planned" in note for note in model.notes)

@@ -19,6 +19,10 @@ KvType = Literal["float32", "float16", "int8", "fp8"]
 KV_GROUP = 32
 AUTO_CACHE_BYTES = 4 << 30
 FLOAT32_BYTES = 4
+MOST_IMAGE_TOKENS = 16384
+"""Tokens of the largest picture that memory is set aside for: 3584 x 3584 pixels with patches of 14."""
+VISION_TILE = 2048
+"""Patches that go through the MLP of a vision encoder at a time."""
 DEFAULT_SHARE = 0.9
 MOST_SHARE = 0.98
 _ANY_NUMBER = 2**31 - 1
@@ -77,18 +81,37 @@ def float32_weight_bytes(spec: ModelSpec) -> int:
 def activation_bytes(spec: ModelSpec, limits: Limits) -> int:
     """Float32 scratch of the largest step: each buffer of the widest layer once, logits of every request, RoPE tables.
 
-    Buffers per token: the hidden state and its norm, q and the attention output, k, v, gate and up.
+    Buffers per token: the hidden state and its norm, q and the attention output, k, v, gate and up. The work of a
+    vision encoder is part of it.
     """
     widest = max(_layer_values(layer) for layer in spec.layers)
     tokens = limits.max_num_batched_tokens * (2 * spec.hidden_size + widest)
     logits = limits.max_num_seqs * spec.vocab_size
     tables = limits.max_model_len * spec.rope.dim
-    return FLOAT32_BYTES * (tokens + logits + tables)
+    return FLOAT32_BYTES * (tokens + logits + tables) + vision_bytes(spec, limits.max_model_len)
 
 
 def _layer_values(layer: Layer) -> int:
     a = layer.attention
     return 2 * (a.heads + a.kv_heads) * a.head_dim + 2 * layer.mlp.width
+
+
+def encoded_bytes(spec: ModelSpec, max_model_len: int, itemsize: int = FLOAT32_BYTES) -> int:
+    """The vectors of images that are kept for steps to come: as many as one of the largest has."""
+    return min(max_model_len, MOST_IMAGE_TOKENS) * spec.hidden_size * itemsize
+
+
+def vision_bytes(spec: ModelSpec, max_model_len: int, itemsize: int = FLOAT32_BYTES) -> int:
+    """What a vision encoder works in for the largest picture, and the vectors that are kept; 0 for other models.
+
+    Of each patch: its pixels, x and its norm, q, k, v and the attention output; the MLP goes by VISION_TILE patches.
+    """
+    v = spec.vision
+    if v is None:
+        return 0
+    count = min(max_model_len, MOST_IMAGE_TOKENS) * v.merge_size**2
+    work = count * (v.patch_values + 6 * v.hidden_size) + min(count, VISION_TILE) * 2 * v.intermediate_size
+    return work * itemsize + encoded_bytes(spec, max_model_len, itemsize)
 
 
 def blocks_that_fit(spec: ModelSpec, free_bytes: int, kv_type: KvType = "float16") -> int:

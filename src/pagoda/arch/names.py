@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
 from pagoda.arch.names_pooled import encoder_name, plain_tensors, unused
+from pagoda.arch.names_visual import encoder_slot_name, hub_tensors
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
 from pagoda.weights.grouped import Stacked
@@ -54,13 +56,21 @@ def checkpoint_name(slot: str, *, gguf: bool) -> str:
 
 def slot_name(spec: ModelSpec, slot: str, *, gguf: bool = False) -> str:
     """The name of the tensor that fills a slot of this model; `*` stands for the experts of a layer."""
+    if spec.vision is not None and slot.startswith("vision."):
+        return encoder_slot_name(slot, gated=spec.vision.gated)
     return checkpoint_name(slot, gguf=gguf) if spec.encoder is None else encoder_name(spec, slot)
+
+
+def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors under the one spelling that the slots are looked up by."""
+    if spec.pooling is not None:
+        tensors = plain_tensors(spec, tensors)
+    return hub_tensors(tensors) if spec.vision is not None else tensors
 
 
 def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) -> dict[str, Tensor]:
     """The tensor of every slot. Raises ModelError for one that is missing, has another shape, or is left over."""
-    if spec.pooling is not None:
-        tensors = plain_tensors(spec, tensors)
+    tensors = plainly_named(spec, tensors)
     tensors = with_stacked_experts(spec, tensors) if not gguf else tensors
     names = {slot: slot_name(spec, slot, gguf=gguf) for slot in spec.slots()}
     head = checkpoint_name("head", gguf=gguf)
@@ -75,6 +85,10 @@ def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) 
         raise _missing(missing, head)
     for slot, shape in spec.slots().items():
         tensor = tensors[names[slot]]
+        if slot == "vision.patch" and math.prod(tensor.shape) == math.prod(shape):
+            tensor = Tensor(
+                tensor.name, shape, tensor.type, tensor.data
+            )  # stored as the convolution that this product is
         if tensor.shape != shape:
             raise ModelError(f"tensor {tensor.name} has shape {tensor.shape}, but the configuration asks for {shape}")
         bound[slot] = tensor

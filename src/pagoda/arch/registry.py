@@ -12,9 +12,10 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from pagoda.arch.names import bind_tensors, checkpoint_name
+from pagoda.arch.names import bind_tensors, checkpoint_name, plainly_named
 from pagoda.arch.pooling import with_pooling
 from pagoda.arch.spec import ModelSpec
+from pagoda.arch.visual import with_pixels
 from pagoda.errors import ModelError
 from pagoda.tasks import Task
 from pagoda.weights.source import Tensor, TensorSource
@@ -30,11 +31,13 @@ _HELPERS = frozenset(
         "mrope",
         "names",
         "names_pooled",
+        "names_visual",
         "pooling",
         "registry",
         "rope",
         "sharding",
         "spec",
+        "visual",
     }
 )
 _GGUF_NAMES = MappingProxyType({"qwen3moe": "qwen3_moe"})
@@ -63,7 +66,8 @@ def load_spec(source: TensorSource, task: Task = "auto") -> ModelSpec:
         architecture = _architecture(source.metadata.get("general.architecture"), "general.architecture")
         return with_pooling(architecture.from_gguf(source.metadata, source.tensors), source, task)
     spec = _architecture(source.config.get("model_type"), "model_type in config.json").from_config(source.config)
-    return with_pooling(_with_own_head(spec, source.tensors), source, task)
+    spec = _with_own_head(with_pixels(spec, source.path), source.tensors)
+    return with_pooling(spec, source, task)
 
 
 def bind(spec: ModelSpec, source: TensorSource) -> dict[str, Tensor]:
@@ -83,9 +87,12 @@ def _architecture(name: object, where: str) -> Architecture:
 
 def _with_own_head(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ModelSpec:
     """A config may say "tied" of a checkpoint whose head differs from its embedding; then the head counts."""
+    if not spec.tied:
+        return spec
+    tensors = plainly_named(spec, tensors)
     embed = tensors.get(checkpoint_name("embed", gguf=False))
     head = tensors.get(checkpoint_name("head", gguf=False))
-    if spec.tied and embed and head and not _same(embed, head):
+    if embed and head and not _same(embed, head):
         return replace(spec, tied=False)
     return spec
 

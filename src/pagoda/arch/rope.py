@@ -15,7 +15,7 @@ from pagoda.errors import ModelError
 from pagoda.weights.source import Tensor
 
 Float64 = npt.NDArray[np.float64]
-SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn")
+SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn", "mrope")
 FREQUENCY_DIVISORS = "rope_freqs.weight"
 
 
@@ -79,7 +79,7 @@ def from_config(config: Fields, head_dim: int, max_position: int) -> tuple[Rope,
     freq = frequencies(dim, base)
     attention_factor = 1.0
     match recipe.get("rope_type") or recipe.get("type") or "default":
-        case "default" | "dynamic":
+        case "default" | "dynamic" | "mrope":
             # dynamic changes the frequencies only beyond max_position, the longest context we serve
             pass
         case "linear":
@@ -97,7 +97,15 @@ def from_config(config: Fields, head_dim: int, max_position: int) -> tuple[Rope,
             max_position = max(max_position, int(yarn.original_length * yarn.factor))
         case kind:
             raise ModelError(f"{config.where}: rope type {kind!r} is not supported (supported: {', '.join(SUPPORTED)})")
-    return Rope(dim, tuple(freq.tolist()), attention_factor), max_position
+    return Rope(dim, tuple(freq.tolist()), attention_factor, sections=_sections(table, dim)), max_position
+
+
+def _sections(table: Fields, dim: int) -> tuple[int, ...]:
+    """The pairs that turn by a token's temporal, height and width position; () where there is one position."""
+    sections = table.token_ids("mrope_section")
+    if sections and (len(sections) != 3 or sum(sections) != dim // 2):
+        raise table.error("mrope_section", f"is {list(sections)}, must be three numbers that add up to {dim // 2}")
+    return sections
 
 
 def _original_length(config: Fields, table: Fields, max_position: int) -> int:

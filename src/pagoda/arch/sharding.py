@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pagoda.arch.memory import Limits
+from pagoda.arch.memory import Limits, vision_bytes
 from pagoda.arch.spec import Attention, Layer, ModelSpec
 from pagoda.errors import ConfigError, ModelError
 from pagoda.types import BLOCK_SIZE
@@ -80,6 +80,9 @@ def share(spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int, size: int) 
     bound: dict[str, Tensor] = {}
     for slot, tensor in tensors.items():
         name = slot.rpartition(".")[2]
+        if slot.startswith("vision."):
+            bound[slot] = tensor  # whole on each: it is small, and an image is encoded seldom
+            continue
         if name in _ONCE and rank:
             continue
         layer = spec.layers[int(slot.split(".")[1])] if slot.startswith("layers.") else None
@@ -130,7 +133,9 @@ def weight_bytes(spec: ModelSpec, stored: Mapping[str, int], size: int) -> int:
     total = 0
     for slot, count_bytes in stored.items():
         part = slot.rpartition(".")[2]
-        if part in _BY_VOCAB:
+        if slot.startswith("vision."):
+            total += count_bytes
+        elif part in _BY_VOCAB:
             total += count_bytes * (last - first) // spec.vocab_size
         elif part in _BY_KV_HEADS:
             total += count_bytes // min(size, kv_heads)  # more GPUs than KV heads: each head is on several
@@ -153,7 +158,8 @@ def activation_bytes(spec: ModelSpec, limits: Limits, size: int, itemsize: int =
     )
     tokens = limits.max_num_batched_tokens * (2 * spec.hidden_size + widest) * itemsize
     logits = limits.max_num_seqs * spec.vocab_size * _LOGITS_BYTES
-    return tokens + logits + limits.max_model_len * spec.rope.dim * _TABLE_BYTES
+    tables = limits.max_model_len * spec.rope.dim * _TABLE_BYTES
+    return tokens + logits + tables + vision_bytes(spec, limits.max_model_len, itemsize)
 
 
 def overhead_bytes(size: int) -> int:

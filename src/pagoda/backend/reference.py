@@ -129,11 +129,23 @@ class ReferenceExecutor:
     def hidden(self, plan: StepPlan) -> Float32:
         """The final hidden states of the rows of a decoder's plan, [L, hidden size]."""
         positions, cells = token_positions(plan), token_cells(plan)
-        x = self.weights["embed"][plan.tokens]
+        x = self.embed(plan)
         for i, layer in enumerate(self.spec.layers):
             x = x + self.attention(i, layer.attention, self.norm(f"layers.{i}.attn_norm", x), plan, positions, cells)
             x = x + self.mlp(i, layer.mlp, self.norm(f"layers.{i}.mlp_norm", x))
         return self.norm("norm", x[plan.rows])
+
+    def embed(self, plan: StepPlan) -> Float32:
+        """What each token brings into the first layer."""
+        return np.asarray(self.weights["embed"][plan.tokens])
+
+    def turns(self, plan: StepPlan, positions: Index) -> tuple[Float32, Float32]:
+        """cos and sin of the angles of each token, [T, rope.dim // 2]."""
+        if plan.rope_positions is None:
+            return self.cos[positions], self.sin[positions]
+        pairs = np.arange(self.cos.shape[1])
+        of_pairs = plan.rope_positions[self.spec.rope.axes()].T
+        return self.cos[of_pairs, pairs], self.sin[of_pairs, pairs]
 
     def attention(
         self, i: int, attention: Attention, x: Float32, plan: StepPlan, positions: Index, cells: Index
@@ -144,7 +156,7 @@ class ReferenceExecutor:
         v = self.linear(name + "v", x).reshape(-1, a.kv_heads, a.head_dim)
         if a.qk_norm:
             q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
-        cos, sin = self.cos[positions], self.sin[positions]
+        cos, sin = self.turns(plan, positions)
         q, k = rotate(q, cos, sin, self.spec.rope), rotate(k, cos, sin, self.spec.rope)
         # all keys and values of the step are written before any is read: requests may share blocks
         cache = self.caches[i]
@@ -263,6 +275,11 @@ def rotate(x: Float32, cos: Float32, sin: Float32, rope: Rope) -> Float32:
     out[..., first] = x[..., first] * cos - x[..., second] * sin
     out[..., second] = x[..., second] * cos + x[..., first] * sin
     return out
+
+
+def rotate_halves(x: Float32, cos: Float32, sin: Float32) -> Float32:
+    """Turn the pairs (i, i + head size / 2) of whole heads."""
+    return rotate(x, cos, sin, Rope(x.shape[-1], ()))
 
 
 def token_positions(plan: StepPlan) -> Index:

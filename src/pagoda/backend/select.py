@@ -75,6 +75,8 @@ def load_executor(
     module, name = (several if size > 1 else _EXECUTORS)[device]
     if device == "reference" and spec.encoder is not None:
         module, name = "pagoda.backend.reference_encoder", "ReferenceEncoder"
+    if device == "reference" and spec.vision is not None:
+        module, name = "pagoda.backend.reference_vision", "ReferenceVision"
     executor_class = getattr(_imported(module), name)
     return cast(Executor, executor_class.load(spec, source, limits, progress))
 

@@ -13,6 +13,7 @@ from pagoda.backend.cpu.encoder_program import EncoderProgram
 from pagoda.backend.cpu.library import Native, matrix_bytes
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
 from pagoda.backend.cpu.program import VECTORS, Program, buffer_bytes, check_spec, in_their_order, panel_type
+from pagoda.errors import ModelError
 from pagoda.types import StepPlan
 from pagoda.weights.files import drop_pages
 from pagoda.weights.source import Tensor, TensorSource
@@ -32,6 +33,8 @@ class CpuExecutor:
         """Raises ModelError (a tensor is missing or cannot run) or, before any weight is read, MemoryShort."""
         if spec.encoder is None:
             check_spec(spec)
+        if spec.vision is not None:
+            raise ModelError("the CPU backend cannot see yet", remedy="Use --device cuda, or try --device reference")
         tensors = bind(spec, source)
         kv_type = memory.kv_type(limits.kv_cache_dtype)
         threads = limits.threads or usable_cores()
@@ -40,7 +43,8 @@ class CpuExecutor:
             limits,
             free_bytes=max(0, free_memory_bytes() - limits.reserved_bytes),
             weight_bytes=weight_bytes(tensors, limits.quantization),
-            activation_bytes=buffer_bytes(spec, limits.max_num_batched_tokens),
+            activation_bytes=buffer_bytes(spec, limits.max_num_batched_tokens)
+            + memory.vision_bytes(spec, limits.max_model_len),
             kv_type=kv_type,
         )
         lib = Native(threads)

@@ -30,7 +30,7 @@ from pagoda.backend.torch.packs import FP8
 from pagoda.backend.torch.size import weight_bytes
 from pagoda.backend.torch.split import joined, middle, part
 from pagoda.backend.torch.upload import Rows, upload
-from pagoda.errors import EngineError
+from pagoda.errors import EngineError, ModelError
 from pagoda.formats import KV_EIGHT_BITS
 from pagoda.types import BLOCK_SIZE, StepPlan, StepResult
 from pagoda.weights.source import Tensor, TensorSource
@@ -109,6 +109,8 @@ class TorchExecutor:
         team: Team = ALONE,
     ) -> Self:
         """Raises ConfigError (no GPU), ModelError, or, before any weight is read, MemoryShort."""
+        if spec.vision is not None:
+            raise ModelError("the PyTorch backend cannot see yet", remedy="Try --device reference")
         device = open_device(cls.cuda)
         dtype = choose_dtype(limits.dtype, source.config, device)
         target = Target(device.device, dtype, limits.quantization, device.fp8)

@@ -15,6 +15,7 @@ import numpy as np
 from pagoda.arch.memory import size_text
 from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.spec import ModelSpec
+from pagoda.arch.visual import PREPROCESSOR
 from pagoda.deploy.check.deep import deep_findings
 from pagoda.deploy.check.files import holes, of_pytorch, scan, shards
 from pagoda.deploy.download.find_model import find_model
@@ -124,11 +125,20 @@ def _architecture(source: TensorSource) -> tuple[ModelSpec | None, list[Finding]
         return None, [problem("architecture", error.message, cure)]
     gives = "" if spec.pooling is None else ", gives scores" if spec.pooling.labels else ", makes embeddings"
     findings = [ok("architecture", f"{spec.model_type}, {len(spec.layers)} layers, context {spec.max_position}{gives}")]
-    if "vision_config" in source.config:
-        findings.append(note("architecture", "it reads images too; images cannot be given to it yet"))
+    if spec.vision is not None:
+        findings += _images(source)
     if source.config.get("auto_map"):
         findings.append(note("architecture", "the folder names Python code of its own (auto_map); it is never run"))
     return spec, findings
+
+
+def _images(source: TensorSource) -> Iterator[Finding]:
+    """A model that sees says beside its weights how large its images may be."""
+    if (Path(source.path) / PREPROCESSOR).is_file():
+        yield ok("images", "pictures and videos can be given to it")
+    else:
+        text = f"{PREPROCESSOR} is missing: the sizes of images are those of the model's first version"
+        yield note("images", text, f"Download the model's {PREPROCESSOR}")
 
 
 def _bound(spec: ModelSpec, source: TensorSource) -> list[Finding]:

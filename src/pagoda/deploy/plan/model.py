@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pagoda.arch.registry import bind, load_spec
+from pagoda.arch.registry import bind, load_spec, supported
 from pagoda.arch.spec import ModelSpec
-from pagoda.deploy.plan.image_encoder import ImageEncoder, image_encoder
 from pagoda.errors import ModelError
 from pagoda.tasks import Task
 from pagoda.weights.files import Checkpoint
@@ -24,10 +23,9 @@ from pagoda.weights.source import Tensor
 _FLOATS = MappingProxyType({"bfloat16": "BF16", "float16": "F16", "float32": "F32"})
 _PACKED = MappingProxyType({"awq": "U4G", "gptq": "U4G", "fp8": "F8_E4M3", "compressed-tensors": "F8_E4M3"})
 _SERVED = ("awq", "gptq", "gguf", "fp8", "compressed-tensors", None)
-_LANGUAGE_PARTS = MappingProxyType({"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"})
+_LANGUAGE_PARTS = MappingProxyType({"qwen3_vl": "qwen3"})
 _GROUP = 128
 NO_IMAGES = "this is the language model alone: an image encoder of this kind cannot be planned, nor served yet"
-WITH_IMAGES = "the image encoder is counted; images cannot be served yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +37,11 @@ class PlannedModel:
     method: str | None
     group: int
     notes: tuple[str, ...] = ()
-    images: ImageEncoder | None = None
 
     @property
     def parameters(self) -> int:
-        """All of them, also the experts that a token does not use, and the image encoder's."""
-        return sum(int(np.prod(shape)) for shape in self.spec.slots().values()) + (
-            self.images.parameters if self.images else 0
-        )
+        """All of them, also the experts that a token does not use, and the vision encoder's."""
+        return sum(int(np.prod(shape)) for shape in self.spec.slots().values())
 
 
 def planned_model(path: Path, task: Task = "auto") -> PlannedModel:
@@ -85,16 +80,15 @@ def model_of_config(
     config: dict[str, Any], notes: tuple[str, ...], path: str = "", task: Task = "auto"
 ) -> PlannedModel:
     """The model that a config.json describes; `path` is where its weights would be."""
-    images = None
-    if "vision_config" in config or config.get("model_type") in _LANGUAGE_PARTS:
-        images = image_encoder(config)
-        config, notes = _language_part(config), (*notes, WITH_IMAGES if images else NO_IMAGES)
+    kind_name = config.get("model_type")
+    if kind_name not in supported() and ("vision_config" in config or kind_name in _LANGUAGE_PARTS):
+        config, notes = _language_part(config), (*notes, NO_IMAGES)
     source = Checkpoint(path, {}, config, {})
     spec, method = load_spec(source, task), method_of(source)
     if method not in _SERVED:
         notes = (*notes, f"weights in {method} can be planned, but not served yet")
     kind = _FLOATS.get(str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"), "BF16")
-    model = PlannedModel(spec, _tensors(spec, kind), method, _group(config), notes, images)
+    model = PlannedModel(spec, _tensors(spec, kind), method, _group(config), notes)
     return model if method is None else packed(model, method, int(_table(config).get("bits") or 0))
 
 

@@ -109,18 +109,19 @@ def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Pl
     program.check_spec(model.spec)
     limits = resolve_limits(config, model.spec)
     kv_type = memory.kv_type(limits.kv_cache_dtype)
-    weights = executor.weight_bytes(model.tensors, asked)
+    seeing, language = _parted(model)
+    weights = executor.weight_bytes(language, asked)
     work = program.buffer_bytes(model.spec, limits.max_num_batched_tokens)
     draft = _draft_bytes(config, limits, machine)
     processes = _PROCESS_BYTES + LIBRARY_BYTES + _TOKEN_BYTES * model.spec.vocab_size + _table_bytes(model)
-    images = _image_bytes(model, limits, memory.FLOAT32_BYTES)
+    images = executor.weight_bytes(seeing, asked) + memory.vision_bytes(model.spec, limits.max_model_len)
     try:
         blocks = memory.fit(
             model.spec,
             limits,
             free_bytes=max(0, machine.memory_bytes - draft - processes),
-            weight_bytes=weights,
-            activation_bytes=work + images,
+            weight_bytes=weights + images,
+            activation_bytes=work,
             kv_type=kv_type,
         )
     except MemoryShort:
@@ -145,10 +146,14 @@ def _gpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine, gpus:
             remedy=f"Sizes that work: {', '.join(map(str, sizes))}",
         )
     item = 4 if config.dtype == "float32" else 2
-    stored = {slot: _gpu_bytes(slot, t, quantization, model.group, item) for slot, t in model.tensors.items()}
-    weights = sharding.weight_bytes(model.spec, stored, size)
-    work = sharding.activation_bytes(model.spec, limits, size, item)
-    overhead, images = sharding.overhead_bytes(size), _image_bytes(model, limits, item)
+    seeing, language = (
+        {slot: _gpu_bytes(slot, t, quantization, model.group, item) for slot, t in part.items()}
+        for part in _parted(model)
+    )
+    weights = sharding.weight_bytes(model.spec, language, size)
+    vision_work = memory.vision_bytes(model.spec, limits.max_model_len, item)
+    work = sharding.activation_bytes(model.spec, limits, size, item) - vision_work
+    overhead, images = sharding.overhead_bytes(size), sum(seeing.values()) + vision_work
     share = memory.DEFAULT_SHARE if config.memory_share is None else config.memory_share
     kv_item = 1 if limits.kv_cache_dtype in KV_EIGHT_BITS else item
     block_bytes = sharding.kv_bytes_per_block(model.spec, size, kv_item)
@@ -240,9 +245,10 @@ def _as_asked(
     )
 
 
-def _image_bytes(model: PlannedModel, limits: Limits, itemsize: int) -> int:
-    """The image encoder, whole on each GPU, with the images of one step."""
-    return 0 if model.images is None else model.images.total_bytes(limits.max_num_batched_tokens, itemsize)
+def _parted(model: PlannedModel) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """The tensors of the vision encoder, which is whole on each GPU, and those of the language model."""
+    seeing = {slot: tensor for slot, tensor in model.tensors.items() if slot.startswith("vision.")}
+    return seeing, {slot: tensor for slot, tensor in model.tensors.items() if slot not in seeing}
 
 
 def _group_of(model: PlannedModel) -> int:

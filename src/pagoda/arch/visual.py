@@ -1,0 +1,122 @@
+"""What Qwen's vision models share: the language model inside their config.json, and the fields of the encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pagoda.arch import decoder
+from pagoda.arch.fields import MOST_LAYERS, Fields
+from pagoda.arch.spec import ModelSpec, Vision
+from pagoda.errors import ModelError
+
+PREPROCESSOR = "preprocessor_config.json"
+_SECTIONS = (16, 24, 24)
+_THETA = 1e6
+_OF_BOTH = ("eos_token_id", "bos_token_id", "rope_theta")
+_RECIPES = ("rope_parameters", "rope_scaling")
+
+
+def language_model(model_type: str, config: Mapping[str, Any]) -> ModelSpec:
+    """Qwen2's layers, turned by three positions."""
+    fields = Fields(_language(config), "config.json")
+    parts = decoder.Parts(qkv_bias=True)
+    return decoder.from_config(model_type, fields, parts, windows=decoder.sliding_windows(fields))
+
+
+def _language(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the language model, which stand beside the encoder's or, in newer files, in `text_config`."""
+    inner = config.get("text_config")
+    inner = inner if isinstance(inner, Mapping) else config
+    found = {name: config[name] for name in _OF_BOTH if config.get(name) is not None} | dict(inner)
+    found["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or inner.get("tie_word_embeddings"))
+    recipe: Any = next((found[name] for name in _RECIPES if found.get(name)), {})
+    if isinstance(recipe, Mapping):
+        found["rope_parameters"] = {
+            "mrope_section": _SECTIONS,
+            "rope_theta": found.get("rope_theta") or _THETA,
+            **recipe,
+        }
+    return found
+
+
+def encoder_fields(config: Mapping[str, Any]) -> Fields:
+    table = config.get("vision_config")
+    if not isinstance(table, Mapping):
+        raise ModelError("config.json: vision_config is missing, or no table")
+    fields = Fields(table, "config.json (vision_config)")
+    for name in ("in_channels", "in_chans"):
+        if fields.integer(name, 3) != 3:
+            raise fields.error(name, f"is {fields.get(name)}; pictures have 3 channels")
+    return fields
+
+
+def with_encoder(spec: ModelSpec, vision: Vision, output_size: int) -> ModelSpec:
+    """The language model that takes what the encoder gives."""
+    if output_size != spec.hidden_size:
+        raise ModelError(
+            f"config.json: the encoder gives vectors of {output_size}, the language model takes {spec.hidden_size}"
+        )
+    if vision.hidden_size % (4 * vision.heads):
+        raise ModelError(f"config.json: {vision.heads} heads of a row and a column do not fit {vision.hidden_size}")
+    if vision.window_size % (vision.patch_size * vision.merge_size):
+        raise ModelError(f"config.json: window_size {vision.window_size} does not hold whole tokens")
+    return replace(spec, vision=vision)
+
+
+def shape(fields: Fields) -> dict[str, Any]:
+    """The fields that all encoders name alike."""
+    return {
+        "patch_size": fields.integer("patch_size", 14),
+        "temporal_patch_size": fields.integer("temporal_patch_size", 2),
+        "merge_size": fields.integer("spatial_merge_size", 2),
+        "heads": fields.integer("num_heads", 16),
+        "depth": fields.integer("depth", 32, most=MOST_LAYERS),
+    }
+
+
+def image_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of the tokens that images and videos take the places of."""
+    fields = Fields(config, "config.json")
+    return {
+        "image_token_id": fields.integer("image_token_id", 151655, least=0),
+        "video_token_id": fields.integer("video_token_id", 151656, least=0),
+    }
+
+
+def with_pixels(spec: ModelSpec, path: str) -> ModelSpec:
+    """The spec with the mean and spread of pixels that the model's preprocessor_config.json names."""
+    if spec.vision is None:
+        return spec
+    place = Path(path)
+    file = (place if place.is_dir() else place.parent) / PREPROCESSOR
+    try:
+        table = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return spec
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read {file}", remedy="Download it again") from error
+    if not isinstance(table, Mapping):
+        raise ModelError(f"{file} is not a JSON object", remedy="Download it again")
+    mean = _three(table, "image_mean", spec.vision.mean, file)
+    return replace(spec, vision=replace(spec.vision, mean=mean, std=_three(table, "image_std", spec.vision.std, file)))
+
+
+def _three(
+    table: Mapping[str, Any], name: str, default: tuple[float, float, float], file: Path
+) -> tuple[float, float, float]:
+    value = table.get(name)
+    if value is None:
+        return default
+    if (
+        not isinstance(value, list)
+        or len(value) != 3
+        or not all(type(v) in (int, float) and 0 <= v <= 1 for v in value)
+    ):
+        raise ModelError(f"{file}: {name} is {value!r}, must be three numbers from 0 to 1")
+    if name == "image_std" and not all(value):
+        raise ModelError(f"{file}: {name} is {value!r}, must be above 0")
+    return float(value[0]), float(value[1]), float(value[2])

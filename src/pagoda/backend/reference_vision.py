@@ -1,0 +1,106 @@
+"""What a model that sees means, in plain numpy and float32: the encoder of one image, and its vectors among tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import numpy as np
+
+from pagoda.arch.memory import KvType, encoded_bytes
+from pagoda.arch.spec import ModelSpec, Vision
+from pagoda.backend.reference import ReferenceExecutor, gated, matmul, rotate_halves, softmax
+from pagoda.backend.reference_encoder import gelu
+from pagoda.backend.vision import Encoded, Layout, layout, patches
+from pagoda.types import Float32, Image, Int32, StepPlan
+
+
+class ReferenceVision(ReferenceExecutor):
+    """A ReferenceExecutor whose tokens may be parts of images."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Float32],
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        activation_bytes: int = 0,
+        kv_type: KvType = "float32",
+    ) -> None:
+        super().__init__(
+            spec,
+            weights,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            activation_bytes=activation_bytes,
+            kv_type=kv_type,
+        )
+        if spec.vision is None:
+            raise ValueError("this model has no vision encoder")
+        self.encoder = ReferenceImages(spec.vision, weights)
+        self.encoded: Encoded[Float32] = Encoded(encoded_bytes(spec, max_model_len))
+
+    def embed(self, plan: StepPlan) -> Float32:
+        x = super().embed(plan)
+        for part in plan.images:
+            vectors = self.encoded.vectors(part.image, self.encoder.encode)
+            x[part.row : part.row + part.count] = vectors[part.first : part.first + part.count]
+        return x
+
+    def close(self) -> None:
+        super().close()
+        self.encoded.clear()
+
+
+class ReferenceImages:
+    """The vision encoder alone; `weights` are those of the model."""
+
+    def __init__(self, vision: Vision, weights: Mapping[str, Float32]) -> None:
+        self.vision = vision
+        self.weights = weights
+
+    def encode(self, image: Image) -> Float32:
+        """The vectors [tokens, hidden size of the model] that stand for an image."""
+        v, place = self.vision, layout(image.grid, self.vision)
+        together = patches(image, v).reshape(len(place.order), -1)[place.order]
+        x = matmul(together.reshape(-1, v.patch_values), self.weights["vision.patch"])
+        for i in range(v.depth):
+            name = f"vision.layers.{i}."
+            segments = place.frames if v.sees_all(i) else place.windows
+            x = x + self.attention(name, self.norm(name + "attn_norm", x), place, segments)
+            x = x + self.mlp(name, self.norm(name + "mlp_norm", x))
+        merged = self.norm("vision.merge_norm", x).reshape(-1, v.merged_size)
+        vectors = self.linear("vision.merge_down", gelu(self.linear("vision.merge_up", merged)))
+        out = np.empty_like(vectors)
+        out[place.order] = vectors
+        return out
+
+    def attention(self, name: str, x: Float32, place: Layout, segments: Int32) -> Float32:
+        """Every patch over all patches of its segment."""
+        heads, size = self.vision.heads, self.vision.head_dim
+        q, k, v = self.linear(name + "qkv", x).reshape(-1, 3, heads, size).transpose(1, 0, 2, 3)
+        q, k = rotate_halves(q, place.cos, place.sin), rotate_halves(k, place.cos, place.sin)
+        out = np.empty_like(q)
+        for first, last in pairwise(segments):
+            part = slice(first, last)
+            scores = q[part].transpose(1, 0, 2) @ k[part].transpose(1, 2, 0) * np.float32(size**-0.5)
+            out[part] = (softmax(scores) @ v[part].transpose(1, 0, 2)).transpose(1, 0, 2)
+        return self.linear(name + "o", out.reshape(len(x), -1))
+
+    def mlp(self, name: str, x: Float32) -> Float32:
+        up = self.linear(name + "up", x)
+        if self.vision.gated:
+            return self.linear(name + "down", gated(self.linear(name + "gate", x), up))
+        return self.linear(name + "down", up / (1 + np.exp(np.float32(-1.702) * up)))
+
+    def linear(self, slot: str, x: Float32) -> Float32:
+        return matmul(x, self.weights[slot]) + self.weights[slot + "_bias"]
+
+    def norm(self, slot: str, x: Float32) -> Float32:
+        """RMS norm, or with a bias layer norm."""
+        bias = self.weights.get(slot + "_bias")
+        if bias is not None:
+            x = x - x.mean(axis=-1, keepdims=True)
+        y = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(self.vision.norm_eps))
+        return np.asarray(y * self.weights[slot] + (0 if bias is None else bias))
