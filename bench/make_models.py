@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Make the files that the benchmarks compare on: SmolLM2 in other types, and Qwen3-0.6B's shape with random weights.
+"""Make the files that the benchmarks compare on: SmolLM2 in other types, Qwen3's shapes with random weights.
 
     python bench/make_models.py --smollm2 FILE.gguf --llama BUILD/bin --out FOLDER
 
 Writes smollm2-q4_1 (the given file), -q4_0 and -q8_0 (by llama-quantize, from the given file: for speed only) and
-qwen3-0.6b-q4_0 and -q8_0 (random weights, SmolLM2's vocabulary filled up with names: its text is noise). Needs gguf.
+qwen3-0.6b-q4_0 and -q8_0 (random weights, SmolLM2's vocabulary filled up with names: its text is noise), and
+qwen3-moe-q4_0 and -q4_k: 6 of the 48 layers of Qwen3-30B-A3B and a third of its vocabulary. Needs gguf.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import numpy as np
 HIDDEN, INTER, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 3072, 28, 16, 8, 128, 151936
 
 
+MOE_HIDDEN, MOE_LAYERS, MOE_HEADS, MOE_KV_HEADS, EXPERTS, ACTIVE, MOE_SIZE = 2048, 6, 32, 4, 128, 8, 768
+
+
 def smollm2(a: argparse.Namespace) -> None:
     shutil.copy(a.smollm2, a.out / "smollm2-q4_1.gguf")
     for kind in ("q4_0", "q8_0"):
@@ -29,11 +33,11 @@ def smollm2(a: argparse.Namespace) -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def vocabulary(writer: gguf.GGUFWriter, source: str) -> None:
+def vocabulary(writer: gguf.GGUFWriter, source: str, size: int) -> None:
     fields = gguf.GGUFReader(source).fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
     types = fields["tokenizer.ggml.token_type"].contents()
-    extra = VOCAB - len(tokens)
+    extra = size - len(tokens)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(fields["tokenizer.ggml.pre"].contents())
     writer.add_token_list(tokens + [f"<extra-{i}>" for i in range(extra)])
@@ -55,7 +59,7 @@ def qwen3(a: argparse.Namespace, kind: str) -> None:
     writer.add_value_length(HEAD_DIM)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(1e6)
-    vocabulary(writer, a.smollm2)
+    vocabulary(writer, a.smollm2, VOCAB)
     rng = np.random.default_rng(0)
     stored = gguf.GGMLQuantizationType[kind.upper()]
 
@@ -84,16 +88,76 @@ def qwen3(a: argparse.Namespace, kind: str) -> None:
     writer.close()
 
 
+def moe(a: argparse.Namespace, kind: str) -> None:
+    """Random codes, of which matrices are cut at random places: nothing has to be quantized."""
+    writer = gguf.GGUFWriter(str(a.out / f"qwen3-moe-{kind}.gguf"), "qwen3moe")
+    writer.add_block_count(MOE_LAYERS)
+    writer.add_context_length(40960)
+    writer.add_embedding_length(MOE_HIDDEN)
+    writer.add_feed_forward_length(6144)
+    writer.add_head_count(MOE_HEADS)
+    writer.add_head_count_kv(MOE_KV_HEADS)
+    writer.add_key_length(HEAD_DIM)
+    writer.add_value_length(HEAD_DIM)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e6)
+    writer.add_expert_count(EXPERTS)
+    writer.add_expert_used_count(ACTIVE)
+    writer.add_expert_feed_forward_length(MOE_SIZE)
+    vocab = len(gguf.GGUFReader(a.smollm2).fields["tokenizer.ggml.tokens"].contents())
+    vocabulary(writer, a.smollm2, vocab)
+    rng = np.random.default_rng(0)
+    stored = gguf.GGMLQuantizationType[kind.upper()]
+    values, block_bytes = gguf.GGML_QUANT_SIZES[stored]
+    blocks = rng.integers(0, 256, (EXPERTS * MOE_SIZE * MOE_HIDDEN // values + 65536, block_bytes), np.uint8)
+    scales = [0.004] if kind == "q4_0" else [0.00014, 0.001]  # of the codes, and of the minima
+    signs = rng.choice([-1.0, 1.0], (len(blocks), 1))  # or all tokens would look, and choose, more and more alike
+    blocks[:, : 2 * len(scales)] = (signs * scales).astype(np.float16).view(np.uint8)
+
+    def matrix(name: str, *shape: int) -> None:
+        count, first = int(np.prod(shape)) // values, int(rng.integers(65536))
+        rows = blocks[first : first + count].reshape(*shape[:-1], -1)
+        writer.add_tensor(name, rows, raw_dtype=stored)
+
+    def ones(name: str, size: int) -> None:
+        writer.add_tensor(name, np.ones(size, np.float32))
+
+    matrix("token_embd.weight", vocab, MOE_HIDDEN)
+    matrix("output.weight", vocab, MOE_HIDDEN)
+    ones("output_norm.weight", MOE_HIDDEN)
+    for i in range(MOE_LAYERS):
+        p, wide, narrow = f"blk.{i}.", MOE_HEADS * HEAD_DIM, MOE_KV_HEADS * HEAD_DIM
+        router = rng.standard_normal((EXPERTS, MOE_HIDDEN), np.float32) * MOE_HIDDEN**-0.5
+        writer.add_tensor(f"{p}ffn_gate_inp.weight", router)
+        shapes: dict[str, Any] = {
+            "attn_q": (wide, MOE_HIDDEN), "attn_k": (narrow, MOE_HIDDEN), "attn_v": (narrow, MOE_HIDDEN),
+            "attn_output": (MOE_HIDDEN, wide), "ffn_gate_exps": (EXPERTS, MOE_SIZE, MOE_HIDDEN),
+            "ffn_up_exps": (EXPERTS, MOE_SIZE, MOE_HIDDEN), "ffn_down_exps": (EXPERTS, MOE_HIDDEN, MOE_SIZE),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            matrix(f"{p}{name}.weight", *shape)
+        for name, size in (("attn_norm", MOE_HIDDEN), ("ffn_norm", MOE_HIDDEN), ("attn_q_norm", 128), ("attn_k_norm", 128)):
+            ones(f"{p}{name}.weight", size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", required=True, help="SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--llama", required=True, help="folder with llama-quantize")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only-experts", action="store_true", help="only qwen3-moe")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    smollm2(a)
-    for kind in ("q4_0", "q8_0"):
-        qwen3(a, kind)
+    if not a.only_experts:
+        smollm2(a)
+        for kind in ("q4_0", "q8_0"):
+            qwen3(a, kind)
+    for kind in ("q4_0", "q4_k"):
+        moe(a, kind)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ Cut::Cut(const Weight& w, int64_t rows, int threads) {
 }
 
 Chain::Chain(const pg_context& c, const pg_step& st, int threads, Range tokens, Range logits, Range room)
-    : threads(threads), c_(c), st_(st), tokens_(tokens), logits_(logits), room_(room) {
+    : threads(threads), routing(c.dims, tokens.begin, tokens.size()), c_(c), st_(st), tokens_(tokens), logits_(logits), room_(room) {
   items.reserve(2 * c.ops.size());
   if (c.kv.data) list_attention();
   add_phase(kStart, nullptr, 0, 0, 1, 1);
@@ -65,9 +65,15 @@ void Chain::add(const pg_op& op, int64_t first) {
   } else if (op.kind == PG_ATTEND_ALL) {
     if (encoder.empty()) list_encoder();
     add_phase(op.kind, &op, rows, first, 1, (int64_t)encoder.size() * c_.dims.heads);
+  } else if (op.kind == PG_EXPERTS_UP) {
+    add_phase(op.kind, &op, rows, first, 1, up_chunks(rows, threads));
+  } else if (op.kind == PG_EXPERTS_DOWN) {
+    const Part& each = c_.weights[op.weight].parts[0];
+    add_phase(op.kind, &op, rows, first, down_step(each, threads), ceil_div(panels_of(each.rows), down_step(each, threads)));
   } else {
     add(op.kind, &op, rows, first);
   }
+  if (op.kind == PG_ROUTE) add(kGroup, &op, 1, first);
   if (op.kind == PG_ROPE) cached.push_back(items.size());
   if ((op.kind == PG_ATTENTION || op.kind == PG_ATTEND_ALL) && op.flags & PG_QUANTIZE) add(kFinishRows, &op, rows, first);
   if (op.kind == PG_HEAD) add(kSample, &op, rows, first);

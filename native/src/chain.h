@@ -1,10 +1,8 @@
 // A chain: the phases that take some consecutive rows of a step through the whole program, each cut into chunks.
 #pragma once
-#include "context.h"
+#include "experts.h"
 
 namespace pagoda {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a product is cut: blocks of rows times chunks of panels.
 struct Cut {
@@ -12,7 +10,7 @@ struct Cut {
   int64_t row_blocks, step, chunks;
 };
 
-enum Extra : int32_t { kStart = 100, kRopeTables, kJoin, kFinishRows, kSample };  // tasks besides pg_op_kind
+enum Extra : int32_t { kStart = 100, kRopeTables, kJoin, kFinishRows, kSample, kGroup };  // tasks besides pg_op_kind
 
 struct Task {
   int32_t kind;
@@ -59,6 +57,7 @@ class Chain {
   std::vector<Tokens> attention, encoder;
   std::vector<Join> joins;
   std::vector<float> partials;
+  Routing routing;
 
  private:
   void add(const pg_op& op, int64_t first);

@@ -5,6 +5,7 @@
 #include <new>
 #include <sys/mman.h>
 
+#include "experts.h"
 #include "isa.h"
 
 using namespace pagoda;
@@ -75,6 +76,23 @@ template <typename Body> int32_t guarded(pg_context* c, Body body) {
   }
 }
 
+// 0, or -1 for a part that cannot run.
+int32_t extend(pg_context* c, Weight& w, const pg_part* parts, int32_t n) {
+  for (int i = 0; i < n; i++) {
+    const pg_part& p = parts[i];
+    if (!quantizes(p) || !runs(panel_type(p), p.k) || p.k != w.k || p.rows <= 0) {
+      c->error = "a matrix of a type or shape that cannot run";
+      return -1;
+    }
+    const int64_t panels = panels_of(p.rows), stride = panel_bytes(panel_type(p), p.k);
+    uint8_t* data = c->arena.take(panels * stride);
+    w.parts.push_back({panel_type(p), p.rows, w.rows, w.panels, stride, data});
+    w.rows += p.rows, w.panels += panels;
+    c->team.run(std::make_shared<Repack>(p, data, panels, c->team.size()));
+  }
+  return 0;
+}
+
 Buffer make_buffer(const pg_buffer& from, const pg_dims& d, bool wide) {
   const int64_t rows = from.rows_are_logits ? d.max_rows : d.max_tokens, blocks = from.width / kBlock;
   Buffer b{from.width, from.rows_are_logits != 0, Pages(rows * from.width * 4 + 32), {}, {}, {}, {}, {}, {}};
@@ -106,21 +124,14 @@ int32_t pg_weight(pg_context* c, const pg_part* parts, int32_t n) {
   return guarded(c, [&]() -> int32_t {
     Weight w;
     w.k = parts[0].k;
-    for (int i = 0; i < n; i++) {
-      const pg_part& p = parts[i];
-      if (!quantizes(p) || !runs(panel_type(p), p.k) || p.k != w.k || p.rows <= 0) {
-        c->error = "a matrix of a type or shape that cannot run";
-        return -1;
-      }
-      const int64_t panels = panels_of(p.rows), stride = panel_bytes(panel_type(p), p.k);
-      uint8_t* data = c->arena.take(panels * stride);
-      w.parts.push_back({panel_type(p), p.rows, w.rows, w.panels, stride, data});
-      w.rows += p.rows, w.panels += panels;
-      c->team.run(std::make_shared<Repack>(p, data, panels, c->team.size()));
-    }
+    if (extend(c, w, parts, n) < 0) return -1;
     c->weights.push_back(std::move(w));
     return (int32_t)c->weights.size() - 1;
   });
+}
+
+int32_t pg_extend(pg_context* c, int32_t weight, const pg_part* parts, int32_t n) {
+  return guarded(c, [&]() -> int32_t { return extend(c, c->weights[weight], parts, n); });
 }
 
 int32_t pg_vector(pg_context* c, const float* data, int64_t n) {
@@ -161,6 +172,8 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     c->logit_pages = head ? Pages((int64_t)d->max_rows * d->vocab * 4) : Pages();
     int64_t widest = std::max(attention_scratch(d->head_dim), encoder_scratch(d->head_dim));
     for (auto& b : c->buffers) widest = std::max(widest, b.width);
+    for (auto& op : c->ops)
+      if (op.kind == PG_EXPERTS_UP || op.kind == PG_EXPERTS_DOWN) widest = std::max(widest, experts_scratch(c->weights[op.weight]));
     for (auto& s : c->row_scratch) s.resize(widest);
     return 0;
   });

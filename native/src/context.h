@@ -47,12 +47,12 @@ struct Buffer {  // [rows][width] floats, and the 8-bit form of the same rows
   bool rows_are_logits;
   Pages f, q, d, s, n, h, wide;
   float* row(int64_t r) const { return reinterpret_cast<float*>(f.data()) + r * width; }
-  Codes codes(int64_t r) const {
-    const int64_t blocks = width / kBlock;
-    return {reinterpret_cast<int8_t*>(q.data()) + r * width, reinterpret_cast<float*>(d.data()) + r * blocks,
-            reinterpret_cast<float*>(s.data()) + r * blocks, reinterpret_cast<int32_t*>(n.data()) + r * blocks,
-            reinterpret_cast<int32_t*>(h.data()) + r * blocks * 2,
-            wide.data() ? reinterpret_cast<int16_t*>(wide.data()) + r * width : nullptr};
+  Codes codes(int64_t r) const { return codes_at(r * width); }
+  Codes codes_at(int64_t value) const {  // of the block that begins with a value
+    return {reinterpret_cast<int8_t*>(q.data()) + value, reinterpret_cast<float*>(d.data()) + value / kBlock,
+            reinterpret_cast<float*>(s.data()) + value / kBlock, reinterpret_cast<int32_t*>(n.data()) + value / kBlock,
+            reinterpret_cast<int32_t*>(h.data()) + value / kBlock * 2,
+            wide.data() ? reinterpret_cast<int16_t*>(wide.data()) + value : nullptr};
   }
 };
 

@@ -26,6 +26,9 @@ enum pg_op_kind : int32_t {
   PG_LAYER_NORM = 10,  // out = layernorm(in) * vector + vector2; eps in f
   PG_GELU = 11,        // out = gelu(in)
   PG_ATTEND_ALL = 12,  // out = attention of the queries in `in` over all tokens of their request; scale in f
+  PG_ROUTE = 13,         // `in` holds the router's logits: chooses the experts of each row, for what follows in the layer
+  PG_EXPERTS_UP = 14,    // out = silu(in * gate^T) * (in * up^T) by the experts of each row; weight: gate, up, gate, up, ...
+  PG_EXPERTS_DOWN = 15,  // out += each row's shares of `in` * down^T by its experts
 };
 
 enum pg_op_flags : int32_t {
@@ -59,6 +62,7 @@ struct pg_dims {
   float rope_factor;
   const double* inv_freq;  // [rope_dim / 2]
   int32_t kv_int8;         // the cache is kept in 8 bits instead of f16
+  int32_t experts, active, normalized;  // of a mixture; normalized: the shares of the chosen ones add up to 1
 };
 
 struct pg_step {
@@ -96,6 +100,8 @@ void pg_destroy(pg_context*);
 const char* pg_error(pg_context*);
 // Repack one or more matrices with the same k, stacked along rows. Returns its id, or -1 (see pg_error).
 int32_t pg_weight(pg_context*, const pg_part* parts, int32_t n_parts);
+// Stack more matrices of that k behind those of a weight. 0, or -1.
+int32_t pg_extend(pg_context*, int32_t weight, const pg_part* parts, int32_t n_parts);
 int32_t pg_vector(pg_context*, const float* data, int64_t n);
 // The k-th of n values is the one that was at places[k]. Returns a number for pg_op's `order`, from 1.
 int32_t pg_order(pg_context*, const int32_t* places, int64_t n);

@@ -45,10 +45,10 @@ class StepJob : public Job {
   }
 
   // Threads that each take rows of their own through the whole step need not wait for each other, but each chain reads
-  // all weights: there must be rows enough to make that cheap.
+  // all weights: there must be rows enough to make that cheap. Of the experts each has but a few rows.
   int most_chains() const {
     int count = 1;
-    while (c_.kv.data && 2 * count <= c_.team.size() && kChainRows * 4 * count * count <= st_.tokens_count) count *= 2;
+    while (c_.kv.data && !c_.dims.experts && 2 * count <= c_.team.size() && kChainRows * 4 * count * count <= st_.tokens_count) count *= 2;
     return std::is_sorted(st_.rows, st_.rows + st_.rows_count) ? count : 1;
   }
 
@@ -101,19 +101,25 @@ class StepJob : public Job {
       case PG_ATTENTION: return attention(chain, *task.op, chunk, thread);
       case kJoin: return join(chain, *task.op, chunk, thread);
       case PG_ATTEND_ALL: return attend_all(chain, *task.op, chunk, thread);
+      case PG_EXPERTS_UP:
+        return experts_up(c_, chain.routing, *task.op, chunk, up_chunks(task.rows, chain.threads), c_.row_scratch[thread].data());
+      case PG_EXPERTS_DOWN:
+        return experts_down(c_, chain.routing, *task.op, chunk * task.step, task.step, c_.row_scratch[thread].data());
     }
-    run_rows(task, chunk * task.step, std::min(task.rows, (chunk + 1) * task.step), thread);
+    run_rows(chain, task, chunk * task.step, std::min(task.rows, (chunk + 1) * task.step), thread);
   }
 
-  void run_tail(const Chain& chain, const Item& item, int thread) {
-    for (size_t i = item.tail_begin; i < item.tail_end; i++) run_rows(chain.tails[i], 0, chain.tails[i].rows, thread);
+  void run_tail(Chain& chain, const Item& item, int thread) {
+    for (size_t i = item.tail_begin; i < item.tail_end; i++) run_rows(chain, chain.tails[i], 0, chain.tails[i].rows, thread);
   }
 
-  void run_rows(const Task& task, int64_t from, int64_t to, int thread) {
+  void run_rows(Chain& chain, const Task& task, int64_t from, int64_t to, int thread) {
     for (int64_t i = from; i < to; i++) {
       const int64_t row = task.row + i, logit = task.first + i;
       if (task.kind == kRopeTables) rope_table(row);
       else if (task.kind == kSample) sample(logit, row, thread);
+      else if (task.kind == PG_ROUTE) chain.routing.choose(*c_.kernels, i, c_.buffers[task.op->in].row(row));
+      else if (task.kind == kGroup) chain.routing.group();
       else run_row(task, row, logit, thread);
     }
   }

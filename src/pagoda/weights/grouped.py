@@ -124,6 +124,14 @@ class Stacked:
         return MadeTensor(name, (len(self.parts), *first.shape), first.type, partial(_stacked, self.parts), self)
 
 
+def part_of_stack(tensor: Tensor, index: int) -> Tensor:
+    """One of the matrices of a tensor with a leading axis, without making the others."""
+    if isinstance(tensor, MadeTensor) and isinstance(tensor.origin, Stacked):
+        return tensor.origin.parts[index]
+    each = nbytes(tensor.type, tensor.shape[1:])
+    return Tensor(tensor.name, tensor.shape[1:], tensor.type, tensor.data[each * index : each * (index + 1)])
+
+
 def _stacked(parts: tuple[Tensor, ...]) -> Bytes:
     return np.concatenate([part.data for part in parts])
 

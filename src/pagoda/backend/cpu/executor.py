@@ -79,6 +79,8 @@ def weight_bytes(tensors: Mapping[str, Tensor], quantization: str | None = None)
     """What the tensors take once they are repacked; vectors are kept in float32."""
     total = 0
     for slot, t in in_their_order(tensors)[0].items():
-        matrix = len(t.shape) == 2 and slot not in VECTORS
-        total += matrix_bytes(panel_type(slot, t, quantization), *t.shape) if matrix else math.prod(t.shape) * 4
+        if len(t.shape) > 1 and slot not in VECTORS:
+            total += math.prod(t.shape[:-2]) * matrix_bytes(panel_type(slot, t, quantization), *t.shape[-2:])
+        else:
+            total += math.prod(t.shape) * 4
     return total

@@ -22,6 +22,7 @@ TYPES = {
 """Storage types that the kernels run, with their ids in native/src/pagoda.h."""
 
 EMBED, NORM, GATHER, MATMUL, ROPE, ATTENTION, SILU, HEAD, HIDDEN, POSITIONS, LAYER_NORM, GELU, ATTEND_ALL = range(13)
+ROUTE, EXPERTS_UP, EXPERTS_DOWN = range(13, 16)
 ADD, QUANTIZE, LOGIT_ROWS = 1, 2, 4
 
 
@@ -54,6 +55,7 @@ class Dims(c.Structure):
         ("rope_factor", c.c_float),
         ("inv_freq", c.c_void_p),
         ("kv_int8", c.c_int32),
+        *((name, c.c_int32) for name in ("experts", "active", "normalized")),
     ]  # fmt: skip
 
 
@@ -90,6 +92,7 @@ def _load() -> c.CDLL:
         "pg_error": (c.c_char_p, [c.c_void_p]),
         "pg_matrix_bytes": (c.c_int64, [c.c_int32, c.c_int64, c.c_int64]),
         "pg_weight": (c.c_int32, [c.c_void_p, c.POINTER(Part), c.c_int32]),
+        "pg_extend": (c.c_int32, [c.c_void_p, c.c_int32, c.POINTER(Part), c.c_int32]),
         "pg_vector": (c.c_int32, [c.c_void_p, c.c_void_p, c.c_int64]),
         "pg_order": (c.c_int32, [c.c_void_p, c.c_void_p, c.c_int64]),
         "pg_weight_bytes": (c.c_int64, [c.c_void_p]),
@@ -151,17 +154,24 @@ class Native:
         self._planned: list[object] = [None] * len(_PLAN_ARRAYS)  # the arrays that `_step` points to
 
     def weight(
-        self, parts: Sequence[tuple[npt.NDArray[np.uint8], int, int, str]], panel_types: Sequence[str] = ()
+        self,
+        parts: Sequence[tuple[npt.NDArray[np.uint8], int, int, str]],
+        panel_types: Sequence[str] = (),
+        behind: int = -1,
     ) -> int:
         """Repack matrices of one k, stacked along rows: (bytes, rows, k, type) each. Returns the weight's id.
 
-        `panel_types`, if given, is what each becomes: its own type, or Q8_0, Q5_1 or Q4_1 for a float one.
+        `panel_types`, if given, is what each becomes: its own type, or Q8_0, Q5_1 or Q4_1 for a float one. `behind`: the
+        weight that they are stacked behind; a new one if -1.
         """
         array = (Part * len(parts))()
         for i, (data, rows, k, kind) in enumerate(parts):
             becomes = panel_types[i] if panel_types else kind
             array[i] = Part(data.ctypes.data, rows, k, TYPES[kind], 0 if becomes == kind else TYPES[becomes])
-        return self._checked(self._lib.pg_weight(self._handle, array, len(parts)), ModelError)
+        if behind < 0:
+            return self._checked(self._lib.pg_weight(self._handle, array, len(parts)), ModelError)
+        self._checked(self._lib.pg_extend(self._handle, behind, array, len(parts)), ModelError)
+        return behind
 
     def vector(self, values: npt.NDArray[np.float32]) -> int:
         return self._checked(self._lib.pg_vector(self._handle, values.ctypes.data, values.size), ModelError)

@@ -17,10 +17,12 @@ from pagoda.errors import ModelError
 from pagoda.formats import EIGHT_BITS_OF_INT4, QUANTIZE_ON_LOAD
 from pagoda.weights.files import drop_pages
 from pagoda.weights.ggml import dequantize
-from pagoda.weights.grouped import OrderedTensor
+from pagoda.weights.grouped import OrderedTensor, part_of_stack
 from pagoda.weights.source import Tensor
 
 Places = npt.NDArray[np.int32]
+
+_PRODUCTS = (native.MATMUL, native.HEAD, native.EXPERTS_UP, native.EXPERTS_DOWN)
 
 MAX_ROWS = 32
 """Rows of logits that go through the head at a time; more are taken in turns."""
@@ -33,10 +35,18 @@ _INT4 = MappingProxyType(dict.fromkeys(("embed", "head", *EIGHT_BITS_OF_INT4), "
 VECTORS = ("positions", "types", "score", "pool_dense")
 """Tables that are added, or used for a whole request at once: kept in float32."""
 
-FUSED = MappingProxyType({"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)})
+FUSED = MappingProxyType(
+    {
+        "qkv": ("q", "k", "v"),
+        "o": ("o",),
+        "gate_up": ("gate", "up"),
+        "down": ("down",),
+        "gate_up_experts": ("gate_experts", "up_experts"),
+    }
+)
 """The products of a layer, and the slots that each is stacked from."""
 
-X, H, QKV, ATT, GATE_UP, MLP, LAST, LAST_NORMED = range(8)
+X, H, QKV, ATT, GATE_UP, MLP, LAST, LAST_NORMED, ROUTER, CHOSEN = range(10)
 
 
 class Program:
@@ -52,7 +62,7 @@ class Program:
     ) -> None:
         self._lib, self._spec = lib, spec
         self._tensors, orders = in_their_order(tensors)
-        self._panel_types = {s: panel_type(s, t, quantization) for s, t in self._tensors.items() if len(t.shape) == 2}
+        self._panel_types = {s: panel_type(s, t, quantization) for s, t in self._tensors.items() if len(t.shape) > 1}
         self._progress = progress or (lambda phase, share: None)
         self._ops: list[Op] = []
         check_spec(spec)
@@ -68,8 +78,13 @@ class Program:
             p = f"layers.{i}."
             for name, slots in (("qkv", "qkv"), ("o", "o")):
                 ids[p + name] = self._matrix(*(p + s for s in slots))
-            ids[p + "gate_up"] = self._matrix(p + "gate", p + "up")
-            ids[p + "down"] = self._matrix(p + "down")
+            if layer.mlp.experts is None:
+                ids[p + "gate_up"] = self._matrix(p + "gate", p + "up")
+                ids[p + "down"] = self._matrix(p + "down")
+            else:
+                ids[p + "router"] = self._matrix(p + "router")
+                ids[p + "gate_up_experts"] = self._experts(p + "gate_experts", p + "up_experts")
+                ids[p + "down_experts"] = self._experts(p + "down_experts")
             for name in ("attn_norm", "mlp_norm", *(("q_norm", "k_norm") if layer.attention.qk_norm else ())):
                 ids[p + name] = self._vector(p + name)
             if layer.attention.qkv_bias:
@@ -83,10 +98,20 @@ class Program:
         self._ids = ids
 
     def _matrix(self, *slots: str) -> int:
-        tensors = [_runnable(self._tensors[s]) for s in slots]
-        parts = [(t.data, t.shape[0], t.shape[1], t.type) for t in tensors]
-        weight = self._lib.weight(parts, [self._panel_types[s] for s in slots])
-        drop_pages(self._tensors[s] for s in slots)  # so that the whole model is never there twice
+        return self._stack([self._tensors[s] for s in slots], slots)
+
+    def _experts(self, *slots: str) -> int:
+        """The matrices of the first expert, those of the second, ..."""
+        weight = -1
+        for expert in range(self._tensors[slots[0]].shape[0]):
+            weight = self._stack([part_of_stack(self._tensors[s], expert) for s in slots], slots, weight)
+        return weight
+
+    def _stack(self, tensors: Sequence[Tensor], slots: Sequence[str], behind: int = -1) -> int:
+        runnable = [_runnable(t) for t in tensors]
+        parts = [(t.data, t.shape[0], t.shape[1], t.type) for t in runnable]
+        weight = self._lib.weight(parts, [self._panel_types[s] for s in slots], behind)
+        drop_pages(tensors)  # so that the whole model is never there twice
         return weight
 
     def _vector(self, *slots: str) -> int:
@@ -102,7 +127,7 @@ class Program:
         dims = Dims(
             layers, attention.heads, attention.kv_heads, attention.head_dim, spec.vocab_size, max_tokens,
             MAX_ROWS, num_blocks, spec.rope.dim, int(spec.rope.interleaved), spec.rope.attention_factor,
-            inv_freq.ctypes.data, int(kv_int8),
+            inv_freq.ctypes.data, int(kv_int8), *_mixture(spec),
         )  # fmt: skip
         hidden = spec.hidden_size if spec.pooling is not None else 0
         self._lib.program(dims, buffer_shapes(spec), self._operations(), hidden)
@@ -131,9 +156,17 @@ class Program:
         self._emit(native.ATTENTION, in_=QKV, out=ATT, layer=i, f=a.scale, window=a.window or 0, order=p + "o")
         self._emit(native.MATMUL, in_=ATT, out=X, weight=p + "o", vector=p + "o_bias", flags=native.ADD)
         self._emit(native.NORM, in_=X, out=H, vector=p + "mlp_norm", f=eps, order=p + "gate_up")
+        if layer.mlp.experts is not None:
+            return self._mixture(p)
         self._emit(native.MATMUL, in_=H, out=GATE_UP, weight=p + "gate_up", vector=p + "gate_up_bias")
         self._emit(native.SILU, in_=GATE_UP, out=MLP, order=p + "down")
         self._emit(native.MATMUL, in_=MLP, out=X, weight=p + "down", vector=p + "down_bias", flags=native.ADD)
+
+    def _mixture(self, p: str) -> None:
+        self._emit(native.MATMUL, in_=H, out=ROUTER, weight=p + "router")
+        self._emit(native.ROUTE, in_=ROUTER)
+        self._emit(native.EXPERTS_UP, in_=H, out=CHOSEN, weight=p + "gate_up_experts")
+        self._emit(native.EXPERTS_DOWN, in_=CHOSEN, out=X, weight=p + "down_experts")
 
     def _emit(
         self, kind: int, *, in_: int = -1, out: int = -1, weight: str = "", vector: str = "", vector2: str = "",
@@ -146,7 +179,7 @@ class Program:
         """Let the producer of each quantized product's input quantize it, once."""
         producer: dict[int, Op] = {}
         for op in self._ops:
-            if op.kind in (native.MATMUL, native.HEAD) and op.weight in self._quantized:
+            if op.kind in _PRODUCTS and op.weight in self._quantized:
                 producer[op.in_].flags |= native.QUANTIZE
             if op.out >= 0:
                 producer[op.out] = op
@@ -169,9 +202,11 @@ def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
     """Width of each buffer, in the order of the constants."""
     a, h = spec.layers[0].attention, spec.hidden_size
     gated = 2 if spec.layers[0].mlp.gated else 1
-    mlp = max(layer.mlp.size for layer in spec.layers)
+    mlp = max((layer.mlp.size for layer in spec.layers if layer.mlp.experts is None), default=0)
+    chosen = max((layer.mlp.width for layer in spec.layers if layer.mlp.experts is not None), default=0)
     qkv = (a.heads + 2 * a.kv_heads) * a.head_dim
     widths = [(h, 0), (h, 0), (qkv, 0), (a.heads * a.head_dim, 0), (gated * mlp, 0), (mlp, 0), (h, 1), (h, 1)]
+    widths += [(_mixture(spec)[0], 0), (chosen, 0)]
     return [BufferShape(width, rows) for width, rows in widths]
 
 
@@ -189,9 +224,9 @@ def buffer_bytes(spec: ModelSpec, max_tokens: int) -> int:
 def panel_type(slot: str, tensor: Tensor, quantization: str | None) -> str:
     """What a matrix is once it is repacked. `quantization` int8 or int4 makes 8 or 4 bits of float ones."""
     kind = tensor.type if tensor.type in native.TYPES else "F32"
-    if quantization not in QUANTIZE_ON_LOAD or kind not in FLOATS or tensor.shape[1] % 32:
-        return kind
     part = slot.rpartition(".")[2]
+    if quantization not in QUANTIZE_ON_LOAD or kind not in FLOATS or tensor.shape[-1] % 32 or part == "router":
+        return kind
     return "Q8_0" if quantization == "int8" else _INT4.get(part, "Q4_1")
 
 
@@ -201,7 +236,8 @@ def in_their_order(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     """
     out, orders = dict(tensors), {}
     # the layers of decoders: what the operations of an encoder give is put in no order
-    for prefix in [slot.removesuffix(".gate") for slot in tensors if slot.endswith(".gate")]:
+    prefixes = {slot.rpartition(".")[0] for slot in tensors if slot.endswith((".gate", ".router"))}
+    for prefix in prefixes:
         for name, parts in FUSED.items():
             found = {slot: tensors.get(slot) for slot in (f"{prefix}.{part}" for part in parts)}
             ordered = {slot: t for slot, t in found.items() if isinstance(t, OrderedTensor)}
@@ -211,6 +247,12 @@ def in_their_order(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
                     out |= {slot: t.packed for slot, t in ordered.items()}
                     orders[f"{prefix}.{name}"] = first.order
     return out, orders
+
+
+def _mixture(spec: ModelSpec) -> tuple[int, int, int]:
+    """How many experts there are, how many a token takes, whether their shares add up to 1; the same in all layers."""
+    found = [layer.mlp.experts for layer in spec.layers if layer.mlp.experts is not None]
+    return (found[0].count, found[0].active, int(found[0].normalized)) if found else (0, 0, 0)
 
 
 def _runnable(tensor: Tensor) -> Tensor:
@@ -224,11 +266,10 @@ def _runnable(tensor: Tensor) -> Tensor:
 def check_spec(spec: ModelSpec) -> None:
     """ModelError where the kernels lack something that the model needs."""
     first = spec.layers[0]
-    if any(layer.mlp.experts is not None for layer in spec.layers):
-        raise ModelError(
-            "the CPU backend has no mixtures of experts yet", remedy="Use --device cuda, or try --device reference"
-        )
-    if len({(replace(layer.attention, window=None), layer.mlp.size) for layer in spec.layers}) > 1:
+    shapes = {replace(layer.attention, window=None) for layer in spec.layers}
+    dense = {layer.mlp.size for layer in spec.layers if layer.mlp.experts is None}
+    mixtures = {layer.mlp for layer in spec.layers if layer.mlp.experts is not None}
+    if max(len(shapes), len(dense), len(mixtures)) > 1:
         raise ModelError("the CPU backend needs all layers of one shape", remedy="Try --device reference")
     if first.attention.head_dim % 16 or first.attention.head_dim > 512:
         raise ModelError(
