@@ -136,7 +136,12 @@ def moe(a: argparse.Namespace, kind: str) -> None:
         }  # fmt: skip
         for name, shape in shapes.items():
             matrix(f"{p}{name}.weight", *shape)
-        for name, size in (("attn_norm", MOE_HIDDEN), ("ffn_norm", MOE_HIDDEN), ("attn_q_norm", 128), ("attn_k_norm", 128)):
+        for name, size in (
+            ("attn_norm", MOE_HIDDEN),
+            ("ffn_norm", MOE_HIDDEN),
+            ("attn_q_norm", 128),
+            ("attn_k_norm", 128),
+        ):
             ones(f"{p}{name}.weight", size)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

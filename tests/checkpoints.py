@@ -12,6 +12,11 @@ import torch
 import transformers
 from gguf_writer import write_gguf
 
+from pagoda.arch.names import checkpoint_name
+from pagoda.arch.registry import bind, load_spec
+from pagoda.weights.ggml import dequantize
+from pagoda.weights.open import open_source
+
 VOCAB = 256
 # Every size is a multiple of 32, so that every matrix can be stored in quantized blocks too.
 _TINY: Mapping[str, Any] = MappingProxyType(
@@ -76,7 +81,6 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen3-window": {"model_type": "qwen3", "head_dim": 32, **_QWEN_WINDOW},
     }
 )
-# Not among the others: the native executor does not have them.
 EXPERT_CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "qwen3-experts": {**_EXPERTS, "norm_topk_prob": True},
@@ -145,6 +149,36 @@ def write_gguf_checkpoint(path: Path, model: Any, type: str = "F32", metadata: M
         plain = float(config.rope_parameters["rope_theta"]) ** -(torch.arange(0, size, 2) / size)
         tensors["rope_freqs.weight"] = (plain / model.model.rotary_emb.inv_freq).numpy()
     write_gguf(path, table, tensors)
+
+
+def write_gguf_experts(folder: Path, kind: str) -> Path:
+    """The checkpoint in a folder again as tiny.gguf, as converters do: matrices of layers but routers in `kind`."""
+    source = open_source(str(folder))
+    spec = load_spec(source)
+    arch, attention, mlp = spec.model_type.replace("_", ""), spec.layers[0].attention, spec.layers[0].mlp
+    assert mlp.experts is not None
+    numbers = {
+        "block_count": len(spec.layers),
+        "context_length": spec.max_position,
+        "embedding_length": spec.hidden_size,
+        "expert_count": mlp.experts.count,
+        "expert_used_count": mlp.experts.active,
+        "expert_feed_forward_length": mlp.size,
+        "attention.head_count": attention.heads,
+        "attention.head_count_kv": attention.kv_heads,
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+        "attention.layer_norm_rms_epsilon": spec.norm_eps,
+        "rope.freq_base": float(source.config["rope_parameters"]["rope_theta"]),
+    }
+    tensors: dict[str, Any] = {}
+    for slot, tensor in bind(spec, source).items():
+        values = dequantize(tensor).copy()
+        stored = kind if slot.endswith(("_experts", ".q", ".k", ".v", ".o")) else "F32"
+        tensors[checkpoint_name(slot, gguf=True)] = values if values.ndim == 1 else (values, stored)
+    table = {"general.architecture": arch, **{f"{arch}.{name}": value for name, value in numbers.items()}}
+    write_gguf(folder / "tiny.gguf", table, tensors)
+    return folder / "tiny.gguf"
 
 
 def _neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -74,7 +74,7 @@ def test_pytorch_says_what_the_reference_says(tmp_path: Path, name: str) -> None
     assert tokens(model, "torch-cpu", 2) == wanted
 
 
-@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"experts"}))
+@pytest.mark.parametrize("name", sorted(FORMATS))
 def test_the_native_backend_after_a_restart(tmp_path: Path, name: str) -> None:
     model = folder(tmp_path, FORMATS[name])
     assert tokens(model, "cpu") == tokens(model, "cpu")

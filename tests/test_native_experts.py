@@ -1,26 +1,186 @@
-"""Mixtures of experts in the native executor: against transformers and the reference, in every type, bit for bit."""
+"""Mixtures of experts in the native executor: the grouped products in every type, whole models, every bit."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from checkpoints import EXPERT_CASES, VOCAB, make_model, write_checkpoint, write_gguf_checkpoint
+from checkpoints import EXPERT_CASES, VOCAB, write_checkpoint, write_gguf_experts
 from reference_plans import Feed, make_plan
+from test_native_kernels import FLOAT, ISAS, QUANTIZED, flat_plan, floats, quantized_rows, stored
 from test_native_models import LIMITS, TOKENS, expected_logits, native_logits, reference_logits, relative
 
-from pagoda.arch.registry import load_spec
-from pagoda.backend.cpu import library
-from pagoda.backend.cpu.executor import CpuExecutor
+from pagoda.arch.registry import bind, load_spec
+from pagoda.backend.cpu import library as native
+from pagoda.backend.cpu.executor import CpuExecutor, weight_bytes
+from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
+from pagoda.weights.ggml import dequantize
 from pagoda.weights.open import open_source
+from pagoda.weights.source import Tensor
 
-torch = pytest.importorskip("torch")
-ISAS = library.isas()
+Array = npt.NDArray[Any]
+
+
+@dataclass
+class Mixture:
+    router: Array
+    gate: list[Tensor]
+    up: list[Tensor]
+    down: list[Tensor]
+    active: int
+    normalized: bool = True
+
+
+def mixture(
+    kind: str, experts: int, active: int, size: int = 256, hidden: int = 256, normalized: bool = True
+) -> Mixture:
+    rng = np.random.default_rng(7)
+    router = rng.standard_normal((experts, hidden)).astype(np.float32) * 0.1
+    gate, up = ([stored(rng, size, hidden, kind) for _ in range(experts)] for _ in range(2))
+    return Mixture(router, gate, up, [stored(rng, hidden, size, kind) for _ in range(experts)], active, normalized)
+
+
+def run(isa: str, m: Mixture, x: Array, threads: int = 2) -> Array:
+    """What the library adds to the rows of x."""
+    lib, hidden, size = Native(threads, isa), x.shape[1], m.gate[0].shape[0]
+    embed = lib.weight([(floats(x).data, *x.shape, "F32")])
+    zeros = lib.weight([(floats(x * 0).data, *x.shape, "F32")])
+    router = lib.weight([(floats(m.router).data, *m.router.shape, "F32")])
+    up = down = -1
+    for gate_part, up_part, down_part in zip(m.gate, m.up, m.down, strict=True):
+        up = lib.weight([(t.data, *t.shape, t.type) for t in (gate_part, up_part)], behind=up)
+        down = lib.weight([(down_part.data, *down_part.shape, down_part.type)], behind=down)
+    inv_freq, count = np.ones(8), len(m.gate)
+    dims = Dims(1, 1, 1, 16, len(x), 1024, 1024, 64, 16, 0, 1.0, inv_freq.ctypes.data, 0, count, m.active, m.normalized)
+    flags = 0 if m.gate[0].type in FLOAT else native.QUANTIZE
+    widths = [(hidden, 0), (hidden, 0), (count, 0), (size * m.active, 0), (hidden, 1)]
+    lib.program(
+        dims,
+        [BufferShape(width, rows) for width, rows in widths],
+        [
+            Op(native.EMBED, -1, 0, embed, -1, -1, 0, flags, 0),
+            Op(native.EMBED, -1, 1, zeros, -1, -1, 0, 0, 0),
+            Op(native.MATMUL, 0, 2, router, -1, -1, 0, 0, 0),
+            Op(native.ROUTE, 2, -1, -1, -1, -1, 0, 0, 0),
+            Op(native.EXPERTS_UP, 0, 3, up, -1, -1, 0, flags, 0),
+            Op(native.EXPERTS_DOWN, 3, 1, down, -1, -1, 0, 0, 0),
+            Op(native.GATHER, 1, 4, -1, -1, -1, 0, native.LOGIT_ROWS, 0),
+            Op(native.HIDDEN, 4, -1, -1, -1, -1, 0, native.LOGIT_ROWS, 0),
+        ],
+        hidden,
+    )
+    result = lib.run(flat_plan(len(x), list(range(len(x))), len(x)))
+    lib.close()
+    assert result.hidden is not None
+    return result.hidden
+
+
+def expected(m: Mixture, x: Array) -> Array:
+    """The same in double precision, each product on the activations that it takes."""
+    taken = (lambda rows: rows.astype(np.float64)) if m.gate[0].type in FLOAT else quantized_rows
+    logits = x.astype(np.float64) @ m.router.T
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    chosen = np.argsort(-shares, axis=1, kind="stable")[:, : m.active]
+    total = np.take_along_axis(shares, chosen, axis=1).sum(axis=1) if m.normalized else np.ones(len(x))
+    out = np.zeros(x.shape)
+    for e in np.unique(chosen):
+        rows = np.flatnonzero((chosen == e).any(axis=1))
+        gate, up = (taken(x[rows]) @ dequantize(part[e]).T for part in (m.gate, m.up))
+        inner = taken((gate / (1 + np.exp(-gate)) * up).astype(np.float32))
+        out[rows] += (shares[rows, e] / total[rows])[:, None] * (inner @ dequantize(m.down[e]).T.astype(np.float64))
+    return out
+
+
+def rows(count: int, hidden: int = 256) -> Array:
+    return np.random.default_rng(count).standard_normal((count, hidden)).astype(np.float32)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", FLOAT + QUANTIZED)
+def test_experts_are_those_of_plain_arithmetic(isa: str, kind: str) -> None:
+    m = mixture(kind, 6, 2)
+    for count in (1, 2, 37):
+        x = rows(count)
+        exact = expected(m, x)
+        # a value that lies between two codes may become either
+        bound = 1e-5 if kind in FLOAT else 2e-3
+        assert np.abs(run(isa, m, x) - exact).max() <= bound * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 32, 64), (40, 8, 96, 128), (5, 5, 64, 320), (2, 1, 32, 256)])
+@pytest.mark.parametrize(("kind", "normalized"), [("Q4_0", True), ("BF16", False)])
+def test_other_shapes(shape: tuple[int, int, int, int], kind: str, normalized: bool) -> None:
+    m = mixture(kind, *shape, normalized=normalized)
+    for count in (1, 9, 1000):
+        x = rows(count, shape[3])
+        exact = expected(m, x)
+        bound = 1e-5 if kind in FLOAT else 5e-3
+        assert np.abs(run(ISAS[-1], m, x, threads=3) - exact).max() <= bound * np.abs(exact).max()
+
+
+def test_sizes_that_are_no_whole_blocks_run_in_floats() -> None:
+    m = mixture("F16", 4, 2, size=44, hidden=52)
+    x = rows(21, 52)
+    assert np.abs(run(ISAS[-1], m, x) - expected(m, x)).max() < 1e-4
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ("Q4_0", "Q4_K", "Q6_K", "Q8_0", "BF16"))
+def test_company_and_threads_change_no_bit(isa: str, kind: str) -> None:
+    m, x = mixture(kind, 6, 3), rows(150)
+    together = run(isa, m, x)
+    for count in (1, 2, 3, 9, 40, 150):
+        assert np.array_equal(run(isa, m, x[-count:], threads=1 + count % 4), together[-count:])
+
+
+def test_of_equal_experts_those_of_lower_number_are_taken() -> None:
+    m = mixture("F32", 6, 2)
+    m.router[[1, 3, 5]] = m.router[1]
+    x = np.sign(m.router[1])[None].repeat(3, axis=0)  # 1, 3 and 5 like it best
+    assert np.abs(run(ISAS[-1], m, x) - expected(m, x)).max() < 1e-4
+    m.router[:] = 0
+    assert np.abs(run(ISAS[-1], m, x) - expected(m, x)).max() < 1e-4
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    m, x = mixture("Q4_0", 6, 2), rows(12)
+    clean = run(ISAS[-1], m, x)
+    x[4, 7] = np.nan
+    seen = run(ISAS[-1], m, x)
+    others = np.arange(12) != 4
+    assert np.isnan(seen[4]).any() and np.array_equal(seen[others], clean[others])
 
 
 @pytest.mark.parametrize("case", EXPERT_CASES)
 def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
-    expected = expected_logits(write_checkpoint(tmp_path, case), TOKENS)
-    assert relative(native_logits(tmp_path, TOKENS) - expected, expected) < 1e-3
+    exact = expected_logits(write_checkpoint(tmp_path, case), TOKENS)
+    assert relative(native_logits(tmp_path, TOKENS) - exact, exact) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_0"])
+def test_gguf_logits_equal_the_reference_on_the_same_weights(kind: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen3-experts")
+    path = write_gguf_experts(tmp_path, kind)
+    exact = reference_logits(path)
+    error = relative(native_logits(path, TOKENS) - exact, exact)
+    assert error < (3e-4 if kind in FLOAT else 0.15)  # a rounded router input may choose another expert
+
+
+@pytest.mark.parametrize(("asked", "most"), [(None, 1e-3), ("int8", 0.3), ("int4", 1.0)])
+def test_what_is_quantized_on_load_takes_what_was_said(asked: str | None, most: float, tmp_path: Path) -> None:
+    exact = expected_logits(write_checkpoint(tmp_path, "qwen3-experts", torch_dtype="bfloat16"), TOKENS)
+    source = open_source(str(tmp_path))
+    spec = load_spec(source)
+    executor = CpuExecutor.load(spec, source, replace(LIMITS, quantization=asked))
+    said = weight_bytes(bind(spec, source), asked)
+    assert said <= executor.capacity.weight_bytes < said + 64 * 64  # vectors are a little longer
+    plan = make_plan([Feed(TOKENS, blocks=range(8), rows=[(i, -1, -1) for i in range(len(TOKENS))])], VOCAB)
+    logits = np.zeros((len(TOKENS), VOCAB), np.float32)
+    executor._lib.run(plan, logits)
+    executor.close()
+    assert relative(logits - exact, exact) < most

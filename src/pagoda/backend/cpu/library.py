@@ -161,8 +161,8 @@ class Native:
     ) -> int:
         """Repack matrices of one k, stacked along rows: (bytes, rows, k, type) each. Returns the weight's id.
 
-        `panel_types`, if given, is what each becomes: its own type, or Q8_0, Q5_1 or Q4_1 for a float one. `behind`: the
-        weight that they are stacked behind; a new one if -1.
+        `panel_types`, if given, is what each becomes: its own type, or Q8_0, Q5_1 or Q4_1 for a float one.
+        `behind`: the weight that they are stacked behind; a new one if -1.
         """
         array = (Part * len(parts))()
         for i, (data, rows, k, kind) in enumerate(parts):
