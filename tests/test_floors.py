@@ -24,6 +24,7 @@ FLOORS = MappingProxyType(
         "backend": 4,
         "sched": 3,
         "arch": 2,
+        "media": 1,
         "text": 1,
         "weights": 1,
     }

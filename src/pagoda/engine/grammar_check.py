@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import subprocess
 import sys
-from asyncio import StreamReader, StreamWriter
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import msgspec
 
-from pagoda.engine.messages import Verdict, frame
+from pagoda.engine.messages import Verdict
+from pagoda.engine.worker import Worker
 from pagoda.errors import BadRequest, Overloaded
 
 COMMAND = (sys.executable, "-P", "-m", "pagoda.engine.grammar_worker")
@@ -23,39 +21,6 @@ _TOO_MUCH = "it takes too long or too much memory to compile"
 
 Words = tuple[list[bytes], list[int], list[int]]
 """The model's tokens, the special ones among them, and those that end an answer."""
-
-
-class _Worker:
-    """One life of the process, and the stream to it."""
-
-    def __init__(self, command: Sequence[str]) -> None:
-        self._ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                command, stdin=theirs.fileno(), stdout=theirs.fileno(), start_new_session=True
-            )
-        self._stream: tuple[StreamReader, StreamWriter] | None = None
-
-    async def tell(self, message: object) -> StreamReader:
-        if self._stream is None:
-            self._stream = await asyncio.open_connection(sock=self._ours)
-        reader, writer = self._stream
-        writer.write(frame(message))
-        await writer.drain()
-        return reader
-
-    async def ask(self, message: object) -> Verdict:
-        reader = await self.tell(message)
-        size = int.from_bytes(await reader.readexactly(4), "big")
-        return msgspec.msgpack.decode(await reader.readexactly(size), type=Verdict)
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        if self._stream is None:
-            self._ours.close()
-        else:
-            self._stream[1].close()
 
 
 class GrammarCheck:
@@ -73,7 +38,7 @@ class GrammarCheck:
         self._command = tuple(command)
         self._wall_s = wall_s
         self._turn_s = turn_s
-        self._worker: _Worker | None = None
+        self._worker: Worker | None = None
         self._turn = asyncio.Lock()
         self._kept: OrderedDict[str, Verdict] = OrderedDict()
         self._kept_bytes = 0
@@ -106,9 +71,9 @@ class GrammarCheck:
         try:
             async with asyncio.timeout(self._wall_s):
                 if self._worker is None:
-                    self._worker = _Worker(self._command)
+                    self._worker = Worker(self._command)
                     await self._worker.tell(self._words())
-                return await self._worker.ask(grammar)
+                return msgspec.msgpack.decode(await self._worker.ask(grammar), type=Verdict)
         except (TimeoutError, EOFError, ConnectionError):
             self.close()
             return Verdict(error=_TOO_MUCH)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-import signal
 import sys
-from typing import BinaryIO
 
 import msgspec
 
-from pagoda.engine.messages import Verdict, frame
+from pagoda.engine.messages import Verdict
+from pagoda.engine.worker import answer_each, limit_memory, receive
 from pagoda.errors import BadRequest
 from pagoda.text.matcher import Vocabulary, translated
 
@@ -29,26 +27,13 @@ def judge(vocabulary: Vocabulary, text: str) -> Verdict:
     return Verdict(text)
 
 
-def receive(source: BinaryIO) -> bytes | None:
-    """The next frame; None at the end."""
-    size = source.read(4)
-    return source.read(int.from_bytes(size, "big")) if len(size) == 4 else None
-
-
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_memory(MEMORY_BYTES)
     first = receive(sys.stdin.buffer)
     if first is None:
         return
     vocabulary = Vocabulary(*msgspec.msgpack.decode(first, type=tuple[list[bytes], list[int], list[int]]))
-    while (message := receive(sys.stdin.buffer)) is not None:
-        # Time on the processor, not on the clock: the signal's default is to end the process.
-        signal.setitimer(signal.ITIMER_PROF, CPU_S)
-        verdict = judge(vocabulary, msgspec.msgpack.decode(message, type=str))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(frame(verdict))
-        sys.stdout.buffer.flush()
+    answer_each(lambda message: judge(vocabulary, msgspec.msgpack.decode(message, type=str)), CPU_S)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""How large a picture goes into the model: sides that are whole patches, and the tokens that these take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from pagoda.errors import BadRequest, ConfigError
+
+MAX_RATIO = 200
+_MIN_PIXELS, _MAX_PIXELS = 56 * 56, 1280 * 28 * 28
+_LOW_PIXELS = 512 * 512
+_NAMES = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+
+
+class Sizing(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model takes, and between how many pixels a picture, or a frame of a video, is brought."""
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = _MIN_PIXELS
+    max_pixels: int = _MAX_PIXELS
+    min_frame_pixels: int = _MIN_PIXELS
+    max_frame_pixels: int = _MAX_PIXELS
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side of what becomes one token."""
+        return self.patch_size * self.merge_size
+
+    def fit(self, width: int, height: int, *, video: bool = False) -> tuple[int, int]:
+        """Width and height in the model: multiples of `factor`, as near to the picture's own as the limits allow."""
+        if max(height, width) > MAX_RATIO * min(height, width):
+            raise BadRequest(f"its long side is more than {MAX_RATIO} times its short one ({width} x {height})")
+        factor = self.factor
+        least = self.min_frame_pixels if video else self.min_pixels
+        most = self.max_frame_pixels if video else self.max_pixels
+        rows, columns = round(height / factor), round(width / factor)
+        if rows * columns * factor**2 > most:
+            shrink = math.sqrt(height * width / most)
+            rows = max(1, math.floor(height / shrink / factor))
+            columns = max(1, math.floor(width / shrink / factor))
+        elif rows * columns * factor**2 < least:
+            grow = math.sqrt(least / (height * width))
+            rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
+        return columns * factor, rows * factor
+
+    def grid(self, width: int, height: int, frames: int) -> tuple[int, int, int]:
+        """Patches in time, height and width."""
+        return -(-frames // self.temporal_patch_size), height // self.patch_size, width // self.patch_size
+
+    def tokens(self, grid: tuple[int, int, int]) -> int:
+        return grid[0] * grid[1] * grid[2] // self.merge_size**2
+
+    def pixels_for(self, tokens: int) -> int:
+        """The largest picture of so many tokens."""
+        return tokens * self.factor**2
+
+    def lowered(self, asked: Mapping[str, Any], *, low: bool = False) -> Sizing:
+        """With the limits that a request asks for, which can only be closer. `low`: it wants little detail."""
+        given = pixel_limits(asked, "mm_processor_kwargs", self.factor)
+        most = min(given.get("max_pixels", self.max_pixels), self.max_pixels, _LOW_PIXELS if low else self.max_pixels)
+        most_frame = min(most, self.max_frame_pixels)
+        least = max(given.get("min_pixels", 0), self.min_pixels)
+        return msgspec.structs.replace(
+            self,
+            max_pixels=most,
+            max_frame_pixels=most_frame,
+            min_pixels=min(least, most),
+            min_frame_pixels=min(max(given.get("min_pixels", 0), self.min_frame_pixels), most_frame),
+        )
+
+
+def pixel_limits(given: Mapping[str, Any], name: str, factor: int) -> dict[str, int]:
+    """`min_pixels` and `max_pixels` of a table, also as the edges of `size`. Raises BadRequest for what is neither."""
+    size = given.get("size")
+    table = {**(size if isinstance(size, Mapping) else {}), **given}
+    unknown = [key for key in given if key not in ("size", *(one[0] for one in _NAMES))]
+    if unknown or (size is not None and not isinstance(size, Mapping)):
+        wrong = unknown[0] if unknown else "size"
+        raise BadRequest(f"{name}: {str(wrong)[:40]} is not known here; it takes min_pixels and max_pixels", param=name)
+    found = {}
+    for ours, edge in _NAMES:
+        value = table.get(ours, table.get(edge))
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not factor**2 <= value < 2**31:
+            raise BadRequest(f"{name}: {ours} must be a whole number of at least {factor**2}", param=name)
+        found[ours] = value
+    if found.get("min_pixels", 0) > found.get("max_pixels", 2**31):
+        raise BadRequest(f"{name}: min_pixels must not be above max_pixels", param=name)
+    return found
+
+
+def find_sizing(
+    patch_size: int,
+    temporal_patch_size: int,
+    merge_size: int,
+    files: tuple[Mapping[str, Any], Mapping[str, Any]],
+    given: Mapping[str, Any],
+) -> Sizing:
+    """From the model's preprocessor_config.json and video_preprocessor_config.json, and --mm-processor-kwargs."""
+    factor = patch_size * merge_size
+    picture, video = (_of_file(file, factor) for file in files)
+    try:
+        own = pixel_limits(given, "mm_processor_kwargs", factor)
+    except BadRequest as error:
+        raise ConfigError("--" + error.message.replace("_", "-", 2), remedy=_EXAMPLE) from None
+    picture = {**picture, **own}
+    video = {**picture, **video, **own}
+    sizing = Sizing(
+        patch_size=patch_size,
+        temporal_patch_size=temporal_patch_size,
+        merge_size=merge_size,
+        **picture,
+        **{name.replace("_", "_frame_"): value for name, value in video.items()},
+    )
+    if sizing.min_pixels > sizing.max_pixels or sizing.min_frame_pixels > sizing.max_frame_pixels:
+        raise ConfigError(f"--mm-processor-kwargs: min_pixels {sizing.min_pixels} is above max_pixels", remedy=_EXAMPLE)
+    return sizing
+
+
+_EXAMPLE = """Write --mm-processor-kwargs '{"max_pixels": 1003520}'"""
+
+
+def _of_file(file: Mapping[str, Any], factor: int) -> dict[str, int]:
+    known = {name: file[name] for name in ("size", "min_pixels", "max_pixels") if file.get(name) is not None}
+    try:
+        return pixel_limits(known, "preprocessor_config.json", factor)
+    except BadRequest as error:
+        raise ConfigError(error.message, remedy="Download the model's preprocessor_config.json again") from None
