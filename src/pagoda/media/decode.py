@@ -140,6 +140,7 @@ def _sampled(animation: Any) -> Iterator[Picture]:
     taken = 0
     for index in range(count):
         animation.seek(index)
+        animation.load()  # some formats tell how long a frame lasts only now
         lasts_s = (animation.info.get("duration") or _DEFAULT_FRAME_MS) / 1000
         shown_s += lasts_s
         while due_s < shown_s and taken < MAX_FRAMES:

@@ -33,8 +33,13 @@ _URL = re.compile(r"(https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,
 _PRINTABLE = "".join(map(chr, range(33, 127)))
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
-_SHARED = ipaddress.ip_network("100.64.0.0/10")
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+_UNICAST = ipaddress.ip_network("2000::/3")
+# What older versions of Python take for public.
+_SPECIAL = [
+    ipaddress.ip_network(text)
+    for text in ("100.64.0.0/10", "192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20", "5f00::/16")
+]
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Lookup = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -154,8 +159,10 @@ def _may_reach(address: Address, named: bool) -> bool:
         return False
     if named:
         return True
-    shared = isinstance(address, ipaddress.IPv4Address) and address in _SHARED
-    return address.is_global and not (address.is_private or address.is_reserved or address.is_loopback or shared)
+    if isinstance(address, ipaddress.IPv6Address) and address not in _UNICAST:
+        return False
+    special = any(address in network for network in _SPECIAL)
+    return address.is_global and not (address.is_private or address.is_reserved or address.is_loopback or special)
 
 
 class _Reply:
