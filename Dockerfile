@@ -11,7 +11,7 @@ COPY native native
 COPY src src
 ARG VARIANT=cpu
 RUN python -m venv /opt/pagoda \
-  && if [ "$VARIANT" = cuda ]; then extra='[cuda]'; else extra=''; fi \
+  && if [ "$VARIANT" = cuda ]; then extra='[cuda]'; else extra='[vision]'; fi \
   && /opt/pagoda/bin/pip install --no-cache-dir ".$extra" \
   && /opt/pagoda/bin/pip uninstall -y pip
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pagoda.arch.mrope import rope_positions
 from pagoda.sched.scheduler import Scheduler, SchedulerConfig
 from pagoda.types import BLOCK_SIZE, Delta, Request, SamplingParams, StepPlan, StepResult, TokenLogprob
 
@@ -26,6 +27,15 @@ def prefix_ids(salt: str, tokens: list[int]) -> list[int]:
         last = hash((last, token))
         ids.append(last)
     return ids
+
+
+def seen(request: Request, tokens: list[int]) -> list[int]:
+    """The tokens, with what the images show in the places of theirs."""
+    out = list(tokens)
+    for image in request.images:
+        for i in range(image.tokens):
+            out[image.start + i] = hash((image.digest, image.second_per_grid, i))
+    return out
 
 
 def logprob_of(prefix_id: int, token: int) -> float:
@@ -90,7 +100,7 @@ def solo(request: Request, config: SchedulerConfig) -> Told:
     """What the request gives when it runs alone, by the rules and without a scheduler."""
     told, params = Told(), request.params
     known = [*request.prompt_token_ids, *request.output_token_ids]
-    ids = prefix_ids(request.cache_salt, known)
+    ids = prefix_ids(request.cache_salt, seen(request, known))
     capacity = config.num_blocks * BLOCK_SIZE
     if not known or len(known) > min(capacity, config.max_model_len):
         return Told(finish_reason="error")
@@ -161,7 +171,7 @@ class Harness:
     def add(self, request: Request) -> None:
         self.requests[request.request_id] = request
         self.told[request.request_id] = Told()
-        self.ids[request.request_id] = prefix_ids(request.cache_salt, self.known(request.request_id))
+        self.ids[request.request_id] = prefix_ids(request.cache_salt, seen(request, self.known(request.request_id)))
         delta = self.scheduler.add(request)
         if delta is not None:
             self._hear([delta])
@@ -276,11 +286,34 @@ class Harness:
             assert len(places) == count and not places & written, "two writers of one place"
             written |= places
             self.cells[cells] = GARBAGE if fails else self.ids[name][first : first + count]
+        self._check_images(plan, names)
         if fails:
             return
         for r, name in enumerate(names):
             end = int(plan.positions[r] + plan.starts[r + 1] - plan.starts[r])
             assert self.cells[self._cells_of(plan, r, 0, end)].tolist() == self.ids[name][:end], "wrong cache is read"
+
+    def _check_images(self, plan: StepPlan, names: list[str]) -> None:
+        """Each token row has its three positions, and the vector of its image."""
+        shown, positions = {}, np.zeros((3, len(plan.tokens)), np.int32)
+        for r, name in enumerate(names):
+            request = self.requests[name]
+            whole, delta = (None, 0)
+            if request.images and self.config.vision is not None:
+                whole, delta = rope_positions(len(request.prompt_token_ids), request.images, self.config.vision)
+            for row in range(plan.starts[r], plan.starts[r + 1]):
+                place = int(plan.positions[r]) + row - int(plan.starts[r])
+                inside = whole is not None and place < whole.shape[1]
+                positions[:, row] = whole[:, place] if whole is not None and inside else place + delta
+                for image in request.images:
+                    if 0 <= place - image.start < image.tokens:
+                        shown[row] = image.digest, place - image.start
+        told = {p.row + i: (p.image.digest, p.first + i) for p in plan.images for i in range(p.count)}
+        assert told == shown and sum(p.count for p in plan.images) == len(told), "wrong images"
+        if plan.rope_positions is None:
+            assert not any(self.requests[name].images for name in names)
+        else:
+            assert plan.rope_positions.dtype == np.int32 and np.array_equal(plan.rope_positions, positions)
 
     def _result(self, plan: StepPlan, names: list[str], poisoned: str) -> StepResult:
         rows = len(plan.rows)

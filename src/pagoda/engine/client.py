@@ -13,6 +13,7 @@ import msgspec
 
 from pagoda.backend.base import Progress
 from pagoda.config import EngineConfig
+from pagoda.engine.images import SentImages
 from pagoda.engine.link import Link, describe_exit
 from pagoda.engine.messages import (
     Cancel,
@@ -24,7 +25,6 @@ from pagoda.engine.messages import (
     Ping,
     Ready,
     Step,
-    Submit,
 )
 from pagoda.engine.roster import Roster
 from pagoda.engine.spawn import COMMAND, EngineProcess
@@ -91,6 +91,7 @@ class EngineClient:
         self._info: ModelInfo | None = None
         self._stats = EngineStats(scheduler=_NO_SCHEDULE)
         self._roster = Roster()
+        self._images = SentImages()
         self._link: Link | None = None
         self._draining = False
         self._empty = asyncio.Event()
@@ -187,12 +188,18 @@ class EngineClient:
             self._silent_ticks = 0
         for request in self._roster.due():
             self._idle = False
-            self._link.send(Submit(request))
+            for message in self._images.messages(request):
+                self._link.send(message)
 
     def _cancel(self, wire_ids: list[str]) -> None:
         for wire_id in wire_ids:
             if self._link is not None:
                 self._link.send(Cancel(wire_id))
+
+    def _forget_images(self) -> None:
+        gone = self._images.unneeded(self._roster.is_sent)
+        if gone is not None and self._link is not None:
+            self._link.send(gone)
 
     def _release(self, stream: Stream) -> None:
         """The consumer wants no more of this request."""
@@ -200,6 +207,7 @@ class EngineClient:
         if wire_id is not None:
             self._cancel([wire_id])
             self._submit()
+            self._forget_images()
         self._note_empty()
 
     def _note_empty(self) -> None:
@@ -217,6 +225,7 @@ class EngineClient:
                     if cancelled := self._roster.deliver(delta):
                         self._cancel(cancelled)
                 self._submit()
+                self._forget_images()
                 self._note_empty()
             case Loading(phase, share):
                 if self._on_progress is not None:
@@ -272,6 +281,7 @@ class EngineClient:
     def _take_back(self) -> None:
         self.ready = False
         self._roster.engine_died(self._info.max_num_seqs if self._info else 0)
+        self._images.clear()
         self._note_empty()
         self._stats = EngineStats(scheduler=_NO_SCHEDULE)
         self._longest_step_s = 0.0

@@ -23,6 +23,7 @@ from pagoda.backend.pooler import Head
 from pagoda.backend.select import load_executor, resolve_device
 from pagoda.config import EngineConfig
 from pagoda.engine.grammars import Grammars
+from pagoda.engine.images import check_images
 from pagoda.engine.messages import EngineStats, ModelInfo
 from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
 from pagoda.formats import QUANTIZE_ON_LOAD_GPU
@@ -84,6 +85,7 @@ class EngineCore:
                 speculation=_speculation(config, capacity),
                 pooling=None if self.spec.pooling is None else self.spec.pooling.kind,
                 whole_prompts=self.spec.encoder is not None,
+                vision=self.spec.vision,
             ),
             self._drafts,
         )
@@ -148,6 +150,7 @@ class EngineCore:
         for ids in (request.prompt_token_ids, request.output_token_ids):
             if ids and not (min(ids) >= 0 and max(ids) < size):
                 raise BadRequest(f"the prompt holds a token id outside 0..{size - 1}", param="prompt")
+        check_images(request, self.spec.vision)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request; no delta follows."""
@@ -360,6 +363,7 @@ def _describe(
         load_s=time.monotonic() - started,
         task="generate" if spec.pooling is None else "score" if spec.pooling.labels else "embed",
         width=0 if spec.pooling is None else spec.pooling.labels or spec.hidden_size,
+        sees=spec.vision is not None,
     )
 
 

@@ -143,7 +143,7 @@ class DraftModel:
 
     def _new_follower(self, stream: Sequence) -> _Follower:
         params = msgspec.structs.replace(stream.params, logprobs=None, prompt_logprobs=None)
-        request = msgspec.structs.replace(stream.request, params=params)
+        request = msgspec.structs.replace(stream.request, params=params, images=[])  # it sees nothing
         seq = Sequence(request, 0, self._length, self._vocab_size)
         seq.slot = stream.slot
         self._batch.seat(seq)

@@ -33,6 +33,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_s: float
     task: str = "generate"  # or "embed", "score": what a request gives
     width: int = 0  # of the vector, or how many scores there are
+    sees: bool = False  # it takes images
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +50,19 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
     request_id: str
+
+
+class Picture(msgspec.Struct, frozen=True, tag=True):
+    """The pixels of an image, which requests that follow refer to by its digest."""
+
+    digest: bytes
+    pixels: bytes
+
+
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """Images that no request needs any more."""
+
+    digests: list[bytes]
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
@@ -89,7 +103,7 @@ class Verdict(msgspec.Struct, frozen=True):
     error: str = ""
 
 
-ToEngine = Submit | Cancel | Ping | Shutdown
+ToEngine = Submit | Cancel | Picture | Forget | Ping | Shutdown
 FromEngine = Loading | Ready | Step | LoadFailed
 
 
@@ -111,6 +125,11 @@ class Framer:
     def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self._max_frame_bytes = max_frame_bytes
         self._buffer = bytearray()
+
+    @property
+    def partial(self) -> bool:
+        """A frame has begun and not ended."""
+        return bool(self._buffer)
 
     def feed(self, data: bytes) -> list[bytes]:
         """Add bytes; every frame that is complete now. Raises ProtocolError for a length over the limit."""

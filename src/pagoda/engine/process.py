@@ -19,11 +19,14 @@ import msgspec
 from pagoda import heap
 from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
+from pagoda.engine.images import HeldImages
 from pagoda.engine.messages import (
     Cancel,
+    Forget,
     Framer,
     LoadFailed,
     Loading,
+    Picture,
     Ping,
     ProtocolError,
     Ready,
@@ -40,6 +43,8 @@ from pagoda.types import Delta
 BACKLOG_BYTES = 64 << 20
 _READ_BYTES = 1 << 18
 _PROGRESS_S = 0.05
+_READS_AT_ONCE = 128
+_AT_ONCE_S = 0.001
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger(__name__)
@@ -97,7 +102,22 @@ class Wire:
             raise Gone from error
         if not data:
             raise Gone
-        return self._framer.feed(data)
+        frames = self._framer.feed(data)
+        return frames if frames or not self._framer.partial else self._rest()
+
+    def _rest(self) -> list[bytes]:
+        """More of a large frame, as long as it comes at once: with one read for each step it would take many steps."""
+        for _ in range(_READS_AT_ONCE):
+            readable, _, _ = select.select([self._sock], [], [], _AT_ONCE_S)
+            if not readable:
+                break
+            try:
+                frames = self._framer.feed(self._sock.recv(_READ_BYTES))
+            except OSError as error:
+                raise Gone from error
+            if frames:
+                return frames
+        return []
 
     def _flush(self) -> None:
         try:
@@ -112,13 +132,18 @@ class Wire:
 def serve(wire: Wire, core: EngineCore) -> None:
     """Take in messages and compute steps until told to end. Without work it sleeps in the kernel."""
     decoder = msgspec.msgpack.Decoder(ToEngine)
+    images = HeldImages()
     more = True  # to prepare
     while True:
         asked = False
         for data in wire.receive(wait=wire.full or not (core.has_work or more)):
-            match decoder.decode(data):
+            match message := decoder.decode(data):
                 case Submit(request):
-                    core.add(request)
+                    core.add(images.whole(request))
+                case Picture():
+                    images.hold(message)
+                case Forget(digests):
+                    images.forget(digests)
                 case Cancel(request_id):
                     core.cancel(request_id)
                     asked = True

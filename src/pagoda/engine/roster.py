@@ -38,6 +38,9 @@ class Roster:
     def sent(self) -> int:
         return len(self._sent)
 
+    def is_sent(self, wire_id: str) -> bool:
+        return wire_id in self._sent
+
     def add(self, stream: Stream) -> None:
         stream.arrival = self._arrivals
         self._arrivals += 1

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagoda.sched.state import Mask, Sequence, Turn, mask_words
-from pagoda.types import BLOCK_SIZE, Int32, StepPlan
+from pagoda.types import BLOCK_SIZE, Int32, PlannedImage, StepPlan
 
 _UINT64 = 2**64 - 1
 _NOWHERE = 2**31 - 1
@@ -53,7 +53,10 @@ class Batch:
         steady = all(turn.steady for turn in turns)
         if steady and self._steady is not None and seqs == self._steady_seqs:
             tokens = _ints([seq.known[-1] for seq, _ in seqs])
-            plan = replace(self._steady, step=step, tokens=tokens, positions=_ints([seq.computed for seq, _ in seqs]))
+            positions = _ints([seq.computed for seq, _ in seqs])
+            rope = _rope_positions(turns)
+            changed: dict[str, Any] = {"tokens": tokens, "positions": positions, "rope_positions": rope, "images": ()}
+            plan = replace(self._steady, step=step, **changed)
         else:
             plan = self._whole_plan(step, turns)
         self._steady, self._steady_seqs = (plan, seqs) if steady else (None, [])
@@ -109,6 +112,8 @@ class Batch:
             repetition=floats[5],
             seed=self._seed[slots],
             second_texts=_second_texts(seqs),
+            rope_positions=_rope_positions(turns),
+            images=_images(turns),
             **_history(seqs),
             **_bias(seqs),
             **self._masks(turns),
@@ -125,6 +130,27 @@ class Batch:
             rows += [-1] * len(turn.pooled)
             masks += own
         return {"row_mask": _ints(rows), "masks": np.array(masks, np.uint32).reshape(len(masks), self._mask_words)}
+
+
+def _rope_positions(turns: list[Turn]) -> Int32 | None:
+    if all(turn.seq.sight is None for turn in turns):
+        return None
+    found = []
+    for turn in turns:
+        first, count, sight = turn.seq.computed, turn.count + len(turn.drafts), turn.seq.sight
+        plain = np.broadcast_to(np.arange(first, first + count, dtype=np.int32), (3, count))
+        found.append(plain if sight is None else sight.positions(first, count))
+    return np.concatenate(found, axis=1)
+
+
+def _images(turns: list[Turn]) -> tuple[PlannedImage, ...]:
+    found: list[PlannedImage] = []
+    row = 0
+    for turn in turns:
+        if turn.seq.sight is not None:
+            found += turn.seq.sight.planned(turn.seq.computed, turn.count, row)
+        row += turn.count + len(turn.drafts)
+    return tuple(found)
 
 
 def _second_texts(seqs: list[Sequence]) -> Int32 | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from pagoda.types import BLOCK_SIZE
 
 _BYTES_PER_BLOCK = 4 * BLOCK_SIZE
+_NOTHING: Mapping[int, bytes] = MappingProxyType({})
 
 
 def root_hash(cache_salt: str) -> bytes:
@@ -18,15 +20,17 @@ def root_hash(cache_salt: str) -> bytes:
     return hashlib.sha256(b"pagoda prefix\0" + cache_salt.encode("utf-8", "surrogatepass")).digest()
 
 
-def chain_hashes(parent: bytes, token_ids: Sequence[int]) -> list[bytes]:
+def chain_hashes(parent: bytes, token_ids: Sequence[int], seen: Mapping[int, bytes] = _NOTHING) -> list[bytes]:
     """One hash per full block of `token_ids`, each covering all tokens before it through its parent's hash.
+
+    `seen`: by the number of a block, what else its content depends on.
 
     SHA-256 because a collision would serve one user's cache to another: it must not be possible to make one.
     """
     data = np.asarray(token_ids, dtype="<i4").tobytes()
     hashes = []
-    for end in range(_BYTES_PER_BLOCK, len(data) + 1, _BYTES_PER_BLOCK):
-        parent = hashlib.sha256(parent + data[end - _BYTES_PER_BLOCK : end]).digest()
+    for number, end in enumerate(range(_BYTES_PER_BLOCK, len(data) + 1, _BYTES_PER_BLOCK)):
+        parent = hashlib.sha256(parent + data[end - _BYTES_PER_BLOCK : end] + seen.get(number, b"")).digest()
         hashes.append(parent)
     return hashes
 

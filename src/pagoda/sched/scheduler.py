@@ -11,6 +11,7 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 from operator import attrgetter
 
+from pagoda.arch.spec import Vision
 from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
 from pagoda.sched.draft import Speculator
@@ -44,6 +45,7 @@ class SchedulerConfig:
     speculation: Speculation | None = None
     pooling: PoolKind | None = None
     whole_prompts: bool = False
+    vision: Vision | None = None
 
 
 class Scheduler:
@@ -83,7 +85,8 @@ class Scheduler:
                 f"the request has {known_len} tokens, the engine takes 1 to {limit}; send fewer, or give it more memory"
             )
             return Delta(request_id=request.request_id, finish_reason="error", error=error)
-        seq = Sequence(request, self._arrivals, self._config.max_model_len, self._config.vocab_size, grammar)
+        config = self._config
+        seq = Sequence(request, self._arrivals, config.max_model_len, config.vocab_size, grammar, vision=config.vision)
         if self._config.pooling is not None:
             seq.pool_as(self._config.pooling)
         self._arrivals += 1
@@ -139,7 +142,8 @@ class Scheduler:
         """How long the last step took. It decides only how prompts are cut, so answers never depend on it."""
         if self._last is None or self._last.plan is not plan:
             raise ValueError("this is not the last step")
-        self._pace.observe(self._last.load, seconds)
+        if not plan.images:  # how long a picture takes says nothing about tokens
+            self._pace.observe(self._last.load, seconds)
         self._last = None
 
     def apply(self, plan: StepPlan, result: StepResult) -> list[Delta]:

@@ -9,10 +9,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pagoda.arch.spec import Vision
 from pagoda.sched.blocks import chain_hashes, root_hash
 from pagoda.sched.draft import Drafter
 from pagoda.sched.forbidden import ForbiddenRuns
 from pagoda.sched.pooled import Pool, PoolKind
+from pagoda.sched.sight import Sight, seen_in_blocks
 from pagoda.types import BLOCK_SIZE, Float32, Int32, Request, SamplingParams, TokenLogprob
 
 Bias = tuple[Int32, Float32]
@@ -93,13 +95,20 @@ class Sequence:
         "prompt_scores",
         "request",
         "request_id",
+        "sight",
         "slot",
         "started",
         "stop_ids",
     )
 
     def __init__(
-        self, request: Request, arrival: int, max_model_len: int, vocab_size: int, grammar: Grammar | None = None
+        self,
+        request: Request,
+        arrival: int,
+        max_model_len: int,
+        vocab_size: int,
+        grammar: Grammar | None = None,
+        vision: Vision | None = None,
     ) -> None:
         params = request.params
         self.request = request
@@ -135,6 +144,7 @@ class Sequence:
         self.history = _history(request)
         self.drafter: Drafter | None = None
         self.pool: Pool | None = None
+        self.sight = Sight(request, vision) if vision is not None and request.images else None
 
     def pool_as(self, kind: PoolKind) -> None:
         """It gives a vector, and ends with its prompt."""
@@ -197,7 +207,8 @@ class Sequence:
         done = len(self.hashes)
         if done < count:
             parent = self.hashes[-1] if done else root_hash(self.request.cache_salt)
-            self.hashes += chain_hashes(parent, self.known[done * BLOCK_SIZE : count * BLOCK_SIZE])
+            seen = seen_in_blocks(self.request.images, done)
+            self.hashes += chain_hashes(parent, self.known[done * BLOCK_SIZE : count * BLOCK_SIZE], seen)
         return self.hashes[:count]
 
     def scoring(self, count: int) -> range:

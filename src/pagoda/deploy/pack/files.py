@@ -78,7 +78,7 @@ def package_members(*, torch: bool) -> Iterator[Member]:
     place = f"python/{_site()}"
     code = Path(pagoda.__file__).parent
     yield from _below(code, f"{place}/pagoda")
-    for distribution in _closure({"cuda"} if torch else set()):
+    for distribution in _closure({"cuda", "vision"} if torch else {"vision"}):
         yield from _of_distribution(distribution, place)
 
 
@@ -119,7 +119,8 @@ def _requirements(name: str) -> Sequence[str]:
     if name != DISTRIBUTION or not checkout.is_file():
         raise ConfigError(f"{name} is not installed as a package", remedy=f"Install it: pip install {name}")
     project = tomllib.loads(checkout.read_text("utf-8"))["project"]
-    extra = [f"{one.partition(';')[0]}; extra == 'cuda'" for one in project["optional-dependencies"]["cuda"]]
+    optional = project["optional-dependencies"]
+    extra = [f"{one.partition(';')[0]}; extra == '{name}'" for name in ("cuda", "vision") for one in optional[name]]
     return [*project["dependencies"], *extra]
 
 
