@@ -271,9 +271,9 @@ def test_a_key_guards_every_route() -> None:
                         assert response.status_code == 200
                     else:
                         assert response.status_code == 401, (method, url)
-                        assert response.json()["error"]  # in the shape of the route's dialect
-                        assert "needs an API key" in response.text and KEY not in response.text
-                        assert response.headers["www-authenticate"] == "Bearer"
+                        assert response.headers["www-authenticate"] == "Bearer" and KEY not in response.text
+                        if method != "HEAD":
+                            assert "needs an API key" in str(response.json()["error"])  # in the dialect's shape
         for headers in ({"authorization": f"Bearer {KEY}"}, {"authorization": f"bearer  {KEY}"}, {"x-api-key": KEY}):
             assert client.get("/v1/models", headers=headers).status_code == 200
         for method in ("HEAD", "OPTIONS", "TRACE", "DELETE", "PUT"):

@@ -98,7 +98,7 @@ def make_server(options: Options, path: str, engine: EngineClient) -> Server:
     from pagoda.arch.dummy import open_model
     from pagoda.cli.hub import Models
     from pagoda.cli.model import sampling_defaults
-    from pagoda.deploy.download.default_model import NAME
+    from pagoda.deploy.download.default_model import NAME, cache_path
     from pagoda.text.chat import load_chat_template
     from pagoda.text.generation import load_generation_defaults
     from pagoda.text.sentence import sentence_files
@@ -127,6 +127,7 @@ def make_server(options: Options, path: str, engine: EngineClient) -> Server:
         log_requests=options.enable_log_requests,
         batches=None if options.files_dir is None else BatchStore(FileStore(options.files_dir)),
         hub=Models(),
+        derived_dir=cache_path() / "derived",
         version=__version__,
     )
     source.close()

@@ -51,7 +51,7 @@ async def messages(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), MessagesBody)
     model = _resolve(server, body)
     asked = chat_body(body)
-    params = sampling_params(asked, server.default_params, server.vocab_size)
+    params = sampling_params(asked, server.defaults(asked.model), server.vocab_size)
     with called("output_config.format"):
         turn = await prepare_turn(server, asked)
     generation = start_turn(server, "msg", turn, params, asked, model=model)

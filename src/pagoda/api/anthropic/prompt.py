@@ -25,6 +25,7 @@ def chat_body(body: CountBody) -> ChatBody:
     last = messages[-1]
     tools, _ = _tools(body.tools)
     asked = ChatBody(
+        model=body.model,
         messages=messages,
         tools=tools or None,
         tool_choice=_tool_choice(body.tool_choice) if tools else None,

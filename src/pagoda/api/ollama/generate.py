@@ -62,11 +62,12 @@ async def generate(server: Server, request: Request) -> Reply:
     _refuse(body)
     if not body.prompt:
         return _loaded(server, body, _generate_reply)
-    messages = [{"role": "system", "content": body.system}] if body.system else []
+    system = body.system or server.derived.system(server.served.resolve(body.model))
+    messages = [{"role": "system", "content": system}] if system else []
     asked = chat_body(server, body, [*messages, {"role": "user", "content": body.prompt}])
     params = params_of(server, asked)
     if body.raw or server.chat_template is None:
-        plain = body.prompt if body.raw or not body.system else f"{body.system}\n\n{body.prompt}"
+        plain = body.prompt if body.raw or not system else f"{system}\n\n{body.prompt}"
         with called("format"):
             params = msgspec.structs.replace(params, grammar=await plain_grammar(server, asked))
         return await _generate(server, request, body, await server.encode(plain), params, ignored, _generate_reply)

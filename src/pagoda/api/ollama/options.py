@@ -40,37 +40,41 @@ def resolve(server: Server, name: str | None) -> str:
     try:
         return server.served.resolve(name)
     except ModelNotFound:
-        served = ", ".join(server.names)
+        served = ", ".join(server.served.names)
         raise ModelNotFound(f"model '{(name or '')[:200]}' not found, served here: {served}", param="model") from None
 
 
 def chat_body(server: Server, call: OllamaCall, messages: list[dict[str, Any]], tools: Any = None) -> ChatBody:
     """The call as /v1/chat/completions would get it. Raises BadRequest for what cannot be honoured."""
     return ChatBody(
-        messages=[_message(message) for message in messages],
+        model=call.model,
+        messages=[message_of(message) for message in messages],
         tools=tools or None,
         think=call.think,
         reasoning_effort=call.think if isinstance(call.think, str) else None,
         response_format=_response_format(call.format),
         logprobs=call.logprobs or bool(call.top_logprobs),
         top_logprobs=call.top_logprobs,
-        **_sampling(call.options or {}, server.max_model_len),
+        **sampling_fields(call.options or {}, server.max_model_len),
     )
 
 
 def params_of(server: Server, body: ChatBody) -> SamplingParams:
-    return sampling_params(body, {**DEFAULTS, **server.default_params}, server.vocab_size)
+    return sampling_params(body, {**DEFAULTS, **server.defaults(body.model)}, server.vocab_size)
 
 
 def ignored_options(call: OllamaCall) -> list[str]:
-    """Options that have a value and no effect here."""
+    return [f"options.{name}" for name in unknown_options(call.options)]
+
+
+def unknown_options(options: Mapping[str, Any] | None) -> list[str]:
+    """Those that have a value and no effect here."""
     known = {*_FLOATS, *_INTEGERS, *_OTHERS}
-    return [
-        f"options.{name}" for name, value in (call.options or {}).items() if value is not None and name not in known
-    ]
+    return [name for name, value in (options or {}).items() if value is not None and name not in known]
 
 
-def _sampling(options: Mapping[str, Any], max_model_len: int) -> dict[str, Any]:
+def sampling_fields(options: Mapping[str, Any], max_model_len: int) -> dict[str, Any]:
+    """What a ChatBody calls them. Raises BadRequest for a value that is none."""
     values: dict[str, Any] = {}
     for name, ours in {**_FLOATS, **_INTEGERS}.items():
         if (given := _number(options, name)) is not None:
@@ -117,7 +121,7 @@ def _response_format(given: str | dict[str, Any] | None) -> dict[str, Any] | Non
     return {"type": "json_object"}
 
 
-def _message(given: Mapping[str, Any]) -> dict[str, Any]:
+def message_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """One message without what only Ollama knows. The name of a tool is called `name` elsewhere."""
     if given.get("images"):
         raise no_images()

@@ -88,6 +88,30 @@ class OllamaNameBody(msgspec.Struct, kw_only=True):
     stream: bool = True
 
 
+class OllamaCreateBody(msgspec.Struct, kw_only=True):
+    """POST /api/create"""
+
+    model: str = ""
+    name: str = ""
+    stream: bool = True
+    from_: str = msgspec.field(name="from", default="")
+    files: dict[str, Any] | None = None
+    adapters: dict[str, Any] | None = None
+    quantize: str = ""
+    template: str = ""
+    license: str | list[str] | None = None
+    system: str | None = None
+    parameters: dict[str, Any] | None = None
+    messages: list[dict[str, Any]] | None = None
+
+
+class OllamaCopyBody(msgspec.Struct, kw_only=True):
+    """POST /api/copy"""
+
+    source: str
+    destination: str
+
+
 class OllamaError(msgspec.Struct, kw_only=True):
     error: str
 
@@ -176,6 +200,8 @@ class OllamaShow(msgspec.Struct, kw_only=True):
     modelfile: str
     parameters: str
     template: str
+    system: str | UnsetType = UNSET
+    messages: list[dict[str, Any]] | UnsetType = UNSET
     details: OllamaDetails
     model_info: dict[str, Any]
     capabilities: list[str]

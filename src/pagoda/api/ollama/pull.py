@@ -46,12 +46,17 @@ async def pull(server: Server, request: Request) -> Reply:
 
 
 async def delete(server: Server, request: Request) -> Response:
-    """Remove a model from the caches."""
+    """Remove a model from the caches, or one that was made of the served one."""
     body, ignored = parse(await read_body(request), OllamaNameBody)
     hub = _hub_for(server, body)
     if hub is None:
-        raise BadRequest(f"model '{_name(body)}' is being served", remedy="Stop this server first", param="model")
-    await asyncio.to_thread(hub.delete, _hub_name(body))
+        name = resolve(server, _name(body))
+        if server.derived.get(name) is None:
+            raise BadRequest(f"model '{_name(body)}' is being served", remedy="Stop this server first", param="model")
+        check_may_change(server)
+        server.derived.delete(name)
+    else:
+        await asyncio.to_thread(hub.delete, _hub_name(body))
     reply = Response(status_code=200)
     server.dress(reply, ignored)
     return reply
@@ -77,12 +82,17 @@ def _hub_for(server: Server, body: OllamaNameBody) -> Hub | None:
             raise ModelNotFound(error.message, remedy=remedy, param="model") from None
     else:
         return None
+    check_may_change(server)
+    return server.hub
+
+
+def check_may_change(server: Server) -> None:
+    """Raises Forbidden where anybody could do it."""
     if not server.local and not server.api_keys:
         raise Forbidden(
-            "everyone can reach this server, so it fetches and removes no models",
+            "everyone can reach this server, so it fetches, makes and removes no models",
             remedy="Start it with --api-key KEY, or type pagoda pull NAME on its machine",
         )
-    return server.hub
 
 
 class _Pull:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pagoda.api.ollama import embed, generate, models, pull
+from pagoda.api.ollama import create, embed, generate, models, pull
 from pagoda.api.ollama.protocol import (
     OLLAMA,
     OllamaChatBody,
     OllamaChatReply,
+    OllamaCopyBody,
+    OllamaCreateBody,
     OllamaEmbedBody,
     OllamaEmbeddingsBody,
     OllamaEmbeddingsReply,
@@ -24,7 +26,6 @@ from pagoda.api.serving.tasks import EMBED, GENERATE
 
 
 def endpoints() -> tuple[Endpoint, ...]:
-    not_here = (("create", "POST"), ("copy", "POST"), ("push", "POST"), ("blobs/{digest}", "POST"))
     return (
         Endpoint(
             "/api/chat", ("POST",), generate.chat, "Ollama: answer messages",
@@ -57,8 +58,15 @@ def endpoints() -> tuple[Endpoint, ...]:
             OllamaNameBody, media=("text/plain",), dialect=OLLAMA,
         ),
         Endpoint("/api/version", ("GET",), models.version, "Ollama: its version", reply=OllamaVersion, dialect=OLLAMA),
-        *(
-            Endpoint(f"/api/{name}", (method,), models.manage, "Ollama: not on this server", dialect=OLLAMA)
-            for name, method in not_here
+        Endpoint(
+            "/api/create", ("POST",), create.create, "Ollama: the served model with a system prompt of its own",
+            OllamaCreateBody, OllamaStatus, OllamaStatus, dialect=OLLAMA,
         ),
+        Endpoint(
+            "/api/copy", ("POST",), create.copy, "Ollama: another name for a model", OllamaCopyBody,
+            media=("text/plain",), dialect=OLLAMA,
+        ),
+        Endpoint("/api/blobs/{digest}", ("HEAD",), create.has_blob, "Ollama: whether a file is here", dialect=OLLAMA),
+        Endpoint("/api/blobs/{digest}", ("POST",), create.take_blob, "Ollama: not on this server", dialect=OLLAMA),
+        Endpoint("/api/push", ("POST",), create.push, "Ollama: not on this server", dialect=OLLAMA),
     )  # fmt: skip

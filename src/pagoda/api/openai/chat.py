@@ -28,7 +28,7 @@ async def chat_completions(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), ChatBody)
     take_priority(body, request.headers.get(PRIORITY_HEADER))
     model = server.served.resolve(body.model)
-    params = sampling_params(body, server.default_params, server.vocab_size)
+    params = sampling_params(body, server.defaults(body.model), server.vocab_size)
     turn = await prepare_turn(server, body)
     generation = start_turn(server, "chatcmpl", turn, params, body, model=model)
     chat = _Chat(server, body, turn, generation)

@@ -23,12 +23,14 @@ async def get_model(server: Server, request: Request) -> Response:
 
 
 def _card(server: Server, name: str) -> ModelCard:
+    made = server.derived.get(name)
     # Derived, not drawn: two requests for the same list get the same bytes.
     digest = hashlib.sha256(f"{name}\0{server.created}".encode()).hexdigest()
     return ModelCard(
         id=name,
-        created=server.created,
+        created=server.created if made is None else int(made.created),
         root=server.root,
+        parent=None if made is None else made.parent,
         max_model_len=server.max_model_len,
         permission=[Permission(id=f"modelperm-{digest[:32]}", created=server.created)],
         context_length=server.max_model_len,

@@ -57,7 +57,7 @@ async def responses(server: Server, request: Request) -> Reply:
     items = [*earlier, *given_items(body)]
     tools = read_tools(body)
     asked = chat_body(body, items, tools)
-    params = sampling_params(asked, server.default_params, server.vocab_size)
+    params = sampling_params(asked, server.defaults(asked.model), server.vocab_size)
     with called("text.format"):
         turn = await _turn(server, body, asked)
     generation = start_turn(server, "resp", turn, params, asked, model=model)

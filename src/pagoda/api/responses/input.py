@@ -44,6 +44,7 @@ def chat_body(body: ResponsesBody, items: Items, tools: Tools) -> ChatBody:
     """The call as /v1/chat/completions would get it. Raises BadRequest for what cannot be honoured."""
     _refuse(body)
     asked = ChatBody(
+        model=body.model,
         messages=_messages(body.instructions, items),
         tools=tools.functions or None,
         tool_choice=tools.choice(body.tool_choice),

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,6 +18,7 @@ from pagoda.api.batch.store import BatchStore
 from pagoda.api.http.errors import ShuttingDown
 from pagoda.api.http.stream import Reply
 from pagoda.api.responses.store import ResponseStore
+from pagoda.api.serving.derived import DerivedModels
 from pagoda.api.serving.engine import Engine
 from pagoda.api.serving.generation import Generation, Pooled, ThinkingLimit
 from pagoda.api.serving.hub import Hub
@@ -56,7 +58,8 @@ class Server:
 
     `default_params` and `eos_token_ids` come from the model's generation_config.json. `local` says that the server
     listens on this machine only: then the Host and Origin of requests are checked. The parsers are vLLM's names for
-    how the model writes reasoning and tool calls; None finds it in the chat template.
+    how the model writes reasoning and tool calls; None finds it in the chat template. `derived_dir` keeps what clients
+    make of the model.
     """
 
     engine: Engine
@@ -79,10 +82,12 @@ class Server:
     sentence: SentenceFiles = field(default_factory=SentenceFiles)
     batches: BatchStore | None = None
     hub: Hub | None = None
+    derived_dir: Path | None = None
     version: str = "0"
 
     def __post_init__(self) -> None:
         self.served = ServedNames(self.names, self.root)
+        self.derived = DerivedModels(self.served, self.root, self.derived_dir)
         template = "" if self.chat_template is None else self.chat_template.all_source
         self.format = find_format(template, self.reasoning_parser, self.tool_call_parser)
         self.created = int(time.time())
@@ -139,6 +144,10 @@ class Server:
         tokenizer, size = self.tokenizer, self.vocab_size
         special = sorted(i for i in tokenizer.special_ids if i < size)
         return token_table(tokenizer, size), special, list(self.eos)
+
+    def defaults(self, model: str | None) -> Mapping[str, Any]:
+        """Sampling parameters for what a request leaves out, of the model that it names."""
+        return {**self.default_params, **self.derived.params(self.served.resolve(model))}
 
     def special_tokens(self, texts: frozenset[str]) -> frozenset[int]:
         """The special tokens among these texts."""

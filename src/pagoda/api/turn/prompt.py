@@ -27,7 +27,8 @@ async def chat_prompt(server: Server, body: ChatBody | TokenizeBody) -> list[int
             remedy="Use /v1/completions, or start the server with --chat-template FILE",
         )
     _check(body)
-    messages = [_as_templates_know_it(message) for message in body.messages or []]
+    given = server.derived.begin(server.served.resolve(body.model), body.messages or [])
+    messages = [_as_templates_know_it(message) for message in given]
     texts = [text for message in messages for text in _texts(message.get("content"))]
     if getattr(body, "truncate_prompt_tokens", None) is None:
         await server.check_length(max(texts, key=len, default=""))

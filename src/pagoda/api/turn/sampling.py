@@ -32,9 +32,7 @@ _NOT_HERE: tuple[tuple[str, str], ...] = (
 )
 
 
-def sampling_params(
-    body: ChatBody | CompletionBody, defaults: Mapping[str, float | int], vocab_size: int
-) -> SamplingParams:
+def sampling_params(body: ChatBody | CompletionBody, defaults: Mapping[str, Any], vocab_size: int) -> SamplingParams:
     """Checked parameters. `seed` and `max_tokens` may still be None: they are chosen when the prompt is known."""
     _refuse(body)
     values: dict[str, Any] = {name: getattr(body, name) for name in _AS_GIVEN}
@@ -47,10 +45,11 @@ def sampling_params(
     for name in ("n", "min_tokens"):
         if (given := getattr(body, name)) is not None:
             values[name] = given
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stop = defaults.get("stop") if body.stop is None else body.stop
+    stop = [stop] if isinstance(stop, str) else stop or []
     params = SamplingParams(
         **values,
-        seed=body.seed,
+        seed=defaults.get("seed") if body.seed is None else body.seed,
         max_tokens=_max_tokens(body, defaults),
         stop=tuple(text for text in stop if text),
         stop_token_ids=tuple(body.stop_token_ids or ()),

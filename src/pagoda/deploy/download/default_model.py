@@ -31,11 +31,16 @@ ROOM_BYTES = 2 * WHEEL_BYTES + FILE_BYTES
 Progress = Callable[[str, float], None]
 
 
-def cache_dir() -> Path:
+def cache_path() -> Path:
     """Pagoda's own folder for what it fetched: $PAGODA_CACHE, $XDG_CACHE_HOME/pagoda or ~/.cache/pagoda."""
     named = os.environ.get("PAGODA_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(named) if named else Path(base) / "pagoda"
+    return Path(named) if named else Path(base) / "pagoda"
+
+
+def cache_dir() -> Path:
+    """The same, made where it is not there yet."""
+    folder = cache_path()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -1,0 +1,105 @@
+"""Models that clients made of the served one: a name with a system prompt, first messages and parameters of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pagoda.api.batch.file_store import DiskFull, load_all, write_whole
+from pagoda.api.serving.names import ServedNames
+from pagoda.errors import BadRequest, TooLarge
+
+MAX_DERIVED = 1000
+MAX_DERIVED_BYTES = 1 << 20
+_SYSTEM = ("system", "developer")
+
+
+class Derived(msgspec.Struct, kw_only=True):
+    """`root` is the path of the model that it is made of, `parent` the name it was made from.
+
+    `options` are its parameters as the client named them, `params` the same as defaults of sampling.
+    """
+
+    name: str
+    parent: str
+    created: float
+    root: str = ""
+    system: str = ""
+    messages: list[dict[str, Any]] = []
+    options: dict[str, Any] = {}
+    params: dict[str, Any] = {}
+    license: str = ""
+
+
+class DerivedModels:
+    """Those of one served model, each in a file of its own; without a folder they end with the server."""
+
+    def __init__(self, served: ServedNames, root: str, folder: Path | None) -> None:
+        self._served = served
+        self._root = os.path.realpath(root)
+        self._folder = folder
+        self._made: dict[str, Derived] = {}
+        kept = load_all(folder, Derived) if folder is not None else {}
+        for each in sorted(kept.values(), key=lambda made: (made.created, made.name)):
+            if each.root == self._root and not served.is_own(each.name):
+                self._know(each)
+
+    def get(self, name: str) -> Derived | None:
+        """By the name that `ServedNames` resolved."""
+        return self._made.get(name)
+
+    def params(self, name: str) -> Mapping[str, Any]:
+        made = self._made.get(name)
+        return {} if made is None else made.params
+
+    def system(self, name: str) -> str:
+        made = self._made.get(name)
+        return "" if made is None else made.system
+
+    def begin(self, name: str, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages behind those that the model begins with; a system message of the request's replaces its own."""
+        made = self._made.get(name)
+        if made is None:
+            return list(messages)
+        systems = [message for message in messages if message.get("role") in _SYSTEM]
+        if made.system and not systems:
+            systems = [{"role": "system", "content": made.system}]
+        return [*systems, *made.messages, *(message for message in messages if message.get("role") not in _SYSTEM)]
+
+    def put(self, made: Derived) -> None:
+        """Keep it, in place of the one that has this name. Raises a PagodaError where that cannot be."""
+        made.root = self._root
+        if self._served.is_own(made.name):
+            raise BadRequest(f"{made.name[:200]!r} is what the served model itself is called", param="model")
+        if len(msgspec.json.encode(made)) > MAX_DERIVED_BYTES:
+            raise TooLarge(f"what a model begins with may hold {MAX_DERIVED_BYTES >> 20} MiB")
+        if len(self._made) >= MAX_DERIVED and made.name not in self._made:
+            raise TooLarge(f"{MAX_DERIVED} models may be made of one", remedy="Delete some with DELETE /api/delete")
+        if self._folder is not None:
+            try:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_whole(self._path(made.name), made)
+            except (OSError, DiskFull) as error:
+                raise DiskFull(f"the model can't be stored: {error}", remedy="Set PAGODA_CACHE to a folder") from None
+        self._know(made)
+
+    def delete(self, name: str) -> None:
+        """By the name that `ServedNames` resolved."""
+        if self._folder is not None:
+            self._path(name).unlink(missing_ok=True)
+        del self._made[name]
+        self._served.remove(name)
+
+    def _know(self, made: Derived) -> None:
+        self._served.add(made.name)
+        self._made[made.name] = made
+
+    def _path(self, name: str) -> Path:
+        assert self._folder is not None
+        held = hashlib.sha256(f"{self._root}\0{name}".encode()).hexdigest()
+        return self._folder / f"{held}.json"
