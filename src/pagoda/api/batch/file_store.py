@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
-
-import msgspec
+from typing import BinaryIO
 
 from pagoda.api.batch.protocol import KeptFile, is_of
-from pagoda.errors import ConfigError, NotFound, PagodaError, TooLarge
+from pagoda.api.serving.kept import META, TEMPORARY, load_all, removed_on_error, write_whole
+from pagoda.errors import ConfigError, NotFound, TooLarge
 
 MAX_FILE_BYTES = 200 << 20
 MAX_TOTAL_BYTES = 4 << 30
 MAX_FILES = 10_000
-_TEMPORARY = ".tmp"
-_META = ".json"
-
-T = TypeVar("T", bound=msgspec.Struct)
-
-
-class DiskFull(PagodaError):
-    """Nothing more can be stored now."""
-
-    status = 507
-    code = "insufficient_storage"
 
 
 class FileStore:
@@ -55,7 +41,7 @@ class FileStore:
             ) from None
         self._known = load_all(self._files, KeptFile)
         for path in self._files.iterdir():
-            if path.suffix != _META and path.name not in self._known:
+            if path.suffix != META and path.name not in self._known:
                 path.unlink()  # an upload that was never finished
         for file_id in [each for each in self._known if not (self._files / each).exists()]:
             self.delete(file_id)  # `keep` came no further than the description
@@ -96,70 +82,30 @@ class FileStore:
 
     def copy_in(self, content: BinaryIO, file_id: str) -> None:
         """Take a copy of a content, which `keep` then makes a file."""
-        path = self._files / (file_id + _TEMPORARY)
+        path = self._files / (file_id + TEMPORARY)
         with removed_on_error(path), path.open("wb") as out:
             shutil.copyfileobj(content, out)
 
     def keep(self, source: Path | None, filename: str, purpose: str, file_id: str, owner: str = "") -> KeptFile:
         """Make a file of what was copied in, or of a file of this folder's file system, which is moved."""
         path = self._files / file_id
-        copied = path.with_name(file_id + _TEMPORARY)
+        copied = path.with_name(file_id + TEMPORARY)
         size_bytes = (source or copied).stat().st_size
         now = int(time.time())
         made = KeptFile(id=file_id, bytes=size_bytes, created_at=now, filename=filename, purpose=purpose, owner=owner)
         with removed_on_error(copied):
             # The description first: a crash between leaves a source that is moved again.
-            write_whole(path.with_name(file_id + _META), made)
+            write_whole(path.with_name(file_id + META), made)
             os.replace(source or copied, path)
         self._known[file_id] = made
         return made
 
     def delete(self, file_id: str) -> None:
         path = self.path(file_id)
-        path.with_name(path.name + _META).unlink(missing_ok=True)
+        path.with_name(path.name + META).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         del self._known[file_id]
 
 
 def new_file_id() -> str:
     return f"file-{secrets.token_hex(12)}"
-
-
-def write_whole(path: Path, value: msgspec.Struct) -> None:
-    """Replace a file's content so that a crash leaves the old or the new one."""
-    temporary = path.with_name(path.name + _TEMPORARY)
-    with removed_on_error(temporary):
-        with temporary.open("wb") as out:
-            out.write(msgspec.json.encode(value))
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def removed_on_error(path: Path) -> Iterator[None]:
-    """A disk that is full must not keep half a file. Raises DiskFull for what the system refuses to write."""
-    try:
-        yield
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise disk_full(error) from error
-        raise
-
-
-def disk_full(error: OSError) -> DiskFull:
-    return DiskFull(
-        f"the file can't be stored: {error.strerror}",
-        remedy="Delete some with DELETE /v1/files/{id}, or give the server's disk more room",
-    )
-
-
-def load_all(folder: Path, kind: type[T]) -> dict[str, T]:
-    """The structs in a folder's JSON files by the files' names; what is broken is left out."""
-    found = {}
-    for path in folder.glob("*" + _META):
-        with contextlib.suppress(OSError, msgspec.DecodeError):
-            found[path.stem] = msgspec.json.decode(path.read_bytes(), type=kind)
-    return found

@@ -12,13 +12,14 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from pagoda.api.batch.file_store import MAX_FILE_BYTES, disk_full, new_file_id
+from pagoda.api.batch.file_store import MAX_FILE_BYTES, new_file_id
 from pagoda.api.batch.protocol import FileDeleted, FileList, FileObject, shown
 from pagoda.api.batch.store import BatchStore
 from pagoda.api.http.auth import caller_of
 from pagoda.api.http.body import stream_body
 from pagoda.api.http.errors import JSON, to_json
 from pagoda.api.http.query import choice, number
+from pagoda.api.serving.kept import disk_full
 from pagoda.api.serving.server import Server
 from pagoda.errors import BadRequest, NotFound, PagodaError
 

@@ -14,10 +14,10 @@ from typing import BinaryIO
 import msgspec
 
 from pagoda.api.batch.call import ask, failed, read_line
-from pagoda.api.batch.file_store import DiskFull
 from pagoda.api.batch.protocol import BatchError, BatchErrors, BatchLine, BatchResult, KeptBatch, RequestCounts
 from pagoda.api.batch.store import BatchStore
 from pagoda.api.http.body import MAX_BODY_BYTES
+from pagoda.api.serving.kept import DiskFull
 from pagoda.api.serving.server import Server
 from pagoda.errors import BadRequest
 

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Literal, get_args
 
-from pagoda.api.batch.file_store import FileStore, load_all, write_whole
+from pagoda.api.batch.file_store import FileStore
 from pagoda.api.batch.protocol import KeptBatch, RequestCounts, Status, is_of
+from pagoda.api.serving.kept import load_all, write_whole
 from pagoda.errors import NotFound, TooLarge
 
 MAX_BATCHES = 1000

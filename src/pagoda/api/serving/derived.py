@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from pagoda.api.batch.file_store import DiskFull, load_all, write_whole
+from pagoda.api.serving.kept import DiskFull, load_all, write_whole
 from pagoda.api.serving.names import ServedNames
 from pagoda.errors import BadRequest, TooLarge
 
@@ -83,7 +83,7 @@ class DerivedModels:
         if self._folder is not None:
             try:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                write_whole(self._path(made.name), made)
+                write_whole(self._path(self._folder, made.name), made)
             except (OSError, DiskFull) as error:
                 raise DiskFull(f"the model can't be stored: {error}", remedy="Set PAGODA_CACHE to a folder") from None
         self._know(made)
@@ -91,7 +91,7 @@ class DerivedModels:
     def delete(self, name: str) -> None:
         """By the name that `ServedNames` resolved."""
         if self._folder is not None:
-            self._path(name).unlink(missing_ok=True)
+            self._path(self._folder, name).unlink(missing_ok=True)
         del self._made[name]
         self._served.remove(name)
 
@@ -99,7 +99,6 @@ class DerivedModels:
         self._served.add(made.name)
         self._made[made.name] = made
 
-    def _path(self, name: str) -> Path:
-        assert self._folder is not None
+    def _path(self, folder: Path, name: str) -> Path:
         held = hashlib.sha256(f"{self._root}\0{name}".encode()).hexdigest()
-        return self._folder / f"{held}.json"
+        return folder / f"{held}.json"
