@@ -78,6 +78,9 @@ class StubCore:
                 del self._left[name]
         return deltas
 
+    def prepare(self) -> bool:
+        return False
+
     def stats(self) -> EngineStats:
         zeros = dict.fromkeys(
             ("waiting", "blocks_used", "prefix_queries_tokens", "prefix_hits_tokens", "preemptions", "prompt_tokens",

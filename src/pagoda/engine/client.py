@@ -214,7 +214,7 @@ class EngineClient:
         if not len(self._roster):
             self._empty.set()
 
-    def _hear(self, message: FromEngine) -> None:
+    def _hear(self, message: FromEngine, alone: bool) -> None:
         self._silent_ticks = 0
         match message:
             case Step(deltas, stats):
@@ -222,7 +222,7 @@ class EngineClient:
                 self._idle = not (self._roster.sent or stats.scheduler.running or stats.scheduler.waiting)
                 self._longest_step_s = max(self._longest_step_s, stats.last_step_s)
                 for delta in deltas:
-                    if cancelled := self._roster.deliver(delta):
+                    if cancelled := self._roster.deliver(delta, alone=alone):
                         self._cancel(cancelled)
                 self._submit()
                 self._forget_images()
@@ -252,7 +252,7 @@ class EngineClient:
             link = self._link
             if link is None:
                 link = self._link = Link(self._restart_config(), self._command)
-            await link.connect(lambda message: self._hear_first(message, loaded))
+            await link.connect(lambda message, alone: self._hear_first(message, alone, loaded))
             await link.lost.wait()
             self._take_back()
             cause = describe_exit(await link.reap())
@@ -273,8 +273,8 @@ class EngineClient:
             return self._config
         return msgspec.structs.replace(self._config, max_model_len=self._info.max_model_len)
 
-    def _hear_first(self, message: FromEngine, loaded: asyncio.Future[None]) -> None:
-        self._hear(message)
+    def _hear_first(self, message: FromEngine, alone: bool, loaded: asyncio.Future[None]) -> None:
+        self._hear(message, alone)
         if self.ready and not loaded.done():
             loaded.set_result(None)
 

@@ -20,6 +20,9 @@ _POLL_S = 0.01
 
 _log = logging.getLogger(__name__)
 
+Hear = Callable[[FromEngine, bool], None]
+"""Takes a message, and whether it came alone: then the server keeps up with the engine."""
+
 
 class Link(asyncio.Protocol):
     """Starts the process on construction, without a running loop, so that it loads while the server still imports;
@@ -34,14 +37,14 @@ class Link(asyncio.Protocol):
         self._framer = Framer()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._transport: asyncio.Transport | None = None
-        self._on_message: Callable[[FromEngine], None] = _ignore
+        self._on_message: Hear = _ignore
         self.lost = asyncio.Event()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    async def connect(self, on_message: Callable[[FromEngine], None]) -> None:
+    async def connect(self, on_message: Hear) -> None:
         """Hear the engine from now on; `lost` is set when it is gone."""
         self._on_message = on_message
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._sock)
@@ -51,8 +54,9 @@ class Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            for body in self._framer.feed(data):
-                self._on_message(self._decoder.decode(body))
+            bodies = self._framer.feed(data)
+            for body in bodies:
+                self._on_message(self._decoder.decode(body), len(bodies) == 1)
         except (ProtocolError, msgspec.DecodeError):
             _log.exception("the engine sent what is no message; it is stopped")
             self.kill()
@@ -99,7 +103,7 @@ class Link(asyncio.Protocol):
             self._sock.close()
 
 
-def _ignore(message: FromEngine) -> None:
+def _ignore(message: FromEngine, alone: bool) -> None:
     """Before `connect` nothing is heard."""
 
 

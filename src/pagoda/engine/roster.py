@@ -73,12 +73,12 @@ class Roster:
         self._sent[wire_id] = stream
         return stream.resumed(wire_id)
 
-    def deliver(self, delta: Delta) -> list[str]:
+    def deliver(self, delta: Delta, *, alone: bool = False) -> list[str]:
         """Hand a delta to its request. Gives ids to cancel in the engine: a cleared suspect makes room for the next."""
         stream = self._sent.get(delta.request_id)
         if stream is None:
             return []
-        stream.put(delta)
+        stream.put(delta, alone=alone)
         if delta.finish_reason is not None:
             self.remove(stream)
         elif stream.arrival in self._suspects and delta.token_ids:

@@ -28,6 +28,7 @@ class Stream:
         self.strikes = 0
         self.lone_strikes = 0
         self.moved = False  # it got a token from this life of the engine
+        self.reader: Callable[[Delta], bool] | None = None
         self._untaken: list[Delta] = []
         self._waiter: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -36,18 +37,35 @@ class Stream:
         """The request as the engine gets it, to go on behind the tokens that are here."""
         return msgspec.structs.replace(self.request, request_id=wire_id, output_token_ids=self.tokens)
 
-    def put(self, delta: Delta) -> None:
-        """Add what came. Deltas that the consumer was too slow to take become one when it takes them."""
+    def put(self, delta: Delta, *, alone: bool = False) -> None:
+        """Add what came. Deltas that the consumer was too slow to take become one when it takes them.
+
+        `alone`: nothing else has come, so the reader may have it before the consumer's turn, where it waits for it.
+        """
         if delta.token_ids:
             self.tokens += delta.token_ids
             self.strikes = self.lone_strikes = 0
             self.moved = True
         delta.request_id = self.request.request_id
+        waiter = self._waiter
+        waits = waiter is not None and not waiter.done()
+        if waits and alone and self.reader is not None and delta.finish_reason is None and self._read(delta):
+            return
         self._untaken.append(delta)
-        if len(self._untaken) >= _MOST_UNTAKEN:  # so that memory grows with tokens only
+        if waiter is not None and waits:
+            waiter.set_result(None)
+        elif len(self._untaken) >= _MOST_UNTAKEN:  # so that memory grows with tokens only
             self._untaken = [merge(self._untaken)]
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+
+    def _read(self, delta: Delta) -> bool:
+        """Whether the reader took it. What goes wrong there is the consumer's to raise."""
+        try:
+            return self.reader is not None and self.reader(delta)
+        except Exception as error:
+            self.reader = None
+            if self._waiter is not None:
+                self._waiter.set_exception(error)
+            return True
 
     def take(self) -> Delta | None:
         """What came since the last time, for the one consumer that a stream has."""
@@ -93,6 +111,13 @@ class DeltaStream(AsyncGenerator[Delta, None]):
         self._stream = stream
         self._release = release
         self._closed = False
+
+    def read_by(self, reader: Callable[[Delta], bool]) -> None:
+        """Let `reader` have deltas as soon as they come, while the consumer waits for one. False: it did not take it.
+
+        The last delta always goes to the consumer.
+        """
+        self._stream.reader = reader
 
     async def asend(self, value: None) -> Delta:
         return await self.__anext__()

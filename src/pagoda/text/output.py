@@ -30,6 +30,11 @@ class TextOutput:
         self._held = ""
         self.finished = False
 
+    @property
+    def cuts(self) -> bool:
+        """Whether it may end the output before the engine does."""
+        return self._stops is not None
+
     def feed(self, delta: Delta) -> Delta:
         """This very delta, with its text. After the end: an empty delta."""
         if self.finished:

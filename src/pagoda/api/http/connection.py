@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from functools import partial
 from typing import Any
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from pagoda.api.http.errors import error_reply, to_json
@@ -74,17 +74,7 @@ class Connection(HttpToolsProtocol):
         self.scope["extensions"] = {CONNECTION: {"cut": self.transport.abort}}
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is self.scope:
-            self.scope["extensions"][CONNECTION]["write"] = partial(self._write, self.cycle)
-
-    def _write(self, cycle: RequestResponseCycle, data: bytes) -> bool:
-        """Send a part of a streamed answer now. False where it must be waited for: `send` does that.
-
-        What `send` does for a part, without the four coroutines that it takes to get there.
-        """
-        if self.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding or cycle.response_complete:
-            return False
-        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        return True
+            self.scope["extensions"][CONNECTION]["outlet"] = _Outlet(self.transport, self.flow, self.cycle)
 
     def on_body(self, body: bytes) -> None:
         if not self.transport.is_closing():
@@ -114,6 +104,26 @@ class Connection(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+class _Outlet:
+    """See stream.Outlet. What `send` does for a part, without the four coroutines that it takes to get there."""
+
+    __slots__ = ("_cycle", "_flow", "_write")
+
+    def __init__(self, transport: asyncio.Transport, flow: FlowControl, cycle: RequestResponseCycle) -> None:
+        self._write = transport.write
+        self._flow = flow
+        self._cycle = cycle
+
+    @property
+    def ready(self) -> bool:
+        cycle = self._cycle
+        gone = self._flow.write_paused or cycle.disconnected or cycle.response_complete
+        return cycle.chunked_encoding is True and not gone
+
+    def send(self, data: bytes) -> None:
+        self._write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 def _without_upgrade(data: bytes) -> bytes:

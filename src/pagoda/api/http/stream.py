@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
@@ -25,8 +25,8 @@ STALL_S = 60.0
 LAST_WORD_S = 1.0
 CLIENT_CLOSED = 499
 CONNECTION = "pagoda.connection"
-"""Extension of a scope: `cut` ends the connection without waiting for unsent bytes; `write` sends a part of a streamed
-answer if that need not be waited for, and says whether it did."""
+"""Extension of a scope: `cut` ends the connection without waiting for unsent bytes; `outlet` sends parts of a streamed
+answer that need not be waited for."""
 
 _HEADERS = (
     (b"cache-control", b"no-cache"),
@@ -35,8 +35,21 @@ _HEADERS = (
 T = TypeVar("T")
 
 
+class Outlet(Protocol):
+    """The short way to a client: while it is `ready`, parts of a streamed answer may be sent at once."""
+
+    @property
+    def ready(self) -> bool: ...
+    def send(self, data: bytes) -> None: ...
+
+
 class Call(Protocol):
-    """What a reply is sent for: it may have a time limit of its own, and is closed with the status it got."""
+    """What a reply is sent for: it may have a time limit of its own, and is closed with the status it got.
+
+    `outlet` is set while its events are sent, for events that cannot wait to be asked for.
+    """
+
+    outlet: Outlet | None
 
     @property
     def id(self) -> str: ...
@@ -132,11 +145,13 @@ class EventStream:
         self._stall_s = stall_s
         self._sent_at = time.monotonic()
         self._sending_since: float | None = None
-        self._write: Callable[[bytes], bool] = _wait
+        self._outlet: Outlet | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = 200
-        self._write = scope.get("extensions", {}).get(CONNECTION, {}).get("write", _wait)
+        self._outlet = scope.get("extensions", {}).get(CONNECTION, {}).get("outlet")
+        if self._outlet is not None:
+            self._call.outlet = self
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self._raw_headers()})
             status = await self._run(receive, send)
@@ -173,12 +188,21 @@ class EventStream:
 
     async def _send_events(self, send: Send) -> None:
         async with aclosing(self._events) as events:
-            write, now = self._write, time.monotonic
             async for data in events:
-                if write(data):
-                    self._sent_at = now()
+                if self.ready:
+                    self.send(data)
                 else:
                     await self._send(send, data)
+
+    @property
+    def ready(self) -> bool:
+        return self._outlet is not None and self._outlet.ready
+
+    def send(self, data: bytes) -> None:
+        """Send a part now; only while `ready`."""
+        if self._outlet is not None:
+            self._outlet.send(data)
+            self._sent_at = time.monotonic()
 
     async def _send(self, send: Send, data: bytes) -> None:
         self._sending_since = time.monotonic()
@@ -205,11 +229,6 @@ class EventStream:
     def _raw_headers(self) -> list[tuple[bytes, bytes]]:
         named = {"content-type": self._dialect.media_type, **self.headers}
         return [*_HEADERS, *((name.encode("latin-1"), value.encode("latin-1")) for name, value in named.items())]
-
-
-def _wait(data: bytes) -> bool:
-    """Where the connection is not ours, each part goes the long way."""
-    return False
 
 
 async def _cut(scope: Scope) -> None:

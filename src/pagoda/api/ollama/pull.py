@@ -15,7 +15,7 @@ from starlette.responses import Response
 from pagoda.api.http.auth import Forbidden
 from pagoda.api.http.body import ClientGone, parse, read_body
 from pagoda.api.http.errors import JSON, to_json
-from pagoda.api.http.stream import EventStream, Reply, answer
+from pagoda.api.http.stream import EventStream, Outlet, Reply, answer
 from pagoda.api.ollama.options import resolve
 from pagoda.api.ollama.protocol import OLLAMA, OllamaNameBody, OllamaStatus, line
 from pagoda.api.serving.hub import Hub
@@ -100,6 +100,7 @@ class _Pull:
 
     deadline_s = None
     time_left_s = None
+    outlet: Outlet | None = None
 
     def __init__(self, hub: Hub, name: str) -> None:
         self.id = f"pull-{secrets.token_hex(16)}"

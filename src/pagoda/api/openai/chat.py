@@ -52,6 +52,8 @@ class _Chat:
         options = body.stream_options
         running_usage = options is not None and options.continuous_usage_stats
         self._text_only = not (body.logprobs or body.return_token_ids or running_usage)
+        self._texts: list[_Texts] = []
+        self._waiting = [_Tokens() for _ in generation.requests]
 
     async def whole(self) -> ChatReply:
         generation = self._generation
@@ -94,20 +96,27 @@ class _Chat:
             yield event(self._chunk(index, ChatDelta(role=ROLE, content=""), prompt_token_ids=self._prompt_ids()))
             if self._prefix:
                 yield event(self._chunk(index, ChatDelta(content=self._prefix)))
-        waiting = [_Tokens() for _ in self._generation.requests]
-        quick = [_Texts(self._chunk, index) for index in range(len(waiting))] if self._text_only else []
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for index, delta in deltas:
-                if not quick:
-                    waiting[index].take(delta)
-                for made in self._read(index, delta):
-                    known = quick[index].event(made) if quick else None
-                    yield known or event(self._chunk(index, made, *self._details(waiting[index])))
-                if delta.finish_reason is not None:
-                    yield self._finish(index, delta, waiting[index])
+        if self._text_only:
+            self._texts = [_Texts(self._chunk, index) for index in range(len(self._waiting))]
+        async with aclosing(self._generation.rendered(self._render)) as rendered:
+            async for data in rendered:
+                yield data
         if options is not None and options.include_usage:
             yield event(self._bare([], self._generation.usage()))
         yield DONE
+
+    def _render(self, index: int, delta: Delta) -> list[bytes]:
+        """The events of one delta."""
+        waiting = self._waiting[index]
+        if not self._text_only:
+            waiting.take(delta)
+        events = []
+        for made in self._read(index, delta):
+            known = self._texts[index].event(made) if self._text_only else None
+            events.append(known or event(self._chunk(index, made, *self._details(waiting))))
+        if delta.finish_reason is not None:
+            events.append(self._finish(index, delta, waiting))
+        return events
 
     def _details(self, tokens: _Tokens) -> tuple[ChatLogprobs | UnsetType, list[int] | UnsetType]:
         """What is told of the tokens since the last chunk, as far as the client asked for it."""

@@ -98,6 +98,8 @@ class _Completion:
         # Scoring a prompt needs one step, and a step gives a token: with max_tokens 0 it is thrown away.
         self._silent = body.max_tokens == 0
         self._builders = [CompletionLogprobsBuilder(self._names) for _ in generation.requests]
+        self._begun = [False] * len(generation.requests)
+        self._text_events: list[TextEvent] = []  # one for each sequence, where nothing but texts is told
 
     async def whole(self) -> CompletionReply:
         parts = [Gathered() for _ in self._generation.requests]
@@ -154,28 +156,30 @@ class _Completion:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The echo if asked for, text, finish; usage if asked for; [DONE]."""
         options = self._body.stream_options
-        begun = [False] * len(self._generation.requests)
-        quick = [self._text_event(index) for index in range(len(begun))] if self._text_only else []
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for index, raw in deltas:
-                delta = self._shown(index, raw)
-                first = not begun[index] and bool(raw.token_ids)
-                begun[index] |= first
-                echo = self._echo_text(index) if first else ""
-                if quick and not echo:
-                    if delta.text:
-                        yield quick[index](delta.text)
-                elif echo or delta.text or (delta.token_ids and self._wants_tokens):
-                    yield self._chunk(index, delta, echo, first)
-                if delta.finish_reason is not None:
-                    yield self._finish(index, delta)
+        if not self._wants_tokens and self._running_usage() is UNSET:
+            self._text_events = [self._text_event(index) for index in range(len(self._begun))]
+        async with aclosing(self._generation.rendered(self._render)) as rendered:
+            async for data in rendered:
+                yield data
         if options is not None and options.include_usage:
             yield event(self._reply([], self._generation.usage()))
         yield DONE
 
-    @property
-    def _text_only(self) -> bool:
-        return not self._wants_tokens and self._running_usage() is UNSET
+    def _render(self, index: int, raw: Delta) -> list[bytes]:
+        """The events of one delta."""
+        delta = self._shown(index, raw)
+        first = not self._begun[index] and bool(raw.token_ids)
+        self._begun[index] |= first
+        echo = self._echo_text(index) if first else ""
+        events = []
+        if self._text_events and not echo:
+            if delta.text:
+                events.append(self._text_events[index](delta.text))
+        elif echo or delta.text or (delta.token_ids and self._wants_tokens):
+            events.append(self._chunk(index, delta, echo, first))
+        if delta.finish_reason is not None:
+            events.append(self._finish(index, delta))
+        return events
 
     def _text_event(self, index: int) -> TextEvent:
         choice = CompletionChoice(index=index, text=PLACE, logprobs=None, finish_reason=None)

@@ -11,14 +11,20 @@ from typing import Protocol
 
 import msgspec
 
+from pagoda.api.http.stream import Outlet
 from pagoda.api.serving.engine import Deltas, Engine
 from pagoda.api.serving.metrics import Metrics
 from pagoda.api.serving.usage import CompletionTokensDetails, PromptTokensDetails, Usage
+from pagoda.engine.stream import DeltaStream
 from pagoda.errors import EngineError
 from pagoda.text.output import TextOutput
 from pagoda.text.reasoning import ReasoningFormat
 from pagoda.text.tokenizer import Tokenizer
 from pagoda.types import Delta, Request, TokenLogprob
+
+
+Render = Callable[[int, Delta], Sequence[bytes]]
+"""The parts of a streamed answer that a delta of a sequence makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,7 @@ class Generation:
         self.id = id
         self._thinking = thinking
         self.deadline_s = deadline_s
+        self.outlet: Outlet | None = None
         self.model = model
         self.created = int(time.time())
         self.requests = requests
@@ -113,6 +120,30 @@ class Generation:
                 read(index, delta)
         return parts
 
+    async def rendered(self, render: Render) -> AsyncGenerator[bytes, None]:
+        """What `render` makes of each delta, in order.
+
+        While nobody has to wait for the client, and the engine not for us, it goes to the outlet where the delta comes:
+        that takes half the time of a way through a task and the generators above it.
+        """
+        deltas = self._sequence(0, render) if len(self.requests) == 1 else self._all_sequences()
+        async with aclosing(deltas):
+            async for index, delta in deltas:
+                for data in render(index, delta):
+                    yield data
+
+    def _reader(self, index: int, output: TextOutput, render: Render, outlet: Outlet) -> Callable[[Delta], bool]:
+        def read(raw: Delta) -> bool:
+            if not outlet.ready:
+                return False
+            delta = output.feed(raw)
+            self._account(index, delta)
+            for data in render(index, delta):
+                outlet.send(data)
+            return True
+
+        return read
+
     async def _all_sequences(self) -> AsyncGenerator[tuple[int, Delta], None]:
         queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._pump(index, queue)) for index in range(len(self.requests))]
@@ -140,10 +171,12 @@ class Generation:
         except Exception as error:
             queue.put_nowait((index, error))
 
-    async def _sequence(self, index: int) -> AsyncGenerator[tuple[int, Delta], None]:
+    async def _sequence(self, index: int, render: Render | None = None) -> AsyncGenerator[tuple[int, Delta], None]:
         request = self.requests[index]
         output = TextOutput(self._owner.tokenizer, request, self._shown)
         deltas = self._owner.engine.generate(request) if self._thinking is None else self._limited(index)
+        if render is not None and self.outlet is not None and isinstance(deltas, DeltaStream) and not output.cuts:
+            deltas.read_by(self._reader(index, output, render, self.outlet))
         async with aclosing(deltas) as stream:
             async for raw in stream:
                 delta = output.feed(raw)
