@@ -2,6 +2,7 @@
 """The HTTP layer alone: a stub engine process answers at once, so that what the server itself costs is measured.
 
     python bench/front.py --model smollm2-q4_1.gguf --out bench/results/NAME.json
+    python bench/front.py --model smollm2-q4_1.gguf --only 1 --rounds 5 --peer vllm,18700,$PID
 
 The stub speaks the engine's protocol over the real socket and gives every running request one token per step, one
 step each --step-ms (0: as fast as it can; a server that is slower than that gets several tokens in one delta). The
@@ -21,6 +22,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from pagoda.weights.open import open_source
 HERE = Path(__file__)
 PARALLEL = 256
 FIRST_TOKEN, TOKENS = 1000, 5000  # ordinary words and pieces of words in the usual vocabularies
+Case = tuple[str, float, int, int, int]
 TEXT = "The people of the small city by the river have a plan for the year and work on it every day. "
 
 
@@ -166,28 +170,54 @@ def cpu_s(pid: int) -> float:
     return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
 
-def measure(a: argparse.Namespace, kind: str, step_ms: float, streams: int, rounds: int, output: int) -> dict[str, Any]:
+@contextmanager
+def serving(a: argparse.Namespace, step_ms: float, port: int, source: str = "") -> Iterator[int]:
+    """A warm server in front of a stub engine, by the code of `source`; the id of its process."""
     environment = {**os.environ, "STUB_STEP_MS": str(step_ms)}
-    command = [sys.executable, str(HERE), "serve", a.model, str(a.port)]
+    if source:
+        environment["PYTHONPATH"] = str(Path(source) / "src")
+    command = [sys.executable, str(HERE), "serve", a.model, str(port)]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        server = process.pid
-        asyncio.run(until_open(a.port))
-        asyncio.run(load(a.port, kind, 8, 2, 16))
-        before, own = cpu_s(server), resource.getrusage(resource.RUSAGE_SELF).ru_utime
-        seen = asyncio.run(load(a.port, kind, streams, rounds, output))
-        server_s = cpu_s(server) - before
-        tokens = seen["requests"] * output
-        return {
-            "kind": kind, "step_ms": step_ms, "streams": streams, "output": output, **seen, "server_cpu_s": server_s,
-            "client_user_s": resource.getrusage(resource.RUSAGE_SELF).ru_utime - own,
-            "tokens_per_core_s": round(tokens / server_s), "events_per_core_s": round(seen["events"] / server_s),
-            "requests_per_core_s": round(seen["requests"] / server_s, 1),
-            "tokens_per_wall_s": round(tokens / seen["wall_s"]),
-        }  # fmt: skip
+        asyncio.run(until_open(port))
+        for kind in ("chat-stream", "completions-stream"):
+            asyncio.run(load(port, kind, 8, 2, 16))
+        yield process.pid
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
+
+
+def measure(pid: int, port: int, case: Case) -> dict[str, Any]:
+    kind, step_ms, streams, rounds, output = case
+    before, own = cpu_s(pid), resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    seen = asyncio.run(load(port, kind, streams, rounds, output))
+    server_s = cpu_s(pid) - before
+    tokens = seen["requests"] * output
+    return {
+        "kind": kind, "step_ms": step_ms, "streams": streams, "output": output, **seen, "server_cpu_s": server_s,
+        "client_user_s": resource.getrusage(resource.RUSAGE_SELF).ru_utime - own,
+        "us_per_token": round(1e6 * server_s / tokens, 1),
+        "tokens_per_core_s": round(tokens / server_s), "events_per_core_s": round(seen["events"] / server_s),
+        "requests_per_core_s": round(seen["requests"] / server_s, 1),
+        "tokens_per_wall_s": round(tokens / seen["wall_s"]),
+    }  # fmt: skip
+
+
+def in_turns(a: argparse.Namespace, case: Case) -> dict[str, list[dict[str, Any]]]:
+    """One case, by this code, by that of --before, and by the running servers of --peer, one after the other."""
+    sources = {"before": a.before, "now": ""} if a.before else {"now": ""}
+    with ExitStack() as stack:
+        servers = {
+            name: (stack.enter_context(serving(a, case[1], a.port + place, source)), a.port + place)
+            for place, (name, source) in enumerate(sources.items())
+        }
+        for peer in a.peer:
+            name, port, pid = peer.split(",")
+            servers[name] = int(pid), int(port)
+            asyncio.run(load(int(port), case[0], 8, 2, 16))
+        rounds = [{name: measure(*server, case) for name, server in servers.items()} for _ in range(a.rounds)]
+    return {name: [each[name] for each in rounds] for name in servers}
 
 
 async def until_open(port: int) -> None:
@@ -204,7 +234,7 @@ def commit() -> str:
     return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=HERE.parent).strip()
 
 
-CASES = (
+CASES: tuple[Case, ...] = (
     # kind, step_ms, streams, rounds, output
     ("completions-stream", 10.0, 32, 1, 500),
     ("chat-stream", 10.0, 32, 1, 500),
@@ -222,18 +252,30 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18400)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the cases to run")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--before", default="", help="a work tree of other code, to measure in turns with this one")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME,PORT,PID",
+        help="a running server with a model named m, whose engine is a process of its own",
+    )  # fmt: skip
     a = parser.parse_args()
-    cases = [measure(a, *case) for i, case in enumerate(CASES) if a.only is None or i in a.only]
-    for case in cases:
-        print(
-            f"{case['kind']:18} step {case['step_ms']:4.0f} ms {case['streams']:3} streams x {case['output']:3}: "
-            f"{case['tokens_per_core_s']:7} tok, {case['events_per_core_s']:6} events, "
-            f"{case['requests_per_core_s']:7.1f} req per core s; {case['tokens_per_wall_s']:6} tok/s"
-        )
+    results = [in_turns(a, case) for i, case in enumerate(CASES) if a.only is None or i in a.only]
+    for result in results:
+        for name, rounds in result.items():
+            print(line(name, sorted(rounds, key=lambda each: float(each["us_per_token"]))[len(rounds) // 2]))
     if a.out is not None:
         a.out.write_text(
-            json.dumps({"machine": platform.machine(), "commit": commit(), "cases": cases}, indent=1) + "\n"
+            json.dumps({"machine": platform.machine(), "commit": commit(), "cases": results}, indent=1) + "\n"
         )
+
+
+def line(name: str, case: dict[str, Any]) -> str:
+    return (
+        f"{name:8} {case['kind']:18} step {case['step_ms']:4.0f} ms {case['streams']:3} streams x {case['output']:3}: "
+        f"{case['us_per_token']:7} us a token; "
+        f"{case['tokens_per_core_s']:7} tok, {case['events_per_core_s']:6} events, "
+        f"{case['requests_per_core_s']:7.1f} req per core s; {case['tokens_per_wall_s']:6} tok/s"
+    )
 
 
 if __name__ == "__main__":
