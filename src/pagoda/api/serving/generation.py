@@ -22,7 +22,6 @@ from pagoda.text.reasoning import ReasoningFormat
 from pagoda.text.tokenizer import Tokenizer
 from pagoda.types import Delta, Request, TokenLogprob
 
-
 Render = Callable[[int, Delta], Sequence[bytes]]
 """The parts of a streamed answer that a delta of a sequence makes."""
 
