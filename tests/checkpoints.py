@@ -52,6 +52,8 @@ _EXPERTS = {
     "moe_intermediate_size": 32,
 }
 
+_SHARED = {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 128}
+
 CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "llama": {"model_type": "llama"},
@@ -86,6 +88,9 @@ EXPERT_CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen3-experts": {**_EXPERTS, "norm_topk_prob": True},
         "qwen3-experts-as-shares": {**_EXPERTS, "norm_topk_prob": False},
         "qwen3-experts-here-and-there": {**_EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": True},
+        "qwen2-experts": {**_EXPERTS, **_SHARED},
+        "qwen2-experts-here-and-there": {**_EXPERTS, **_SHARED, "mlp_only_layers": [1], "norm_topk_prob": True},
+        "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     }
 )
 
@@ -155,7 +160,8 @@ def write_gguf_experts(folder: Path, kind: str) -> Path:
     """The checkpoint in a folder again as tiny.gguf, as converters do: matrices of layers but routers in `kind`."""
     source = open_source(str(folder))
     spec = load_spec(source)
-    arch, attention, mlp = spec.model_type.replace("_", ""), spec.layers[0].attention, spec.layers[0].mlp
+    attention, mlp = spec.layers[0].attention, spec.layers[0].mlp
+    arch = "llama" if spec.model_type == "mixtral" else spec.model_type.replace("_", "")
     assert mlp.experts is not None
     numbers = {
         "block_count": len(spec.layers),
@@ -163,7 +169,7 @@ def write_gguf_experts(folder: Path, kind: str) -> Path:
         "embedding_length": spec.hidden_size,
         "expert_count": mlp.experts.count,
         "expert_used_count": mlp.experts.active,
-        "expert_feed_forward_length": mlp.size,
+        "feed_forward_length" if arch == "llama" else "expert_feed_forward_length": mlp.size,
         "attention.head_count": attention.heads,
         "attention.head_count_kv": attention.kv_heads,
         "attention.key_length": attention.head_dim,
@@ -174,7 +180,10 @@ def write_gguf_experts(folder: Path, kind: str) -> Path:
     tensors: dict[str, Any] = {}
     for slot, tensor in bind(spec, source).items():
         values = dequantize(tensor).copy()
-        stored = kind if slot.endswith(("_experts", ".q", ".k", ".v", ".o")) else "F32"
+        if arch == "llama" and slot.endswith((".q", ".k")):
+            heads = attention.heads if slot.endswith(".q") else attention.kv_heads
+            values = _neighbours(torch.from_numpy(values), heads).numpy()
+        stored = kind if slot.endswith(("_experts", "_shared", ".q", ".k", ".v", ".o")) else "F32"
         tensors[checkpoint_name(slot, gguf=True)] = values if values.ndim == 1 else (values, stored)
     table = {"general.architecture": arch, **{f"{arch}.{name}": value for name, value in numbers.items()}}
     write_gguf(folder / "tiny.gguf", table, tensors)

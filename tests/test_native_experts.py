@@ -162,9 +162,10 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     assert relative(native_logits(tmp_path, TOKENS) - exact, exact) < 1e-3
 
 
+@pytest.mark.parametrize("case", ["qwen3-experts", "qwen2-experts", "mixtral"])
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_0"])
-def test_gguf_logits_equal_the_reference_on_the_same_weights(kind: str, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, "qwen3-experts")
+def test_gguf_logits_equal_the_reference_on_the_same_weights(case: str, kind: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, case, **({"norm_topk_prob": True} if case == "qwen3-experts" else {}))
     path = write_gguf_experts(tmp_path, kind)
     exact = reference_logits(path)
     error = relative(native_logits(path, TOKENS) - exact, exact)

@@ -2,6 +2,7 @@
 // so that each matrix is read once for all its rows; a row's sum goes over its experts in the order of their numbers.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "context.h"
@@ -77,6 +78,16 @@ class Routing {
   std::vector<int64_t> next_;
   std::vector<Group> groups_;
 };
+
+// out *= sigmoid(x * w): how much of the shared expert a row takes.
+inline void gate(const float* x, const float* w, int64_t n, float* out, int64_t size) {
+  float sums[8] = {};
+  for (int64_t i = 0; i < n; i++) sums[i % 8] += x[i] * w[i];
+  float sum = 0.0f;
+  for (float each : sums) sum += each;
+  const float share = 1.0f / (1.0f + std::exp(-sum));
+  for (int64_t i = 0; i < size; i++) out[i] *= share;
+}
 
 constexpr int64_t kGatherBytes = 192 << 10;  // of codes, that stay in the second-level cache while weights pass
 constexpr int64_t kFewRows = 8;              // that go over all outputs of a chunk at once

@@ -29,6 +29,7 @@ enum pg_op_kind : int32_t {
   PG_ROUTE = 13,         // `in` holds the router's logits: chooses the experts of each row, for what follows in the layer
   PG_EXPERTS_UP = 14,    // out = silu(in * gate^T) * (in * up^T) by the experts of each row; weight: gate, up, gate, up, ...
   PG_EXPERTS_DOWN = 15,  // out += each row's shares of `in` * down^T by its experts
+  PG_GATED = 16,         // out *= sigmoid(in * vector)
 };
 
 enum pg_op_flags : int32_t {

@@ -143,6 +143,7 @@ class StepJob : public Job {
       case PG_LAYER_NORM: k.layer_norm(in, vector(op.vector), vector(op.vector2), c_.buffers[op.in].width, op.f, out); break;
       case PG_GELU: k.gelu(in, c_.buffers[op.out].width, out); break;
       case PG_POSITIONS: add_positions(op, row, out); break;
+      case PG_GATED: gate(in, vector(op.vector), c_.buffers[op.in].width, out, c_.buffers[op.out].width); break;
       case PG_HIDDEN: {
         const int64_t width = c_.buffers[op.in].width;
         if (st_.out_hidden) memcpy(st_.out_hidden + logit * width, in, width * sizeof(float));

@@ -28,7 +28,7 @@ QUANTIZATION_METHODS: Mapping[str, str] = MappingProxyType(
 )
 """Values of --quantization that say how a checkpoint was made -> the method. They choose nothing, and must be true."""
 
-EIGHT_BITS_OF_INT4 = ("v", "down", "down_experts")
+EIGHT_BITS_OF_INT4 = ("v", "down", "down_experts", "down_shared")
 """Slots that suffer most from rounding: --quantization int4 makes 8 bits of them."""
 
 INT4_GROUP = 32

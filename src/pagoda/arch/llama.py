@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pagoda.arch import decoder
+from pagoda.arch import decoder, mixture
 from pagoda.arch.fields import Fields
-from pagoda.arch.spec import ModelSpec
+from pagoda.arch.spec import Experts, ModelSpec
 from pagoda.weights.source import Tensor
 
 
@@ -20,4 +20,9 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
     # converters to GGUF reorder the rows of q and k of this architecture, so that pairs are neighbours
-    return decoder.from_gguf("llama", metadata, tensors, interleaved=True)
+    spec = decoder.from_gguf("llama", metadata, tensors, interleaved=True)
+    fields = Fields(metadata, "GGUF metadata", "llama.")
+    if count := fields.integer("expert_count", 0, least=0):  # Mixtral
+        experts = Experts(count, fields.integer("expert_used_count"), normalized=True)
+        return mixture.with_mixtures(spec, spec.layers[0].mlp.size, experts)
+    return spec

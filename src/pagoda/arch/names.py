@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from pagoda.arch.names_pooled import encoder_name, plain_tensors, unused
 from pagoda.arch.names_visual import encoder_slot_name, hub_tensors
@@ -37,6 +38,16 @@ _LAYER_NAMES = {
     "gate_experts": ("mlp.experts.*.gate_proj", "ffn_gate_exps"),
     "up_experts": ("mlp.experts.*.up_proj", "ffn_up_exps"),
     "down_experts": ("mlp.experts.*.down_proj", "ffn_down_exps"),
+    "gate_shared": ("mlp.shared_expert.gate_proj", "ffn_gate_shexp"),
+    "up_shared": ("mlp.shared_expert.up_proj", "ffn_up_shexp"),
+    "down_shared": ("mlp.shared_expert.down_proj", "ffn_down_shexp"),
+    "router_shared": ("mlp.shared_expert_gate", "ffn_gate_inp_shexp"),
+}
+_MIXTRAL_NAMES = {
+    "router": "gate",
+    "gate_experts": "experts.*.w1",
+    "up_experts": "experts.*.w3",
+    "down_experts": "experts.*.w2",
 }
 # buffers that old exporters stored; the spec holds their meaning
 _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope_freqs\.weight")
@@ -58,6 +69,9 @@ def slot_name(spec: ModelSpec, slot: str, *, gguf: bool = False) -> str:
     """The name of the tensor that fills a slot of this model; `*` stands for the experts of a layer."""
     if spec.vision is not None and slot.startswith("vision."):
         return encoder_slot_name(slot, gated=spec.vision.gated)
+    prefix, _, part = slot.rpartition(".")
+    if spec.model_type == "mixtral" and part in _MIXTRAL_NAMES:
+        return f"model.{prefix}.block_sparse_moe.{_MIXTRAL_NAMES[part]}.weight"
     return checkpoint_name(slot, gguf=gguf) if spec.encoder is None else encoder_name(spec, slot)
 
 
@@ -89,6 +103,8 @@ def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) 
             tensor = Tensor(
                 tensor.name, shape, tensor.type, tensor.data
             )  # stored as the convolution that this product is
+        if tensor.shape == (1, *shape):  # a gate for one output
+            tensor = replace(tensor, shape=shape)
         if tensor.shape != shape:
             raise ModelError(f"tensor {tensor.name} has shape {tensor.shape}, but the configuration asks for {shape}")
         bound[slot] = tensor
@@ -106,7 +122,7 @@ def with_stacked_experts(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Mapp
     for slot, shape in spec.slots().items():
         if not slot.endswith("_experts"):
             continue
-        name = checkpoint_name(slot, gguf=False)
+        name = slot_name(spec, slot)
         parts = [name.replace("*", str(expert)) for expert in range(shape[0])]
         if missing := [part for part in parts if part not in out]:
             raise _missing(missing, "")

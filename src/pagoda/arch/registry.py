@@ -28,6 +28,7 @@ _HELPERS = frozenset(
         "encoder",
         "fields",
         "memory",
+        "mixture",
         "mrope",
         "names",
         "names_pooled",
@@ -40,7 +41,7 @@ _HELPERS = frozenset(
         "visual",
     }
 )
-_GGUF_NAMES = MappingProxyType({"qwen3moe": "qwen3_moe"})
+_GGUF_NAMES = MappingProxyType({"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"})
 
 
 class Architecture(Protocol):

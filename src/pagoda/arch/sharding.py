@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from pagoda.arch.memory import Limits, vision_bytes
-from pagoda.arch.spec import Attention, Layer, ModelSpec
+from pagoda.arch.spec import Attention, Layer, Mlp, ModelSpec
 from pagoda.errors import ConfigError, ModelError
 from pagoda.types import BLOCK_SIZE
 from pagoda.weights.parts import INPUTS, OUTPUTS, part
@@ -26,7 +26,9 @@ _BY_MLP = ("gate", "up", "gate_bias", "up_bias", "gate_experts", "up_experts")
 _INPUTS_BY_HEADS, _INPUTS_BY_MLP = ("o",), ("down", "down_experts")
 _ONCE = ("o_bias", "down_bias")  # added to a sum over all GPUs
 _MOST = 16
-_WHOLE = ("norm", "attn_norm", "mlp_norm", "q_norm", "k_norm", "o_bias", "down_bias", "router")
+_WHOLE = ("norm", "attn_norm", "mlp_norm", "q_norm", "k_norm", "o_bias", "down_bias", "router", "router_shared")
+_BY_SHARED, _INPUTS_BY_SHARED = ("gate_shared", "up_shared"), ("down_shared",)
+_INPUTS_CUT = (*_INPUTS_BY_HEADS, *_INPUTS_BY_MLP, *_INPUTS_BY_SHARED)
 
 
 def parallel_sizes(spec: ModelSpec, most: int, group: int = 1) -> list[int]:
@@ -45,6 +47,7 @@ def _divides(spec: ModelSpec, size: int, group: int) -> list[bool]:
         and (layer.attention.kv_heads % size == 0 or size % layer.attention.kv_heads == 0)
         and layer.attention.heads * layer.attention.head_dim // group % size == 0
         and layer.mlp.size // group % size == 0
+        and _shared(layer.mlp) // group % size == 0
         for layer in spec.layers
     ]
 
@@ -87,12 +90,12 @@ def share(spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int, size: int) 
             continue
         layer = spec.layers[int(slot.split(".")[1])] if slot.startswith("layers.") else None
         cut = _cut_of(spec, layer, name, rank, size)
-        axis = INPUTS if len(tensor.shape) == 1 or name in (*_INPUTS_BY_HEADS, *_INPUTS_BY_MLP) else OUTPUTS
+        axis = INPUTS if len(tensor.shape) == 1 or name in _INPUTS_CUT else OUTPUTS
         bound[slot] = tensor if cut is None else part(tensor, axis, *cut)
     layers = tuple(
         Layer(
             replace(layer.attention, heads=layer.attention.heads // size, kv_heads=_kv_heads(layer.attention, size)),
-            replace(layer.mlp, size=layer.mlp.size // size),
+            _mlp_share(layer.mlp, size),
         )
         for layer in spec.layers
     )
@@ -114,12 +117,23 @@ def _cut_of(spec: ModelSpec, layer: Layer | None, name: str, rank: int, size: in
         each = a.heads // size * a.head_dim
     elif name in (*_BY_MLP, *_INPUTS_BY_MLP):
         each = layer.mlp.size // size
+    elif name in (*_BY_SHARED, *_INPUTS_BY_SHARED):
+        each = _shared(layer.mlp) // size
     elif name in _BY_KV_HEADS:
         each = _kv_heads(a, size) * a.head_dim
         rank = min(rank, rank * a.kv_heads // size)
     else:
         return None
     return rank * each, (rank + 1) * each
+
+
+def _shared(mlp: Mlp) -> int:
+    return mlp.experts.shared if mlp.experts is not None else 0
+
+
+def _mlp_share(mlp: Mlp, size: int) -> Mlp:
+    experts = mlp.experts and replace(mlp.experts, shared=mlp.experts.shared // size)
+    return replace(mlp, size=mlp.size // size, experts=experts)
 
 
 def _kv_heads(attention: Attention, size: int) -> int:

@@ -61,12 +61,14 @@ class Attention:
 class Experts:
     """A mixture of experts: a token goes through the `active` of `count` MLPs that its router likes best.
 
-    Their shares are the softmax of the router over all experts, divided by their sum where `normalized`.
+    Their shares are the softmax of the router over all experts, divided by their sum where `normalized`. Every token
+    goes through a `shared` one too, of that size (0: there is none), times the sigmoid of a gate of its own.
     """
 
     count: int
     active: int
     normalized: bool
+    shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Mlp:
     @property
     def width(self) -> int:
         """Values of a token between up and down."""
-        return self.size * (1 if self.experts is None else self.experts.active)
+        return self.size if self.experts is None else self.size * self.experts.active + self.experts.shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +206,8 @@ class ModelSpec:
         Slots: `embed`, `norm`, `head` (absent if tied) and per layer `layers.{i}.` + `attn_norm`, `q`, `k`, `v`, `o`,
         `q_bias`, `k_bias`, `v_bias`, `o_bias`, `q_norm`, `k_norm`, `mlp_norm`, `gate`, `up`, `down`, `gate_bias`,
         `up_bias`, `down_bias`; with experts `router`, `gate_experts`, `up_experts`, `down_experts` in place of the
-        last, the experts on the first axis. Encoders also have `positions`, `types` and the biases of their norms;
+        last, the experts on the first axis, and of a shared one `gate_shared`, `up_shared`, `down_shared` and its gate
+        `router_shared`. Encoders also have `positions`, `types` and the biases of their norms;
         pooled models with labels `score`, and `pool_dense` in front of it where they have it. Models that see have
         `vision.patch`, `vision.merge_norm`, `vision.merge_up`, `vision.merge_down` and per layer of the encoder
         `vision.layers.{i}.` + `attn_norm`, `qkv`, `o`, `mlp_norm`, `gate`, `up`, `down`; all products but the first
@@ -252,7 +255,11 @@ def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
     if m.experts is not None:
         e = m.experts.count
         out |= {"router": (e, hidden), "gate_experts": (e, m.size, hidden), "up_experts": (e, m.size, hidden)}
-        return out | {"down_experts": (e, hidden, m.size)}
+        out["down_experts"] = (e, hidden, m.size)
+        if s := m.experts.shared:
+            out |= {"gate_shared": (s, hidden), "up_shared": (s, hidden), "down_shared": (hidden, s)}
+            out["router_shared"] = (hidden,)
+        return out
     out |= {"gate": (m.size, hidden)} if m.gated else {}
     out |= {"up": (m.size, hidden), "down": (hidden, m.size)}
     if m.bias:

@@ -192,6 +192,10 @@ class ReferenceExecutor:
             rows = np.flatnonzero((chosen == e).any(axis=-1))
             gate, up = (matmul(x[rows], self.weights[f"{name}{part}_experts"][e]) for part in ("gate", "up"))
             out[rows] += shares[rows, e, None] * matmul(gated(gate, up), self.weights[name + "down_experts"][e])
+        if experts.shared:
+            inner = gated(*(matmul(x, self.weights[f"{name}{part}_shared"]) for part in ("gate", "up")))
+            share = 1 / (1 + np.exp(-matmul(x, self.weights[name + "router_shared"][None])))
+            out += share * matmul(inner, self.weights[name + "down_shared"])
         return out
 
     def linear(self, slot: str, x: Float32) -> Float32:

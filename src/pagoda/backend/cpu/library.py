@@ -22,7 +22,7 @@ TYPES = {
 """Storage types that the kernels run, with their ids in native/src/pagoda.h."""
 
 EMBED, NORM, GATHER, MATMUL, ROPE, ATTENTION, SILU, HEAD, HIDDEN, POSITIONS, LAYER_NORM, GELU, ATTEND_ALL = range(13)
-ROUTE, EXPERTS_UP, EXPERTS_DOWN = range(13, 16)
+ROUTE, EXPERTS_UP, EXPERTS_DOWN, GATED = range(13, 17)
 ADD, QUANTIZE, LOGIT_ROWS = 1, 2, 4
 
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from pagoda.arch.spec import Layer, ModelSpec
+from pagoda.arch.spec import Experts, Layer, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
@@ -42,6 +42,7 @@ FUSED = MappingProxyType(
         "gate_up": ("gate", "up"),
         "down": ("down",),
         "gate_up_experts": ("gate_experts", "up_experts"),
+        "gate_up_shared": ("gate_shared", "up_shared"),
     }
 )
 """The products of a layer, and the slots that each is stacked from."""
@@ -85,6 +86,10 @@ class Program:
                 ids[p + "router"] = self._matrix(p + "router")
                 ids[p + "gate_up_experts"] = self._experts(p + "gate_experts", p + "up_experts")
                 ids[p + "down_experts"] = self._experts(p + "down_experts")
+                if layer.mlp.experts.shared:
+                    ids[p + "gate_up_shared"] = self._matrix(p + "gate_shared", p + "up_shared")
+                    ids[p + "down_shared"] = self._matrix(p + "down_shared")
+                    ids[p + "router_shared"] = self._vector(p + "router_shared")
             for name in ("attn_norm", "mlp_norm", *(("q_norm", "k_norm") if layer.attention.qk_norm else ())):
                 ids[p + name] = self._vector(p + name)
             if layer.attention.qkv_bias:
@@ -157,16 +162,21 @@ class Program:
         self._emit(native.MATMUL, in_=ATT, out=X, weight=p + "o", vector=p + "o_bias", flags=native.ADD)
         self._emit(native.NORM, in_=X, out=H, vector=p + "mlp_norm", f=eps, order=p + "gate_up")
         if layer.mlp.experts is not None:
-            return self._mixture(p)
+            return self._mixture(p, layer.mlp.experts)
         self._emit(native.MATMUL, in_=H, out=GATE_UP, weight=p + "gate_up", vector=p + "gate_up_bias")
         self._emit(native.SILU, in_=GATE_UP, out=MLP, order=p + "down")
         self._emit(native.MATMUL, in_=MLP, out=X, weight=p + "down", vector=p + "down_bias", flags=native.ADD)
 
-    def _mixture(self, p: str) -> None:
+    def _mixture(self, p: str, experts: Experts) -> None:
         self._emit(native.MATMUL, in_=H, out=ROUTER, weight=p + "router")
         self._emit(native.ROUTE, in_=ROUTER)
         self._emit(native.EXPERTS_UP, in_=H, out=CHOSEN, weight=p + "gate_up_experts")
         self._emit(native.EXPERTS_DOWN, in_=CHOSEN, out=X, weight=p + "down_experts")
+        if experts.shared:
+            self._emit(native.MATMUL, in_=H, out=GATE_UP, weight=p + "gate_up_shared")
+            self._emit(native.SILU, in_=GATE_UP, out=MLP)
+            self._emit(native.GATED, in_=H, out=MLP, vector=p + "router_shared")
+            self._emit(native.MATMUL, in_=MLP, out=X, weight=p + "down_shared", flags=native.ADD)
 
     def _emit(
         self, kind: int, *, in_: int = -1, out: int = -1, weight: str = "", vector: str = "", vector2: str = "",
@@ -202,8 +212,8 @@ def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
     """Width of each buffer, in the order of the constants."""
     a, h = spec.layers[0].attention, spec.hidden_size
     gated = 2 if spec.layers[0].mlp.gated else 1
-    mlp = max((layer.mlp.size for layer in spec.layers if layer.mlp.experts is None), default=0)
-    chosen = max((layer.mlp.width for layer in spec.layers if layer.mlp.experts is not None), default=0)
+    mlp = max(_dense_sizes(spec), default=0)
+    chosen = max((m.size * m.experts.active for m in (layer.mlp for layer in spec.layers) if m.experts), default=0)
     qkv = (a.heads + 2 * a.kv_heads) * a.head_dim
     widths = [(h, 0), (h, 0), (qkv, 0), (a.heads * a.head_dim, 0), (gated * mlp, 0), (mlp, 0), (h, 1), (h, 1)]
     widths += [(_mixture(spec)[0], 0), (chosen, 0)]
@@ -255,6 +265,12 @@ def _mixture(spec: ModelSpec) -> tuple[int, int, int]:
     return (found[0].count, found[0].active, int(found[0].normalized)) if found else (0, 0, 0)
 
 
+def _dense_sizes(spec: ModelSpec) -> set[int]:
+    """Of the MLPs that all tokens go through."""
+    sizes = {layer.mlp.experts.shared if layer.mlp.experts else layer.mlp.size for layer in spec.layers}
+    return sizes - {0}
+
+
 def _runnable(tensor: Tensor) -> Tensor:
     """The tensor in a type that the kernels run; others are widened to float32."""
     if tensor.type in native.TYPES:
@@ -267,9 +283,8 @@ def check_spec(spec: ModelSpec) -> None:
     """ModelError where the kernels lack something that the model needs."""
     first = spec.layers[0]
     shapes = {replace(layer.attention, window=None) for layer in spec.layers}
-    dense = {layer.mlp.size for layer in spec.layers if layer.mlp.experts is None}
     mixtures = {layer.mlp for layer in spec.layers if layer.mlp.experts is not None}
-    if max(len(shapes), len(dense), len(mixtures)) > 1:
+    if max(len(shapes), len(_dense_sizes(spec)), len(mixtures)) > 1:
         raise ModelError("the CPU backend needs all layers of one shape", remedy="Try --device reference")
     if first.attention.head_dim % 16 or first.attention.head_dim > 512:
         raise ModelError(

@@ -91,7 +91,12 @@ class Loader:
             return GatedMlp(self._linear(p + "gate", p + "up"), self._linear(p + "down"))
         gate, up, down = (self._weight(f"{p}{part}_experts") for part in ("gate", "up", "down"))
         router = self._converter.floats(self._tensors[p + "router"], self._target.dtype)
-        return Mixture(mlp.experts, router, side_by_side([gate, up]), down)
+        stack = side_by_side([gate, up])
+        if not mlp.experts.shared:
+            return Mixture(mlp.experts, router, stack, down)
+        shared = GatedMlp(self._linear(p + "gate_shared", p + "up_shared"), self._linear(p + "down_shared"))
+        own = self._converter.floats(self._tensors[p + "router_shared"], self._target.dtype)
+        return Mixture(mlp.experts, router, stack, down, shared, own[None])
 
     def _linear(self, *slots: str) -> Linear:
         parts = side_by_side([self._weight(slot) for slot in slots])

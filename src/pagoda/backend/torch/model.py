@@ -71,6 +71,8 @@ class Mixture:
     router: Tensor  # [experts, hidden] in the type of computation
     gate_up: tuple[Weight, ...]  # [experts, 2 * size, hidden], or gate and up apart
     down: Weight  # [experts, hidden, size]
+    shared: GatedMlp | None = None
+    shared_router: Tensor | None = None  # [1, hidden]
 
     def __call__(self, x: Tensor) -> Tensor:
         active = self.experts.active
@@ -83,7 +85,10 @@ class Mixture:
         y = ops.grouped_matmul(ops.silu_mul(hidden), self.down, starts)
         each = torch.empty_like(y).index_copy_(0, order, y)
         weighted = torch.unflatten(each.float(), 0, (-1, active)) * shares.unsqueeze(-1)
-        return weighted.sum(1).to(x.dtype)
+        y = weighted.sum(1)
+        if self.shared is not None and self.shared_router is not None:
+            y += self.shared(x).float() * torch.sigmoid(ops.matmul(x, Dense(self.shared_router)).float())
+        return y.to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
