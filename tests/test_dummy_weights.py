@@ -45,6 +45,10 @@ FORMATS: dict[str, dict[str, Any]] = {
         **QWEN3, "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
         "norm_topk_prob": True,
     },
+    "experts-shared": {
+        **QWEN3, "model_type": "qwen2_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 256,
+    },
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,29 @@ from pagoda.arch.registry import bind, load_spec
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.executor import CpuExecutor, weight_bytes
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
+from pagoda.config import EngineConfig
+from pagoda.engine.core import EngineCore
+from pagoda.types import Request, SamplingParams
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.open import open_source
 from pagoda.weights.source import Tensor
 
 Array = npt.NDArray[Any]
+CONFIG = {
+    "model_type": "qwen2_moe",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 64,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+}
 
 
 @dataclass
@@ -170,6 +189,32 @@ def test_gguf_logits_equal_the_reference_on_the_same_weights(case: str, kind: st
     exact = reference_logits(path)
     error = relative(native_logits(path, TOKENS) - exact, exact)
     assert error < (3e-4 if kind in FLOAT else 0.15)  # a rounded router input may choose another expert
+
+
+def answers(model: Path, asked: list[list[int]], **options: Any) -> list[list[int]]:
+    config = EngineConfig(model=str(model), load_format="dummy", max_model_len=128, speculation=None, **options)
+    core = EngineCore(config)
+    for i, prompt in enumerate(asked):
+        params = SamplingParams(temperature=0.9, seed=prompt[0], max_tokens=20, ignore_eos=True)
+        core.add(Request(request_id=str(i), prompt_token_ids=prompt, params=params))
+    found: list[list[int]] = [[] for _ in asked]
+    while core.has_work:
+        for delta in core.step():
+            assert delta.finish_reason != "error", delta.error
+            found[int(delta.request_id)] += delta.token_ids
+    core.close()
+    return found
+
+
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_an_answer_depends_on_nothing_but_prompt_and_seed(quantization: str | None, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    prompts = [[7 + i, *range(3, 60 + i)] for i in range(12)]
+    together = answers(tmp_path, prompts, quantization=quantization, threads=2)
+    assert len({tuple(a) for a in together}) > 6
+    alone = [answers(tmp_path, [p], quantization=quantization, threads=1)[0] for p in prompts[:3]]
+    in_parts = answers(tmp_path, prompts, quantization=quantization, threads=3, max_num_batched_tokens=24)
+    assert alone == together[:3] and in_parts == together
 
 
 @pytest.mark.parametrize(("asked", "most"), [(None, 1e-3), ("int8", 0.3), ("int4", 1.0)])
