@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 import vl_tiny
+import vl_trained
 from PIL import Image as Pil
 from reference_plans import Feed, make_plan
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -219,3 +220,25 @@ def test_what_is_encoded_is_kept_up_to_a_size() -> None:
     for i in (0, 0, 1, 1, 0):
         small.vectors(images[i], encode)
     assert asked[4:] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 4), (1, 10, 12), (2, 4, 4)], ids=["picture", "large picture", "video"])
+def test_a_trained_model_names_what_it_sees(grid: tuple[int, int, int]) -> None:
+    source = open_source(vl_trained.trained())
+    made = load_executor("reference", load_spec(source), source, LIMITS)
+    assert isinstance(made, ReferenceVision) and made.spec.vision is not None
+    part = {"type": "image" if grid[0] == 1 else "video"}
+    for colour in vl_trained.COLOURS:
+        content = [part, {"type": "text", "text": "What colour is this?"}]
+        tokens = vl_trained.Teacher().ids(vl_trained.prompt(content), grid)
+        start = min(tokens.index(t) for t in (vl_tiny.IMAGE, vl_tiny.VIDEO) if t in tokens)
+        image = vl_tiny.picture(vl_trained.plain(colour, grid), start, video=grid[0] > 1)
+        positions, delta = rope_positions(len(tokens), [image], made.spec.vision)
+        said: list[int] = []
+        while vl_tiny.END not in said and len(said) < 10:
+            fed, place = ([said[-1]], len(tokens) + len(said) - 1) if said else (tokens, 0)
+            step = make_plan([Feed(fed, place, range(16), [(len(fed) - 1, -1, -1)])], vl_tiny.VOCAB)
+            turned = np.full((3, 1), place + delta, np.int32) if said else positions
+            parts = () if said else (PlannedImage(image, start, 0, image.tokens),)
+            said += made.launch(replace(step, rope_positions=turned, images=parts)).wait().tokens.tolist()
+        assert vl_tiny.tokenizer().decode(said) == colour
