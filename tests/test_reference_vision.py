@@ -16,43 +16,17 @@ import vl_trained
 from PIL import Image as Pil
 from reference_plans import Feed, make_plan
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from vl_cases import IMAGES, LIMITS, PIXELS, TEXT, TOKENS, steps
 
 from pagoda.arch.mrope import rope_positions
 from pagoda.arch.registry import load_spec
-from pagoda.backend.base import Limits
 from pagoda.backend.reference_vision import ReferenceVision
 from pagoda.backend.select import load_executor
 from pagoda.backend.vision import Encoded, patches
-from pagoda.types import Float32, Image, PlannedImage, StepPlan
+from pagoda.types import Float32, Image, PlannedImage
 from pagoda.weights.open import open_source
 
-LIMITS = Limits(max_model_len=256, max_num_seqs=4, max_num_batched_tokens=256, num_blocks=40)
 BOUND = 1e-4
-RNG = np.random.default_rng(5)
-
-
-def noise(frames: int, rows: int, columns: int) -> np.ndarray:
-    """Random pixels of so many patches."""
-    return RNG.integers(0, 256, (frames, rows * vl_tiny.PATCH, columns * vl_tiny.PATCH, 3), dtype=np.uint8)
-
-
-PIXELS = (noise(1, 4, 10), noise(4, 6, 4), noise(1, 12, 2))
-TEXT = RNG.integers(7, 263, 200).tolist()
-
-
-def prompt() -> tuple[list[int], list[Image]]:
-    """Text, a picture, text, a video of 4 frames, text, a picture of another size, text."""
-    tokens = TEXT[:5]
-    images = []
-    for pixels, after in zip(PIXELS, (TEXT[5:8], TEXT[8:19], TEXT[19:29]), strict=True):
-        video = len(pixels) > 1
-        image = vl_tiny.picture(pixels, len(tokens), video=video, second_per_grid=0.7)
-        images.append(image)
-        tokens = tokens + [vl_tiny.VIDEO if video else vl_tiny.IMAGE] * image.tokens + after
-    return tokens, images
-
-
-TOKENS, IMAGES = prompt()
 
 
 @pytest.fixture(scope="module", params=vl_tiny.KINDS)
@@ -112,28 +86,9 @@ def their_logits(model: Any, tokens: Sequence[int]) -> Float32:
         return np.asarray(model(**made).logits[0].numpy(), np.float32)
 
 
-def plan(spec: Any, tokens: Sequence[int], first: int, last: int, blocks: Sequence[int]) -> StepPlan:
-    """The step that feeds tokens first:last, and wants the logits of all."""
-    feed = Feed(tokens[first:last], first, blocks, [(i, -1, -1) for i in range(last - first)])
-    positions, _ = rope_positions(len(TOKENS), IMAGES, spec.vision)
-    later = len(tokens) - len(TOKENS)
-    after = positions.max() + 1 + np.arange(later)
-    turned = np.concatenate([positions, np.broadcast_to(after, (3, later))], axis=1).astype(np.int32)
-    planned = []
-    for image in IMAGES:
-        begin, end = max(image.start, first), min(image.start + image.tokens, last)
-        if begin < end:
-            planned.append(PlannedImage(image, begin - first, begin - image.start, end - begin))
-    step = make_plan([feed], vl_tiny.VOCAB)
-    return replace(step, rope_positions=np.ascontiguousarray(turned[:, first:last]), images=tuple(planned))
-
-
 def our_logits(executor: ReferenceVision, tokens: Sequence[int], cuts: Sequence[int]) -> Float32:
     """Of every token, the prompt cut into steps."""
-    ends = [*cuts, len(tokens)]
-    blocks = [9, 2, 5, 3, 30, 0, 7, 11, 12, 20]
-    steps = [plan(executor.spec, tokens, a, b, blocks) for a, b in zip([0, *cuts], ends, strict=True)]
-    return np.concatenate([executor.logits(step) for step in steps])
+    return np.concatenate([executor.logits(step) for step in steps(executor.spec, tokens, cuts)])
 
 
 def worst(ours: Float32, theirs: Float32) -> float:

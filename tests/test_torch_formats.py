@@ -168,7 +168,7 @@ def test_quantizing_on_load(asked: str, kind: type, error: float, tmp_path: Path
     target = Target(torch.device("cpu"), torch.float32, asked)
     assert small.capacity.weight_bytes == weight_bytes(bind(load_spec(source), source), target)
     linears = [n for each in small.decoder.layers for n in (each.qkv, each.o, each.mlp.gate_up, each.mlp.down)]
-    floats_left = sum(t.nbytes for t in (small.decoder.embed, small.decoder.head.parts[0].data))
+    floats_left = sum(t.nbytes for t in (small.decoder.embed.data, small.decoder.head.parts[0].data))
     norms = 4 * 128 * (2 * len(small.decoder.layers) + 1)
     assert small.capacity.weight_bytes == sum(taken(p) for n in linears for p in n.parts) + floats_left + norms
     assert relative(logits(small, PLAN), logits(whole, PLAN)) < 25 * error

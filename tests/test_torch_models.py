@@ -112,7 +112,7 @@ def test_a_step_gives_the_tokens_of_the_reference(seed: int, tmp_path: Path) -> 
 def test_a_nan_stays_with_its_request(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "llama")
     executor = load(tmp_path)
-    executor.decoder.embed[7] = float("nan")
+    executor.decoder.embed.data[7] = float("nan")
     feeds = [Feed([5, 6], 0, [0], rows=[(1, -1, -1)]), Feed([5, 7], 0, [1], rows=[(1, -1, -1)])]
     assert executor.launch(make_plan(feeds, VOCAB)).wait().ok.tolist() == [1, 0]
 

@@ -84,7 +84,8 @@ def share(spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int, size: int) 
     for slot, tensor in tensors.items():
         name = slot.rpartition(".")[2]
         if slot.startswith("vision."):
-            bound[slot] = tensor  # whole on each: it is small, and an image is encoded seldom
+            if not rank:
+                bound[slot] = tensor  # the first encodes images, and gives the others what comes of it
             continue
         if name in _ONCE and rank:
             continue
@@ -99,7 +100,7 @@ def share(spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int, size: int) 
         )
         for layer in spec.layers
     )
-    return replace(spec, layers=layers), bound
+    return replace(spec, layers=layers, vision=None if rank else spec.vision), bound
 
 
 def vocab_range(spec: ModelSpec, rank: int, size: int) -> tuple[int, int]:

@@ -45,13 +45,19 @@ class Layout:
 
 def patches(image: Image, vision: Vision) -> Float32:
     """The normalized patches [t * h * w, patch values] of an image, those of one token side by side."""
+    mean, std = (np.asarray(x, np.float32)[:, None] * np.float32(255) for x in (vision.mean, vision.std))
+    cut = patch_bytes(image, vision)
+    normal = (cut.reshape(len(cut), 3, -1) - mean) / std
+    return np.asarray(normal, np.float32).reshape(cut.shape)
+
+
+def patch_bytes(image: Image, vision: Vision) -> npt.NDArray[np.uint8]:
+    """The same as they are stored, 0 to 255."""
     t, h, w = image.grid
     size, merge, together = vision.patch_size, vision.merge_size, vision.temporal_patch_size
     pixels = np.frombuffer(image.pixels, np.uint8).reshape(-1, h * size, w * size, 3)
     frames = pixels[np.minimum(np.arange(t * together), len(pixels) - 1)]  # the last one fills its group
-    mean, std = np.asarray(vision.mean, np.float32), np.asarray(vision.std, np.float32)
-    normal = (frames.astype(np.float32) - mean * np.float32(255)) / (std * np.float32(255))
-    cut = normal.reshape(t, together, h // merge, merge, size, w // merge, merge, size, 3)
+    cut = frames.reshape(t, together, h // merge, merge, size, w // merge, merge, size, 3)
     # tokens by row and column, their patches by row and column; in a patch: channel, frame, row, column
     return np.ascontiguousarray(cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)).reshape(t * h * w, vision.patch_values)
 

@@ -32,7 +32,8 @@ _SCALE_BYTES = 4
 
 def is_product(slot: str, tensor: Tensor) -> bool:
     """True of what a product takes in its own bits: the matrices of the layers, and the head of its own."""
-    return len(tensor.shape) > 1 and slot not in ("embed", "positions", "types") and not slot.endswith(".router")
+    other = slot in ("embed", "positions", "types") or slot.startswith("vision.") or slot.endswith(".router")
+    return len(tensor.shape) > 1 and not other
 
 
 def tensor_bytes(slot: str, tensor: Tensor, quantization: str | None, itemsize: int) -> int:

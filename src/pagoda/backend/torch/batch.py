@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+Seen = tuple[tuple[int, Tensor], ...]
+"""Rows of a step from which on the vectors of images [n, hidden size] take the place of embeddings."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -25,6 +28,8 @@ class Batch:
     max_query: int  # most tokens of one request; 1: all are decoding
     max_context: int  # largest of `contexts`, or a bound of it
     types: Tensor | None = None  # int32 [T], 1 from where the second text of a pair begins; for encoders
+    rope_positions: Tensor | None = None  # int32 [3, T], where they are not `positions`
+    seen: Seen = ()
     runs: Tensor | None = None  # what `prepared` adds for the kernels
 
 

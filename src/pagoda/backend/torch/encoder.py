@@ -15,19 +15,10 @@ from pagoda.backend.base import Progress
 from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.load import Loader
 from pagoda.backend.torch.model import KvCache, Linear
+from pagoda.backend.torch.norms import LayerNorm
 from pagoda.errors import ModelError
 
 _SHORTEST = 16
-
-
-@dataclass(frozen=True, slots=True)
-class LayerNorm:
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)

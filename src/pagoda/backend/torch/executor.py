@@ -30,7 +30,7 @@ from pagoda.backend.torch.packs import FP8
 from pagoda.backend.torch.size import weight_bytes
 from pagoda.backend.torch.split import joined, middle, part
 from pagoda.backend.torch.upload import Rows, upload
-from pagoda.errors import EngineError, ModelError
+from pagoda.errors import EngineError
 from pagoda.formats import KV_EIGHT_BITS
 from pagoda.types import BLOCK_SIZE, StepPlan, StepResult
 from pagoda.weights.source import Tensor, TensorSource
@@ -109,8 +109,6 @@ class TorchExecutor:
         team: Team = ALONE,
     ) -> Self:
         """Raises ConfigError (no GPU), ModelError, or, before any weight is read, MemoryShort."""
-        if spec.vision is not None:
-            raise ModelError("the PyTorch backend cannot see yet", remedy="Try --device reference")
         device = open_device(cls.cuda)
         dtype = choose_dtype(limits.dtype, source.config, device)
         target = Target(device.device, dtype, limits.quantization, device.fp8)
@@ -137,7 +135,12 @@ class TorchExecutor:
         if device.is_gpu and spec.pooling is None and not limits.enforce_eager:
             most, length = limits.max_num_seqs, limits.max_model_len
             graphs = DecodeGraphs(
-                decoder.hidden, Recorder(), most_requests=most, most_context=length, device=device.device
+                decoder.hidden,
+                Recorder(),
+                most_requests=most,
+                most_context=length,
+                device=device.device,
+                three=bool(spec.rope.sections),
             )
         # several GPUs are told the tokens of a step by the one that has sampled them
         at_once = 2 if team is ALONE and spec.pooling is None else 1
@@ -165,6 +168,8 @@ class TorchExecutor:
     def _launch(self, plan: StepPlan) -> Pending:
         """The step whole, or where the memory does not suffice in halves; steps are never that large again."""
         count = len(plan.tokens)
+        if plan.rope_positions is not None and isinstance(self.decoder, Decoder):
+            self.decoder.check_positions(int(plan.rope_positions.max(initial=0)))
         cut = middle(plan, whole_requests=self.decoder.spec.encoder is not None)
         if not cut or self._most_tokens is None or count <= self._most_tokens:
             try:
@@ -186,6 +191,8 @@ class TorchExecutor:
         return self._computed(plan, batch, turns)
 
     def _computed(self, plan: StepPlan, batch: Batch, turns: list[Rows]) -> Pending:
+        if plan.images and isinstance(self.decoder, Decoder) and self.decoder.sight is not None:
+            batch = replace(batch, seen=self.decoder.sight.seen(plan.images))
         hidden = self.hidden(batch)
         if self.decoder.spec.pooling is not None:
             return Pooled(hidden)
@@ -204,6 +211,8 @@ class TorchExecutor:
     def close(self) -> None:
         self._graphs = None
         self.decoder.caches, self.decoder.layers = [], ()
+        if isinstance(self.decoder, Decoder):
+            self.decoder.sight = None
         self.release()
 
     def release(self) -> None:
@@ -266,13 +275,16 @@ def measured(decoder: Decoder | Encoder, limits: Limits, device: Device, kv_type
     decoder.caches = make_caches(decoder.spec, int(plan.block_tables.max()) + 1, kv_type, device.device)
     begun = torch.cuda.memory_allocated(device.device)
     torch.cuda.reset_peak_memory_stats(device.device)
+    kept = 0
     with torch.inference_mode():
+        if isinstance(decoder, Decoder) and decoder.sight is not None:
+            kept = decoder.sight.try_largest(limits.max_model_len)
         batch, turns = upload(plan, device.device, int(plan.block_tables.max()) + 1)
         hidden = decoder.hidden(batch)
         for turn in turns if decoder.spec.pooling is None else ():
             choose(decoder.logits(hidden[turn.first : turn.last]), turn, plan)
     torch.cuda.synchronize(device.device)
-    work = torch.cuda.max_memory_reserved(device.device) - begun
+    work = torch.cuda.max_memory_reserved(device.device) - begun + kept
     if isinstance(decoder, Decoder) and decoder.spec.pooling is None and not limits.enforce_eager:
         work += graph_bytes(decoder, limits, device)
     decoder.caches = []
@@ -286,7 +298,8 @@ def graph_bytes(decoder: Decoder, limits: Limits, device: Device) -> int:
     begun = torch.cuda.memory_allocated(device.device)
     torch.cuda.reset_peak_memory_stats(device.device)
     with torch.inference_mode():
-        decoder.hidden(padding(limits.max_num_seqs, limits.max_model_len, device.device))
+        three = bool(decoder.spec.rope.sections)
+        decoder.hidden(padding(limits.max_num_seqs, limits.max_model_len, device.device, three=three))
     torch.cuda.synchronize(device.device)
     return torch.cuda.max_memory_reserved(device.device) - begun
 

@@ -65,22 +65,33 @@ class DecodeGraphs:
     """Runs batches in which every request has one token and wants its logits; leaves all others to the caller."""
 
     def __init__(
-        self, forward: Forward, record: Record, *, most_requests: int, most_context: int, device: torch.device
+        self,
+        forward: Forward,
+        record: Record,
+        *,
+        most_requests: int,
+        most_context: int,
+        device: torch.device,
+        three: bool = False,
     ) -> None:
+        """`three`: tokens turn by three positions."""
         self._forward, self._record = forward, record
         self._sizes = sizes(most_requests)
         self._recorded: dict[int, Recorded] = {}
-        self._fixed = padding(most_requests, most_context, device)
+        self._fixed = padding(most_requests, most_context, device, three=three)
 
     def run(self, batch: Batch) -> Tensor | None:
         """The forward pass of a batch, [L, hidden], good until the next one; None where no graph is for it."""
         requests = len(batch.contexts)
-        if batch.max_query != 1 or not requests == len(batch.tokens) == len(batch.rows) <= self._most:
+        if batch.seen or batch.max_query != 1 or not requests == len(batch.tokens) == len(batch.rows) <= self._most:
             return None
         size = self._sizes[bisect_left(self._sizes, requests)]
         recorded = self._recorded.get(size)
         fixed = recorded.batch if recorded else self._of_size(size)
         stage(batch, fixed)
+        if fixed.rope_positions is not None:
+            own = batch.positions.expand(3, -1) if batch.rope_positions is None else batch.rope_positions
+            fixed.rope_positions[:, :requests] = own
         if recorded:
             recorded.replay()
             return recorded.result[:requests]
@@ -96,6 +107,8 @@ class DecodeGraphs:
         fixed = self._of_size(size)
         for values in (fixed.tokens, fixed.positions, fixed.starts, fixed.contexts, fixed.rows):
             values.zero_()
+        if fixed.rope_positions is not None:
+            fixed.rope_positions.zero_()
         fixed.cells.fill_(-1)
         try:
             self._forward(fixed)  # compiles and loads every kernel it takes
@@ -125,10 +138,12 @@ class DecodeGraphs:
         """The first `size` requests of the fixed buffers."""
         f = self._fixed
         parts = {name: getattr(f, name)[:size] for name in ("tokens", "positions", "cells", "contexts", "rows")}
+        if f.rope_positions is not None:
+            parts["rope_positions"] = f.rope_positions[:, :size]
         return replace(f, starts=f.starts[: size + 1], block_tables=f.block_tables[:size], **parts)
 
 
-def padding(requests: int, context: int, device: torch.device) -> Batch:
+def padding(requests: int, context: int, device: torch.device, *, three: bool) -> Batch:
     """A batch of nothing, as large as any decode step."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -144,4 +159,5 @@ def padding(requests: int, context: int, device: torch.device) -> Batch:
         rows=zeros(requests),
         max_query=1,
         max_context=context,
+        rope_positions=zeros(3, requests) if three else None,
     )

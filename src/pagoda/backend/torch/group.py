@@ -21,8 +21,9 @@ from torch._C._distributed_c10d import Store
 from pagoda.arch.memory import blocks_for
 from pagoda.arch.sharding import share, vocab_range
 from pagoda.arch.spec import ModelSpec
+from pagoda.backend.torch.batch import Seen
 from pagoda.backend.torch.executor import Team
-from pagoda.backend.torch.model import Block, Decoder, Embedding
+from pagoda.backend.torch.model import Block, Decoder, Table, with_seen
 from pagoda.backend.torch.upload import MAX_ROWS, Fed
 from pagoda.errors import ConfigError, EngineError, MemoryShort, ModelError, PagodaError
 from pagoda.types import Int32, StepPlan
@@ -53,15 +54,16 @@ class Summed:
 class SplitEmbedding:
     """Rows `first` to `last` of the table are here, those of other tokens at other ranks."""
 
-    own: Embedding
+    own: Table
     first: int
     last: int
     group: Group
 
-    def __getitem__(self, tokens: Tensor, /) -> Tensor:
+    def __call__(self, tokens: Tensor, seen: Seen) -> Tensor:
+        """Tokens below 0 are nobody's: rank 0 has the vectors of images for them, and gives them to all in the sum."""
         there = (tokens < self.first) | (tokens >= self.last)
-        rows = self.own[(tokens - self.first).clamp(0, self.last - self.first - 1)]
-        return self.group.sum(rows.masked_fill(there.unsqueeze(-1), 0))
+        rows = self.own.data[(tokens - self.first).clamp(0, self.last - self.first - 1)]
+        return self.group.sum(with_seen(rows.masked_fill(there.unsqueeze(-1), 0), seen))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,8 @@ class Group(Team):
         spec = decoder.spec
         layers = [replace(layer, o=Summed(layer.o, self), mlp=Summed(layer.mlp, self)) for layer in decoder.layers]
         decoder.layers = tuple(layers)
-        decoder.embed = SplitEmbedding(decoder.embed, *vocab_range(spec, self.rank, self.size), self)
+        if isinstance(decoder.embed, Table):
+            decoder.embed = SplitEmbedding(decoder.embed, *vocab_range(spec, self.rank, self.size), self)
         decoder.head = SplitHead(decoder.head, vocab_range(spec, 0, self.size)[1], spec.vocab_size, self)
         return decoder
 
@@ -167,7 +170,7 @@ class Group(Team):
         """Set aside what a rank without memory sends to the others."""
         spec = decoder.spec
         width, rows = vocab_range(spec, 0, self.size)[1], MAX_ROWS if spec.pooling is None else 0
-        one = decoder.embed[torch.zeros(1, dtype=torch.int64, device=decoder.cos_sin.device)]
+        one = decoder.embed(torch.zeros(1, dtype=torch.int64, device=decoder.cos_sin.device), ())
         self._spare = one.new_empty(max(most_tokens * spec.hidden_size, rows * width))
         self._widths, self._sums_of_step = (spec.hidden_size, width), 1 + 2 * len(spec.layers)
         return decoder
@@ -217,16 +220,19 @@ class Group(Team):
 
 
 def _packed(plan: StepPlan) -> Int32:
-    """What a forward pass takes, in one array: four sizes, then the arrays of Fed without the slots."""
+    """What a forward pass takes, in one array: five sizes, then the arrays of Fed without the slots."""
     last = plan.positions + np.diff(plan.starts)
     width = blocks_for(int(last.max(initial=0)))
     tables = plan.block_tables[plan.slots, :width]
-    sizes = np.array([len(plan.slots), len(plan.tokens), len(plan.rows), width], np.int32)
-    return np.concatenate([sizes, plan.starts, plan.positions, plan.tokens, tables.reshape(-1), plan.rows])
+    turned = np.zeros(0, np.int32) if plan.rope_positions is None else plan.rope_positions.reshape(-1)
+    sizes = np.array([len(plan.slots), len(plan.tokens), len(plan.rows), width, len(turned)], np.int32)
+    return np.concatenate([sizes, plan.starts, plan.positions, plan.tokens, tables.reshape(-1), plan.rows, turned])
 
 
 def _unpacked(numbers: Int32) -> Fed:
-    requests, tokens, rows, width = numbers[:4].tolist()
+    requests, tokens, rows, width, turns = numbers[:5].tolist()
     lengths = (requests + 1, requests, tokens, requests * width, rows)
-    starts, positions, ids, tables, wanted = np.split(numbers[4:], np.cumsum(lengths)[:-1])
-    return Fed(np.arange(requests, dtype=np.int32), starts, positions, ids, tables.reshape(requests, width), wanted)
+    starts, positions, ids, tables, wanted, turned = np.split(numbers[5:], np.cumsum(lengths))
+    slots = np.arange(requests, dtype=np.int32)
+    three = turned.reshape(3, tokens) if turns else None
+    return Fed(slots, starts, positions, ids, tables.reshape(requests, width), wanted, three)

@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pagoda.arch.memory import encoded_bytes
 from pagoda.arch.spec import Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.torch.batch import Heads
 from pagoda.backend.torch.convert import FLOATS, Converter, Target
 from pagoda.backend.torch.join import side_by_side
-from pagoda.backend.torch.model import Decoder, DecoderLayer, GatedMlp, Linear, Mixture
+from pagoda.backend.torch.load_vision import VisionLoader
+from pagoda.backend.torch.model import Decoder, DecoderLayer, GatedMlp, Linear, Mixture, Table
 from pagoda.backend.torch.packs import Dense, Weight
+from pagoda.backend.torch.vision import Sight
 from pagoda.errors import ModelError
 from pagoda.weights.grouped import MadeTensor
 from pagoda.weights.source import Tensor as Stored
@@ -53,7 +56,21 @@ class Loader:
                 raise
         table = np.concatenate(spec.rope.tables(max_model_len), axis=1)
         cos_sin = torch.from_numpy(table).to(self._target.device)
-        return Decoder(spec, embed, norm, head, tuple(layers), cos_sin, [])
+        return Decoder(
+            spec, Table(embed), norm, head, tuple(layers), cos_sin, [], self._axes(), self._sight(max_model_len)
+        )
+
+    def _axes(self) -> Tensor | None:
+        if not self._spec.rope.sections:
+            return None
+        return torch.from_numpy(np.tile(self._spec.rope.axes(), 2)).to(self._target.device)
+
+    def _sight(self, max_model_len: int) -> Sight | None:
+        vision = self._spec.vision
+        if vision is None:
+            return None
+        kept_bytes = encoded_bytes(self._spec, max_model_len, self._target.dtype.itemsize)
+        return Sight(VisionLoader(vision, self._tensors, self._target).encoder(), kept_bytes)
 
     def _ends(self) -> tuple[Tensor, Tensor, Linear]:
         embed = self._converter.floats(self._tensors["embed"], self._target.dtype)

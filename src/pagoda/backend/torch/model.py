@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pagoda.arch.spec import Experts, ModelSpec
 from pagoda.backend.torch import ops
-from pagoda.backend.torch.batch import Batch, Heads
+from pagoda.backend.torch.batch import Batch, Heads, Seen
 from pagoda.backend.torch.packs import Dense, Weight
+from pagoda.backend.torch.vision import Sight
 
 KvCache = tuple[Tensor, Tensor]
 """Keys and values of one layer, each [num_blocks, BLOCK_SIZE, kv_heads, head_dim]."""
@@ -20,9 +21,23 @@ Block = Callable[[Tensor], Tensor]
 
 
 class Embedding(Protocol):
-    """Gives the rows of tokens, as a table [vocab, hidden] does."""
+    """Gives the vectors of tokens [T, hidden], those of images in their places."""
 
-    def __getitem__(self, tokens: Tensor, /) -> Tensor: ...
+    def __call__(self, tokens: Tensor, seen: Seen) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    data: Tensor  # [vocab, hidden] in the type of computation
+
+    def __call__(self, tokens: Tensor, seen: Seen) -> Tensor:
+        return with_seen(self.data[tokens], seen)
+
+
+def with_seen(rows: Tensor, seen: Seen) -> Tensor:
+    for first, vectors in seen:
+        rows[first : first + len(vectors)] = vectors
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +123,24 @@ class Decoder:
     """All weights of a model. `caches` is empty until the executor knows how many blocks fit."""
 
     spec: ModelSpec
-    embed: Embedding  # in the type of computation
+    embed: Embedding
     norm: Tensor
     head: Block
     layers: tuple[DecoderLayer, ...]
     cos_sin: Tensor  # float32 [positions, rope dim]
     caches: list[KvCache]
+    axes: Tensor | None = None  # int64 [rope dim], which of three positions turns each pair, twice
+    sight: Sight | None = None
 
     def hidden(self, batch: Batch) -> Tensor:
         """The normed final hidden states of the rows of a batch, [L, hidden]."""
         eps, batch = self.spec.norm_eps, ops.prepared(batch)
-        total = self.embed[batch.tokens]
+        total = self.embed(batch.tokens, batch.seen)
+        cos_sin, batch = self._turns(batch)
         x = torch.zeros_like(total)
         for layer, (k_cache, v_cache) in zip(self.layers, self.caches, strict=True):
             qkv, total = layer.qkv.behind(x, total, layer.attn_norm, eps)
-            q = ops.rope_and_cache(qkv, layer.q_norm, layer.k_norm, self.cos_sin, batch, k_cache, v_cache, layer.heads)
+            q = ops.rope_and_cache(qkv, layer.q_norm, layer.k_norm, cos_sin, batch, k_cache, v_cache, layer.heads)
             x = layer.o(ops.paged_attention(q, k_cache, v_cache, batch, layer.heads).flatten(1))
             if isinstance(layer.mlp, GatedMlp):
                 x, total = layer.mlp.behind(x, total, layer.mlp_norm, eps)
@@ -130,6 +148,19 @@ class Decoder:
                 x, total = ops.add_rms_norm(x, total, layer.mlp_norm, eps)
                 x = layer.mlp(x)
         return ops.add_rms_norm(x[batch.rows], total[batch.rows], self.norm, eps)[0]
+
+    def check_positions(self, largest: int) -> None:
+        if largest >= len(self.cos_sin):
+            raise IndexError(f"a position {largest} is outside the {len(self.cos_sin)} there are")
+
+    def _turns(self, batch: Batch) -> tuple[Tensor, Batch]:
+        """The table of angles, and the batch whose positions are rows of it."""
+        if self.axes is None:
+            return self.cos_sin, batch
+        three = batch.positions.expand(3, -1) if batch.rope_positions is None else batch.rope_positions
+        # a table of this step alone, with a row for each token: its numbers are those of the whole one
+        own = self.cos_sin.gather(0, three[self.axes].t().long())
+        return own, replace(batch, positions=torch.arange(len(own), dtype=torch.int32, device=own.device))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[L, vocab] in the type of computation, from final hidden states."""

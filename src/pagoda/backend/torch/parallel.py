@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace as changed
 from functools import partial
 from pathlib import Path
 from typing import Protocol, Self
@@ -149,6 +150,7 @@ class ParallelExecutor(TorchExecutor):
     def _run(self, plan: StepPlan) -> Pending:
         if self.apart:
             raise EngineError("a step was interrupted, and the GPUs are at different places; load the model again")
+        plan = without_images(plan)
         batch, turns = upload(plan, self._device.device, self.capacity.num_blocks)
         rows = len(plan.rows) if self.decoder.spec.pooling is None else 0
         self.apart = True
@@ -183,6 +185,16 @@ class ParallelCpuExecutor(ParallelExecutor):
     """The same over processes of a CPU, for tests."""
 
     cuda = False
+
+
+def without_images(plan: StepPlan) -> StepPlan:
+    """The plan with tokens that are nobody's in the places of images: rank 0 alone has an encoder."""
+    if not plan.images:
+        return plan
+    tokens = plan.tokens.copy()
+    for part in plan.images:
+        tokens[part.row : part.row + part.count] = -1
+    return changed(plan, tokens=tokens)
 
 
 def engine_ends(why: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from pagoda.types import Int32, StepPlan, StepResult
+from pagoda.types import Int32, PlannedImage, StepPlan, StepResult
 
 _PER_REQUEST = (
     "slots", "temperature", "top_k", "top_p", "min_p", "presence", "frequency", "repetition", "seed",
@@ -53,8 +53,18 @@ def part(plan: StepPlan, first: int, last: int) -> tuple[StepPlan, Places]:
         bias_ids=plan.bias_ids[bias],
         bias_values=plan.bias_values[bias],
         second_texts=None if plan.second_texts is None else plan.second_texts[own],
+        rope_positions=None if plan.rope_positions is None else plan.rope_positions[:, first:last],
+        images=tuple(_images(plan, first, last)),
     )
     return smaller, rows
+
+
+def _images(plan: StepPlan, first: int, last: int) -> Iterator[PlannedImage]:
+    """What tokens first:last have of each image."""
+    for image in plan.images:
+        begin, end = max(image.row, first), min(image.row + image.count, last)
+        if begin < end:
+            yield replace(image, row=begin - first, first=image.first + begin - image.row, count=end - begin)
 
 
 def joined(plan: StepPlan, results: Sequence[tuple[StepResult, Places]]) -> StepResult:

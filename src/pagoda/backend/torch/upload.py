@@ -41,6 +41,7 @@ class Fed(NamedTuple):
     tokens: Int32
     block_tables: Int32
     rows: Int32
+    rope_positions: Int32 | None = None
 
 
 class Parcel:
@@ -101,6 +102,8 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
         raise IndexError("the plan names a block outside the cache")
     parcel.add(cells=cells, tokens=plan.tokens, positions=positions.astype(np.int32), starts=plan.starts)
     parcel.add(contexts=contexts, tables=tables, rows=plan.rows)
+    if plan.rope_positions is not None:
+        parcel.add(rope_positions=plan.rope_positions)
     second = plan.second_texts if isinstance(plan, StepPlan) else None
     if second is not None:
         parcel.add(types=(positions >= second[request_of]).astype(np.int32))
@@ -115,6 +118,7 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
         max_query=int(lengths.max(initial=0)),
         max_context=max_context,
         types=None if second is None else parcel["types"],
+        rope_positions=None if plan.rope_positions is None else parcel["rope_positions"],
     )
 
 
