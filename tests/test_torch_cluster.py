@@ -39,14 +39,27 @@ _LARGE = {**_SMALL, "num_cpus": 3}
 """Two ranks are both placed here, behind the first; of four one is on the other machine."""
 
 
+def _started(tries: int = 3) -> Cluster:
+    """Ray gives a node 30 s to start, which a busy machine may miss."""
+    made = Cluster()
+    try:
+        made.add_node(**_SMALL, include_dashboard=False)
+        made.add_node(**_LARGE)
+    except Exception as error:
+        made.shutdown()
+        if "timed out during startup" not in str(error) or tries == 1:
+            raise
+        return _started(tries - 1)
+    return made
+
+
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two machines' worth of processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        made = Cluster(initialize_head=True, head_node_args={**_SMALL, "include_dashboard": False})
-        made.add_node(**_LARGE)
+        made = _started()
         patch.setenv("RAY_ADDRESS", made.address)
         yield made
         ray.shutdown()

@@ -300,7 +300,8 @@ def test_a_rank_that_fails_is_heard_by_all(tmp_path: Path) -> None:
 
 
 def _followers() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "pagoda.backend.torch.rank" in p.cmdline()]
+    running = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in running if "pagoda.backend.torch.rank" in p.cmdline()]
 
 
 def test_a_stream_outlives_the_death_of_a_rank(tmp_path: Path) -> None:
