@@ -28,10 +28,25 @@ Chain::Chain(const pg_context& c, const pg_step& st, int threads, Range tokens, 
   if (c.kv.data) list_attention();
   add_phase(kStart, nullptr, 0, 0, 1, 1);
   add(kRopeTables, nullptr, tokens.size(), 0);
-  size_t gather = 0;
-  for (; gather < c.ops.size() && c.ops[gather].kind != PG_GATHER; gather++) add(c.ops[gather], logits.begin);
+  const auto at = std::find_if(c.ops.begin(), c.ops.end(), [](const pg_op& op) { return op.kind == PG_GATHER; });
+  const size_t gather = at - c.ops.begin();
+  add_tokens(gather);
   for (int64_t first = logits.begin; first < logits.end; first += room.size())  // as many as there is room for
     for (size_t i = gather; i < c.ops.size(); i++) add(c.ops[i], first);
+}
+
+// Operations in front of `end`: those that go by pieces, as long as they stand in a row, piece by piece.
+void Chain::add_tokens(size_t end) {
+  const auto pieces = [&](size_t i) { return (c_.ops[i].flags & PG_PIECES) != 0; };
+  for (size_t i = 0, next; i < end; i = next) {
+    for (next = i + 1; next < end && pieces(i) && pieces(next);) next++;
+    const int64_t step = pieces(i) ? c_.dims.piece_rows : tokens_.size();
+    for (int64_t row = tokens_.begin; row < tokens_.end; row += step) {
+      rows_ = {row, std::min(row + step, tokens_.end)};
+      for (size_t j = i; j < next; j++) add(c_.ops[j], logits_.begin);
+    }
+  }
+  rows_ = tokens_;
 }
 
 void Chain::add_phase(int32_t kind, const pg_op* op, int64_t rows, int64_t first, int64_t step, int64_t chunks) {
@@ -53,7 +68,7 @@ void Chain::add(int32_t kind, const pg_op* op, int64_t rows, int64_t first) {
 
 void Chain::add(const pg_op& op, int64_t first) {
   const bool logits = op.flags & PG_LOGIT_ROWS;
-  const int64_t rows = logits ? std::min(room_.size(), logits_.end - first) : tokens_.size();
+  const int64_t rows = logits ? std::min(room_.size(), logits_.end - first) : rows_.size();
   if (rows <= 0) return;
   if (op.kind == PG_MATMUL || op.kind == PG_HEAD) {
     const Cut cut(c_.weights[op.weight], rows, threads);
@@ -63,8 +78,9 @@ void Chain::add(const pg_op& op, int64_t first) {
     items.back().attention = (int)cached.size() - 1;
     if (!joins.empty()) add_phase(kJoin, &op, rows, first, 1, (int64_t)joins.size() * c_.dims.kv_heads);
   } else if (op.kind == PG_ATTEND_ALL) {
-    if (encoder.empty()) list_encoder();
-    add_phase(op.kind, &op, rows, first, 1, (int64_t)encoder.size() * c_.dims.heads);
+    std::vector<Tokens>& jobs = op.flags & PG_FRAMES ? frames : encoder;
+    if (jobs.empty()) jobs = op.flags & PG_FRAMES ? encoder_jobs(st_.frames, st_.frames_count) : encoder_jobs(st_.starts, st_.requests);
+    add_phase(op.kind, &op, rows, first, 1, (int64_t)jobs.size() * c_.dims.heads);
   } else if (op.kind == PG_EXPERTS_UP) {
     add_phase(op.kind, &op, rows, first, 1, up_chunks(rows, threads));
   } else if (op.kind == PG_EXPERTS_DOWN) {
@@ -106,11 +122,13 @@ void Chain::split_attention() {
   partials.resize(parts * partial_stride(c_.dims.head_dim));
 }
 
-// An encoder's attention is cut into some consecutive tokens of a request times heads.
-void Chain::list_encoder() {
-  for (int r = 0; r < st_.requests; r++)
-    for (int from = 0, tokens = st_.starts[r + 1] - st_.starts[r]; from < tokens; from += kEncoderQueries)
-      encoder.push_back({r, from, std::min(kEncoderQueries, tokens - from)});
+// An encoder's attention is cut into some consecutive tokens of a request, or of a frame, times heads.
+std::vector<Tokens> Chain::encoder_jobs(const int32_t* starts, int count) {
+  std::vector<Tokens> jobs;
+  for (int r = 0; r < count; r++)
+    for (int from = 0, tokens = starts[r + 1] - starts[r]; from < tokens; from += kEncoderQueries)
+      jobs.push_back({r, from, std::min(kEncoderQueries, tokens - from)});
+  return jobs;
 }
 
 }  // namespace pagoda

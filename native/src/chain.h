@@ -54,23 +54,25 @@ class Chain {
   std::vector<Item> items;
   std::vector<Task> tails;
   std::vector<size_t> cached;  // for each attention of the program: the item after which the cache has the rows' keys
-  std::vector<Tokens> attention, encoder;
+  std::vector<Tokens> attention, encoder, frames;
   std::vector<Join> joins;
   std::vector<float> partials;
   Routing routing;
 
  private:
   void add(const pg_op& op, int64_t first);
+  void add_tokens(size_t end);
   void add(int32_t kind, const pg_op* op, int64_t rows, int64_t first);
   void add_phase(int32_t kind, const pg_op* op, int64_t rows, int64_t first, int64_t step, int64_t chunks);
   void list_attention();
   void split_attention();
-  void list_encoder();
-  int64_t row_of(const pg_op* op) const { return op && op->flags & PG_LOGIT_ROWS ? room_.begin : tokens_.begin; }
+  static std::vector<Tokens> encoder_jobs(const int32_t* starts, int count);
+  int64_t row_of(const pg_op* op) const { return op && op->flags & PG_LOGIT_ROWS ? room_.begin : rows_.begin; }
 
   const pg_context& c_;
   const pg_step& st_;
   const Range tokens_, logits_, room_;
+  Range rows_ = tokens_;  // that operations are added for: a piece of the tokens, or all
   CounterPool counters_;
 };
 

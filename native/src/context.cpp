@@ -24,6 +24,10 @@ Pages::~Pages() {
   if (data_) munmap(data_, bytes_);
 }
 
+void Pages::release() const {
+  if (data_) madvise(data_, bytes_, MADV_DONTNEED);
+}
+
 // Pages are reserved in large pieces, and taken from the system only as they are written.
 uint8_t* Arena::take(int64_t bytes) {
   constexpr int64_t piece = 256 << 20, line = 64;
@@ -94,8 +98,8 @@ int32_t extend(pg_context* c, Weight& w, const pg_part* parts, int32_t n) {
 }
 
 Buffer make_buffer(const pg_buffer& from, const pg_dims& d, bool wide) {
-  const int64_t rows = from.rows_are_logits ? d.max_rows : d.max_tokens, blocks = from.width / kBlock;
-  Buffer b{from.width, from.rows_are_logits != 0, Pages(rows * from.width * 4 + 32), {}, {}, {}, {}, {}, {}};
+  const int64_t sizes[] = {d.max_tokens, d.max_rows, d.piece_rows}, rows = sizes[from.rows], blocks = from.width / kBlock;
+  Buffer b{from.width, rows, Pages(rows * from.width * 4 + 32), {}, {}, {}, {}, {}, {}};
   if (from.width % kBlock == 0) {
     b.q = Pages(rows * from.width), b.d = Pages(rows * blocks * 4);
     b.s = Pages(rows * blocks * 4), b.n = Pages(rows * blocks * 4), b.h = Pages(rows * blocks * 8);
@@ -177,6 +181,12 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     for (auto& s : c->row_scratch) s.resize(widest);
     return 0;
   });
+}
+
+void pg_release(pg_context* c) {
+  for (auto& b : c->buffers)
+    for (const Pages* p : {&b.f, &b.q, &b.d, &b.s, &b.n, &b.h, &b.wide}) p->release();
+  c->rope_pages.release();
 }
 
 int64_t pg_activation_bytes(pg_context* c) {

@@ -20,6 +20,7 @@ class Pages {
   ~Pages();
   uint8_t* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
+  void release() const;  // until they are touched again; they are zero then
 
  private:
   uint8_t* data_ = nullptr;
@@ -44,10 +45,10 @@ struct Weight {
 
 struct Buffer {  // [rows][width] floats, and the 8-bit form of the same rows
   int64_t width;
-  bool rows_are_logits;
+  int64_t rows;  // as many as it has, after which it begins anew: of a piece
   Pages f, q, d, s, n, h, wide;
-  float* row(int64_t r) const { return reinterpret_cast<float*>(f.data()) + r * width; }
-  Codes codes(int64_t r) const { return codes_at(r * width); }
+  float* row(int64_t r) const { return reinterpret_cast<float*>(f.data()) + r % rows * width; }
+  Codes codes(int64_t r) const { return codes_at(r % rows * width); }
   Codes codes_at(int64_t value) const {  // of the block that begins with a value
     return {reinterpret_cast<int8_t*>(q.data()) + value, reinterpret_cast<float*>(d.data()) + value / kBlock,
             reinterpret_cast<float*>(s.data()) + value / kBlock, reinterpret_cast<int32_t*>(n.data()) + value / kBlock,

@@ -3,7 +3,7 @@
 // has the same bits whatever else is in the step.
 #pragma once
 #include "kernels.h"
-#include "vec.h"
+#include "wide.h"
 
 namespace pagoda {
 namespace PG_NS {
@@ -47,36 +47,42 @@ void gelu(const float* x, int64_t n, float* out) {
   for (; i < n; i++) out[i] = x[i] * 0.5f * (erf(splat(x[i] * 0.70710678f))[0] + 1.0f);
 }
 
-struct KeySegment {  // keys turned, so that 8 of them lie side by side; places behind the last one are zero
-  float *keys, *values;  // [dim][kKeys], [kKeys][dim]
+// x * sigmoid(1.702 x), which is near GELU.
+void quick_gelu(const float* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) store(out + i, load(x + i) / (exp(load(x + i) * -1.702f) + 1.0f));
+  for (; i < n; i++) out[i] = x[i] / (exp(splat(x[i] * -1.702f))[0] + 1.0f);
+}
+
+struct KeySegment {  // keys turned, so that 16 of them lie side by side; places behind the last one are zero
+  float *keys, *values;  // [kKeys / 16][dim][16], [kKeys][dim]
   int count, padded;
 };
+
+PG_INLINE int key_place(int d, int t, int dim) { return (t / 16 * dim + d) * 16 + t % 16; }
 
 PG_INLINE void take_segment(const EncoderJob& job, int start, KeySegment& s) {
   s.count = job.keys - start < kKeys ? job.keys - start : kKeys;
   s.padded = (s.count + 15) / 16 * 16;
   for (int t = 0; t < s.count; t++) {
     const float *k = job.k + (start + t) * job.stride, *v = job.v + (start + t) * job.stride;
-    for (int d = 0; d < job.dim; d++) s.keys[d * kKeys + t] = k[d];
+    for (int d = 0; d < job.dim; d++) s.keys[key_place(d, t, job.dim)] = k[d];
     memcpy(s.values + t * job.dim, v, job.dim * sizeof(float));
   }
   for (int d = 0; d < job.dim; d++)
-    for (int t = s.count; t < s.padded; t++) s.keys[d * kKeys + t] = 0.0f;
+    for (int t = s.count; t < s.padded; t++) s.keys[key_place(d, t, job.dim)] = 0.0f;
 }
 
 // N queries over one segment: their running maximum and sum in `tops` and `totals`, weighted values in acc [N][dim].
 template <int N>
 PG_INLINE void attend_segment(const KeySegment& s, int dim, const float* q, float* scores, float* tops, float* totals, float* acc) {
   for (int t = 0; t < s.padded; t += 16) {
-    F sum[N][2] = {};
+    W sum[N] = {};
     for (int d = 0; d < dim; d++) {
-      const F k0 = load(s.keys + d * kKeys + t), k1 = load(s.keys + d * kKeys + t + 8);
-      for (int n = 0; n < N; n++) {
-        const F x = splat(q[n * dim + d]);
-        sum[n][0] = fma(x, k0, sum[n][0]), sum[n][1] = fma(x, k1, sum[n][1]);
-      }
+      const W k = load_wide(s.keys + key_place(d, t, dim));
+      for (int n = 0; n < N; n++) sum[n] = fma(splat_wide(q[n * dim + d]), k, sum[n]);
     }
-    for (int n = 0; n < N; n++) store(scores + n * kKeys + t, sum[n][0]), store(scores + n * kKeys + t + 8, sum[n][1]);
+    for (int n = 0; n < N; n++) store_wide(scores + n * kKeys + t, sum[n]);
   }
   float keep[N];  // what the values so far are worth under the new maximum
   for (int n = 0; n < N; n++) {
@@ -96,23 +102,20 @@ PG_INLINE void attend_segment(const KeySegment& s, int dim, const float* q, floa
     tops[n] = top;
   }
   for (int d = 0; d < dim; d += 16) {
-    F sum[N][2];
-    for (int n = 0; n < N; n++) sum[n][0] = load(acc + n * dim + d) * keep[n], sum[n][1] = load(acc + n * dim + d + 8) * keep[n];
+    W sum[N];
+    for (int n = 0; n < N; n++) sum[n] = load_wide(acc + n * dim + d) * splat_wide(keep[n]);
     for (int t = 0; t < s.count; t++) {
-      const F v0 = load(s.values + t * dim + d), v1 = load(s.values + t * dim + d + 8);
-      for (int n = 0; n < N; n++) {
-        const F w = splat(scores[n * kKeys + t]);
-        sum[n][0] = fma(w, v0, sum[n][0]), sum[n][1] = fma(w, v1, sum[n][1]);
-      }
+      const W v = load_wide(s.values + t * dim + d);
+      for (int n = 0; n < N; n++) sum[n] = fma(splat_wide(scores[n * kKeys + t]), v, sum[n]);
     }
-    for (int n = 0; n < N; n++) store(acc + n * dim + d, sum[n][0]), store(acc + n * dim + d + 8, sum[n][1]);
+    for (int n = 0; n < N; n++) store_wide(acc + n * dim + d, sum[n]);
   }
 }
 
 void attend_all(const EncoderJob& job, float* scratch) {
   const int dim = job.dim;
   float *q = scratch, *acc = q + kEncoderQueries * dim, *scores = acc + kEncoderQueries * dim;
-  KeySegment s{scores + 4 * kKeys, scores + 4 * kKeys + kKeys * dim, 0, 0};
+  KeySegment s{scores + kQueriesAtOnce * kKeys, scores + (kQueriesAtOnce + dim) * kKeys, 0, 0};
   float tops[kEncoderQueries], totals[kEncoderQueries] = {};
   for (int n = 0; n < job.count; n++) {
     tops[n] = -INFINITY;
@@ -122,7 +125,9 @@ void attend_all(const EncoderJob& job, float* scratch) {
   for (int start = 0; start < job.keys; start += kKeys) {
     take_segment(job, start, s);
     int n = 0;
-    for (; n + 4 <= job.count; n += 4) attend_segment<4>(s, dim, q + n * dim, scores, tops + n, totals + n, acc + n * dim);
+    for (; n + kQueriesAtOnce <= job.count; n += kQueriesAtOnce)
+      attend_segment<kQueriesAtOnce>(s, dim, q + n * dim, scores, tops + n, totals + n, acc + n * dim);
+    for (; n + 2 <= job.count; n += 2) attend_segment<2>(s, dim, q + n * dim, scores, tops + n, totals + n, acc + n * dim);
     for (; n < job.count; n++) attend_segment<1>(s, dim, q + n * dim, scores, tops + n, totals + n, acc + n * dim);
   }
   for (int n = 0; n < job.count; n++)

@@ -63,7 +63,7 @@ struct AttentionJob {  // consecutive tokens of one request, the query heads of 
   int window;  // positions that a token sees, its own included
 };
 
-constexpr int kEncoderQueries = 64;  // of one encoder job
+constexpr int kEncoderQueries = 96;  // of one encoder job
 constexpr int kKeys = 256;           // keys attended at a time
 
 struct EncoderJob {  // consecutive tokens of one request, one head, over all its tokens
@@ -96,6 +96,7 @@ struct Kernels {
   double (*exp_row)(const float* x, int64_t n, float top, float scale, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* out);
   void (*gelu)(const float* x, int64_t n, float* out);
+  void (*quick_gelu)(const float* x, int64_t n, float* out);
   void (*attend_all)(const EncoderJob&, float* scratch);
 };
 
@@ -103,7 +104,7 @@ struct Kernels {
 constexpr int64_t attention_scratch(int head_dim) { return kQueryVectors * (int64_t)(kSegment + 3 * head_dim + 2); }
 
 // Floats of scratch that `attend_all` needs.
-constexpr int64_t encoder_scratch(int head_dim) { return 2 * (int64_t)head_dim * (kEncoderQueries + kKeys) + 4 * kKeys; }
+constexpr int64_t encoder_scratch(int head_dim) { return 2 * (int64_t)head_dim * (kEncoderQueries + kKeys) + 8 * kKeys; }
 
 const Kernels* kernels_generic();
 #if defined(__x86_64__)

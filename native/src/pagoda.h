@@ -13,11 +13,11 @@ enum pg_type : int32_t {
 };
 
 enum pg_op_kind : int32_t {
-  PG_EMBED = 0,      // out = rows of weight for the step's tokens
+  PG_EMBED = 0,      // out = rows of weight for the step's tokens, or the step's vectors where it gives them
   PG_NORM = 1,       // out = rmsnorm(in) * vector; eps in f
-  PG_GATHER = 2,     // out (rows of logits) = the rows of `in` that want logits
+  PG_GATHER = 2,     // out (rows of logits) = the rows of `in` that want logits; a wider out takes those behind them too
   PG_MATMUL = 3,     // out = in * weight^T (+ vector); ADD adds to out
-  PG_ROPE = 4,       // qkv in place: norms (vector, vector2, eps in f), rotation; keys and values go to the cache
+  PG_ROPE = 4,       // qkv in place: norms (vector, vector2, eps in f), rotation; keys and values go to the cache, if any
   PG_ATTENTION = 5,  // out = attention of the queries in `in` over the cache of `layer`; scale in f
   PG_SILU = 6,       // out = silu(in[:, :n]) * in[:, n:]
   PG_HEAD = 7,       // logits of `in` by weight, then the rows are scored or sampled
@@ -30,12 +30,16 @@ enum pg_op_kind : int32_t {
   PG_EXPERTS_UP = 14,    // out = silu(in * gate^T) * (in * up^T) by the experts of each row; weight: gate, up, gate, up, ...
   PG_EXPERTS_DOWN = 15,  // out += each row's shares of `in` * down^T by its experts
   PG_GATED = 16,         // out *= sigmoid(in * vector)
+  PG_PATCHES = 17,       // out = the step's vectors, row for row
+  PG_QUICK_GELU = 18,    // out = in * sigmoid(1.702 in)
 };
 
 enum pg_op_flags : int32_t {
   PG_ADD = 1,          // matmul: add to out
   PG_QUANTIZE = 2,     // quantize out to 8 bits for the matmul that reads it
   PG_LOGIT_ROWS = 4,   // runs over rows of logits instead of tokens
+  PG_FRAMES = 8,       // attend all: over the tokens of the frame instead of the request
+  PG_PIECES = 16,      // such operations in a row are done for some tokens before they are for the next
 };
 
 struct pg_part {  // one stored matrix [rows, k], row-major blocks
@@ -45,9 +49,15 @@ struct pg_part {  // one stored matrix [rows, k], row-major blocks
   int32_t quantize;  // 0, or what a float matrix becomes when it is repacked: PG_Q8_0, PG_Q5_1 or PG_Q4_1
 };
 
+enum pg_rows : int32_t {
+  PG_TOKENS = 0,  // a row for each token of a step
+  PG_LOGITS = 1,  // for the rows of logits that are worked on together
+  PG_PIECE = 2,   // for dims.piece_rows tokens: written and read by operations with PG_PIECES only
+};
+
 struct pg_buffer {
   int64_t width;
-  int32_t rows_are_logits;  // sized for rows of logits instead of tokens
+  int32_t rows;  // what it is sized for: PG_TOKENS, ...
 };
 
 struct pg_op {
@@ -64,6 +74,8 @@ struct pg_dims {
   const double* inv_freq;  // [rope_dim / 2]
   int32_t kv_int8;         // the cache is kept in 8 bits instead of f16
   int32_t experts, active, normalized;  // of a mixture; normalized: the shares of the chosen ones add up to 1
+  int32_t piece_rows;      // tokens of a piece
+  int32_t rope_sections[3];  // of the pairs, how many turn by each of the step's three rope positions
 };
 
 struct pg_step {
@@ -79,6 +91,11 @@ struct pg_step {
   const int32_t* row_mask;
   const uint32_t* masks;
   const int32_t* second_texts;  // [requests] the position where a second text begins, or null
+  const int32_t* rope_positions;  // [3, tokens_count], or null: a token turns by its position
+  const float* vectors;           // rows as wide as what they are put into, or null
+  const int32_t* vector_of;       // [tokens_count] the vector that a token takes, -1 for its embedding; null: all do
+  const int32_t* frames;          // [frames_count + 1] where frames of a picture begin, for PG_FRAMES
+  int32_t frames_count;
   // results
   int32_t* out_tokens;
   float* out_logprobs;
@@ -112,6 +129,8 @@ int64_t pg_matrix_bytes(int32_t type, int64_t rows, int64_t k);
 // Fix the program. Allocates buffers and the KV cache (touched only as it is used). 0, or -1 (see pg_error).
 int32_t pg_program(pg_context*, const pg_dims*, const pg_buffer*, int32_t n_buffers, const pg_op*, int32_t n_ops);
 int64_t pg_activation_bytes(pg_context*);
+// Give the memory of the buffers back to the system, until they are written again.
+void pg_release(pg_context*);
 // Run one step. 0, or -1.
 int32_t pg_run(pg_context*, const pg_step*);
 }

@@ -96,8 +96,8 @@ class StepJob : public Job {
   void run(Chain& chain, const Task& task, int64_t chunk, int thread) {
     switch (task.kind) {
       case kStart: return;
-      case PG_MATMUL: return multiply(chain, task, chunk, c_.buffers[task.op->out].row(0), c_.buffers[task.op->out].width);
-      case PG_HEAD: return multiply(chain, task, chunk, logits(0), c_.dims.vocab);
+      case PG_MATMUL: return multiply(chain, task, chunk, c_.buffers[task.op->out].row(task.row), c_.buffers[task.op->out].width);
+      case PG_HEAD: return multiply(chain, task, chunk, logits(task.row), c_.dims.vocab);
       case PG_ATTENTION: return attention(chain, *task.op, chunk, thread);
       case kJoin: return join(chain, *task.op, chunk, thread);
       case PG_ATTEND_ALL: return attend_all(chain, *task.op, chunk, thread);
@@ -131,17 +131,22 @@ class StepJob : public Job {
     switch (task.kind) {
       case PG_EMBED: {
         const Weight& w = c_.weights[op.weight];
-        k.dequantize_row(w.parts[0], w.k, st_.tokens[row], out);
+        if (st_.vector_of && st_.vector_of[row] >= 0) memcpy(out, st_.vectors + st_.vector_of[row] * w.k, w.k * sizeof(float));
+        else k.dequantize_row(w.parts[0], w.k, st_.tokens[row], out);
         break;
       }
       case PG_NORM: k.norm(in, vector(op.vector), c_.buffers[op.in].width, op.f, out); break;
       case PG_GATHER:
-        memcpy(out, c_.buffers[op.in].row(st_.rows[logit]), c_.buffers[op.in].width * sizeof(float));
+        memcpy(out, c_.buffers[op.in].row(st_.rows[logit]), c_.buffers[op.out].width * sizeof(float));
+        break;
+      case PG_PATCHES:
+        memcpy(out, st_.vectors + row * c_.buffers[op.out].width, c_.buffers[op.out].width * sizeof(float));
         break;
       case PG_SILU: k.silu(in, in + c_.buffers[op.out].width, c_.buffers[op.out].width, out); break;
       case PG_ROPE: return rope(op, row);
       case PG_LAYER_NORM: k.layer_norm(in, vector(op.vector), vector(op.vector2), c_.buffers[op.in].width, op.f, out); break;
       case PG_GELU: k.gelu(in, c_.buffers[op.out].width, out); break;
+      case PG_QUICK_GELU: k.quick_gelu(in, c_.buffers[op.out].width, out); break;
       case PG_POSITIONS: add_positions(op, row, out); break;
       case PG_GATED: gate(in, vector(op.vector), c_.buffers[op.in].width, out, c_.buffers[op.out].width); break;
       case PG_HIDDEN: {
@@ -174,26 +179,35 @@ class StepJob : public Job {
   }
   const int32_t* table_of(int r) const { return st_.block_tables + (int64_t)st_.slots[r] * st_.table_width; }
 
+  // What pair i of a token's heads turns by.
+  int rope_position(int64_t token, int i) const {
+    if (!st_.rope_positions) return position_of(token);
+    const int32_t* sections = c_.dims.rope_sections;
+    const int axis = i < sections[0] ? 0 : i < sections[0] + sections[1] ? 1 : 2;
+    return st_.rope_positions[(int64_t)axis * st_.tokens_count + token];
+  }
+
   void rope_table(int64_t token) {
     const int half = c_.dims.rope_dim / 2;
     float* table = rope_row(token);
     for (int i = 0; i < half; i++) {
-      const double angle = position_of(token) * c_.inv_freq[i];
+      const double angle = rope_position(token, i) * c_.inv_freq[i];
       table[i] = (float)(std::cos(angle) * c_.dims.rope_factor);
       table[half + i] = (float)(std::sin(angle) * c_.dims.rope_factor);
     }
   }
 
+  // `to`: where the task's first row goes.
   void multiply(const Chain& chain, const Task& task, int64_t chunk, float* to, int64_t stride) {
     const pg_op& op = *task.op;
     const Weight& w = c_.weights[op.weight];
     const Buffer& in = c_.buffers[op.in];
-    const Codes codes = in.codes(0);
-    const Rows a = {in.row(0), codes.q, codes.d, codes.s, codes.n, codes.h, codes.wide, w.k};
+    const Codes codes = in.codes(task.row);
+    const Rows a = {in.row(task.row), codes.q, codes.d, codes.s, codes.n, codes.h, codes.wide, w.k};
     const Out out = {to, stride, vector(op.vector), (op.flags & PG_ADD) != 0};
     const Cut cut(w, task.rows, chain.threads);
     const int64_t block = chunk / cut.chunks, from = chunk % cut.chunks * cut.step, end = std::min(w.panels, from + cut.step);
-    const int64_t r0 = task.row + task.rows * block / cut.row_blocks, r1 = task.row + task.rows * (block + 1) / cut.row_blocks;
+    const int64_t r0 = task.rows * block / cut.row_blocks, r1 = task.rows * (block + 1) / cut.row_blocks;
     for (const Part& p : w.parts) {
       const int64_t p0 = std::max<int64_t>(0, from - p.first_panel), p1 = std::min(ceil_div(p.rows, kPanel), end - p.first_panel);
       if (p0 < p1) c_.kernels->matmul(p, p0, p1, a, r0, r1, out);
@@ -210,6 +224,7 @@ class StepJob : public Job {
       if (weight) c_.kernels->norm(row + h * d.head_dim, weight, d.head_dim, op.f, row + h * d.head_dim);
       c_.kernels->rotate(row + h * d.head_dim, cos, cos + d.rope_dim / 2, d.rope_dim, d.rope_interleaved != 0);
     }
+    if (!c_.kv.data) return;
     const int position = position_of(token);
     const int64_t block = table_of(request_of(token))[position / kTokens];
     const float *k = row + d.heads * d.head_dim, *v = k + d.kv_heads * d.head_dim;
@@ -253,12 +268,14 @@ class StepJob : public Job {
 
   void attend_all(const Chain& chain, const pg_op& op, int64_t chunk, int thread) {
     const pg_dims& d = c_.dims;
-    const Tokens& t = chain.encoder[chunk / d.heads];
+    const bool frames = op.flags & PG_FRAMES;
+    const Tokens& t = (frames ? chain.frames : chain.encoder)[chunk / d.heads];
+    const int32_t* starts = (frames ? st_.frames : st_.starts) + t.request;
     const Buffer &in = c_.buffers[op.in], &out = c_.buffers[op.out];
-    const int64_t first = st_.starts[t.request], column = chunk % d.heads * d.head_dim, hidden = (int64_t)d.heads * d.head_dim;
+    const int64_t first = starts[0], column = chunk % d.heads * d.head_dim, hidden = (int64_t)d.heads * d.head_dim;
     const float* keys = in.row(first) + hidden + column;
     c_.kernels->attend_all({in.row(first + t.from) + column, keys, keys + hidden, in.width, t.count,
-                            st_.starts[t.request + 1] - st_.starts[t.request], d.head_dim, op.f,
+                            starts[1] - starts[0], d.head_dim, op.f,
                             out.row(first + t.from) + column, out.width}, c_.row_scratch[thread].data());
   }
 
@@ -280,7 +297,7 @@ bool valid(const pg_context& c, const pg_step& st) {
     if (st.tokens[t] < 0 || st.tokens[t] >= c.dims.vocab) return false;
   for (int l = 0; l < st.rows_count; l++)
     if (st.rows[l] < 0 || st.rows[l] >= st.tokens_count) return false;
-  for (int r = 0; r < st.requests; r++) {
+  for (int r = 0; r < st.requests && c.dims.num_blocks > 0; r++) {
     const int last = (st.positions[r] + st.starts[r + 1] - st.starts[r] - 1) / kTokens;
     if (last >= st.table_width) return false;
     for (int b = 0; b <= last; b++) {

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from pagoda.arch.spec import Layer, ModelSpec
+from pagoda.arch.spec import Layer, ModelSpec, Vision
 from pagoda.errors import MemoryShort
 from pagoda.formats import KV_EIGHT_BITS
 from pagoda.types import BLOCK_SIZE
@@ -101,6 +101,11 @@ def encoded_bytes(spec: ModelSpec, max_model_len: int, itemsize: int = FLOAT32_B
     return min(max_model_len, MOST_IMAGE_TOKENS) * spec.hidden_size * itemsize
 
 
+def most_patches(vision: Vision, max_model_len: int) -> int:
+    """Of the largest picture that memory is set aside for."""
+    return min(max_model_len, MOST_IMAGE_TOKENS) * vision.merge_size**2
+
+
 def vision_bytes(spec: ModelSpec, max_model_len: int, itemsize: int = FLOAT32_BYTES) -> int:
     """What a vision encoder works in for the largest picture, and the vectors that are kept; 0 for other models.
 
@@ -109,7 +114,7 @@ def vision_bytes(spec: ModelSpec, max_model_len: int, itemsize: int = FLOAT32_BY
     v = spec.vision
     if v is None:
         return 0
-    count = min(max_model_len, MOST_IMAGE_TOKENS) * v.merge_size**2
+    count = most_patches(v, max_model_len)
     work = count * (v.patch_values + 6 * v.hidden_size) + min(count, VISION_TILE) * 2 * v.intermediate_size
     return work * itemsize + encoded_bytes(spec, max_model_len, itemsize)
 

@@ -13,7 +13,7 @@ from pagoda.backend.cpu.encoder_program import EncoderProgram
 from pagoda.backend.cpu.library import Native, matrix_bytes
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
 from pagoda.backend.cpu.program import VECTORS, Program, buffer_bytes, check_spec, in_their_order, panel_type
-from pagoda.errors import ModelError
+from pagoda.backend.cpu.vision import VisionEncoder, check_vision, split_tensors, vision_quantization
 from pagoda.types import StepPlan
 from pagoda.weights.files import drop_pages
 from pagoda.weights.source import Tensor, TensorSource
@@ -22,8 +22,8 @@ from pagoda.weights.source import Tensor, TensorSource
 class CpuExecutor:
     """See backend.base.Executor. Steps run in `launch`, on the calling thread and the library's own."""
 
-    def __init__(self, lib: Native, capacity: Capacity) -> None:
-        self._lib = lib
+    def __init__(self, lib: Native, capacity: Capacity, vision: VisionEncoder | None = None) -> None:
+        self._lib, self._vision = lib, vision
         self.capacity = capacity
 
     @classmethod
@@ -34,49 +34,60 @@ class CpuExecutor:
         if spec.encoder is None:
             check_spec(spec)
         if spec.vision is not None:
-            raise ModelError("the CPU backend cannot see yet", remedy="Use --device cuda, or try --device reference")
+            check_vision(spec.vision)
         tensors = bind(spec, source)
+        text, seeing = split_tensors(tensors)
         kv_type = memory.kv_type(limits.kv_cache_dtype)
         threads = limits.threads or usable_cores()
+        image_bytes = memory.vision_bytes(spec, limits.max_model_len)
         blocks = memory.fit(
             spec,
             limits,
             free_bytes=max(0, free_memory_bytes() - limits.reserved_bytes),
             weight_bytes=weight_bytes(tensors, limits.quantization),
-            activation_bytes=buffer_bytes(spec, limits.max_num_batched_tokens)
-            + memory.vision_bytes(spec, limits.max_model_len),
+            activation_bytes=buffer_bytes(spec, limits.max_num_batched_tokens) + image_bytes,
             kv_type=kv_type,
         )
-        lib = Native(threads)
+        lib, vision = Native(threads), None
         try:
             kind = Program if spec.encoder is None else EncoderProgram
-            program = kind(lib, spec, tensors, progress, limits.quantization)
+            program = kind(lib, spec, text, progress, limits.quantization)
             program.finish(limits.max_num_batched_tokens, blocks, kv_int8=kv_type == "int8")
+            if spec.vision is not None:
+                vision = VisionEncoder(spec, seeing, progress, threads, limits)
         except BaseException:
             lib.close()
             raise
         drop_pages(tensors.values(), files=True)  # the repacked weights are what is read from now on
         capacity = Capacity(
             num_blocks=blocks,
-            weight_bytes=lib.weight_bytes,
+            weight_bytes=lib.weight_bytes + (vision.weight_bytes if vision else 0),
             kv_bytes=blocks * memory.kv_bytes_per_block(spec, kv_type),
-            activation_bytes=lib.activation_bytes,
+            activation_bytes=lib.activation_bytes + image_bytes,
             device=f"cpu ({lib.isa}, {threads} thread{'s' if threads > 1 else ''})",
         )
-        return cls(lib, capacity)
+        return cls(lib, capacity, vision)
 
     def launch(self, plan: StepPlan) -> Done:
-        return Done(self._lib.run(plan))
+        images = self._vision.rows(plan.images, len(plan.tokens)) if self._vision and plan.images else None
+        return Done(self._lib.run(plan, images=images))
 
     def prepare(self) -> bool:
         return False
 
     def close(self) -> None:
         self._lib.close()
+        if self._vision is not None:
+            self._vision.close()
 
 
 def weight_bytes(tensors: Mapping[str, Tensor], quantization: str | None = None) -> int:
     """What the tensors take once they are repacked; vectors are kept in float32."""
+    text, seeing = split_tensors(tensors)
+    return _repacked_bytes(text, quantization) + _repacked_bytes(seeing, vision_quantization(quantization))
+
+
+def _repacked_bytes(tensors: Mapping[str, Tensor], quantization: str | None) -> int:
     total = 0
     for slot, t in in_their_order(tensors)[0].items():
         if len(t.shape) > 1 and slot not in VECTORS:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagoda.errors import ConfigError, EngineError, MemoryShort, ModelError
-from pagoda.types import StepPlan, StepResult
+from pagoda.types import Float32, Int32, StepPlan, StepResult
 
 TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
@@ -23,7 +23,9 @@ TYPES = {
 
 EMBED, NORM, GATHER, MATMUL, ROPE, ATTENTION, SILU, HEAD, HIDDEN, POSITIONS, LAYER_NORM, GELU, ATTEND_ALL = range(13)
 ROUTE, EXPERTS_UP, EXPERTS_DOWN, GATED = range(13, 17)
-ADD, QUANTIZE, LOGIT_ROWS = 1, 2, 4
+PATCHES, QUICK_GELU = 17, 18
+ADD, QUANTIZE, LOGIT_ROWS, FRAMES, PIECES = 1, 2, 4, 8, 16
+TOKENS, LOGITS, PIECE = range(3)
 
 
 class Part(c.Structure):
@@ -33,7 +35,9 @@ class Part(c.Structure):
 
 
 class BufferShape(c.Structure):
-    _fields_ = [("width", c.c_int64), ("rows_are_logits", c.c_int32)]
+    """`rows`: one of TOKENS, LOGITS, PIECE."""
+
+    _fields_ = [("width", c.c_int64), ("rows", c.c_int32)]
 
 
 class Op(c.Structure):
@@ -56,6 +60,8 @@ class Dims(c.Structure):
         ("inv_freq", c.c_void_p),
         ("kv_int8", c.c_int32),
         *((name, c.c_int32) for name in ("experts", "active", "normalized")),
+        ("piece_rows", c.c_int32),
+        ("rope_sections", c.c_int32 * 3),
     ]  # fmt: skip
 
 
@@ -63,6 +69,7 @@ _PLAN_ARRAYS = (
     "slots", "starts", "positions", "tokens", "block_tables", "rows", "row_request", "row_target", "row_top",
     "temperature", "top_k", "top_p", "min_p", "presence", "frequency", "repetition", "seed", "history_start",
     "history_ids", "history_counts", "bias_start", "bias_ids", "bias_values", "row_mask", "masks", "second_texts",
+    "rope_positions",
 )  # fmt: skip
 _RESULT_ARRAYS = ("tokens", "logprobs", "top_ids", "top_logprobs", "ok")
 
@@ -71,7 +78,8 @@ class Step(c.Structure):
     _fields_ = [
         *((name, c.c_int32) for name in ("requests", "tokens_count", "rows_count", "table_width", "top_width")),
         ("mask_width", c.c_int32),
-        *((name, c.c_void_p) for name in _PLAN_ARRAYS),
+        *((name, c.c_void_p) for name in (*_PLAN_ARRAYS, "vectors", "vector_of", "frames")),
+        ("frames_count", c.c_int32),
         *(("out_" + name, c.c_void_p) for name in _RESULT_ARRAYS),
         ("out_logits", c.c_void_p),
         ("out_hidden", c.c_void_p),
@@ -101,6 +109,7 @@ def _load() -> c.CDLL:
             [c.c_void_p, c.POINTER(Dims), c.POINTER(BufferShape), c.c_int32, c.POINTER(Op), c.c_int32],
         ),
         "pg_activation_bytes": (c.c_int64, [c.c_void_p]),
+        "pg_release": (None, [c.c_void_p]),
         "pg_run": (c.c_int32, [c.c_void_p, c.POINTER(Step)]),
     }
     for name, (result, arguments) in signatures.items():
@@ -196,8 +205,13 @@ class Native:
     def activation_bytes(self) -> int:
         return int(self._lib.pg_activation_bytes(self._handle))
 
-    def run(self, plan: StepPlan, logits: npt.NDArray[np.float32] | None = None) -> StepResult:
-        """One step, start to end, without the GIL. `logits` [L, vocab] receives the raw logits if given (for tests)."""
+    def run(
+        self, plan: StepPlan, logits: Float32 | None = None, images: tuple[Float32, Int32] | None = None
+    ) -> StepResult:
+        """One step, start to end, without the GIL. `logits` [L, vocab] receives the raw logits if given (for tests).
+
+        `images`: vectors, and for each token the one that it takes, or -1 for its embedding.
+        """
         rows = len(plan.rows)
         width = max(0, int(plan.row_top.max())) if rows else 0
         hidden = np.empty((rows, self._hidden), np.float32) if self._hidden else None
@@ -220,10 +234,33 @@ class Native:
         for name in _RESULT_ARRAYS:
             setattr(step, "out_" + name, getattr(result, name).ctypes.data)
         step.out_logits, step.out_hidden = _address(logits), _address(hidden)
+        step.vectors, step.vector_of = map(_address, images or (None, None))
         self._checked(self._lib.pg_run(self._handle, step), EngineError)
         if hidden is not None:
             result.ok[:] = np.isfinite(hidden).all(axis=1)
         return result
+
+    def encode(
+        self, patches: Float32, positions: Int32, windows: Int32, frames: Int32, rows: Int32, width: int
+    ) -> Float32:
+        """The vectors [len(rows), width] of a picture, by the program of a vision encoder.
+
+        `patches` [P, ...] stand in the order of their windows; `positions` [3, P] turn their heads; windows and frames
+        begin where these say, with the end behind the last; vector l is made of the patches from rows[l] on.
+        """
+        out = np.empty((len(rows), width), np.float32)
+        zeros = np.zeros(len(patches), np.int32)
+        step = Step(requests=len(windows) - 1, tokens_count=len(patches), rows_count=len(rows))
+        step.frames_count = len(frames) - 1
+        arrays = {
+            "slots": zeros, "positions": zeros, "tokens": zeros, "starts": windows, "rows": rows,
+            "rope_positions": positions, "vectors": patches, "frames": frames, "out_hidden": out,
+        }  # fmt: skip
+        for name, array in arrays.items():
+            setattr(step, name, _address(array))
+        self._checked(self._lib.pg_run(self._handle, step), EngineError)
+        self._lib.pg_release(self._handle)  # the next image may be hours away
+        return out
 
     def close(self) -> None:
         if self._handle:

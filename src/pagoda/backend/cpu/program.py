@@ -66,6 +66,7 @@ class Program:
         self._panel_types = {s: panel_type(s, t, quantization) for s, t in self._tensors.items() if len(t.shape) > 1}
         self._progress = progress or (lambda phase, share: None)
         self._ops: list[Op] = []
+        self._quantized: set[int] = set()  # ids of weights that hold a part which is not float
         check_spec(spec)
         self._orders = {name: lib.order(order) for name, order in orders.items()}
         self._weights()
@@ -117,6 +118,8 @@ class Program:
         parts = [(t.data, t.shape[0], t.shape[1], t.type) for t in runnable]
         weight = self._lib.weight(parts, [self._panel_types[s] for s in slots], behind)
         drop_pages(tensors)  # so that the whole model is never there twice
+        if any(self._panel_types[s] not in FLOATS for s in slots):
+            self._quantized.add(weight)
         return weight
 
     def _vector(self, *slots: str) -> int:
@@ -132,7 +135,7 @@ class Program:
         dims = Dims(
             layers, attention.heads, attention.kv_heads, attention.head_dim, spec.vocab_size, max_tokens,
             MAX_ROWS, num_blocks, spec.rope.dim, int(spec.rope.interleaved), spec.rope.attention_factor,
-            inv_freq.ctypes.data, int(kv_int8), *_mixture(spec),
+            inv_freq.ctypes.data, int(kv_int8), *_mixture(spec), 0, spec.rope.sections,
         )  # fmt: skip
         hidden = spec.hidden_size if spec.pooling is not None else 0
         self._lib.program(dims, buffer_shapes(spec), self._operations(), hidden)
@@ -194,19 +197,6 @@ class Program:
             if op.out >= 0:
                 producer[op.out] = op
 
-    @property
-    def _quantized(self) -> set[int]:
-        """Ids of weights that hold a part which is not float."""
-        found = set()
-        for name, number in self._ids.items():
-            prefix, _, short = name.rpartition(".")
-            slots = [f"{prefix}.{s}" if prefix else s for s in FUSED.get(short, (short,))]
-            if name == "head" and self._spec.tied:
-                slots = ["embed"]
-            if any(self._panel_types.get(s, "F32") not in FLOATS for s in slots):
-                found.add(number)
-        return found
-
 
 def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
     """Width of each buffer, in the order of the constants."""
@@ -224,7 +214,7 @@ def buffer_bytes(spec: ModelSpec, max_tokens: int) -> int:
     """What the buffers, the rows of logits and the RoPE table of a program take."""
     total = 0
     for shape in buffer_shapes(spec):
-        rows = MAX_ROWS if shape.rows_are_logits else max_tokens
+        rows = MAX_ROWS if shape.rows == native.LOGITS else max_tokens
         quantized = rows * shape.width + rows * (shape.width // 32) * 20 if shape.width % 32 == 0 else 0
         total += rows * shape.width * 4 + quantized
     logits = 0 if spec.pooling is not None else MAX_ROWS * spec.vocab_size * 4
