@@ -123,6 +123,10 @@ class FakeEngine:
         self.started = self.stopped = False
 
     @property
+    def engines(self) -> tuple[FakeEngine, ...]:
+        return (self,)
+
+    @property
     def stats(self) -> EngineStats:
         scheduler = SchedulerStats(
             running=self.live,

@@ -17,7 +17,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine process needs to know, resolved: the model is local, None means `auto` (choose what fits).
 
     `device`: "auto", "cpu" (native), "cuda", "reference" (numpy) or, for tests, "torch-cpu". `memory_share`: see
-    `backend.base.Limits`.
+    `backend.base.Limits`. `reserved_bytes` of a CPU's free memory are for other engines that load at the same time.
     """
 
     model: str
@@ -32,6 +32,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_dtype: str = "auto"
     enforce_eager: bool = False
     num_blocks: int | None = None
+    reserved_bytes: int = 0
     threads: int | None = None
     tensor_parallel_size: int = 1
     distributed_executor_backend: str = "mp"
@@ -236,6 +237,17 @@ class Options:
         "uni: there is only one",
         "Machine",
         choices=("mp", "ray", "uni"),
+    )
+
+    replicas: int = _option(
+        1,
+        "Engines with the same model behind this server: each request goes to the one that has its prompt in the "
+        "cache, or else to the least busy, and goes on elsewhere when that dies. On a CPU they share the threads and "
+        "the memory; on GPUs each takes --tensor-parallel-size of them, the next ones of CUDA_VISIBLE_DEVICES",
+        "Machine",
+        aliases=("--data-parallel-size", "-dp"),
+        low=1,
+        high=64,
     )
 
     max_num_seqs: int | None = _option(None, "Most requests that are computed in parallel", "Scheduling", low=1)

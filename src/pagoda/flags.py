@@ -62,7 +62,6 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
     (
         "not here; GPUs and machines share a model by --tensor-parallel-size",
         {
-            "data_parallel_size": 1,
             "decode_context_parallel_size": 1,
             "prefill_context_parallel_size": 1,
             "nnodes": 1,
@@ -144,7 +143,6 @@ _ALIASES = MappingProxyType(
         "optimization_level": ("-O",),
         "compilation_config": ("-cc",),
         "pipeline_parallel_size": ("-pp",),
-        "data_parallel_size": ("-dp",),
         "enable_expert_parallel": ("-ep",),
     }
 )

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,12 @@ from pagoda.config import Options
 from pagoda.settings import Settings, check
 
 if TYPE_CHECKING:
+    from pagoda.api.serving.engine import Engine
     from pagoda.api.serving.server import Server
     from pagoda.engine.client import EngineClient
     from pagoda.engine.messages import ModelInfo
+    from pagoda.engine.spawn import EngineProcess
+    from pagoda.gateway.replicas import Replicas
 
 
 def run(argv: list[str]) -> int:
@@ -51,11 +55,11 @@ def _serve(settings: Settings) -> int:
     with (
         bind_socket(options.host, options.port, options.uds) as listener,
         # It imports, and then loads, in its own time; what this process needs is imported and read meanwhile.
-        EngineProcess(options.device) as process,
+        EngineProcess(options.device) if options.replicas == 1 else nullcontext() as process,
     ):
         from pagoda.api.notify import Notifier
         from pagoda.cli.model import local_model
-        from pagoda.engine.client import HANG_LIMIT_S, EngineClient
+        from pagoda.engine.client import HANG_LIMIT_S
 
         for line in (*settings.notices, *_warnings(options)):
             print(f"note: {line}", file=sys.stderr)
@@ -63,7 +67,7 @@ def _serve(settings: Settings) -> int:
         notifier = Notifier(os.environ)
         # Half of what the service manager allows: the engine is started again before the whole server would be.
         hang_limit_s = HANG_LIMIT_S if notifier.limit_s is None else min(HANG_LIMIT_S, notifier.limit_s / 2)
-        engine = EngineClient(options.engine_config(path), process=process, hang_limit_s=hang_limit_s)
+        engine = make_engine(options, path, process, hang_limit_s)
         engine.spawn()
         from pagoda.api.run import run_server, settle_memory
 
@@ -90,7 +94,25 @@ def _serve(settings: Settings) -> int:
             progress.clear()
 
 
-def make_server(options: Options, path: str, engine: EngineClient) -> Server:
+def make_engine(
+    options: Options, path: str, process: EngineProcess | None, hang_limit_s: float
+) -> EngineClient | Replicas:
+    """The engine, or several; `process` is the first life of the only one."""
+    from pagoda.engine.client import EngineClient
+
+    config = options.engine_config(path)
+    if options.replicas == 1:
+        return EngineClient(config, process=process, hang_limit_s=hang_limit_s)
+    from pagoda.gateway.replicas import make_replicas
+
+    return make_replicas(
+        config,
+        options.replicas,
+        lambda part, own: EngineClient(part, environ=own, hang_limit_s=hang_limit_s),
+    )
+
+
+def make_server(options: Options, path: str, engine: Engine) -> Server:
     """The text side of the model, and its names."""
     from pagoda.api.batch.file_store import FileStore
     from pagoda.api.batch.store import BatchStore

@@ -158,7 +158,7 @@ def _row(url: str, model: str, old: Sample, new: Sample) -> Row:
         waiting=int(new.get("vllm:num_requests_waiting", model)),
         tokens_per_s=new.rate("vllm:generation_tokens_total", old, model),
         prompt_tokens_per_s=new.rate("vllm:prompt_tokens_total", old, model),
-        cache_share=new.get("vllm:kv_cache_usage_perc", model),
+        cache_share=new.get("vllm:kv_cache_usage_perc", model) / max(1, new.engines.get(model, 1)),
         prefix_hit_share=grown("vllm:prefix_cache_hits_total") / looked_up if looked_up else None,
         first_token_s=mean("vllm:time_to_first_token_seconds"),
         next_token_s=mean("vllm:inter_token_latency_seconds"),

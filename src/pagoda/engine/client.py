@@ -6,13 +6,13 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from pagoda.backend.base import Progress
 from pagoda.config import EngineConfig
+from pagoda.engine.deaths import Deaths
 from pagoda.engine.images import SentImages
 from pagoda.engine.link import Link, describe_exit
 from pagoda.engine.messages import (
@@ -35,8 +35,6 @@ from pagoda.types import Request
 
 MAX_DEATHS = 5
 HANG_LIMIT_S = 60.0
-DEATHS_WINDOW_S = 600.0
-_LONGEST_BACKOFF_S = 30.0
 _DEATHS_BEFORE_READY = 2
 _TICKS_PER_LIMIT = 8
 _LOAD_LIMIT_S = 1800.0
@@ -64,7 +62,8 @@ class EngineClient:
     `on_dead` is called once, with the reason, when the engine died too often to be started again: the server then
     ends with exit code 70. `max_queued` is the last bound on memory: the API admits whole calls, by a smaller one.
     `command` is the engine's command line without the file descriptor (tests put their own); `process` is its first
-    life, where that was started before.
+    life, where that was started before; `environ` is what its environment has beside ours. `on_change` is called when
+    the engine begins to take requests, and when it no longer does.
     """
 
     def __init__(
@@ -73,21 +72,24 @@ class EngineClient:
         *,
         command: Sequence[str] = COMMAND,
         process: EngineProcess | None = None,
+        environ: Mapping[str, str] | None = None,
         max_queued: int = 8192,
         hang_limit_s: float = HANG_LIMIT_S,
         backoff_s: float = 1.0,
         on_dead: Callable[[str], None] | None = None,
+        on_change: Callable[[], None] | None = None,
     ) -> None:
         self.ready = False
         self.dead = False
         self.restarts = 0
         self.on_dead = on_dead
+        self.on_change = on_change
         self._config = config
         self._command = tuple(command)
         self._process = process
+        self._environ = environ
         self._max_queued = max_queued
         self._hang_limit_s = hang_limit_s
-        self._backoff_s = backoff_s
         self._info: ModelInfo | None = None
         self._stats = EngineStats(scheduler=_NO_SCHEDULE)
         self._roster = Roster()
@@ -98,7 +100,7 @@ class EngineClient:
         self._empty.set()
         self._on_progress: Progress | None = None
         self._load_error: PagodaError | None = None
-        self._deaths: deque[float] = deque()
+        self._deaths = Deaths(backoff_s)
         self._silent_ticks = 0
         self._idle = False
         self._longest_step_s = 0.0
@@ -118,6 +120,15 @@ class EngineClient:
         return msgspec.structs.replace(self._stats, scheduler=msgspec.structs.replace(schedule, waiting=waiting))
 
     @property
+    def engines(self) -> tuple[EngineClient, ...]:
+        return (self,)
+
+    @property
+    def load(self) -> int:
+        """Requests that are here, running and waiting."""
+        return len(self._roster)
+
+    @property
     def pid(self) -> int | None:
         return None if self._link is None else self._link.pid
 
@@ -129,7 +140,7 @@ class EngineClient:
     def spawn(self) -> None:
         """Start the process now, before there is a loop; `start` does it otherwise."""
         if self._link is None:
-            self._link = Link(self._config, self._command, self._process)
+            self._link = Link(self._config, self._command, self._process, self._environ)
 
     async def start(self, on_progress: Progress | None = None) -> None:
         """Wait until the model is loaded. Raises the error that loading ended with."""
@@ -141,6 +152,10 @@ class EngineClient:
 
     def generate(self, request: Request) -> DeltaStream:
         """Take a request in and give its deltas. Raises Overloaded at once when too many wait or the end is near."""
+        return DeltaStream(self.take(request), self.release)
+
+    def take(self, request: Request) -> Stream:
+        """`generate` for one who reads the stream himself, and calls `release`."""
         if self.dead or self._draining:
             raise Overloaded("the server is shutting down")
         places = self._max_queued + (self._info.max_num_seqs if self._info else 0)
@@ -150,10 +165,20 @@ class EngineClient:
             params = msgspec.structs.replace(request.params, seed=secrets.randbits(63))
             request = msgspec.structs.replace(request, params=params)
         stream = Stream(request)
+        self.adopt(stream)
+        return stream
+
+    def adopt(self, stream: Stream) -> None:
+        """Go on with a request that another engine had."""
         self._roster.add(stream)
         self._empty.clear()
         self._submit()
-        return DeltaStream(stream, self._release)
+
+    def give_waiting(self) -> list[Stream]:
+        """The requests that wait for this engine and may go on elsewhere; they are no longer here."""
+        streams = self._roster.take_waiting()
+        self._note_empty()
+        return streams
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests and let the live ones end; those that do not in time get an error. True: all ended."""
@@ -201,7 +226,7 @@ class EngineClient:
         if gone is not None and self._link is not None:
             self._link.send(gone)
 
-    def _release(self, stream: Stream) -> None:
+    def release(self, stream: Stream) -> None:
         """The consumer wants no more of this request."""
         wire_id = self._roster.remove(stream)
         if wire_id is not None:
@@ -235,6 +260,7 @@ class EngineClient:
                 self._load_error = None
                 self.ready = True
                 self._submit()
+                self._tell()
             case LoadFailed(kind, text, remedy, exit_code):
                 self._load_error = _LOAD_ERRORS.get(kind, EngineError)(text, remedy=remedy)
                 self._load_error.exit_code = exit_code
@@ -251,18 +277,18 @@ class EngineClient:
         while True:
             link = self._link
             if link is None:
-                link = self._link = Link(self._restart_config(), self._command)
+                link = self._link = Link(self._restart_config(), self._command, environ=self._environ)
             await link.connect(lambda message, alone: self._hear_first(message, alone, loaded))
             await link.lost.wait()
             self._take_back()
             cause = describe_exit(await link.reap())
             self._link = None
-            self._count_death()
+            self._deaths.count()
             reason = self._hopeless(cause, first=not loaded.done())
             if reason is not None:
                 self._give_up(reason.message, loaded, reason)
                 return
-            delay_s = self._delay_s()
+            delay_s = self._deaths.wait_s
             _log.error("the engine stopped (%s); it starts again in %g s", cause, delay_s)
             await asyncio.sleep(delay_s)
             self.restarts += 1
@@ -271,7 +297,11 @@ class EngineClient:
         """The context that clients were told of must hold, even if less memory is free now."""
         if self._info is None:
             return self._config
-        return msgspec.structs.replace(self._config, max_model_len=self._info.max_model_len)
+        config = msgspec.structs.replace(self._config, max_model_len=self._info.max_model_len)
+        if not config.reserved_bytes:
+            return config
+        # What was for others then is taken by them now.
+        return msgspec.structs.replace(config, reserved_bytes=0, kv_cache_bytes=self._info.kv_bytes)
 
     def _hear_first(self, message: FromEngine, alone: bool, loaded: asyncio.Future[None]) -> None:
         self._hear(message, alone)
@@ -287,17 +317,11 @@ class EngineClient:
         self._longest_step_s = 0.0
         self._silent_ticks = 0
         self._idle = False
+        self._tell()
 
-    def _count_death(self) -> None:
-        now = time.monotonic()
-        self._deaths.append(now)
-        while now - self._deaths[0] > DEATHS_WINDOW_S:
-            self._deaths.popleft()
-
-    def _delay_s(self) -> float:
-        """0, 1, 2, 4 ... 30 seconds, by the deaths of the last ten minutes."""
-        deaths = len(self._deaths)
-        return 0.0 if deaths < 2 else min(_LONGEST_BACKOFF_S, self._backoff_s * 2.0 ** (deaths - 2))
+    def _tell(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
     def _hopeless(self, cause: str, first: bool) -> PagodaError | None:
         """Why the engine is not started again, None if it is."""
@@ -318,6 +342,7 @@ class EngineClient:
     def _give_up(self, reason: str, loaded: asyncio.Future[None], error: Exception) -> None:
         self.ready = False
         self.dead = True
+        self._tell()
         self._roster.end_all("the engine stopped and could not be started again")
         self._note_empty()
         if not loaded.done():

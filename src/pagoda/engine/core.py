@@ -68,7 +68,7 @@ class EngineCore:
             # Imported only now: it compares vocabularies, with the tokenizer that no other engine needs.
             kind = importlib.import_module("pagoda.engine.draft_model").DraftModel
             self._drafts = kind(config.speculation, config.device, limits, source, self.spec)
-            limits = replace(limits, reserved_bytes=self._drafts.unseen_bytes)
+            limits = replace(limits, reserved_bytes=limits.reserved_bytes + self._drafts.unseen_bytes)
         self._executor = load_executor(config.device, self.spec, source, limits, progress)
         capacity = self._executor.capacity if self._drafts is None else _both(self._executor, self._drafts)
         max_model_len = fit_context(config, limits, capacity)
@@ -283,6 +283,7 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
         dtype=config.dtype,
         quantization=config.quantization,
         kv_cache_dtype=config.kv_cache_dtype,
+        reserved_bytes=0 if cuda else config.reserved_bytes,
         enforce_eager=config.enforce_eager,
         tensor_parallel_size=config.tensor_parallel_size,
         distributed_executor_backend=config.distributed_executor_backend,

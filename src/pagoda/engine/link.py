@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import msgspec
@@ -29,9 +29,13 @@ class Link(asyncio.Protocol):
     `process` is one that was started before, and waits for its configuration."""
 
     def __init__(
-        self, config: EngineConfig, command: Sequence[str] = COMMAND, process: EngineProcess | None = None
+        self,
+        config: EngineConfig,
+        command: Sequence[str] = COMMAND,
+        process: EngineProcess | None = None,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
-        self._process, self._sock = (process or EngineProcess(config.device, command)).take()
+        self._process, self._sock = (process or EngineProcess(config.device, command, environ or {})).take()
         with contextlib.suppress(BrokenPipeError):  # dead already; `lost` will tell
             self._sock.sendall(frame(config))
         self._framer = Framer()

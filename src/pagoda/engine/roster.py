@@ -55,6 +55,13 @@ class Roster:
             self._sent.pop(wire_id, None)
         return wire_id
 
+    def take_waiting(self) -> list[Stream]:
+        """Forget the requests that wait, but for those that are suspected: they are tried here, alone."""
+        streams = [stream for stream in self._waiting.values() if stream.arrival not in self._suspects]
+        for stream in streams:
+            del self._waiting[stream.arrival]
+        return streams
+
     def due(self) -> list[Request]:
         """The requests to send to the engine now; they count as sent."""
         if not self._suspects:

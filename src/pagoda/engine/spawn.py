@@ -6,20 +6,23 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, TracebackType
 
 COMMAND = (sys.executable, "-P", "-m", "pagoda.engine.process")
 _STDERR = 2
+_AS_OURS: Mapping[str, str] = MappingProxyType({})
 
 
 class EngineProcess:
     """The process and our end of its socket. As a context it is ended with the block, unless somebody took it over.
 
+    `environ` is what its environment has beside ours.
+
     Make it in a thread that lives as long as the server: Linux kills the engine when that thread ends.
     """
 
-    def __init__(self, device: str, command: Sequence[str] = COMMAND) -> None:
+    def __init__(self, device: str, command: Sequence[str] = COMMAND, environ: Mapping[str, str] = _AS_OURS) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             # Its own process group: a terminal's Ctrl-C is for the server. Standard output belongs to the server.
@@ -29,7 +32,7 @@ class EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=_STDERR,
                 process_group=0,
-                env=_environment(device),
+                env={**_environment(device), **environ},
             )
         self._sock = ours
         self._taken = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from pagoda.engine.messages import EngineStats, ModelInfo
@@ -17,8 +17,10 @@ class Deltas(Protocol):
 
 
 class Engine(Protocol):
-    """The part of `pagoda.engine.client.EngineClient` that the API uses."""
+    """The part of `pagoda.engine.client.EngineClient` that the API uses. `engines` are those that it is made of."""
 
+    @property
+    def engines(self) -> Sequence[Engine]: ...
     @property
     def info(self) -> ModelInfo: ...
     @property

@@ -105,61 +105,64 @@ class _Histogram:
 
 
 class _EngineCollector:
-    """Reads the engine's own counters at the moment somebody looks."""
+    """Reads the engines' own counters at the moment somebody looks; several replicas have a number each."""
 
     def __init__(self, model_name: str, engine: Callable[[], Engine]) -> None:
-        self._values = (model_name, "0")
+        self._model_name = model_name
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        engine = self._engine()
-        stats = engine.stats
-        now = stats.scheduler
-        usage = now.blocks_used / now.blocks_total if now.blocks_total else 0.0
-        yield self._gauge("num_requests_running", "Sequences in the running batch", now.running)
-        yield self._gauge("num_requests_waiting", "Sequences that wait", now.waiting)
-        yield self._gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1", usage)
-        yield self._gauge("gpu_cache_usage_perc", "The same under its older name", usage)
-        yield self._counter("num_preemptions", "Sequences put back to make room", now.preemptions)
-        yield self._counter("spec_decode_num_drafts", "Drafts that were checked", now.spec_decode_num_drafts)
-        drafted, accepted = now.spec_decode_num_draft_tokens, now.spec_decode_num_accepted_tokens
-        yield self._counter("spec_decode_num_draft_tokens", "Tokens of those drafts", drafted)
-        yield self._counter("spec_decode_num_accepted_tokens", "Those that were right", accepted)
-        yield self._counter("prompt_tokens", "Prompt tokens computed or found in the cache", now.prompt_tokens)
-        yield self._counter("generation_tokens", "Tokens generated", now.generation_tokens)
-        yield self._counter("prefix_cache_queries", "Prompt tokens looked up", now.prefix_queries_tokens)
-        yield self._counter("prefix_cache_hits", "Prompt tokens found", now.prefix_hits_tokens)
+        families: dict[str, Metric] = {}
+        for number, engine in enumerate(self._engine().engines):
+            values = (self._model_name, str(number))
+            for name, text, value in _gauges(engine):
+                family = families.setdefault(name, GaugeMetricFamily(name, text, labels=_LABELS))
+                family.add_sample(name, dict(zip(_LABELS, values, strict=True)), value)
+            for name, text, value in _counters(engine):
+                family = families.setdefault(name, CounterMetricFamily(name, text, labels=_LABELS))
+                family.add_sample(f"{name}_total", dict(zip(_LABELS, values, strict=True)), value)
+        yield from families.values()
         yield self._cache_config()
-        for name, text, value in (
-            ("engine_ready", "1 if the engine takes requests", float(engine.ready)),
-            ("engine_resident_memory_bytes", "Memory of the engine process", _resident_bytes(engine.pid)),
-            ("engine_last_step_seconds", "Duration of the latest step", stats.last_step_s),
-        ):
-            gauge = GaugeMetricFamily(f"pagoda:{name}", text, labels=_LABELS)
-            gauge.add_metric(self._values, value)
-            yield gauge
-        for name, text, value in (
-            ("engine_restarts", "How often the engine was started again", engine.restarts),
-            ("engine_steps", "Steps computed", stats.steps),
-        ):
-            counter = CounterMetricFamily(f"pagoda:{name}", text, labels=_LABELS)
-            counter.add_metric(self._values, value)
-            yield counter
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=_LABELS)
-        gauge.add_metric(self._values, value)
-        return gauge
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        counter = CounterMetricFamily(f"vllm:{name}", text, labels=_LABELS)
-        counter.add_metric(self._values, value)
-        return counter
 
     def _cache_config(self) -> Metric:
-        info = self._engine().info
         gauge = GaugeMetricFamily(
             "vllm:cache_config_info", "Size of the KV cache", labels=[*_LABELS, "block_size", "num_gpu_blocks"]
         )
-        gauge.add_metric([*self._values, str(info.block_size), str(info.num_blocks)], 1)
+        for number, engine in enumerate(self._engine().engines):
+            sizes = (str(engine.info.block_size), str(engine.info.num_blocks))
+            gauge.add_metric([self._model_name, str(number), *sizes], 1)
         return gauge
+
+
+def _gauges(engine: Engine) -> tuple[tuple[str, str, float], ...]:
+    """Name, text, value."""
+    stats = engine.stats
+    now = stats.scheduler
+    usage = now.blocks_used / now.blocks_total if now.blocks_total else 0.0
+    return (
+        ("vllm:num_requests_running", "Sequences in the running batch", now.running),
+        ("vllm:num_requests_waiting", "Sequences that wait", now.waiting),
+        ("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1", usage),
+        ("vllm:gpu_cache_usage_perc", "The same under its older name", usage),
+        ("pagoda:engine_ready", "1 if the engine takes requests", float(engine.ready)),
+        ("pagoda:engine_resident_memory_bytes", "Memory of the engine process", _resident_bytes(engine.pid)),
+        ("pagoda:engine_last_step_seconds", "Duration of the latest step", stats.last_step_s),
+    )
+
+
+def _counters(engine: Engine) -> tuple[tuple[str, str, float], ...]:
+    """Name, text, value."""
+    stats = engine.stats
+    now = stats.scheduler
+    return (
+        ("vllm:num_preemptions", "Sequences put back to make room", now.preemptions),
+        ("vllm:spec_decode_num_drafts", "Drafts that were checked", now.spec_decode_num_drafts),
+        ("vllm:spec_decode_num_draft_tokens", "Tokens of those drafts", now.spec_decode_num_draft_tokens),
+        ("vllm:spec_decode_num_accepted_tokens", "Those that were right", now.spec_decode_num_accepted_tokens),
+        ("vllm:prompt_tokens", "Prompt tokens computed or found in the cache", now.prompt_tokens),
+        ("vllm:generation_tokens", "Tokens generated", now.generation_tokens),
+        ("vllm:prefix_cache_queries", "Prompt tokens looked up", now.prefix_queries_tokens),
+        ("vllm:prefix_cache_hits", "Prompt tokens found", now.prefix_hits_tokens),
+        ("pagoda:engine_restarts", "How often the engine was started again", engine.restarts),
+        ("pagoda:engine_steps", "Steps computed", stats.steps),
+    )

@@ -6,6 +6,7 @@ import json
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pagoda.errors import PagodaError
 
 TIMEOUT_S = 5.0
+_OF_EACH_ENGINE = "vllm:num_requests_running"
 
 
 class CannotAsk(PagodaError):
@@ -24,11 +26,15 @@ class CannotAsk(PagodaError):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The metrics of one server at one moment: the sum of each name, by model and without labels."""
+    """The metrics of one server at one moment: the sum of each name, by model and without labels.
+
+    `engines` is how many there are of each model.
+    """
 
     at_s: float
     models: tuple[str, ...]
     values: Mapping[str, Mapping[str, float]]
+    engines: Mapping[str, int]
 
     def get(self, name: str, model: str = "") -> float:
         """A value; 0 where the server has none."""
@@ -43,14 +49,15 @@ class Sample:
 def parse(text: str, at_s: float) -> Sample:
     """The sample in a page of Prometheus text."""
     values: dict[str, dict[str, float]] = {}
+    engines: Counter[str] = Counter()
     for family in text_string_to_metric_families(text):
         for one in family.samples:
             model = one.labels.get("model_name", "")
+            engines[model] += one.name == _OF_EACH_ENGINE
             if "le" not in one.labels:
                 of_name = values.setdefault(one.name, {})
                 of_name[model] = of_name.get(model, 0.0) + one.value
-    models = tuple(values.get("vllm:num_requests_running", {}))
-    return Sample(at_s, models, values)
+    return Sample(at_s, tuple(values.get(_OF_EACH_ENGINE, {})), values, engines)
 
 
 def sample(url: str, key: str = "") -> Sample:

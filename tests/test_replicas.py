@@ -1,0 +1,230 @@
+"""`--replicas`: which one gets a request, and that nothing is lost or changed when one of them is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import engine_fake as fake
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from server_process import running, serve
+from test_engine_client import check, collect, run, twenty, until
+
+from pagoda.config import EngineConfig
+from pagoda.deploy.service.scrape import parse
+from pagoda.engine.client import EngineClient
+from pagoda.errors import ConfigError, EngineError
+from pagoda.gateway.replicas import Replicas, environments, part_of
+from pagoda.gateway.spread import CHUNK_TOKENS, MOST_BUSIER, Prefixes, choose, chunk_keys
+from pagoda.types import Request
+
+MANY = "Tell me a story about the number "
+
+
+def test_a_prompt_goes_where_its_beginning_is() -> None:
+    prefixes = Prefixes()
+    prompt = list(range(1000))
+    prefixes.note(chunk_keys(prompt), 1)
+    known = prefixes.known_tokens(chunk_keys([*prompt[:500], 7, 8, 9]))
+    assert known == {1: 500 // CHUNK_TOKENS * CHUNK_TOKENS}
+    assert choose({0: 0, 1: 0}, known) == 1
+    assert choose({0: 0, 1: 3}, known) == 1
+    assert choose({0: 0, 1: 4}, known) == 0, "busier by more than 448 tokens are worth"
+    assert prefixes.known_tokens(chunk_keys([5, *prompt])) == {}
+    assert prefixes.known_tokens(chunk_keys(prompt, "another tenant")) == {}
+    prefixes.forget(1)
+    assert prefixes.known_tokens(chunk_keys(prompt)) == {}
+
+
+def test_a_short_beginning_in_common_does_not_bring_all_to_one() -> None:
+    prefixes, loads = Prefixes(), {0: 0, 1: 0, 2: 0}
+    for last in range(9):
+        keys = chunk_keys([*range(70), *[last] * 30])
+        index = choose(loads, prefixes.known_tokens(keys))
+        prefixes.note(keys, index)
+        loads[index] += 1
+    assert set(loads.values()) == {3}
+
+
+@given(
+    st.dictionaries(st.integers(0, 5), st.integers(0, 40), min_size=1),
+    st.dictionaries(st.integers(0, 5), st.integers(0, 9000)),
+)
+def test_nobody_is_much_busier_for_what_it_knows(loads: dict[int, int], known: dict[int, int]) -> None:
+    index = choose(loads, known)
+    assert loads[index] - min(loads.values()) <= MOST_BUSIER
+    if known.get(index, 0) < 128:
+        assert loads[index] == min(loads.values())
+
+
+def test_gpus_and_threads_are_divided() -> None:
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in environments(2, 2, {})] == ["0,1", "2,3"]
+    named = {"CUDA_VISIBLE_DEVICES": "4,6,7"}
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in environments(3, 1, named)] == ["4", "6", "7"]
+    with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES names 3.*--replicas 1"):
+        environments(2, 2, named)
+    part = part_of(EngineConfig(model="m", threads=8), 3)
+    assert part.threads == 2 and part.reserved_bytes > 0
+
+
+def replicas(count: int, **behaviour: float) -> Replicas:
+    config = EngineConfig(model="fake")
+    return Replicas([EngineClient(config, command=fake.command(**behaviour), backoff_s=0.01) for _ in range(count)])
+
+
+@pytest.mark.parametrize("killed", [[0], [0, 1], [0, 1, 2, 0]])
+def test_kills_of_replicas_in_twenty_streams(killed: list[int]) -> None:
+    async def go() -> None:
+        group = replicas(3, step_s=0.004)
+        await group.start()
+        clients: Any = group.engines
+        try:
+            wanted = twenty()
+            streams = [asyncio.create_task(collect(group, one)) for one in wanted]  # type: ignore[arg-type]
+            await asyncio.sleep(0.02)
+            assert all(client.load >= 6 for client in clients)
+            for index in killed:
+                await until(lambda: clients[index].pid is not None and clients[index].ready)  # noqa: B023
+                os.kill(clients[index].pid, signal.SIGKILL)
+                await asyncio.sleep(0.02)
+            for one, got in zip(wanted, await asyncio.gather(*streams), strict=True):
+                check(one, got)
+            await until(lambda: group.restarts == len(killed))
+            assert all(client.load == 0 for client in clients)
+        finally:
+            await group.stop()
+
+    run(go())
+
+
+def test_a_request_that_kills_engines_ends_alone() -> None:
+    async def go() -> None:
+        group = replicas(2, kill=250, step_s=0.002)
+        await group.start()
+        try:
+            wanted = twenty()
+            poison = Request(request_id="bad", prompt_token_ids=[250], params=wanted[0].params)
+            bad = asyncio.create_task(collect(group, poison))  # type: ignore[arg-type]
+            for one, got in zip(wanted, await asyncio.gather(*(collect(group, w) for w in wanted)), strict=True):  # type: ignore[arg-type]
+                check(one, got)
+            assert (await bad).finish_reason == "error"
+            assert group.restarts <= 4
+        finally:
+            await group.stop()
+
+    run(go())
+
+
+def test_one_that_is_given_up_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagoda.engine.client.MAX_DEATHS", 0)
+
+    async def go() -> None:
+        group = replicas(2, step_s=0.004)
+        gone: list[str] = []
+        group.on_dead = gone.append
+        await group.start()
+        clients: Any = group.engines
+        try:
+            wanted = twenty()
+            streams = [asyncio.create_task(collect(group, one)) for one in wanted]  # type: ignore[arg-type]
+            await asyncio.sleep(0.02)
+            os.kill(clients[0].pid, signal.SIGKILL)
+            for one, got in zip(wanted, await asyncio.gather(*streams), strict=True):
+                check(one, got)
+            assert clients[0].dead and group.ready and not gone
+            os.kill(clients[1].pid, signal.SIGKILL)
+            await until(lambda: bool(gone))
+            with pytest.raises(Exception, match="shutting down"):
+                group.generate(wanted[0])
+        finally:
+            await group.stop()
+
+    run(go())
+
+
+def test_a_replica_that_cannot_load_ends_the_start() -> None:
+    async def go() -> None:
+        good = EngineClient(EngineConfig(model="fake"), command=fake.command())
+        bad = EngineClient(EngineConfig(model="fake"), command=("false",), backoff_s=0.01)
+        group = Replicas([good, bad])
+        with pytest.raises(EngineError, match="while it loaded"):
+            await group.start()
+        await group.stop()
+
+    run(go())
+
+
+@pytest.fixture(scope="module")
+def url(smollm2_path: str) -> Iterator[str]:
+    command = serve(
+        "--model", smollm2_path, "--replicas", "2", "--max-model-len", "1000", "--served-model-name", "smol"
+    )
+    with running(*command) as address:
+        yield address
+
+
+def ask(url: str, number: int) -> str:
+    """The text of a stream, and its last finish reason."""
+    sampled = {"temperature": 1.0, "seed": number} if number % 2 else {"temperature": 0.0}
+    body = {
+        "model": "smol", "stream": True, "max_tokens": 48, **sampled,
+        "messages": [{"role": "user", "content": MANY + str(number)}],
+    }  # fmt: skip
+    text, reason = "", None
+    with urllib.request.urlopen(
+        urllib.request.Request(
+            f"{url}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        ),
+        timeout=120,
+    ) as reply:
+        for line in reply:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                assert "error" not in event, event
+                text += event["choices"][0]["delta"].get("content") or ""
+                reason = event["choices"][0]["finish_reason"] or reason
+    return f"{text}|{reason}"
+
+
+def engines() -> list[psutil.Process]:
+    """The engine processes of servers that this process started."""
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE and "pagoda.engine.process" in child.cmdline()
+    ]
+
+
+def test_kill_9_of_a_replica_in_twenty_streams_over_http(url: str) -> None:
+    with ThreadPoolExecutor(20) as pool:
+        expected = list(pool.map(lambda number: ask(url, number), range(20)))
+        assert len(set(expected)) > 10 and all(each.endswith(("|length", "|stop")) for each in expected)
+        victim = engines()[0]
+        timer = threading.Timer(1.0, victim.kill)
+        timer.start()
+        assert list(pool.map(lambda number: ask(url, number), range(20))) == expected
+        timer.join()
+    with urllib.request.urlopen(f"{url}/metrics") as reply:
+        text = reply.read().decode()
+    seen = parse(text, 0.0)
+    assert seen.get("pagoda:engine_restarts_total", "smol") == 1
+    assert 'vllm:num_requests_running{engine="1",model_name="smol"}' in text
+    assert seen.get("vllm:generation_tokens_total", "smol") > 0
+
+
+def test_threads_are_shared(tmp_path: Path, url: str) -> None:
+    assert len(engines()) == 2
+    with urllib.request.urlopen(f"{url}/server_info") as reply:
+        info = json.load(reply)["engine"]
+    assert info["device"].startswith("2 x cpu") and info["max_model_len"] == 1000
