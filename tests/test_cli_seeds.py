@@ -11,7 +11,7 @@ import pytest
 
 from pagoda.cli.inputs import load, split
 from pagoda.errors import ConfigError
-from pagoda.settings import Settings, check, resolve
+from pagoda.settings import Settings, check, each_model, resolve
 
 GUIDE_0 = """python3 -m pagoda.entrypoints.openai.api_server \
   --model /home/user/vllm/models/qwen3-32b --served-model-name Qwen3-32B-AWQ --tensor-parallel-size 2 \
@@ -76,10 +76,10 @@ def test_the_model_given_in_both_places_is_one_model() -> None:
     assert any("twice" in line for line in settings.notices)
 
 
-def test_two_models_are_refused_with_what_to_do() -> None:
-    with pytest.raises(ConfigError, match="several models") as error:
-        parse(GUIDE_2_TWO)
-    assert "pagoda serve microsoft/DialoGPT-medium --port 8001" in error.value.remedy
+def test_two_models_behind_one_port() -> None:
+    both = each_model(parse(GUIDE_2_TWO))
+    assert [each.model for each in both] == ["meta-llama/Llama-2-7b-chat-hf", "microsoft/DialoGPT-medium"]
+    assert {each.port for each in both} == {8000}
 
 
 def test_two_gpus_on_a_cpu_are_refused_with_the_sizes_that_work() -> None:

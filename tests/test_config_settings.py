@@ -10,7 +10,7 @@ from pagoda.cli.help import page, serve_help
 from pagoda.config import Options, declared
 from pagoda.errors import ConfigError
 from pagoda.flags import not_yet, without_effect
-from pagoda.settings import Settings, check, resolve
+from pagoda.settings import Settings, check, each_model, resolve
 
 
 def options(line: str = "", environ: dict[str, str] | None = None, file: dict[str, Any] | None = None) -> Settings:
@@ -96,8 +96,9 @@ def test_spellings(line: str, name: str, value: Any) -> None:
         ("--pipeline-parallel-size 2", "--tensor-parallel-size shares each layer"),
         ("--enable-prefix-caching=maybe", "true or false"),
         ("--override-generation-config nonsense", "JSON"),
-        ("--model a --model b", "several models"),
-        ("a --model b", "--port 8001"),
+        ("a b --served-model-name x y z", "3 names for 2 models"),
+        ("--model a --models b", "list of models"),
+        ("--models [nonsense", "JSON"),
     ],
 )
 def test_errors_name_the_flag_and_the_cure(line: str, needle: str) -> None:
@@ -106,6 +107,42 @@ def test_errors_name_the_flag_and_the_cure(line: str, needle: str) -> None:
     assert needle in str(error.value)
     assert error.value.remedy
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a b --served-model-name x y --threads 3",
+        "--model a --served-model-name x --model b --served-model-name y --threads 3",
+        '--models [{"model":"a","served-model-name":"x"},{"model":"b","served_model_name":["y"]}] --threads=3',
+    ],
+)
+def test_several_models(line: str) -> None:
+    settings = options(line)
+    first, second = each_model(settings)
+    assert (first.model, first.served_model_name, first.keep_alive) == ("a", ("x",), "-1")
+    assert (second.model, second.served_model_name, second.keep_alive) == ("b", ("y",), None)
+    assert first.threads == second.threads == 3 and first.models == ()
+    assert settings.notices == () and settings.origins["models"] == "command line"
+
+
+def test_a_list_of_models_in_a_file() -> None:
+    models = ["./a", {"model": "./b", "max-model-len": "8k", "keep_alive": -1, "no-enable-prefix-caching": True}]
+    file = {"models": models, "max_model_len": 1000, "port": 1, "keep-alive": "1h"}
+    first, second = each_model(options("", {}, file))
+    assert (first.model, first.max_model_len, first.keep_alive, first.port) == ("./a", 1000, "-1", 1)
+    assert (second.max_model_len, second.keep_alive, second.enable_prefix_caching) == (8000, "-1", False)
+    for wrong, needle in (
+        ({"model": "a", "port": 1}, "port is for all models"),
+        ({"model": "a", "prot": 1}, "models, number 1: unknown option prot"),
+        ({"threads": 1}, "names no model"),
+        ({"model": "a", "pipeline-parallel-size": 2}, "tensor-parallel-size"),
+    ):
+        with pytest.raises(ConfigError, match=needle) as error:
+            each_model(options("", {}, {"models": [wrong]}))
+        assert error.value.remedy
+    with pytest.raises(ConfigError, match="list of models"):
+        options("", {}, {"models": [1]})
 
 
 def test_the_same_option_twice_is_a_line_not_an_error() -> None:
@@ -171,6 +208,7 @@ def test_every_option_has_a_variable() -> None:
         "float": "0.5",
         "str": "x",
         "tuple[str, ...]": "a,b",
+        "tuple[Mapping[str, Any], ...]": "a,b",
         "Mapping[str, Any]": "{}",
     }
     for setting in declared():

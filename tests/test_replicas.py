@@ -6,9 +6,8 @@ import asyncio
 import json
 import os
 import signal
-import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -174,8 +173,8 @@ def url(smollm2_path: str) -> Iterator[str]:
         yield address
 
 
-def ask(url: str, number: int) -> str:
-    """The text of a stream, and its last finish reason."""
+def ask(url: str, number: int, seen: Callable[[], object] = int) -> str:
+    """The text of a stream, and its last finish reason; each event is `seen`."""
     sampled = {"temperature": 1.0, "seed": number} if number % 2 else {"temperature": 0.0}
     body = {
         "model": "smol", "stream": True, "max_tokens": 48, **sampled,
@@ -191,6 +190,7 @@ def ask(url: str, number: int) -> str:
         for line in reply:
             if line.startswith(b"data: {"):
                 event = json.loads(line[6:])
+                seen()
                 assert "error" not in event, event
                 text += event["choices"][0]["delta"].get("content") or ""
                 reason = event["choices"][0]["finish_reason"] or reason
@@ -211,16 +211,19 @@ def test_kill_9_of_a_replica_in_twenty_streams_over_http(url: str) -> None:
         expected = list(pool.map(lambda number: ask(url, number), range(20)))
         assert len(set(expected)) > 10 and all(each.endswith(("|length", "|stop")) for each in expected)
         victim = engines()[0]
-        timer = threading.Timer(1.0, victim.kill)
-        timer.start()
-        assert list(pool.map(lambda number: ask(url, number), range(20))) == expected
-        timer.join()
+        events = iter(range(10_000))
+
+        def seen() -> None:
+            if next(events) == 100:
+                victim.kill()
+
+        assert list(pool.map(lambda number: ask(url, number, seen), range(20))) == expected
     with urllib.request.urlopen(f"{url}/metrics") as reply:
         text = reply.read().decode()
-    seen = parse(text, 0.0)
-    assert seen.get("pagoda:engine_restarts_total", "smol") == 1
+    sums = parse(text, 0.0)
+    assert sums.get("pagoda:engine_restarts_total", "smol") == 1
     assert 'vllm:num_requests_running{engine="1",model_name="smol"}' in text
-    assert seen.get("vllm:generation_tokens_total", "smol") > 0
+    assert sums.get("vllm:generation_tokens_total", "smol") > 0
 
 
 def test_threads_are_shared(tmp_path: Path, url: str) -> None:

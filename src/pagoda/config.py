@@ -314,6 +314,36 @@ class Options:
     log_file_count: int = _option(5, "Older log files that are kept: FILE.1 is the latest of them", "Server", low=1)
     enable_log_requests: bool = _option(False, "One log line per request: sizes and times, never its text", "Server")
 
+    models: tuple[Mapping[str, Any], ...] = _option(
+        (),
+        "Several models behind this port; in a config file a list, each with options of its own, such as "
+        "{model: ./a, max-model-len: 8k}. Several --model, or several words, do the same. The first one is loaded at "
+        "once, each other one when a request names it",
+        "Several models",
+    )
+    keep_alive: str | None = _option(
+        None,
+        "How long a model that was loaded for a request stays without one, as Ollama writes it: 5m, 1h30m, seconds, "
+        "0, or -1 for ever (default 5m; the first model stays). It goes earlier where another one needs its memory",
+        "Several models",
+        env=("OLLAMA_KEEP_ALIVE",),
+    )
+    upstream: str | None = _option(
+        None,
+        "Another server, such as http://host:11434 (Ollama) or http://host:8000 (vLLM), that gets the requests for "
+        "models that are not here; its key, if it wants one, is the variable PAGODA_UPSTREAM_API_KEY",
+        "Several models",
+    )
+    fallback: bool = _option(
+        False,
+        "Let --upstream also answer for a model of this server that cannot: it loads, its engine is down, its queue "
+        "is full. The header x-pagoda-fallback of such an answer says why",
+        "Several models",
+    )
+    fallback_model: str | None = _option(
+        None, "What the upstream calls the model that answers then; the default is the name asked for", "Several models"
+    )
+
     def engine_config(self, model_path: str) -> EngineConfig:
         """The engine's part, for a model that is here at `model_path`."""
         return EngineConfig(

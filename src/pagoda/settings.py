@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pagoda.config import Options, Setting, declared
@@ -167,13 +167,19 @@ def _typing_slips(catalog: Catalog, environ: Mapping[str, str]) -> list[str]:
 def _join(given: Sequence[Given], notices: list[str]) -> Settings:
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
+    every: dict[str, list[Any]] = {}  # of what may be given for each of several models
     notes: dict[str, str] = {}
     for one in given:
         name, flag = one.setting.name, one.setting.flag
         value = convert(one.setting, one.raw, flag if one.origin == COMMAND_LINE else f"{one.origin}: {name}")
-        if origins.get(name) == one.origin and not _mergeable(values[name], value):
-            if name == "model" and values[name] != value:
-                raise _several_models(values[name], value)
+        again_here = origins.get(name) == one.origin
+        if name in ("model", "served_model_name"):
+            every[name] = [*(every[name] if again_here else []), value]
+        if (
+            again_here
+            and not _mergeable(values[name], value)
+            and not (name in every and _differ(every.get("model", ())))
+        ):
             again = "" if values[name] == value else f": the last one counts, {_shown(one.setting, value)}"
             notices.append(f"{'the model' if name == 'model' else flag} was given twice{again}")
         values[name] = {**values[name], **value} if _mergeable(values.get(name), value) else value
@@ -182,6 +188,7 @@ def _join(given: Sequence[Given], notices: list[str]) -> Settings:
             notes[name] = f"{flag}: {one.setting.note}"
         if not one.setting.works and value != one.setting.default:
             raise ConfigError(f"{flag}: {one.setting.help}", remedy=f"Leave {flag} out")
+    _several_models(values, origins, every)
     _name_of_model(values, origins)
     known = {s.name for s in declared()}
     options = Options(**{name: value for name, value in values.items() if name in known})
@@ -196,11 +203,62 @@ def _shown(setting: Setting, value: Any) -> str:
     return "***" if setting.secret else str(value)
 
 
-def _several_models(first: str, second: str) -> ConfigError:
-    return ConfigError(
-        f"Two models were named ({first} and {second}); several models behind one port are not here yet",
-        remedy=f"Start one server for each, such as: pagoda serve {second} --port 8001",
-    )
+def _differ(named: Sequence[str]) -> bool:
+    return len(set(named)) > 1
+
+
+def _several_models(values: dict[str, Any], origins: dict[str, str], every: Mapping[str, list[Any]]) -> None:
+    """Models that were named one after the other become a list, each with its name of those given in this order."""
+    models = list(dict.fromkeys(every.get("model", [])))
+    if "models" in values and models:
+        raise ConfigError(
+            f"A model ({models[0]}) and a list of models were given", remedy="Add it to the list, or leave one out"
+        )
+    if len(models) < 2:
+        return
+    names = [name for given in every.get("served_model_name", []) for name in given]
+    if names and len(names) != len(models):
+        raise ConfigError(
+            f"--served-model-name gives {len(names)} names for {len(models)} models",
+            remedy="Give one for each, in the same order",
+        )
+    named = zip(models, names or [None] * len(models), strict=True)
+    values["models"] = tuple({"model": model, **({"served_model_name": [n]} if n else {})} for model, n in named)
+    origins["models"] = origins.pop("model")
+    for table in (values, origins):
+        table.pop("served_model_name", None)
+    del values["model"]
+
+
+def each_model(settings: Settings) -> tuple[Options, ...]:
+    """The options of each model: those of all, and on top of them its own. One where no list was given."""
+    options = settings.options
+    if not options.models:
+        return (options,)
+    catalog = Catalog()
+    return tuple(_own_options(catalog, options, number, table) for number, table in enumerate(options.models, 1))
+
+
+def _own_options(catalog: Catalog, shared: Options, number: int, table: Mapping[str, Any]) -> Options:
+    where = f"models, number {number}"
+    own: dict[str, Any] = {"models": (), "served_model_name": ()}
+    if number == 1:
+        own["keep_alive"] = "-1"
+    for key, raw in table.items():
+        found = catalog.find(key)
+        if found is None:
+            raise catalog.unknown(key, where)
+        setting, positive = found
+        if setting.group == "Server" or setting.name in ("models", "upstream", "fallback"):
+            raise ConfigError(f"{where}: {key} is for all models", remedy=f"Give {setting.flag} beside the list")
+        value = convert(setting, raw, f"{where}: {key}")
+        if not setting.works and value != setting.default:
+            raise ConfigError(f"{where}: {key}: {setting.help}", remedy=f"Leave {key} out")
+        if setting.name in Options.__dataclass_fields__:
+            own[setting.name] = value if positive else not value
+    if not own.get("model"):
+        raise ConfigError(f"{where}: it names no model", remedy="Write it as {model: ./folder}")
+    return replace(shared, **own)
 
 
 def _name_of_model(values: dict[str, Any], origins: dict[str, str]) -> None:
@@ -222,6 +280,8 @@ def convert(setting: Setting, raw: Any, where: str) -> Any:
         if value is None:
             raise ConfigError(f"{where}: {raw} is neither true nor false", remedy="Give true or false")
         return value
+    if kind.startswith("tuple[Mapping"):
+        return _tables(raw, where)
     if kind.startswith("tuple"):
         return _words(raw if isinstance(raw, list | tuple) else [raw])
     if kind.startswith("Mapping"):
@@ -270,6 +330,20 @@ def _table(raw: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: {raw} is not a JSON object", remedy="""Write it as '{"name": value}'""")
     return value
+
+
+def _tables(raw: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    """Of a list of tables; a word stands for the model of that name."""
+    items = raw if isinstance(raw, list | tuple) else [raw]
+    if len(items) == 1 and str(items[0]).startswith("["):
+        try:
+            items = json.loads(items[0])
+        except (TypeError, ValueError):
+            raise ConfigError(f"{where}: this is not JSON", remedy="""Write it as '[{"model": "./a"}]'""") from None
+    tables = [{"model": item} if isinstance(item, str) else item for item in items]
+    if not all(isinstance(item, Mapping) and all(isinstance(key, str) for key in item) for item in tables):
+        raise ConfigError(f"{where} is a list of models", remedy="Write a line for each, such as - model: ./a")
+    return tuple(tables)
 
 
 def _not_a_choice(setting: Setting, text: str, where: str) -> ConfigError:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -20,7 +21,7 @@ from pagoda.api.http.errors import error_response
 from pagoda.api.http.paths import NormalizePath, nearest, typed_path
 from pagoda.api.http.stream import Reply
 from pagoda.api.routes import endpoints
-from pagoda.api.serving.endpoint import Endpoint, Handler
+from pagoda.api.serving.endpoint import Endpoint
 from pagoda.api.serving.server import Server
 from pagoda.api.serving.tasks import check_task
 from pagoda.api.status import page, wants_page
@@ -31,31 +32,64 @@ _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 log = logging.getLogger("pagoda.api")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Door:
+    """What is behind the guard, and who may come in. `answer` gives the reply of an endpoint that may be asked."""
+
+    table: Sequence[Endpoint]
+    answer: Callable[[Endpoint, Request], Awaitable[Reply]]
+    rejected: Callable[[str], None]
+    api_keys: Sequence[str]
+    allowed_origins: Sequence[str]
+    local: bool
+    root_path: str
+    max_requests_per_key: int | None
+
+
 def create_app(server: Server) -> Starlette:
     """The application of one server."""
-    table = endpoints()
-    keys = Keys(server.api_keys, server.max_requests_per_key)
+
+    async def answer(endpoint: Endpoint, request: Request) -> Reply:
+        check_task(server, endpoint.tasks)
+        return await endpoint.handler(server, request)
+
+    door = Door(
+        table=endpoints(),
+        answer=answer,
+        rejected=server.metrics.rejected,
+        api_keys=server.api_keys,
+        allowed_origins=server.allowed_origins,
+        local=server.local,
+        root_path=server.root_path,
+        max_requests_per_key=server.max_requests_per_key,
+    )
+    return guarded_app(door)
+
+
+def guarded_app(door: Door) -> Starlette:
+    """The application of whatever is behind the door."""
+    keys = Keys(door.api_keys, door.max_requests_per_key)
     by_path: dict[str, list[Endpoint]] = {}
-    for each in table:
+    for each in door.table:
         by_path.setdefault(each.path, []).append(each)
     paths = [path for path in by_path if "{" not in path]
-    middleware = [Middleware(NormalizePath, endpoints=paths, root_path=server.root_path)]
-    if server.allowed_origins:
+    middleware = [Middleware(NormalizePath, endpoints=paths, root_path=door.root_path)]
+    if door.allowed_origins:
         middleware.append(
             Middleware(
                 CORSMiddleware,
-                allow_origins=list(server.allowed_origins),
+                allow_origins=list(door.allowed_origins),
                 allow_methods=["*"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id", "x-pagoda-ignored", "retry-after"],
             )
         )
     app = Starlette(
-        routes=[Route(path, Guarded(server, keys, alike)) for path, alike in by_path.items()],
+        routes=[Route(path, Guarded(door, keys, alike)) for path, alike in by_path.items()],
         middleware=middleware,
     )
     app.router.redirect_slashes = False
-    app.router.default = Guarded(server, keys, [Endpoint("", (), _not_found(table), "")])
+    app.router.default = Guarded(door, keys, None)
     return app
 
 
@@ -65,10 +99,11 @@ class Guarded:
     Its endpoints differ in their methods only: the first one's dialect and guard are those of all.
     """
 
-    def __init__(self, server: Server, keys: Keys, endpoints: Sequence[Endpoint]) -> None:
-        self._server = server
+    def __init__(self, door: Door, keys: Keys, endpoints: Sequence[Endpoint] | None) -> None:
+        self._door = door
         self._keys = keys
-        self._endpoints = endpoints
+        self._endpoints = endpoints or [Endpoint("", (), _nobody, "")]
+        self._nowhere = endpoints is None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -87,19 +122,20 @@ class Guarded:
         endpoint = self._endpoints[0]
         shape = endpoint.dialect.error
         try:
-            if self._server.local:
-                check_host(request.headers, self._server.allowed_origins)
+            if self._door.local:
+                check_host(request.headers, self._door.allowed_origins)
             if not endpoint.public:
                 request.scope[CALLER] = self._keys.check(request.headers)
+            if self._nowhere:
+                raise _not_found(self._door.table, request)
             found = self._of_method(request)
-            check_task(self._server, found.tasks)
             if found.tasks:
                 held.enter_context(self._keys.call(request.scope.get(CALLER)))
-            return await found.handler(self._server, request)
+            return await self._door.answer(found, request)
         except Unauthorized as error:
             return page(401) if endpoint.sign_in and wants_page(request) else error_response(error, body=shape)
         except RateLimited as error:
-            self._server.metrics.rejected("rate_limit")
+            self._door.rejected("rate_limit")
             return error_response(error, body=shape)
         except MethodNotAllowed as error:
             return error_response(error, {"allow": ", ".join(self._methods)}, shape)
@@ -124,12 +160,12 @@ class Guarded:
         raise MethodNotAllowed(f"{typed_path(request.scope)} takes {taken}, not {request.method[:20]}")
 
 
-def _not_found(table: tuple[Endpoint, ...]) -> Handler:
+async def _nobody(server: Server, request: Request) -> Reply:
+    raise RuntimeError("a path that is not there has no handler")
+
+
+def _not_found(table: Sequence[Endpoint], request: Request) -> NotFound:
     shown = {each.path: each.shown for each in table if "{" not in each.path}
-
-    async def not_found(server: Server, request: Request) -> Reply:
-        near = nearest(request.scope["path"], list(shown))
-        remedy = f"Did you mean {shown[near]}?" if near else "GET /docs lists what there is"
-        raise NotFound(f"there is no {typed_path(request.scope)} here", remedy=remedy)
-
-    return not_found
+    near = nearest(request.scope["path"], list(shown))
+    remedy = f"Did you mean {shown[near]}?" if near else "GET /docs lists what there is"
+    return NotFound(f"there is no {typed_path(request.scope)} here", remedy=remedy)

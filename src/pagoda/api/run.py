@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, Protocol
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from pagoda import heap
 from pagoda.api.app import create_app
@@ -60,7 +61,7 @@ def run_server(
     listener already holds the port, but nobody is answered before the engine is ready. `on_ready` is called then.
     `notifier` tells the service manager, if there is one.
     """
-    http = _http(server)
+    http = http_server(create_app(server))
     with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
         return runner.run(
             _Serving(server, engine, listener, http, notifier or Notifier({})).run(drain_s, on_progress, on_ready)
@@ -71,7 +72,7 @@ class _Serving:
     """The life of one serving process, from loading to the last answer."""
 
     def __init__(
-        self, server: Server, engine: StartedEngine, listener: socket.socket, http: _Http, notifier: Notifier
+        self, server: Server, engine: StartedEngine, listener: socket.socket, http: HttpServer, notifier: Notifier
     ) -> None:
         self._server = server
         self._engine = engine
@@ -84,17 +85,17 @@ class _Serving:
     async def run(self, drain_s: float, on_progress: Progress | None, on_ready: Callable[[], None] | None) -> int:
         self._engine.on_dead = self._on_dead
         try:
-            with _signals(self._stopping):
+            with stop_signals(self._stopping):
                 loading = asyncio.ensure_future(self._engine.start(self._progress(on_progress)))
-                if not await _either(loading, self._stopping):
+                if not await either(loading, self._stopping):
                     loading.cancel()
                     return 0
-                serving = await self._open()
+                serving = await listen(self._http, self._listener)
                 if on_ready is not None:
                     on_ready()
                 self._notifier.send(READY=1)
                 async with self._batches(), self._beats():
-                    await _either(serving, self._stopping)
+                    await either(serving, self._stopping)
                 await self._finish(serving, drain_s)
         finally:
             self._notifier.send(STOPPING=1)
@@ -113,18 +114,6 @@ class _Serving:
         log.error("the engine is gone for good: %s", reason)
         self._dead = True
         self._stopping.set()
-
-    async def _open(self) -> asyncio.Future[None]:
-        """Listen only now: who finds the port open may send, and is answered at once."""
-        try:
-            self._listener.listen(BACKLOG)
-        except OSError as error:
-            host, port = self._listener.getsockname()[:2]
-            raise cannot_listen(error, host, port) from None
-        serving = asyncio.ensure_future(self._http.serve([self._listener]))
-        while not self._http.started and not serving.done():
-            await asyncio.sleep(0.002)
-        return serving
 
     @contextlib.asynccontextmanager
     async def _beats(self) -> AsyncGenerator[None, None]:
@@ -164,7 +153,20 @@ class _Serving:
         await serving
 
 
-async def _either(task: asyncio.Future[None], stopping: asyncio.Event) -> bool:
+async def listen(http: HttpServer, listener: socket.socket) -> asyncio.Future[None]:
+    """Listen only now: who finds the port open may send, and is answered at once."""
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise cannot_listen(error, host, port) from None
+    serving = asyncio.ensure_future(http.serve([listener]))
+    while not http.started and not serving.done():
+        await asyncio.sleep(0.002)
+    return serving
+
+
+async def either(task: asyncio.Future[None], stopping: asyncio.Event) -> bool:
     """Wait for the task or for the signal to stop. True: the task is done (its error is raised)."""
     stop = asyncio.ensure_future(stopping.wait())
     both: list[asyncio.Future[Any]] = [task, stop]
@@ -186,7 +188,7 @@ def settle_memory() -> None:
 
 
 @contextlib.contextmanager
-def _signals(stopping: asyncio.Event) -> Iterator[None]:
+def stop_signals(stopping: asyncio.Event) -> Iterator[None]:
     """The first SIGTERM or SIGINT asks to stop; a second one ends the process at once, as if nobody handled it."""
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread may handle signals; whoever runs the server elsewhere has a way of its own to stop.
@@ -210,7 +212,7 @@ def _signals(stopping: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(each)
 
 
-class _Http(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn without its own handling of signals: ours lets requests finish first."""
 
     @contextlib.contextmanager
@@ -218,9 +220,9 @@ class _Http(uvicorn.Server):
         yield
 
 
-def _http(server: Server) -> _Http:
+def http_server(app: ASGIApp) -> HttpServer:
     config = uvicorn.Config(
-        create_app(server),
+        app,
         http=Connection,
         ws="none",
         lifespan="off",
@@ -232,4 +234,4 @@ def _http(server: Server) -> _Http:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=CLOSE_S,
     )
-    return _Http(config)
+    return HttpServer(config)

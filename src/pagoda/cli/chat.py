@@ -99,7 +99,7 @@ def _partner(wishes: Wishes) -> Partner:
         settings = load(split(wishes.rest), os.environ)
         check(settings)
         options = settings.options
-        if options.model is None:
+        if options.model is None and not options.models:
             raise ConfigError(f"{wishes.rest[0]} needs a model", remedy="Name one: pagoda chat ./model.gguf")
         return Local(options, local_model(options), sampling)
     values, environ = wishes.values, os.environ

@@ -27,6 +27,8 @@ SAMPLING = (
 
 def local_model(options: Options) -> str:
     """The model's path; a hub name is fetched on first use, like the default model."""
+    if options.models:
+        raise ConfigError("Several models were named", remedy="Name one here; pagoda serve takes several")
     if options.model is not None:
         path = _found_or_fetched(options, options.model)
     else:

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from pagoda.cli.help import serve_help
 from pagoda.cli.inputs import load, show, split
 from pagoda.cli.screen import ProgressLine, size, table
 from pagoda.config import Options
-from pagoda.settings import Settings, check
+from pagoda.settings import Settings, check, each_model
 
 if TYPE_CHECKING:
     from pagoda.api.serving.engine import Engine
@@ -40,7 +41,14 @@ def run(argv: list[str]) -> int:
         print(show(settings))
         return 0
     check(settings)
-    return _serve(settings)
+    models = each_model(settings)
+    for options in models:
+        check(replace(settings, options=options))
+    if len(models) > 1 or settings.options.upstream is not None:
+        from pagoda.cli.gateway import serve_models
+
+        return serve_models(settings, models)
+    return _serve(replace(settings, options=models[0]))
 
 
 def _serve(settings: Settings) -> int:
@@ -61,8 +69,7 @@ def _serve(settings: Settings) -> int:
         from pagoda.cli.model import local_model
         from pagoda.engine.client import HANG_LIMIT_S
 
-        for line in (*settings.notices, *_warnings(options)):
-            print(f"note: {line}", file=sys.stderr)
+        print_notes(settings)
         path = local_model(options)
         notifier = Notifier(os.environ)
         # Half of what the service manager allows: the engine is started again before the whole server would be.
@@ -164,10 +171,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _warnings(options: Options) -> list[str]:
-    if options.uds is not None or options.api_key or is_loopback(options.host):
-        return []
-    return [f"everyone who can reach {options.host}:{options.port} may use this server; --api-key KEY asks for a key"]
+def print_notes(settings: Settings) -> None:
+    """What the user should know of the options that were given."""
+    options = settings.options
+    notes = list(settings.notices)
+    if options.uds is None and not options.api_key and not is_loopback(options.host):
+        who = f"everyone who can reach {options.host}:{options.port}"
+        notes.append(f"{who} may use this server; --api-key KEY asks for a key")
+    for line in notes:
+        print(f"note: {line}", file=sys.stderr)
 
 
 def address(options: Options, listener: socket.socket) -> str:

@@ -47,7 +47,7 @@ Options of install:
   --user            systemd: a service of this user, without root (default for those who are not root)
   --run-as USER     systemd: the user it runs as (default: who called sudo, else whom the model belongs to)
   --gpus WHICH      compose: all, how many, or which: 0,1 (only the first: 0,)
-  --replicas N      compose: so many containers, on as many ports from --port on
+  --replicas N      so many engines behind one port; compose: so many containers, on as many ports from --port on
   --start           start it now
   --dry-run         print the files, and write nothing
 
@@ -146,9 +146,10 @@ def _planned(own: dict[str, str], rest: list[str]) -> Service:
     via = own.get("via", "systemd")
     if via not in disk.KINDS:
         raise ConfigError(f"--via {via}: there is no such way", remedy=f"Give one of {', '.join(disk.KINDS)}")
-    for flag in ("gpus", "replicas"):
-        if flag in own and via != "compose":
-            raise ConfigError(f"--{flag} is for --via compose", remedy=f"Leave --{flag} out")
+    if "gpus" in own and via != "compose":
+        raise ConfigError("--gpus is for --via compose", remedy="Leave --gpus out")
+    if "replicas" in own and via != "compose":
+        rest = [*rest, "--replicas", own["replicas"]]
     inputs = split(rest)
     settings = load_options(inputs, os.environ)
     check(settings)

@@ -163,7 +163,9 @@ def _row(url: str, model: str, old: Sample, new: Sample) -> Row:
         first_token_s=mean("vllm:time_to_first_token_seconds"),
         next_token_s=mean("vllm:inter_token_latency_seconds"),
         memory_bytes=int(
-            new.get("process_resident_memory_bytes") + new.get("pagoda:engine_resident_memory_bytes", model)
+            new.get("process_resident_memory_bytes")  # of the server; behind a gateway each model has one of its own
+            + new.get("process_resident_memory_bytes", model)
+            + new.get("pagoda:engine_resident_memory_bytes", model)
         ),
         ended=int(new.get("vllm:request_success_total", model)),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pagoda.api.ollama.protocol import OllamaCall
@@ -40,8 +40,11 @@ def resolve(server: Server, name: str | None) -> str:
     try:
         return server.served.resolve(name)
     except ModelNotFound:
-        served = ", ".join(server.served.names)
-        raise ModelNotFound(f"model '{(name or '')[:200]}' not found, served here: {served}", param="model") from None
+        raise not_found(name or "", server.served.names) from None
+
+
+def not_found(name: str, names: Sequence[str]) -> ModelNotFound:
+    return ModelNotFound(f"model '{name[:200]}' not found, served here: {', '.join(names)}", param="model")
 
 
 def chat_body(server: Server, call: OllamaCall, messages: list[dict[str, Any]], tools: Any = None) -> ChatBody:

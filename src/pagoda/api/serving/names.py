@@ -39,14 +39,20 @@ class ServedNames:
         """The served name that `wanted` means; none or an empty one means the first. Raises ModelNotFound."""
         if wanted is None or not wanted.strip():
             return self._own[0]
+        found = self.find(wanted)
+        if found is None:
+            raise not_served(wanted, self.names)
+        return found
+
+    def find(self, wanted: str) -> str | None:
         plain = _plain(wanted)
-        found = (
+        return (
             self._exact.get(wanted) or self._whole.get(plain) or self._added.get(plain) or self._base.get(_base(wanted))
         )
-        if found is None:
-            served = ", ".join(self.names)
-            raise ModelNotFound(f"the model {wanted[:200]!r} is not served here. Served: {served}", param="model")
-        return found
+
+
+def not_served(wanted: str, names: Sequence[str]) -> ModelNotFound:
+    return ModelNotFound(f"the model {wanted[:200]!r} is not served here. Served: {', '.join(names)}", param="model")
 
 
 def _plain(name: str) -> str:
