@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from pagoda.cli.serve import address, is_loopback, welcome
+from pagoda.cli.address import address, is_loopback
+from pagoda.cli.serve import welcome
 from pagoda.config import Options
 from pagoda.deploy.download.default_model import FILE
 from pagoda.engine.messages import ModelInfo

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pagoda import __version__
 from pagoda.api.http.listen import allow_many_files, bind_socket
 from pagoda.api.notify import Notifier
+from pagoda.cli.address import address, is_loopback, print_notes
 from pagoda.cli.model import local_model
 from pagoda.cli.screen import size, table
-from pagoda.cli.serve import address, is_loopback, print_notes
 from pagoda.config import Options
 from pagoda.deploy.download.default_model import NAME
 from pagoda.errors import ConfigError

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gc
-import ipaddress
 import json
 import os
-import socket
-import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pagoda import __version__
+from pagoda.cli.address import address, is_loopback, print_notes
 from pagoda.cli.help import serve_help
 from pagoda.cli.inputs import load, show, split
 from pagoda.cli.screen import ProgressLine, size, table
@@ -161,35 +159,6 @@ def make_server(options: Options, path: str, engine: Engine) -> Server:
     )
     source.close()
     return server
-
-
-def is_loopback(host: str) -> bool:
-    """True if only this machine can reach a server that listens there."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def print_notes(settings: Settings) -> None:
-    """What the user should know of the options that were given."""
-    options = settings.options
-    notes = list(settings.notices)
-    if options.uds is None and not options.api_key and not is_loopback(options.host):
-        who = f"everyone who can reach {options.host}:{options.port}"
-        notes.append(f"{who} may use this server; --api-key KEY asks for a key")
-    for line in notes:
-        print(f"note: {line}", file=sys.stderr)
-
-
-def address(options: Options, listener: socket.socket) -> str:
-    """What to open in a client on this machine."""
-    if options.uds is not None:
-        return f"unix:{options.uds}"
-    port = listener.getsockname()[1]
-    everywhere = options.host in ("", "0.0.0.0", "::")
-    host = "localhost" if everywhere or is_loopback(options.host) else options.host
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 _FIRST: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
