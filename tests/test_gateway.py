@@ -46,7 +46,8 @@ def config(folder: Path, models: dict[str, str], **more: Any) -> str:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str]) -> Iterator[str]:
     path = config(tmp_path_factory.mktemp("config"), models)
-    with running(*serve("--config", path, "--api-key", "secret")) as address:
+    environ = {"PAGODA_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    with running(*serve("--config", path, "--api-key", "secret"), environ=environ) as address:
         yield address
 
 
@@ -175,6 +176,18 @@ def test_keep_alive_0_unloads(url: str) -> None:
     assert send(url, "/api/generate", ask)[1]["done"] is True
     until(lambda: states(url)["green"] == "stopped")
     assert send(url, "/api/generate", {**ask, "keep_alive": "soon"})[0] == 400
+
+
+def test_models_that_clients_make_are_found_whether_loaded_or_not(url: str) -> None:
+    make = {"model": "pirate", "from": "blue", "system": "Talk like a pirate.", "stream": False}
+    assert send(url, "/api/create", make, key="wrong")[0] == 401
+    assert send(url, "/api/create", make)[1] == {"status": "success"}
+    assert complete(url, "pirate")[1]["model"] == "pirate"
+    assert complete(url, "green")[0] == 200 and states(url)["blue"] == "stopped"
+    assert "pirate" in [card["id"] for card in send(url, "/v1/models")[1]["data"]]
+    assert complete(url, "pirate:latest")[0] == 200 and states(url)["blue"] == "ready"
+    assert send(url, "/api/delete", {"model": "pirate"}, method="DELETE")[0] == 200
+    assert complete(url, "pirate")[0] == 404
 
 
 def test_stored_responses_are_found(url: str) -> None:

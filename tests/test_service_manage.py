@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import engine_tiny
 import psutil
 import pytest
 import yaml
@@ -331,6 +332,21 @@ def test_compose_reads_the_file(machine: Machine, smollm2_path: str, tmp_path: P
     assert set(yaml.safe_load(path.read_text())["services"]) == {"two"}
     machine.ok("uninstall", "two")
     assert not path.exists()
+
+
+def test_several_models_in_one_service(machine: Machine, smollm2_path: str, tmp_path: Path) -> None:
+    tiny = engine_tiny.write(tmp_path / "tiny")
+    config = tmp_path / "models.yaml"
+    listed = [smollm2_path, {"model": tiny, "served-model-name": "tiny", "keep-alive": "1h"}]
+    config.write_text(yaml.safe_dump({"models": listed, "port": 8300}))
+    machine.ok("install", "--config", str(config), "--via", "compose", "--name", "both")
+    inside = yaml.safe_load((machine.services / "both" / "container.yaml").read_text())
+    first, second = inside["models"]
+    assert first == {"model": f"/models/both/0/{Path(smollm2_path).name}", "served-model-name": [smollm2_path]}
+    assert second == {"model": "/models/both/1", "served-model-name": "tiny", "keep-alive": "1h"}
+    volumes = yaml.safe_load((machine.services / "compose.yaml").read_text())["services"]["both"]["volumes"]
+    assert f"{smollm2_path}:{first['model']}:ro" in volumes and f"{tiny}:/models/both/1:ro" in volumes
+    machine.ok("uninstall", "both")
 
 
 def test_compose_mounts_all_of_a_cache_whose_files_are_links(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pagoda.cli.address import address, is_loopback, print_notes
 from pagoda.cli.model import local_model
 from pagoda.cli.screen import size, table
 from pagoda.config import Options
-from pagoda.deploy.download.default_model import NAME
+from pagoda.deploy.download.default_model import NAME, cache_path
 from pagoda.errors import ConfigError
 from pagoda.gateway.run import run_gateway
 from pagoda.gateway.sizes import Sized, budget_bytes, machine_here, sized
@@ -46,6 +46,7 @@ def serve_models(settings: Settings, models: Sequence[Options]) -> int:
             found,
             budget_bytes(options, machine),
             upstream,
+            cache_path() / "derived",
             listener,
             version=__version__,
             local=options.uds is None and is_loopback(options.host),

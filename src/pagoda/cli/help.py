@@ -11,17 +11,20 @@ from pagoda.config import Setting, declared
 from pagoda.flags import not_yet, without_effect
 
 SERVE_HELP = """\
-Usage: pagoda serve [MODEL] [options]
+Usage: pagoda serve [MODEL ...] [options]
 
 Answers requests for MODEL over the OpenAI API. MODEL is a folder with safetensors, a .gguf file, or a name as on
 Hugging Face or ModelScope (owner/name, owner/name:Q4_K_M), which is fetched on first use. Without it the small default
-model is served.
+model is served. Of several models the first is loaded at once, each other one when a request names it.
 
 Examples:
   pagoda serve
   pagoda serve ./qwen3-0.6b --port 8001 --max-model-len 8k
   pagoda serve ./qwen3-0.6b --served-model-name qwen --host 0.0.0.0 --api-key "$KEY"
   pagoda serve --config server.yaml --show-config
+  pagoda serve ./qwen3-0.6b ./bge-m3 --served-model-name qwen bge
+  pagoda serve ./qwen3-0.6b --replicas 2
+  pagoda serve ./qwen3-0.6b --upstream http://localhost:11434
 """
 
 _COMMON = """\
@@ -66,6 +69,7 @@ _FOLDERS = """\
 |---|---|
 | `PAGODA_CONFIG` | the file of `--config` |
 | `PAGODA_CACHE` | folder for what Pagoda fetches (default: `$XDG_CACHE_HOME/pagoda` or `~/.cache/pagoda`) |
+| `PAGODA_UPSTREAM_API_KEY` | the key that `--upstream` is sent |
 | `PAGODA_DEBUG` | `1` prints a traceback with an error |
 | `HF_HOME`, `HF_HUB_CACHE`, `MODELSCOPE_CACHE` | caches in which a hub name is looked up, and kept |
 | `HF_ENDPOINT`, `MODELSCOPE_ENDPOINT` | another address of the hub, such as `https://hf-mirror.com` |

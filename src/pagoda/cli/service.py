@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pagoda.cli.inputs import load as load_options
 from pagoda.cli.inputs import split
@@ -24,7 +25,7 @@ from pagoda.deploy.service.service import Manager, Service, State
 from pagoda.deploy.service.systemd import Systemd, owner_of
 from pagoda.deploy.service.tmux import Tmux
 from pagoda.errors import ConfigError
-from pagoda.settings import check
+from pagoda.settings import check, each_model
 
 HELP = """\
 Usage: pagoda service install MODEL [options] [options of pagoda serve]
@@ -152,14 +153,15 @@ def _planned(own: dict[str, str], rest: list[str]) -> Service:
         rest = [*rest, "--replicas", own["replicas"]]
     inputs = split(rest)
     settings = load_options(inputs, os.environ)
-    check(settings)
+    for each in each_model(settings):
+        check(dataclasses.replace(settings, options=each))
     for line in settings.notices:
         print(f"note: {line}", file=sys.stderr)
     options = service_options(settings, os.environ)
     user = via == "systemd" and ("user" in own or os.geteuid() != 0) and "run-as" not in own
     about: dict[str, object] = {"user": user} if via == "systemd" else {}
     if via == "systemd" and not user:
-        about["run_as"] = own.get("run-as") or owner_of(Path(options.get("model", sys.executable)), os.environ)
+        about["run_as"] = own.get("run-as") or owner_of(Path(_first_model(options) or sys.executable), os.environ)
     if via == "compose":
         about |= {"gpus": _gpus(own.get("gpus")), "replicas": _replicas(own.get("replicas", "1"))}
     names = settings.options.served_model_name
@@ -167,6 +169,10 @@ def _planned(own: dict[str, str], rest: list[str]) -> Service:
     folder = (system_folder() if via == "systemd" and not user else own_folder()) / disk.check_name(name)
     secrets = service_secrets(settings, os.environ, here=via != "compose")
     return Service(name=name, via=via, folder=folder, options=options, secrets=secrets, about=about)
+
+
+def _first_model(options: Mapping[str, Any]) -> str | None:
+    return (options["models"][0] if "models" in options else options).get("model")
 
 
 def _gpus(given: str | None) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from starlette.applications import Starlette
@@ -16,12 +16,14 @@ from pagoda.api.http.errors import JSON, to_json
 from pagoda.api.http.stream import Reply
 from pagoda.api.ollama.models import API_VERSION
 from pagoda.api.ollama.protocol import OllamaVersion
+from pagoda.api.ollama.pull import check_may_change
 from pagoda.api.routes import endpoints
 from pagoda.api.serving.endpoint import Endpoint
 from pagoda.api.serving.names import not_served
 from pagoda.api.status import ServerLoad, StatusReply, VersionReply, Welcome
 from pagoda.config import Options
 from pagoda.gateway import lists
+from pagoda.gateway.passing import CHANGES
 from pagoda.gateway.proxy import Proxy
 
 Handler = Callable[[Request], Awaitable[Reply]]
@@ -99,10 +101,9 @@ class Gateway:
 
     async def _model(self, request: Request) -> Reply:
         wanted = request.path_params["model"]
-        child = self.proxy.fleet.find(wanted)
-        names = (wanted,) if child is None or wanted in child.names else child.names
+        name = self.proxy.fleet.name_of(wanted) or wanted
         for card in await lists.cards(self.proxy, self.created):
-            if card["id"] in names:
+            if card["id"] == name:
                 return Response(to_json(card), media_type=JSON)
         raise not_served(wanted, self.proxy.fleet.names)
 
@@ -126,12 +127,21 @@ class Gateway:
         return Response(to_json(reply), media_type=JSON)
 
 
+@dataclass(frozen=True, slots=True)
+class _Access:
+    local: bool
+    api_keys: Sequence[str]
+
+
 def create_app(gateway: Gateway, options: Options, *, local: bool) -> Starlette:
     """The application, behind the same guard as that of one model: keys are checked here, and nowhere behind."""
     own = gateway.routes()
+    access = _Access(local, options.api_key)
 
     async def answer(endpoint: Endpoint, request: Request) -> Reply:
         handler = own.get(endpoint.path)
+        if endpoint.path in CHANGES:
+            check_may_change(access)
         return await (gateway.proxy.answer(endpoint, request) if handler is None else handler(request))
 
     door = Door(

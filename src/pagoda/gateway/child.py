@@ -46,10 +46,11 @@ class NotLoaded(Overloaded):
 class Child:
     """The process, from one start to the next. `changed` is called whenever `state` has changed.
 
-    Requests are counted by `use`; whoever counts one keeps the process until it is over.
+    Requests are counted by `use`; whoever counts one keeps the process until it is over. Only the gateway knows `key`,
+    which is part of `headers`.
     """
 
-    def __init__(self, sized: Sized, folder: Path, number: int, changed: Callable[[], None]) -> None:
+    def __init__(self, sized: Sized, folder: Path, number: int, key: str, changed: Callable[[], None]) -> None:
         self.sized = sized
         self.names = tuple(sized.options.served_model_name or (sized.name,))
         self.state: State = "stopped"
@@ -62,9 +63,11 @@ class Child:
         self.idle_since_s = time.monotonic()
         self.failure: PagodaError | None = None
         self.failed_at_s = 0.0
+        self.headers = {"authorization": f"Bearer {key}"}
         self.place = Place(uds=str(folder / f"{number}.sock"))
         self._config = folder / f"{number}.json"
         self._notices = folder / f"{number}.notify"
+        self._key = key
         self._changed = changed
         self._process: asyncio.subprocess.Process | None = None
         self._life: asyncio.Task[None] | None = None
@@ -235,7 +238,8 @@ class Child:
         options = {variable for each in declared() for variable in each.variables}
         ours = {*options, "PAGODA_CONFIG", "PAGODA_UPSTREAM_API_KEY", "NOTIFY_SOCKET", "WATCHDOG_PID"}
         kept = {name: value for name, value in os.environ.items() if name not in ours}
-        return {**kept, "NOTIFY_SOCKET": str(self._notices), "WATCHDOG_USEC": str(int(WATCHDOG_S * 1e6))}
+        told = {"NOTIFY_SOCKET": str(self._notices), "WATCHDOG_USEC": str(int(WATCHDOG_S * 1e6))}
+        return {**kept, **told, "PAGODA_API_KEY": self._key}
 
 
 def _plain(value: object) -> object:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
+from pagoda.api.serving.derived import DerivedModels
 from pagoda.api.serving.names import ServedNames
 from pagoda.errors import Overloaded
 from pagoda.gateway.child import AFTER_FAILURE_S, Child
@@ -24,12 +26,21 @@ log = logging.getLogger("pagoda.gateway")
 class Fleet:
     """The first model is loaded with the gateway, and again when it has crashed; the others when they are asked for."""
 
-    def __init__(self, models: Sequence[Sized], budget_bytes: int, folder: Path) -> None:
+    def __init__(self, models: Sequence[Sized], budget_bytes: int, folder: Path, derived: Path | None = None) -> None:
         self.budget_bytes = budget_bytes
         self._change = asyncio.Event()
-        self.children = tuple(Child(each, folder, number, self._changed) for number, each in enumerate(models))
+        key = secrets.token_urlsafe(32)
+        self.children = tuple(Child(each, folder, number, key, self._changed) for number, each in enumerate(models))
         self._exact = {name: child for child in reversed(self.children) for name in child.names}
-        self._tolerant = [(ServedNames(child.names, child.sized.path), child) for child in self.children]
+        self._derived = derived
+        self._served: list[tuple[ServedNames, Child]] = []
+        self.read_names()
+
+    def read_names(self) -> None:
+        """The names of each model, and those that clients gave to what they made of it (in `derived`)."""
+        self._served = [(ServedNames(child.names, child.sized.path), child) for child in self.children]
+        for names, child in self._served:
+            DerivedModels(names, child.sized.path, self._derived)
 
     @property
     def first(self) -> Child:
@@ -37,7 +48,10 @@ class Fleet:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for child in self.children for name in child.names)
+        return tuple(name for names, _ in self._served for name in names.names)
+
+    def names_of(self, child: Child) -> tuple[str, ...]:
+        return next(names.names for names, each in self._served if each is child)
 
     def find(self, wanted: str | None) -> Child | None:
         """The model that a client means; the first one where it names none."""
@@ -45,7 +59,12 @@ class Fleet:
             return self.first
         if wanted in self._exact:
             return self._exact[wanted]
-        return next((child for names, child in self._tolerant if names.find(wanted) is not None), None)
+        return next((child for names, child in self._served if names.find(wanted) is not None), None)
+
+    def name_of(self, wanted: str) -> str | None:
+        """The served name that a client means."""
+        found = (names.find(wanted) for names, child in self._served if child is self.find(wanted))
+        return next(found, None)
 
     async def loaded(self, child: Child) -> None:
         """Wait until it takes requests; it is started, and others leave, as needed. Raises what loading ended with."""

@@ -31,7 +31,7 @@ async def fetch(child: Child, path: str) -> bytes:
         return b""
     try:
         async with asyncio.timeout(_LIMIT_S):
-            answer = await call(child.place, "GET", path)
+            answer = await call(child.place, "GET", path, child.headers)
             body = await answer.whole()
             return body if answer.status == 200 else b""
     except (Unreachable, TimeoutError):
@@ -40,13 +40,13 @@ async def fetch(child: Child, path: str) -> bytes:
 
 async def cards(proxy: Proxy, created: int) -> list[dict[str, Any]]:
     """The entries of /v1/models: ours, and those of the upstream that have other names."""
-    own = [card for child in proxy.fleet.children for card in await _of_child(child, "/models", "data", created)]
+    own = [card for child in proxy.fleet.children for card in await _of_child(proxy, child, "/models", created)]
     return own + _others(own, await proxy.upstream.cards() if proxy.upstream else [], "id")
 
 
 async def tags(proxy: Proxy, created: int) -> list[dict[str, Any]]:
     """The entries of /api/tags."""
-    own = [tag for child in proxy.fleet.children for tag in await _of_child(child, "/api/tags", "models", created)]
+    own = [tag for child in proxy.fleet.children for tag in await _of_child(proxy, child, "/api/tags", created)]
     return own + _others(own, await proxy.upstream.tags() if proxy.upstream else [], "name")
 
 
@@ -55,7 +55,7 @@ async def loaded(proxy: Proxy, created: int) -> list[dict[str, Any]]:
     out = []
     for child in proxy.fleet.children:
         if child.state == "ready":
-            for tag in await _of_child(child, "/api/ps", "models", created):
+            for tag in await _of_child(proxy, child, "/api/ps", created):
                 out.append({**tag, "expires_at": _expiry(child)})
     return out
 
@@ -73,13 +73,14 @@ def _others(own: Iterable[dict[str, Any]], theirs: Iterable[dict[str, Any]], key
     return [entry for entry in theirs if entry[key] not in names]
 
 
-async def _of_child(child: Child, path: str, key: str, created: int) -> list[dict[str, Any]]:
+async def _of_child(proxy: Proxy, child: Child, path: str, created: int) -> list[dict[str, Any]]:
     """As its own server says it, or by the plan where it is not loaded."""
+    key = "data" if path == "/models" else "models"
     content = as_json(await fetch(child, path))
     if isinstance(content, dict) and isinstance(content.get(key), list):
         return list(content[key])
     make = _card if key == "data" else _tag
-    return [msgspec.to_builtins(make(child, name, created)) for name in child.names]
+    return [msgspec.to_builtins(make(child, name, created)) for name in proxy.fleet.names_of(child)]
 
 
 def _card(child: Child, name: str, created: int) -> ModelCard:

@@ -26,14 +26,17 @@ from pagoda.api.serving.endpoint import Endpoint
 from pagoda.gateway.wire import as_json
 
 _NOT_FORWARDED = frozenset(("authorization", "x-api-key", "host", "origin", "cookie", "connection"))
-_HUB = frozenset(("/api/pull", "/api/delete", "/api/push", "/api/copy", "/api/create"))
+CHANGES = frozenset(("/api/create", "/api/copy", "/api/delete", "/api/pull", "/api/push"))
+"""These change what is on this machine, and under which names."""
 _MAY_ASK_NOTHING = frozenset(("/api/chat", "/api/generate"))
 
 
-class Asked(msgspec.Struct):
+class Asked(msgspec.Struct, rename={"from_": "from"}):
     """What the gateway reads of a body; its model's own server reads the rest."""
 
     model: str | None = None
+    from_: str | None = None
+    source: str | None = None
     name: str | None = None
     stream: bool | None = None
     keep_alive: Any = None
@@ -63,7 +66,8 @@ class Passing:
 
     @property
     def model(self) -> str | None:
-        return None if self.endpoint.path in _HUB else self.asked.model or self.asked.name
+        made_of = {"/api/create": self.asked.from_, "/api/copy": self.asked.source}
+        return made_of.get(self.endpoint.path) or self.asked.model or self.asked.name
 
     @property
     def streams(self) -> bool:

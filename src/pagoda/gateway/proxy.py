@@ -21,7 +21,7 @@ from pagoda.api.serving.names import not_served
 from pagoda.errors import PagodaError
 from pagoda.gateway.child import Child
 from pagoda.gateway.fleet import Fleet
-from pagoda.gateway.passing import Passing, error_of, read, unloaded
+from pagoda.gateway.passing import CHANGES, Passing, error_of, read, unloaded
 from pagoda.gateway.policy import keep_alive_s
 from pagoda.gateway.upstream import Upstream
 from pagoda.gateway.wire import Answer, Unreachable, call
@@ -81,6 +81,8 @@ class Proxy:
             if request.path_params and not passing.body:
                 return await self._stored(passing, visit)
             child = self.fleet.find(passing.model)
+            if child is None and endpoint.path in CHANGES:
+                child = self.fleet.first
             if child is not None:
                 return await self._of_child(passing, child, visit)
             if self.upstream is not None:
@@ -129,7 +131,10 @@ class Proxy:
         answer = await attend(self._reach(passing, child, visit), until_gone(passing.request.receive))
         if answer.status == 503 and self.falls_back and error_of(body := await answer.whole()).code in _CANNOT_NOW:
             return await self._of_upstream(passing, visit, f"it answers: {error_of(body).message}"[:100])
-        return await self._reply(passing, visit, answer, answer.kept_headers(), child.sized.name)
+        reply = await self._reply(passing, visit, answer, answer.kept_headers(), child.sized.name)
+        if passing.endpoint.path in CHANGES:
+            self.fleet.read_names()
+        return reply
 
     async def _reach(self, passing: Passing, child: Child, visit: Visit) -> Answer:
         """The head of its answer. Where its server ends before that, it is started again and asked again."""
@@ -138,7 +143,8 @@ class Proxy:
             with ExitStack() as held:
                 held.enter_context(child.use())
                 try:
-                    answer = await call(child.place, passing.method, passing.path, passing.headers, passing.body)
+                    headers = {**passing.headers, **child.headers}
+                    answer = await call(child.place, passing.method, passing.path, headers, passing.body)
                 except Unreachable as error:
                     log.warning("%s: no answer to try %d: %s", child.sized.name, attempt, error)
                 else:

@@ -30,6 +30,7 @@ def run_gateway(
     models: Sequence[Sized],
     budget_bytes: int,
     upstream: Upstream | None,
+    derived: Path | None,
     listener: socket.socket,
     *,
     version: str,
@@ -39,7 +40,7 @@ def run_gateway(
 ) -> int:
     """The exit code; raises the PagodaError that loading the first model ended with."""
     with tempfile.TemporaryDirectory(prefix="pagoda-", ignore_cleanup_errors=True) as folder:
-        fleet = Fleet(models, budget_bytes, Path(folder))
+        fleet = Fleet(models, budget_bytes, Path(folder), derived)
         proxy = Proxy(fleet, upstream, fallback=options.fallback, fallback_model=options.fallback_model)
         gateway = Gateway(proxy=proxy, version=version)
         http = http_server(create_app(gateway, options, local=local))

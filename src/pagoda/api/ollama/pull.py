@@ -6,8 +6,9 @@ import asyncio
 import hashlib
 import secrets
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -86,7 +87,16 @@ def _hub_for(server: Server, body: OllamaNameBody) -> Hub | None:
     return server.hub
 
 
-def check_may_change(server: Server) -> None:
+class Access(Protocol):
+    """Who can reach a server."""
+
+    @property
+    def local(self) -> bool: ...
+    @property
+    def api_keys(self) -> Sequence[str]: ...
+
+
+def check_may_change(server: Access) -> None:
     """Raises Forbidden where anybody could do it."""
     if not server.local and not server.api_keys:
         raise Forbidden(

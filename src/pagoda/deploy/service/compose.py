@@ -55,13 +55,11 @@ class Compose:
 
     def files(self, service: Service) -> Mapping[Path, str]:
         others = [one for one in self._members() if one.name != service.name]
-        below, mount = _model_mount(service)
-        container = {**service.options, "host": "0.0.0.0", "port": PORT}
+        tables = [_inside(*each) for each in _mounted(service)]
+        models = {"models": tables} if "models" in service.options else tables[0]
+        container = {**service.options, **models, "host": "0.0.0.0", "port": PORT}
         for name in ("log-file", "files-dir", "download-dir"):  # folders of this machine; the container has its own
             container.pop(name, None)
-        if mount:
-            container["model"] = f"/models/{service.name}{below}"
-            container.setdefault("served-model-name", [service.options["model"]])
         out = {
             service.folder / CONTAINER_FILE: options_text(container),
             self._folder / COMPOSE_FILE: compose_text([*others, service]),
@@ -166,10 +164,9 @@ def _container(service: Service) -> dict[str, Any]:
         f"./{service.name}/{CONTAINER_FILE}:/etc/pagoda/serve.yaml:ro",
         "cache:/cache",
     ]
-    below, mount = _model_mount(service)
-    if mount:
-        inside = below if Path(mount).is_file() else ""
-        volumes.append(f"{mount}:/models/{service.name}{inside}:ro")
+    for _, place, below, mount in _mounted(service):
+        if mount:
+            volumes.append(f"{mount}:{place}{below if Path(mount).is_file() else ''}:ro")
     deploy: dict[str, Any] = {"replicas": replicas} if replicas > 1 else {}
     if gpus:
         deploy["resources"] = {"reservations": {"devices": [_device(str(gpus))]}}
@@ -207,12 +204,29 @@ def _device(gpus: str) -> dict[str, Any]:
     return {"driver": "nvidia", **count, **which, "capabilities": ["gpu"]}
 
 
-def _model_mount(service: Service) -> tuple[str, str]:
+def _mounted(service: Service) -> list[tuple[Mapping[str, Any], str, str, str]]:
+    """Of each model: its options, its place in the container, where it lies below that, and what is mounted there."""
+    models = service.options.get("models")
+    tables = [service.options] if models is None else models
+    places = [f"/models/{service.name}" + (f"/{number}" if models else "") for number in range(len(tables))]
+    mounts = [_model_mount(str(table.get("model", ""))) for table in tables]
+    return [(table, place, *mount) for table, place, mount in zip(tables, places, mounts, strict=True)]
+
+
+def _inside(table: Mapping[str, Any], place: str, below: str, mount: str) -> dict[str, Any]:
+    """The options of a model in the container, under the name that it has outside."""
+    if not mount:
+        return dict(table)
+    own = {**table, "model": f"{place}{below}"}
+    own.setdefault("served-model-name", [table["model"]])
+    return own
+
+
+def _model_mount(named: str) -> tuple[str, str]:
     """The model's place below what is mounted, and that folder or file; both '' for a model that is fetched.
 
     A cache keeps links to files elsewhere: then their common folder is mounted.
     """
-    named = str(service.options.get("model", ""))
     path = Path(named)
     if not path.is_absolute() or not path.exists():
         return "", ""

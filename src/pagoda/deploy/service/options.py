@@ -20,6 +20,7 @@ KEPT_VARIABLES = (
     "MODELSCOPE_ENDPOINT",
     "HF_HUB_OFFLINE",
     "VLLM_USE_MODELSCOPE",
+    "PAGODA_UPSTREAM_API_KEY",
 )
 KEPT_ON_THIS_MACHINE = (
     "HF_HOME",
@@ -49,6 +50,8 @@ def service_options(settings: Settings, environ: Mapping[str, str]) -> dict[str,
         values["model"] = _model_path(options.model, environ, options.revision)
         if values["model"] != options.model and not options.served_model_name:
             values["served_model_name"] = (options.model,)
+    if options.models:
+        values["models"] = tuple(_whole(each, environ, options.revision) for each in options.models)
     for name in _PATHS:
         if values.get(name):
             values[name] = _absolute(values[name])
@@ -59,6 +62,14 @@ def service_options(settings: Settings, environ: Mapping[str, str]) -> dict[str,
     if draft.get("model"):
         values["speculative_config"] = {**draft, "model": _absolute(draft["model"])}
     return {s.name.replace("_", "-"): plain(values[s.name]) for s in declared() if s.name in values}
+
+
+def _whole(table: Mapping[str, Any], environ: Mapping[str, str], revision: str | None) -> dict[str, Any]:
+    """One of several models with its whole path, under the name that it has."""
+    named = str(table.get("model", ""))
+    model = _model_path(named, environ, table.get("revision", revision))
+    has_name = any(key.replace("-", "_") == "served_model_name" for key in table)
+    return {**table, "model": model, **({} if has_name or model == named else {"served-model-name": [named]})}
 
 
 def service_secrets(settings: Settings, environ: Mapping[str, str], *, here: bool) -> dict[str, str]:
@@ -86,5 +97,5 @@ def _absolute(path: str) -> str:
 
 def plain(value: Any) -> Any:
     if isinstance(value, tuple):
-        return list(value)
+        return [plain(each) for each in value]
     return dict(value) if isinstance(value, Mapping) else value
