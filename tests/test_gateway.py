@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +18,7 @@ from typing import Any
 import engine_tiny
 import psutil
 import pytest
-from server_process import running, serve
+from server_process import PYTHON, running, serve
 
 from pagoda.backend.cpu.machine import free_memory_bytes
 from pagoda.deploy.service.scrape import parse
@@ -130,6 +132,7 @@ def test_errors_are_those_of_the_model_s_server(url: str) -> None:
     status, reply, _ = send(url, "/v1/nothing", {})
     assert status == 404 and "there is no /v1/nothing here" in reply["error"]["message"]
     assert send(url, "/v1/completions")[0] == 405
+    assert send(url, "/api/blobs/sha256:0", method="HEAD")[0] == 404
 
 
 def test_models_come_when_they_are_named_and_make_room_for_each_other(url: str) -> None:
@@ -224,6 +227,15 @@ def test_a_model_whose_files_are_broken(tmp_path: Path, models: dict[str, str]) 
         assert complete(url, "red")[0] == 200
         body = {"model": "bad", "prompt": "x", "stream": True}
         assert send(url, "/v1/completions", body)[0] == 503, "a stream too, while it has not begun"
+
+
+def test_a_first_model_that_cannot_be_loaded_ends_the_start(tmp_path: Path, models: dict[str, str]) -> None:
+    bad = Path(engine_tiny.write(tmp_path / "bad"))
+    (bad / "tokenizer.json").write_text("{")
+    command = [PYTHON, *serve(str(bad), models["red"], "--threads", "1")]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 65 and "pagoda: the model" in done.stderr and "tokenizer.json" in done.stderr
 
 
 def test_sigterm_lets_streams_finish_and_leaves_nobody(tmp_path: Path, models: dict[str, str]) -> None:

@@ -66,7 +66,8 @@ def place_of(url: str, flag: str) -> Place:
 class Answer:
     """An answer whose head has arrived; `parts` gives the body, once. `close` ends the connection."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, head_only: bool) -> None:
+        self._head_only = head_only
         self._reader = reader
         self._writer = writer
         self._parser = httptools.HttpResponseParser(self)
@@ -114,7 +115,7 @@ class Answer:
                 body, self._body = self._body, []
                 for part in body:
                     yield part
-                if self._complete:
+                if self._complete or self._head_only:
                     return
                 data = await self._read()
                 if data:
@@ -161,7 +162,7 @@ async def call(
     except (OSError, TimeoutError) as error:
         why = getattr(error, "strerror", None) or str(error) or f"no connection within {CONNECT_S:g} s"
         raise Unreachable(str(why), started=False) from None
-    answer = Answer(reader, writer)
+    answer = Answer(reader, writer, head_only=method == "HEAD")
     try:
         writer.write(_head(place, method, path, dict(headers), len(body)) + body)
         await writer.drain()
