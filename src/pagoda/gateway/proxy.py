@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pagoda.api.http.errors import ShuttingDown
-from pagoda.api.http.stream import HEARTBEAT_S, EventStream, Reply, attend, until_gone, until_over
+from pagoda.api.http.stream import HEARTBEAT_S, EventStream, Outlet, Reply, attend, until_gone, until_over
 from pagoda.api.ollama.options import not_found
 from pagoda.api.ollama.protocol import OLLAMA
 from pagoda.api.serving.endpoint import Endpoint
@@ -51,6 +51,7 @@ class Visit:
         self.id = f"gateway-{secrets.token_hex(8)}"
         self.deadline_s: float | None = None
         self.time_left_s: float | None = None
+        self.outlet: Outlet | None = None
         self.held = ExitStack()
 
     def close(self, status: int) -> None:
