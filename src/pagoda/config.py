@@ -275,6 +275,28 @@ class Options:
     )
     enable_prefix_caching: bool = _option(True, "Reuse the cache of prompts that begin alike", "Scheduling")
 
+    limit_mm_per_prompt: Mapping[str, Any] = _option(
+        {},
+        'Most pictures and videos of one request, for models that see: {"image": 4, "video": 1}; without it as many as '
+        "the context holds",
+        "Pictures",
+    )
+    mm_processor_kwargs: Mapping[str, Any] = _option(
+        {},
+        'How large pictures are given to the model: {"min_pixels": 3136, "max_pixels": 1003520} (784 pixels become a '
+        "token in Qwen2-VL); the default is the model's own",
+        "Pictures",
+    )
+    allowed_media_domains: tuple[str, ...] = _option(
+        (),
+        "Hosts from which pictures are fetched that come as URLs; these may be in a private network too. Without it "
+        "all hosts with public addresses; none fetches nothing",
+        "Pictures",
+    )
+    allowed_local_media_path: str | None = _option(
+        None, "Folder below which requests may name pictures as file:///...; without it none", "Pictures"
+    )
+
     host: str = _option("127.0.0.1", "Address to listen on; 0.0.0.0 for every network this machine is in", "Server")
     port: int = _option(8000, "Port to listen on; 0 picks a free one", "Server", low=0, high=65535)
     uds: str | None = _option(None, "Unix socket to listen on, in place of host and port", "Server")

@@ -83,14 +83,8 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
         {"speculative_model": None, "spec_method": None, "num_speculative_tokens": None},
     ),
     (
-        "images, sound and video are not here yet",
-        {
-            "limit_mm_per_prompt": None,
-            "mm_processor_kwargs": None,
-            "media_io_kwargs": None,
-            "allowed_local_media_path": None,
-            "allowed_media_domains": (),
-        },
+        "videos are looked at twice a second, and pictures are decoded in one way",
+        {"media_io_kwargs": None},
     ),
     (
         "a model is one revision, and code of models is never run",

@@ -121,17 +121,21 @@ def make_server(options: Options, path: str, engine: Engine) -> Server:
     """The text side of the model, and its names."""
     from pagoda.api.batch.file_store import FileStore
     from pagoda.api.batch.store import BatchStore
+    from pagoda.api.serving.pictures import Pictures
     from pagoda.api.serving.server import Server
     from pagoda.arch.dummy import open_model
+    from pagoda.arch.registry import load_spec
     from pagoda.cli.hub import Models
     from pagoda.cli.model import sampling_defaults
     from pagoda.deploy.download.default_model import NAME, cache_path
+    from pagoda.engine.seeing import find_seeing
     from pagoda.text.chat import load_chat_template
     from pagoda.text.generation import load_generation_defaults
     from pagoda.text.sentence import sentence_files
     from pagoda.text.tokenizer import load_tokenizer
 
     source = open_model(path, options.load_format)
+    seeing = find_seeing(options, path, load_spec(source, options.engine_config(path).task).vision)
     defaults = load_generation_defaults(path, source.metadata)
     server = Server(
         engine=engine,
@@ -155,6 +159,7 @@ def make_server(options: Options, path: str, engine: Engine) -> Server:
         batches=None if options.files_dir is None else BatchStore(FileStore(options.files_dir)),
         hub=Models(),
         derived_dir=cache_path() / "derived",
+        pictures=None if seeing is None else Pictures(seeing),
         version=__version__,
     )
     source.close()

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pagoda.engine.picture_worker import TOO_MUCH
 from pagoda.engine.worker import Worker
 from pagoda.errors import BadRequest, Overloaded
-from pagoda.media.decode import Failed, Pixels, Task
+from pagoda.media.task import TOO_MUCH, Failed, Pixels, Task
 
 COMMAND = (sys.executable, "-P", "-m", "pagoda.engine.picture_worker")
 _WALL_S = 120.0  # the worker's own limit is time on the processor; this one is for a worker that hangs

@@ -6,7 +6,8 @@ import msgspec
 
 from pagoda.engine.worker import answer_each, limit_memory
 from pagoda.errors import BadRequest
-from pagoda.media.decode import Failed, Pixels, Task, decode
+from pagoda.media.decode import decode
+from pagoda.media.task import TOO_MUCH, Failed, Pixels, Task
 
 CPU_S = 20.0
 MEMORY_BYTES = 3 << 30
@@ -19,9 +20,6 @@ def answer(message: bytes) -> Pixels | Failed:
         return Failed(error.message)
     except MemoryError:
         return Failed(TOO_MUCH)
-
-
-TOO_MUCH = "it takes too long or too much memory to decode"
 
 
 def main() -> None:

@@ -3,71 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import msgspec
 import numpy as np
+from PIL import Image as pil
+from PIL import ImageOps, UnidentifiedImageError
+from PIL.Image import Image as Picture
 
-from pagoda.errors import BadRequest, ConfigError
+from pagoda.errors import BadRequest
 from pagoda.media.size import Sizing
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
-
-try:
-    from PIL import Image as pil
-    from PIL import ImageOps, UnidentifiedImageError
-except ImportError:  # the extra `vision` brings it
-    HAS_PILLOW = False
-else:
-    HAS_PILLOW = True
+from pagoda.media.task import FRAMES_PER_S, Pixels, Task
 
 MAX_PIXELS = 100_000_000
 """Of one picture as it was sent, and of all frames of an animation together."""
+MAX_BYTES = 192 << 20
+"""Of the pixels of one picture or video in the model's size."""
 MAX_FRAMES = 128
 MAX_ANIMATION_FRAMES = 2000
-FRAMES_PER_S = 2.0
-"""At which videos are looked at, and which frames without times are taken to have."""
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
 _WHITE = (255, 255, 255)
 _SIXTEEN_BITS = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _DEFAULT_FRAME_MS = 100
-
-
-class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """What to decode: one picture; or a video, as frames that are a picture each, or as one animation."""
-
-    parts: list[bytes]
-    sizing: Sizing
-    video: bool = False
-
-
-class Pixels(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """RGB, uint8, [frames, height, width, 3]. `source_pixels`: how many were decoded to make them."""
-
-    data: bytes
-    frames: int
-    height: int
-    width: int
-    source_pixels: int
-
-
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    """What is wrong with a picture, in our own words: a decoder's may hold paths and addresses."""
-
-    error: str
-
-
-def need_pillow() -> None:
-    """Raise ConfigError where Pillow is not installed."""
-    if not HAS_PILLOW:
-        raise ConfigError(
-            "this model sees pictures, and Pillow, which decodes them, is not installed",
-            remedy="Run: pip install 'pagoda-llm[vision]'",
-        )
 
 
 def decode(task: Task) -> Pixels:
@@ -80,11 +40,15 @@ def decode(task: Task) -> Pixels:
 def pixels_of(frames: Sequence[Picture], sizing: Sizing, *, video: bool, source_pixels: int = 0) -> Pixels:
     """Decoded pictures in the model's size; all frames of a video get that of the first."""
     width, height = sizing.fit(frames[0].width, frames[0].height, video=video)
+    if len(frames) * width * height * 3 > MAX_BYTES:
+        raise BadRequest(f"its {len(frames)} frames of {width} x {height} are too much: send fewer, or smaller ones")
     sized = [np.asarray(to_rgb(frame).resize((width, height), pil.Resampling.BICUBIC)) for frame in frames]
     if video:  # the model looks at groups of frames; the last one fills up its group
         sized += [sized[-1]] * (-len(sized) % sizing.temporal_patch_size)
     data = b"".join(frame.tobytes() for frame in sized)
-    return Pixels(data=data, frames=len(sized), height=height, width=width, source_pixels=source_pixels)
+    shape = len(sized), height, width
+    digest = hashlib.blake2b(f"{video} {shape} ".encode() + data, digest_size=16).digest()
+    return Pixels(data=data, digest=digest, frames=len(sized), height=height, width=width, source_pixels=source_pixels)
 
 
 def to_rgb(picture: Picture) -> Picture:

@@ -143,8 +143,10 @@ class _Compiled:
         except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as e:
             raise ModelError(f"{origin} can't be compiled: {e}", remedy=_OVERRIDE) from e
         self._environment = environment
+        parts = _walks_over_content(tree)
         self.style = MessageStyle(
-            parts=_walks_over_content(tree),
+            parts=parts,
+            media=parts and "image" in source,
             strings=re.search(r"\bis\s+(not\s+)?string\b", source) is not None,
             null_content="tool_calls" in source,
         )
@@ -213,7 +215,7 @@ def _mark_end(messages: list[dict[str, Any]], *others: Any) -> str:
     last = messages[-1]
     content = last["content"]
     marker = next(free_characters(messages, *others))
-    if isinstance(content, list) and content:
+    if isinstance(content, list) and content and "text" in content[-1]:
         last["content"] = [*content[:-1], content[-1] | {"text": content[-1]["text"] + marker}]
     elif isinstance(content, str) and content:
         last["content"] = content + marker

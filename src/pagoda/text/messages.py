@@ -9,6 +9,7 @@ from typing import Any
 
 from pagoda.errors import BadRequest
 
+MEDIA_PARTS = ("image", "video")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
@@ -16,12 +17,13 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 class MessageStyle:
     """What a template expects. `parts`: it walks over a list of content parts; `strings`: it takes strings too.
 
-    `null_content`: it knows messages that have tool calls and no content.
+    `null_content`: it knows messages that have tool calls and no content. `media`: it has places for pictures.
     """
 
     parts: bool = False
     strings: bool = True
     null_content: bool = False
+    media: bool = False
 
 
 def prepare_messages(messages: Sequence[Any], style: MessageStyle) -> list[dict[str, Any]]:
@@ -40,6 +42,8 @@ def prepare_messages(messages: Sequence[Any], style: MessageStyle) -> list[dict[
 def content_text(content: Any) -> str:
     """The text of a message's content, of whatever form."""
     if isinstance(content, list):
+        if any("text" not in part for part in content):
+            raise BadRequest("several system messages become one, which can't hold pictures", param="messages")
         return "\n".join(part["text"] for part in content)
     return content or ""
 
@@ -60,7 +64,7 @@ def _prepare(index: int, message: Any, style: MessageStyle) -> dict[str, Any]:
     if content is None and "tool_calls" in kept and style.null_content:
         kept["content"] = None
     else:
-        kept["content"] = _content(_parts(where + ".content", "" if content is None else content), style)
+        kept["content"] = _content(_parts(where + ".content", "" if content is None else content, style), style)
     return kept
 
 
@@ -70,12 +74,23 @@ def _list(where: str, value: Any) -> list[Any]:
     return value
 
 
-def _parts(where: str, content: Any) -> str | list[dict[str, Any]]:
+def _parts(where: str, content: Any, style: MessageStyle) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise BadRequest(f"{where} must be a string or a list of parts", param="messages")
-    return [{"type": "text", "text": _part_text(f"{where}[{i}]", part)} for i, part in enumerate(content)]
+    return [_content_part(f"{where}[{i}]", part, style) for i, part in enumerate(content)]
+
+
+def _content_part(where: str, part: Any, style: MessageStyle) -> dict[str, Any]:
+    if style.media and _is_media(part):
+        return {"type": part["type"]}
+    return {"type": "text", "text": _part_text(where, part)}
+
+
+def _is_media(part: Any) -> bool:
+    """The place of a picture, which itself goes another way: see `pagoda.media.sources`."""
+    return isinstance(part, Mapping) and part.get("type") in MEDIA_PARTS
 
 
 def _part_text(where: str, part: Any) -> str:

@@ -88,15 +88,23 @@ def _messages(where: str, message: Mapping[str, Any]) -> list[dict[str, Any]]:
         elif kind == "thinking":
             thoughts.append(_string(here, block, "thinking"))
         elif kind not in _NO_EFFECT:
-            texts.append(_text_part(here, block))
+            texts.append(_part(here, block))
     if not (texts or calls or thoughts):
         return results or [{"role": role, "content": ""}]
-    own: dict[str, Any] = {"role": role, "content": texts[0]["text"] if len(texts) == 1 else texts or None}
+    alone = len(texts) == 1 and "text" in texts[0]
+    own: dict[str, Any] = {"role": role, "content": texts[0]["text"] if alone else texts or None}
     if calls:
         own["tool_calls"] = calls
     if thoughts:
         own["reasoning_content"] = "\n".join(thoughts)
     return [*results, own]
+
+
+def _part(where: str, block: Any) -> dict[str, Any]:
+    """A text, or a picture, which goes on as it is."""
+    if isinstance(block, Mapping) and block.get("type") == "image":
+        return dict(block)
+    return _text_part(where, block)
 
 
 def _text_part(where: str, block: Any) -> dict[str, Any]:
@@ -128,7 +136,8 @@ def _tool_result(where: str, block: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(content, str):
         if not isinstance(content, list):
             raise BadRequest(f"{where}.content must be a string or a list of blocks", param="messages")
-        content = "\n".join(_text_part(f"{where}.content[{i}]", part)["text"] for i, part in enumerate(content))
+        parts = [_part(f"{where}.content[{i}]", part) for i, part in enumerate(content)]
+        content = "\n".join(part["text"] for part in parts) if all("text" in part for part in parts) else parts
     return {"role": "tool", "tool_call_id": _string(where, block, "tool_use_id"), "content": content}
 
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from pagoda.api.http.body import parse, read_body
 from pagoda.api.http.errors import JSON, to_json
 from pagoda.api.http.stream import EventStream, Reply, answer
-from pagoda.api.ollama.options import chat_body, ignored_options, no_images, params_of, resolve
+from pagoda.api.ollama.options import chat_body, ignored_options, params_of, resolve
 from pagoda.api.ollama.protocol import (
     OLLAMA,
     OllamaCall,
@@ -64,7 +64,9 @@ async def generate(server: Server, request: Request) -> Reply:
         return _loaded(server, body, _generate_reply)
     system = body.system or server.derived.system(server.served.resolve(body.model))
     messages = [{"role": "system", "content": system}] if system else []
-    asked = chat_body(server, body, [*messages, {"role": "user", "content": body.prompt}])
+    if body.images and (body.raw or server.chat_template is None):
+        raise BadRequest("images: a raw prompt has no places for pictures; leave raw out", param="images")
+    asked = chat_body(server, body, [*messages, {"role": "user", "content": body.prompt, "images": body.images}])
     params = params_of(server, asked)
     if body.raw or server.chat_template is None:
         plain = body.prompt if body.raw or not system else f"{system}\n\n{body.prompt}"
@@ -87,8 +89,6 @@ def _refuse(body: OllamaGenerateBody) -> None:
         )
     if body.context:
         raise BadRequest("context: earlier turns go as messages to /api/chat", param="context")
-    if body.images:
-        raise no_images()
 
 
 def _chat_reply(model: str, message: OllamaMessage, done: bool) -> OllamaChatReply:
@@ -124,7 +124,9 @@ async def _generate(
     """`turn` may be the bare ids of a prompt; then the answer is bare text too."""
     model = server.served.resolve(body.model)
     if isinstance(turn, Turn):
-        generation = server.start("ollama", [turn.prompt], turn.limit(params), model=model, shown=turn.shown)
+        generation = server.start(
+            "ollama", [turn.prompt], turn.limit(params), images=[turn.images], model=model, shown=turn.shown
+        )
         said = new_answer(server, turn)
         ignored = [*ignored, *turn.ignored]
     else:

@@ -126,13 +126,18 @@ def _response_format(given: str | dict[str, Any] | None) -> dict[str, Any] | Non
 
 def message_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """One message without what only Ollama knows. The name of a tool is called `name` elsewhere."""
-    if given.get("images"):
-        raise no_images()
     message = {name: value for name, value in given.items() if name not in ("images", "tool_name")}
     if isinstance(given.get("tool_name"), str):
         message.setdefault("name", given["tool_name"])
+    if given.get("images"):
+        message["content"] = _with_images(given["images"], message.get("content"))
     return message
 
 
-def no_images() -> BadRequest:
-    return BadRequest("images: this model takes text only", param="images")
+def _with_images(images: Any, content: Any) -> list[Any]:
+    """The content's parts behind those of its pictures, which come as base64, or as a data: URI or a URL."""
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise BadRequest("images must be a list of pictures in base64", param="images")
+    urls = [image if ":" in image[:8] else f"data:;base64,{image}" for image in images]
+    parts = [{"type": "image_url", "image_url": url} for url in urls]
+    return [*parts, *(content if isinstance(content, list) else [{"type": "text", "text": content or ""}])]

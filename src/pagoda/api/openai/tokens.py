@@ -24,7 +24,7 @@ async def tokenize(server: Server, request: Request) -> Response:
         raise BadRequest("give either prompt or messages", param="prompt")
     if body.prompt is None:
         body.tools = read_tools(body.tools or ()).functions or None
-        tokens = await chat_prompt(server, body)
+        tokens = (await chat_prompt(server, body)).ids
     else:
         if len(body.prompt) > server.max_model_len * MAX_CHARS_PER_TOKEN:
             raise BadRequest("prompt is far longer than the context of this model", param="prompt")

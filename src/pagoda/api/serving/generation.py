@@ -73,6 +73,7 @@ class Generation:
         self.created = int(time.time())
         self.requests = requests
         self.prompt_tokens = sum(len(request.prompt_token_ids) for request in requests[::n])
+        self.images_bytes = sum(len(image.pixels) for request in requests[::n] for image in request.images)
         self.sequence_prompt_tokens = self.prompt_tokens * n
         self.completion_tokens = [0] * len(requests)
         self.reasoning_tokens = 0

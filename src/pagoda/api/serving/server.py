@@ -24,14 +24,16 @@ from pagoda.api.serving.generation import Generation, Pooled, ThinkingLimit
 from pagoda.api.serving.hub import Hub
 from pagoda.api.serving.metrics import Metrics
 from pagoda.api.serving.names import ServedNames
+from pagoda.api.serving.pictures import Pictures
 from pagoda.engine.grammar_check import GrammarCheck, Words
+from pagoda.engine.images import check_images
 from pagoda.errors import BadRequest, ContextLengthExceeded, Overloaded
 from pagoda.observe import log_request
 from pagoda.text.bad_words import with_bad_words
 from pagoda.text.reply import find_format
 from pagoda.text.sentence import SentenceFiles
 from pagoda.text.tokenizer import token_table
-from pagoda.types import Request, SamplingParams
+from pagoda.types import Image, Request, SamplingParams
 
 if TYPE_CHECKING:
     from pagoda.text.chat import ChatTemplate
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pagoda.api")
 
 MAX_LIVE_PROMPT_TOKENS = 8_000_000
+MAX_LIVE_IMAGES_BYTES = 1 << 30
 DEFAULT_QUEUE = 1024
 LOW_PRIORITY = 1 << 20
 """Of the requests of a batch. Others have 0 unless they say so, and a smaller number is served first."""
@@ -83,6 +86,7 @@ class Server:
     batches: BatchStore | None = None
     hub: Hub | None = None
     derived_dir: Path | None = None
+    pictures: Pictures | None = None
     version: str = "0"
 
     def __post_init__(self) -> None:
@@ -100,6 +104,7 @@ class Server:
         self._live: set[Generation] = set()
         self._live_sequences = 0
         self._live_prompt_tokens = 0
+        self._live_images_bytes = 0
         self._reported: set[str] = set()
 
     @property
@@ -187,6 +192,7 @@ class Server:
         prompts: Sequence[list[int]],
         params: SamplingParams,
         *,
+        images: Sequence[list[Image]] = (),
         model: str | None = None,
         cache_salt: str = "",
         priority: int = 0,
@@ -196,6 +202,7 @@ class Server:
     ) -> Generation:
         """Admit one call: `params.n` sequences for each prompt. Whoever calls this must close the Generation.
 
+        `images`: those of each prompt; empty where none has any.
         The special tokens in `shown` become part of the text. After `deadline_s` the call ends with an error.
         """
         if self.draining:
@@ -208,6 +215,7 @@ class Server:
             Request(
                 request_id=f"{generation_id}-{index * params.n + i}",
                 prompt_token_ids=prompt,
+                images=images[index] if images else [],
                 params=self._resolve(params, prompt, (seed + i * SEED_STEP) & MASK_64),
                 eos_token_ids=self.eos,
                 cache_salt=cache_salt,
@@ -216,6 +224,9 @@ class Server:
             for index, prompt in enumerate(prompts)
             for i in range(params.n)
         ]
+        if self.pictures is not None:
+            for request in requests[:: params.n]:
+                check_images(request, self.pictures.seeing.vision)
         generation = Generation(
             self, generation_id, model or self.names[0], requests, params.n, shown, deadline_s, thinking
         )
@@ -272,12 +283,14 @@ class Server:
     def _admit(self, generation: Generation) -> None:
         sequences = self._live_sequences + len(generation.requests)
         tokens = self._live_prompt_tokens + generation.sequence_prompt_tokens
+        images_bytes = self._live_images_bytes + generation.images_bytes
+        full = sequences > self.capacity or tokens > MAX_LIVE_PROMPT_TOKENS or images_bytes > MAX_LIVE_IMAGES_BYTES
         # A call that is large by itself is served when it is alone: refusing it would be refusing it for ever.
-        if self._live and (sequences > self.capacity or tokens > MAX_LIVE_PROMPT_TOKENS):
+        if self._live and full:
             self.metrics.rejected("queue_full")
             raise Overloaded("the server is busy: too many requests are waiting", remedy="Try again in a moment")
         self._live.add(generation)
-        self._live_sequences, self._live_prompt_tokens = sequences, tokens
+        self._live_sequences, self._live_prompt_tokens, self._live_images_bytes = sequences, tokens, images_bytes
 
     def release(self, generation: Generation, status: int) -> None:
         """A Generation is over, however it ended: give back its places, count and log it."""
@@ -285,6 +298,7 @@ class Server:
             self._live.remove(generation)
             self._live_sequences -= len(generation.requests)
             self._live_prompt_tokens -= generation.sequence_prompt_tokens
+            self._live_images_bytes -= generation.images_bytes
         total_s = time.monotonic() - generation.started
         self.metrics.finished(
             prompt_tokens=generation.prompt_tokens,
@@ -314,6 +328,8 @@ class Server:
             await asyncio.sleep(0.02)
         self.aborted.set()
         self.grammars.close()
+        if self.pictures is not None:
+            self.pictures.close()
         while self._live and time.monotonic() < deadline + 2:
             await asyncio.sleep(0.02)
 

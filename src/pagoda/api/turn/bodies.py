@@ -85,6 +85,7 @@ class ChatBody(SamplingFields, kw_only=True):
     reasoning: dict[str, Any] | None = None
     include_reasoning: bool = True
     documents: list[dict[str, Any]] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
 
 
 class CompletionBody(SamplingFields, kw_only=True):
@@ -110,6 +111,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     continue_final_message: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
 
 
 class DetokenizeBody(msgspec.Struct, kw_only=True):

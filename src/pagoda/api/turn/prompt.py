@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pagoda.api.serving.server import INLINE_CHARS, Server
 from pagoda.api.turn.bodies import ChatBody, TokenizeBody
 from pagoda.api.turn.custom import function_call
 from pagoda.errors import BadRequest
+from pagoda.media.sources import has_media, take_sources
+from pagoda.types import Image
 
 MAX_MESSAGES = 10_000
 _HIDDEN_PARTS = ("thinking", "reasoning", "redacted_thinking")
@@ -18,7 +22,15 @@ _NO_EFFORT = ("none", "minimal")
 _REASONING_NAMES = ("reasoning_content", "reasoning", "thinking", "reasoning_text")
 
 
-async def chat_prompt(server: Server, body: ChatBody | TokenizeBody) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids, and the pictures that lie on some of them."""
+
+    ids: list[int]
+    images: list[Image] = field(default_factory=list)
+
+
+async def chat_prompt(server: Server, body: ChatBody | TokenizeBody) -> Prompt:
     """Render the template and encode. Raises BadRequest for what the template or the model cannot take."""
     template = server.chat_template
     if template is None:
@@ -33,6 +45,8 @@ async def chat_prompt(server: Server, body: ChatBody | TokenizeBody) -> list[int
     if getattr(body, "truncate_prompt_tokens", None) is None:
         await server.check_length(max(texts, key=len, default=""))
 
+    messages, images = await _take_pictures(server, messages, body.mm_processor_kwargs or {})
+
     def encode() -> list[int]:
         return template.encode(
             server.tokenizer,
@@ -43,7 +57,28 @@ async def chat_prompt(server: Server, body: ChatBody | TokenizeBody) -> list[int
             template_kwargs=all_kwargs(server, body),
         )
 
-    return encode() if sum(map(len, texts)) < INLINE_CHARS else await asyncio.to_thread(encode)
+    ids = encode() if sum(map(len, texts)) < INLINE_CHARS else await asyncio.to_thread(encode)
+    if server.pictures is None or not images:
+        return Prompt(ids)
+    ids, images = server.pictures.seeing.place(ids, images)
+    server.pictures.seeing.check_length(ids, images, server.max_model_len)
+    return Prompt(ids, images)
+
+
+async def _take_pictures(
+    server: Server, messages: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]
+) -> tuple[list[Any], list[Image]]:
+    """The messages with bare parts where pictures were, and these, ready for the model."""
+    if not has_media(messages):
+        return list(messages), []
+    if server.pictures is None:
+        raise BadRequest(
+            f"the messages hold a picture, but this model takes text only: {server.names[0]} does not see",
+            remedy="Start a server with a model that sees, such as Qwen2.5-VL",
+            param="messages",
+        )
+    bare, sources = take_sources(messages)
+    return bare, await server.pictures.read(sources, asked)
 
 
 def _check(body: ChatBody | TokenizeBody) -> None:

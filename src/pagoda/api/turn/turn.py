@@ -14,10 +14,11 @@ from pagoda.api.turn.bodies import ChatBody
 from pagoda.api.turn.prompt import all_kwargs, chat_prompt, thinking_budget
 from pagoda.api.turn.structured import answer_part, checked
 from pagoda.api.turn.tools import allowed, forced, read_tools
+from pagoda.errors import BadRequest
 from pagoda.text.reply import TAIL_TOKENS, ReplyFormat, ReplyReader
 from pagoda.text.reply_grammar import forced_calls, reply_grammar, wanted_calls
 from pagoda.text.tools import PLAIN_FORMAT, Schemas, function_schemas
-from pagoda.types import SamplingParams
+from pagoda.types import Image, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Turn:
     """
 
     prompt: list[int]
+    images: list[Image]
     schemas: Schemas | None
     custom: frozenset[str]
     form: ReplyFormat
@@ -55,7 +57,10 @@ async def prepare_turn(server: Server, body: ChatBody) -> Turn:
     if wanted is not None:  # templates know the words only
         changes["tool_choice"] = "auto"
     body = msgspec.structs.replace(body, **changes)
-    prompt = server.truncate(await chat_prompt(server, body), body.truncate_prompt_tokens, body.truncation_side)
+    whole = await chat_prompt(server, body)
+    prompt = server.truncate(whole.ids, body.truncate_prompt_tokens, body.truncation_side)
+    if whole.images and len(prompt) < len(whole.ids):
+        raise BadRequest("truncate_prompt_tokens: a prompt with pictures is not cut", param="truncate_prompt_tokens")
     opened = _is_open(server, body, prompt)
     silent = all_kwargs(server, body).get("enable_thinking") is False
     if opened and silent and server.format.reasoning is not None:
@@ -69,6 +74,7 @@ async def prepare_turn(server: Server, body: ChatBody) -> Turn:
     thinks = not silent and not body.continue_final_message
     return Turn(
         prompt,
+        whole.images,
         callable_,
         read.custom,
         form,
@@ -146,6 +152,7 @@ def start_turn(
         kind,
         [turn.prompt],
         turn.limit(params),
+        images=[turn.images],
         model=model,
         cache_salt=body.cache_salt or "",
         priority=body.priority or 0,

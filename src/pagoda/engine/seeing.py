@@ -1,0 +1,108 @@
+"""How pictures are given to a model that sees: sizes, limits, and what may be fetched. For the server and for `LLM`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pagoda.arch.spec import Vision
+from pagoda.config import Options
+from pagoda.errors import BadRequest, ConfigError, ContextLengthExceeded
+from pagoda.media.fetch import Permission
+from pagoda.media.place import image_of, place
+from pagoda.media.size import Sizing, find_sizing
+from pagoda.media.sources import Source
+from pagoda.media.task import Pixels, Task, need_pillow
+from pagoda.text.files import read_json
+from pagoda.types import Image
+
+MAX_SOURCE_PIXELS = 400_000_000
+"""Of all pictures of a request, as they were sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seeing:
+    """`limits`: how many a request may hold, by kind."""
+
+    vision: Vision
+    sizing: Sizing
+    permission: Permission
+    limits: Mapping[str, int]
+
+    def check_count(self, sources: Sequence[Source]) -> None:
+        for kind, video in (("image", False), ("video", True)):
+            held, limit = sum(source.video == video for source in sources), self.limits.get(kind)
+            if limit is not None and held > limit:
+                raise BadRequest(
+                    f"the messages hold {held} of kind {kind}, but this server takes {limit} in one request",
+                    remedy="Send fewer, or start the server with a larger --limit-mm-per-prompt",
+                    param="messages",
+                )
+
+    def task(self, source: Source, parts: list[bytes], asked: Mapping[str, Any]) -> Task:
+        """What to decode; `asked` are the request's own mm_processor_kwargs."""
+        return Task(parts=parts, sizing=self.sizing.lowered(asked, low=source.low), video=source.video)
+
+    def image(self, source: Source, pixels: Pixels) -> Image:
+        return image_of(pixels, self.sizing, video=source.video)
+
+    def place(self, ids: list[int], images: Sequence[Image]) -> tuple[list[int], list[Image]]:
+        return place(ids, images, self.vision.image_token_id, self.vision.video_token_id)
+
+    def check_length(self, ids: Sequence[int], images: Sequence[Image], limit: int) -> None:
+        """ContextLengthExceeded that says what the pictures take, and how large they may be."""
+        if not images or len(ids) < limit:
+            return
+        taken = sum(image.tokens for image in images)
+        room = limit - 1 - (len(ids) - taken)
+        vectors = sum(image.grid[0] for image in images)
+        fits = room // vectors if room > 0 else 0
+        kwargs = f'mm_processor_kwargs {{"max_pixels": {self.sizing.pixels_for(fits)}}}'
+        raise ContextLengthExceeded(
+            f"this model's maximum context length is {limit} tokens, but the prompt holds {len(ids)}, {taken} of them "
+            f"for {len(images)} pictures",
+            remedy=f"Send smaller pictures: with {kwargs} they fit" if fits >= 4 else "Send fewer pictures",
+            param="messages",
+        )
+
+
+def find_seeing(options: Options, path: str, vision: Vision | None) -> Seeing | None:
+    """None for a model that does not see. Raises ConfigError for options, or an installation, that do not do."""
+    limits = _limits(options.limit_mm_per_prompt)
+    folder = options.allowed_local_media_path
+    if folder is not None and not Path(folder).is_dir():
+        raise ConfigError(f"--allowed-local-media-path {folder} is not a folder", remedy="Give a folder that exists")
+    if vision is None:
+        return None
+    need_pillow()
+    own = read_json(path, "processor_config.json")  # newer folders have it in place of the other two
+    files = tuple(
+        {**(own.get(part) or {}), **read_json(path, name)}
+        for part, name in (
+            ("image_processor", "preprocessor_config.json"),
+            ("video_processor", "video_preprocessor_config.json"),
+        )
+    )
+    sizing = find_sizing(
+        vision.patch_size,
+        vision.temporal_patch_size,
+        vision.merge_size,
+        (files[0], files[1]),
+        options.mm_processor_kwargs,
+    )
+    return Seeing(vision, sizing, Permission(options.allowed_media_domains, folder), limits)
+
+
+def _limits(given: Mapping[str, Any]) -> dict[str, int]:
+    flag, remedy = "--limit-mm-per-prompt", """Write --limit-mm-per-prompt '{"image": 4, "video": 1}'"""
+    out = {}
+    for kind, value in given.items():
+        count = value.get("count") if isinstance(value, Mapping) else value
+        if kind not in ("image", "video", "audio"):
+            raise ConfigError(f"{flag}: {kind} is not known", remedy=remedy)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ConfigError(f"{flag}: {kind} must be a whole number", remedy=remedy)
+        out[kind] = count
+    return out
