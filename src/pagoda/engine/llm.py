@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pagoda.config import Options
 from pagoda.engine.core import EngineCore
+from pagoda.engine.llm_inputs import Encoded, Prompt, as_list, options_from
 from pagoda.engine.messages import ModelInfo
 from pagoda.engine.outputs import Answer, CompletionOutput, RequestOutput
 from pagoda.engine.pooled import (
@@ -24,21 +25,23 @@ from pagoda.engine.pooled import (
     PoolingTask,
     ScoringRequestOutput,
 )
+from pagoda.engine.seeing import find_seeing
 from pagoda.engine.shared import SharedCore
 from pagoda.errors import BadRequest, ContextLengthExceeded, ModelError
-from pagoda.settings import Catalog, check, resolve
 from pagoda.text.bad_words import with_bad_words
 from pagoda.text.chat import load_chat_template
 from pagoda.text.generation import load_generation_defaults
 from pagoda.text.sentence import sentence_files
 from pagoda.text.structured import structured_grammar
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
-from pagoda.types import PoolingParams, Request, SamplingParams
+from pagoda.types import Image, PoolingParams, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from pagoda.engine.local_pictures import LocalPictures
 
 SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of the n answers to one prompt; the server uses the same
 _MASK_64 = 2**64 - 1
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 _log = logging.getLogger("pagoda")
@@ -60,7 +63,7 @@ class LLM:
         table = {**(vllm_kwargs or {}), **options}
         table.pop("model", None)
         self._seeds = random.Random(table.pop("seed", None) if seed is None else seed)
-        self._options = _options(table)
+        self._options = options_from(table)
         path = self._path = os.path.expanduser(model)
         self._core = EngineCore(self._options.engine_config(path))
         metadata = self._metadata = self._core.metadata
@@ -73,6 +76,10 @@ class LLM:
         self._default_params = {**params, **self._options.override_generation_config}
         self._shared = SharedCore(self._core)
         self._sentence = sentence_files(path)
+        seeing = find_seeing(self._options, path, self._core.spec.vision)
+        self._pictures: LocalPictures | None = None
+        if seeing is not None:  # imported only now: it needs Pillow
+            self._pictures = importlib.import_module("pagoda.engine.local_pictures").LocalPictures(seeing)
         self._pooler = Pooler(self.info, self._tokenizer, self._sentence, self._shared)
 
     @property
@@ -101,9 +108,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer prompts, in their order: texts, lists of token ids, or {"prompt": ...}, {"prompt_token_ids": ...}.
 
+        A table may hold pictures: {"multi_modal_data": {"image": ...}}, one for each placeholder of the prompt.
         One SamplingParams holds for all prompts, a list has one for each. `use_tqdm` shows how many are done.
         """
-        encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
+        encoded = [self._encode(prompt) for prompt in as_list(prompts)]
         return self._run(encoded, self._params_for(sampling_params, len(encoded)), use_tqdm)
 
     def chat(
@@ -117,23 +125,25 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several."""
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        encoded = []
-        for conversation in conversations:
-            ids = self.encode_chat(
+        prompts = [
+            self.chat_prompt(
                 conversation,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 chat_template=chat_template,
                 chat_template_kwargs=chat_template_kwargs,
+                mm_processor_kwargs=mm_processor_kwargs,
             )
-            encoded.append((self._tokenizer.decode(ids, skip_special_tokens=False), ids))
-        return self._run(encoded, self._params_for(sampling_params, len(encoded)), use_tqdm)
+            for conversation in conversations
+        ]
+        return self._run(prompts, self._params_for(sampling_params, len(prompts)), use_tqdm)
 
-    def encode_chat(
+    def chat_prompt(
         self,
         messages: Sequence[Message],
         *,
@@ -142,8 +152,9 @@ class LLM:
         continue_final_message: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """The prompt of one conversation, through the model's template."""
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> Encoded:
+        """The prompt of one conversation, through the model's template; `generate` and `stream` take it."""
         template = self.chat_template
         if chat_template is not None:
             template = load_chat_template(self._path, self._metadata, chat_template)
@@ -151,7 +162,10 @@ class LLM:
             raise ModelError(
                 "this model has no chat template", remedy="Give one with chat_template=, or use generate()"
             )
-        return template.encode(
+        images: list[Image] = []
+        if self._pictures is not None:
+            messages, images = self._pictures.of_messages(messages, mm_processor_kwargs or {})
+        ids = template.encode(
             self._tokenizer,
             messages,
             tools=tools,
@@ -159,6 +173,7 @@ class LLM:
             continue_final_message=continue_final_message,
             template_kwargs={**self._options.default_chat_template_kwargs, **(chat_template_kwargs or {})},
         )
+        return self._placed(self._tokenizer.decode(ids, skip_special_tokens=False), ids, images)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, shown: frozenset[int] = frozenset()
@@ -194,7 +209,7 @@ class LLM:
 
         `prompt_name`: which of the model's own prompts goes before each text, such as "query".
         """
-        return self._pooler.embed(_as_list(prompts), pooling_params or PoolingParams(), use_tqdm, prompt_name)
+        return self._pooler.embed(as_list(prompts), pooling_params or PoolingParams(), use_tqdm, prompt_name)
 
     def classify(
         self,
@@ -204,7 +219,7 @@ class LLM:
         use_tqdm: bool = False,
     ) -> list[ClassificationRequestOutput]:
         """A probability for each label of the model: `.outputs.probs`."""
-        return self._pooler.classify(_as_list(prompts), pooling_params or PoolingParams(), use_tqdm)
+        return self._pooler.classify(as_list(prompts), pooling_params or PoolingParams(), use_tqdm)
 
     def encode(
         self,
@@ -215,7 +230,7 @@ class LLM:
         use_tqdm: bool = False,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """What `embed` or `classify` gives, as arrays: `.outputs.data`."""
-        return self._pooler.encode(_as_list(prompts), pooling_params or PoolingParams(), pooling_task, use_tqdm)
+        return self._pooler.encode(as_list(prompts), pooling_params or PoolingParams(), pooling_task, use_tqdm)
 
     def score(
         self,
@@ -245,7 +260,15 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _placed(self, text: str | None, ids: list[int], images: list[Image]) -> Encoded:
+        if self._pictures is None or not images:
+            return Encoded(text, ids)
+        ids, images = self._pictures.place(ids, images, self.info.max_model_len)
+        return Encoded(text, ids, images)
+
+    def _encode(self, prompt: Prompt) -> Encoded:
+        if isinstance(prompt, Encoded):
+            return prompt
         if isinstance(prompt, Mapping):
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         else:
@@ -253,11 +276,17 @@ class LLM:
         if ids is None:
             if not isinstance(text, str):
                 raise BadRequest("a prompt given as a table needs `prompt` or `prompt_token_ids`", param="prompts")
-            return text, self._tokenizer.encode(text)
+            ids = self._tokenizer.encode(text)
         size = self.info.vocab_size
         if not all(isinstance(i, int) and 0 <= i < size for i in ids):
             raise BadRequest(f"token ids of a prompt must be whole numbers, 0 to {size - 1}", param="prompts")
-        return text, list(ids)
+        data = prompt.get("multi_modal_data") if isinstance(prompt, Mapping) else None
+        if not data:
+            return Encoded(text, list(ids))
+        if self._pictures is None:
+            raise BadRequest("multi_modal_data: this model does not see pictures", param="prompts")
+        images = self._pictures.of_data(data, prompt.get("mm_processor_kwargs") or {}, ids)  # type: ignore[union-attr]
+        return self._placed(text, list(ids), images)
 
     def _params_for(
         self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
@@ -288,16 +317,14 @@ class LLM:
         grammar = structured_grammar(msgspec.structs.asdict(asked), self._tokenizer)
         return msgspec.structs.replace(params, grammar=grammar, structured_outputs=None)
 
-    def _run(
-        self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams], show: bool
-    ) -> list[RequestOutput]:
+    def _run(self, prompts: Sequence[Encoded], params: Sequence[SamplingParams], show: bool) -> list[RequestOutput]:
         results, answers = self._begin(prompts, params)
         self._shared.finish(answers, show)
         return results
 
     def _begin(
         self,
-        prompts: Sequence[tuple[str | None, list[int]]],
+        prompts: Sequence[Encoded],
         params: Sequence[SamplingParams],
         shown: frozenset[int] = frozenset(),
     ) -> tuple[list[RequestOutput], dict[str, Answer]]:
@@ -311,16 +338,17 @@ class LLM:
         results: list[RequestOutput] = []
         answers: dict[str, Answer] = {}
         requests: list[Request] = []
-        for name, (text, ids), one in zip(self._shared.names(len(prompts)), prompts, params, strict=True):
-            whole = RequestOutput(name, text, ids, [CompletionOutput(i) for i in range(one.n)])
+        for name, prompt, one in zip(self._shared.names(len(prompts)), prompts, params, strict=True):
+            whole = RequestOutput(name, prompt.text, prompt.ids, [CompletionOutput(i) for i in range(one.n)])
             results.append(whole)
-            for i, request in enumerate(self._requests(name, ids, one)):
+            for i, request in enumerate(self._requests(name, prompt, one)):
                 requests.append(request)
                 answers[request.request_id] = Answer(self._tokenizer, request, whole, i, shown)
         self._shared.begin(requests, answers)
         return results, answers
 
-    def _requests(self, name: str, ids: list[int], params: SamplingParams) -> list[Request]:
+    def _requests(self, name: str, prompt: Encoded, params: SamplingParams) -> list[Request]:
+        ids = prompt.ids
         room = self.info.max_model_len - len(ids)
         if not ids:
             raise BadRequest("a prompt is empty: it must hold at least one token", param="prompts")
@@ -335,6 +363,7 @@ class LLM:
             Request(
                 request_id=f"{name}-{i}",
                 prompt_token_ids=ids,
+                images=prompt.images,
                 params=msgspec.structs.replace(
                     params,
                     n=1,
@@ -346,25 +375,3 @@ class LLM:
             )
             for i in range(params.n)
         ]
-
-
-def _options(table: Mapping[str, Any]) -> Options:
-    """The server's options from keywords. TypeError for one that nobody knows, as Python does it."""
-    catalog = Catalog()
-    for name in table:
-        if catalog.find(name) is None:
-            raise TypeError(str(catalog.unknown(name, "LLM()")))
-    settings = resolve([], {}, ("LLM()", table))
-    check(settings)
-    for notice in settings.notices:
-        _log.warning("%s", notice)
-    return settings.options
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, or several: a list of numbers is one."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]

@@ -42,14 +42,14 @@ class Turn:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._llm = llm
-        self._prompt = llm.encode_chat(messages, tools=tools or None, chat_template_kwargs=template_kwargs)
+        self._prompt = llm.chat_prompt(messages, tools=tools or None, chat_template_kwargs=template_kwargs)
         schemas = function_schemas(tools)
         forced = _forced(tool_choice, schemas)
         template, tokenizer = llm.chat_template, llm.get_tokenizer()
         form = find_format("" if template is None else template.all_source)
         if forced is not None and form.tools is None:
             form = replace(form, tools=PLAIN_FORMAT)
-        tail = tokenizer.decode(self._prompt[-TAIL_TOKENS:], skip_special_tokens=False)
+        tail = tokenizer.decode(self._prompt.ids[-TAIL_TOKENS:], skip_special_tokens=False)
         opened = form.reasoning is not None and form.reasoning.is_open(tail)
         callable_ = schemas if schemas and tool_choice != "none" else None
         self._grammar = ""
@@ -66,7 +66,7 @@ class Turn:
         if self._grammar:
             params = msgspec.structs.replace(params, grammar=self._grammar)
         written = 0
-        for out in self._llm.stream({"prompt_token_ids": self._prompt}, params, shown=self._shown):
+        for out in self._llm.stream(self._prompt, params, shown=self._shown):
             if out.error is not None:
                 raise EngineError(out.error)
             written += len(out.token_ids)
@@ -75,7 +75,7 @@ class Turn:
                 yield from map(self._piece, self._reader.finish())
                 called = out.finish_reason == "stop" and self._calls >= 0
                 reason = "tool_calls" if called else out.finish_reason
-                yield Piece(finish_reason=reason, usage=(len(self._prompt), written))
+                yield Piece(finish_reason=reason, usage=(len(self._prompt.ids), written))
 
     def _piece(self, part: Part) -> Piece:
         if part.kind == "content":

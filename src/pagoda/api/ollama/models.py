@@ -112,7 +112,8 @@ def _capabilities(server: Server) -> list[str]:
     if server.engine.info.task != "generate":
         return ["embedding" if server.engine.info.task == "embed" else "rerank"]
     thinking = ["thinking"] if server.format.reasoning is not None else []
-    return ["completion", *(["tools"] if server.format.tools is not None else []), *thinking]
+    tools = ["tools"] if server.format.tools is not None else []
+    return ["completion", *tools, *thinking, *(["vision"] if server.pictures is not None else [])]
 
 
 def _parameters(server: Server, name: str) -> str:

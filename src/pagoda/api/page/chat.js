@@ -2,7 +2,9 @@
 let turns = [], pictures = [], running = null;
 const load = () => { try { return JSON.parse(settings.get("turns") ?? "[]"); } catch { return []; } };
 const textOf = turn => (typeof turn.content === "string" ? turn.content : turn.content.filter(p => p.type === "text").map(p => p.text).join(""));
-const keep = () => settings.set("turns", JSON.stringify(turns.map(t => ({...t, content: textOf(t)}))));
+const imagesOf = turn => (typeof turn.content === "string" ? [] : turn.content.filter(p => p.type === "image_url").map(p => p.image_url.url));
+// Pictures are kept too, as long as the browser has room for them.
+const keep = () => settings.set("turns", JSON.stringify(turns)) || settings.set("turns", JSON.stringify(turns.map(t => ({...t, content: textOf(t)}))));
 
 function parameters() {
   const number = id => ($(id).value === "" ? undefined : Number($(id).value));
@@ -24,9 +26,9 @@ function button(word, run) {
 function showTurn(turn, index) {
   const body = make("div", "body"), box = make("article", "turn " + turn.role + (turn.error ? " error" : ""));
   if (turn.role === "user") {
-    const images = typeof turn.content === "string" ? [] : turn.content.filter(p => p.type === "image_url");
-    for (const each of images) { const img = make("img"); img.src = each.image_url.url; img.alt = ""; box.append(img); }
+    box.append(...imagesOf(turn).map(url => shownPicture(url, say("picture"))));
     body.textContent = textOf(turn);
+    body.hidden = !textOf(turn);
     box.append(body, make("div", "tools", button("edit", () => editFrom(index))));
     return box;
   }
@@ -37,6 +39,11 @@ function showTurn(turn, index) {
   if (turn.speed) tools.append(make("span", "speed", turn.speed));
   box.append(body, tools);
   return box;
+}
+function shownPicture(url, alt) {
+  const img = make("img");
+  img.src = url; img.alt = alt;
+  return img;
 }
 function thinkingBox(turn) {
   const body = make("div", "body"), made = make("details", "thinking", make("summary", "", say("thought", turn.thought_s ?? "?")), body);
@@ -51,6 +58,8 @@ function showAll() {
 function editFrom(index) {
   running?.abort();
   $("text").value = textOf(turns[index]);
+  pictures = imagesOf(turns[index]);
+  showPictures();
   turns = turns.slice(0, index);
   keep(); showAll(); grow();
   $("text").focus();
@@ -119,7 +128,8 @@ function submit(text) {
   if (running) { running.abort(); return; }
   if (!text && !pictures.length) return;
   const parts = pictures.map(url => ({type: "image_url", image_url: {url}}));
-  turns.push({role: "user", content: parts.length ? [...parts, {type: "text", text}] : text});
+  if (text) parts.push({type: "text", text});
+  turns.push({role: "user", content: pictures.length ? parts : text});
   pictures = [];
   showPictures();
   $("text").value = "";
@@ -134,20 +144,29 @@ function newChat() {
 }
 function showPictures() {
   $("pictures").replaceChildren(...pictures.map((url, i) => {
-    const img = make("img"); img.src = url; img.alt = "";
-    const made = make("button", "", img);
+    const made = make("button", "", shownPicture(url, ""), make("span", "", "×"));
     made.type = "button"; made.setAttribute("aria-label", say("remove"));
-    made.onclick = () => { pictures.splice(i, 1); showPictures(); };
+    made.onclick = () => { pictures.splice(i, 1); showPictures(); $("text").focus(); };
     return made;
   }));
 }
-function addFiles(files) {
-  for (const file of files) {
-    if (!file.type.startsWith("image/")) continue;
-    const reader = new FileReader();
-    reader.onload = () => { pictures.push(reader.result); showPictures(); };
-    reader.readAsDataURL(file);
-  }
+async function addFiles(files) {
+  for (const file of [...files].filter(each => each.type.startsWith("image/"))) pictures.push(await asUrl(file));
+  showPictures();
+  $("text").focus();
+}
+// Photos go smaller: every turn sends all pictures of the chat again.
+async function asUrl(file) {
+  const whole = () => new Promise(done => { const reader = new FileReader(); reader.onload = () => done(reader.result); reader.readAsDataURL(file); });
+  if (file.size < 1500000) return whole();
+  try {
+    const bitmap = await createImageBitmap(file), scale = Math.min(1, 2048 / Math.max(bitmap.width, bitmap.height)), canvas = make("canvas");
+    canvas.width = bitmap.width * scale; canvas.height = bitmap.height * scale;
+    const pen = canvas.getContext("2d");
+    pen.fillStyle = "#fff"; pen.fillRect(0, 0, canvas.width, canvas.height);
+    pen.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+    return canvas.toDataURL("image/jpeg", 0.92);
+  } catch { return whole(); } // a kind that the browser does not know; the server says what it takes
 }
 function grow() {
   $("text").style.height = "auto";

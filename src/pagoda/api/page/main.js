@@ -85,8 +85,9 @@ function listen() {
   $("picture").onclick = () => $("file").click();
   $("file").onchange = () => { addFiles($("file").files); $("file").value = ""; };
   document.onpaste = event => { if (sees) addFiles(event.clipboardData.files); };
-  document.ondragover = event => event.preventDefault();
-  document.ondrop = event => { event.preventDefault(); if (sees) addFiles(event.dataTransfer.files); };
+  document.ondragover = event => { event.preventDefault(); $("form").classList.toggle("target", sees); };
+  document.ondragleave = () => $("form").classList.remove("target");
+  document.ondrop = event => { event.preventDefault(); document.ondragleave(); if (sees) addFiles(event.dataTransfer.files); };
   for (const id of REMEMBERED) {
     $(id).value = settings.get(id) ?? "";
     $(id).onchange = () => settings.set(id, $(id).value);

@@ -11,7 +11,7 @@ const WORDS = {
     ready: "ready", notReachable: "not reachable", lost: "The connection to the server was lost before the answer was complete.", needsKey: "needs an API key: it is typed under Settings",
     rate: "Tokens per second", queue: "Running / waiting", cache: "Cache in use", latency: "Time per token",
     context: "Context", served: "Models", architecture: "Architecture", restarts: "Engine restarts", hits: "Prefix cache hits",
-    preemptions: "Preemptions", generated: "Tokens generated", addPicture: "Add a picture", remove: "Remove",
+    preemptions: "Preemptions", generated: "Tokens generated", addPicture: "Add a picture", remove: "Remove this picture", picture: "Picture",
     cut: "cut at the longest answer", noChat: "This model answers no chats: it makes vectors or scores. Live shows how to ask it.",
     ideas: ["Explain how a pagoda withstands earthquakes", "Write a haiku about rain", "Sort a list in Python, with an example"],
   },
@@ -26,14 +26,14 @@ const WORDS = {
     ready: "就绪", notReachable: "无法连接", lost: "回答尚未完成，与服务器的连接就中断了。", needsKey: "需要 API 密钥：请在“设置”中填写",
     rate: "每秒 token 数", queue: "运行 / 排队", cache: "缓存占用", latency: "每 token 用时",
     context: "上下文", served: "模型", architecture: "架构", restarts: "引擎重启次数", hits: "前缀缓存命中",
-    preemptions: "抢占次数", generated: "已生成 token", addPicture: "添加图片", remove: "移除",
+    preemptions: "抢占次数", generated: "已生成 token", addPicture: "添加图片", remove: "移除这张图片", picture: "图片",
     cut: "已达回答上限", noChat: "该模型不能对话，只生成向量或分数。“状态”里有调用示例。",
     ideas: ["解释一下宝塔为什么能抗震", "写一首关于雨的俳句", "用 Python 给列表排序，并举例"],
   },
 };
 const settings = {
   get: name => { try { return localStorage.getItem("pagoda." + name); } catch { return null; } },
-  set: (name, value) => { try { localStorage.setItem("pagoda." + name, value); } catch { /* a private window */ } },
+  set: (name, value) => { try { localStorage.setItem("pagoda." + name, value); return true; } catch { return false; } }, // full, or a private window
 };
 let language = settings.get("language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
 const say = (name, ...values) => {
