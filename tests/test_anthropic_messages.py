@@ -198,7 +198,7 @@ def test_count_tokens(client: Client, engine: FakeEngine) -> None:
         ({"messages": [{"role": "user"}]}, "messages[0].content must be"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0] must be an object"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content[0].text must be a string"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "but this model takes text only"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "takes text only"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "tool_use_id must be"),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "1"}]}]},

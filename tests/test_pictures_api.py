@@ -197,14 +197,6 @@ def test_every_route_counts_pictures(eyes: tuple[Client, FakeEngine], call: Call
 
 
 @pytest.mark.parametrize("call", ROUTES)
-def test_every_route_says_what_would_fit(eyes: tuple[Client, FakeEngine], call: Call) -> None:
-    response = call(eyes[0], *[data_uri(png(900, 900))] * 3)
-    if call is tokenize or response.status_code == 200:
-        pytest.skip("three of the largest pictures fit")
-    assert response.status_code == 400 and "pictures" in told(response)
-
-
-@pytest.mark.parametrize("call", ROUTES)
 def test_models_that_do_not_see_say_so(call: Call) -> None:
     with Client(make_server()) as blind:
         response = call(blind, data_uri(png()))
