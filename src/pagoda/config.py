@@ -276,22 +276,15 @@ class Options:
     enable_prefix_caching: bool = _option(True, "Reuse the cache of prompts that begin alike", "Scheduling")
 
     limit_mm_per_prompt: Mapping[str, Any] = _option(
-        {},
-        'Most pictures and videos of one request, for models that see: {"image": 4, "video": 1}; without it as many as '
-        "the context holds",
-        "Pictures",
+        {}, 'Most pictures and videos of one request: {"image": 4, "video": 1}; else what the context holds', "Pictures"
     )
     mm_processor_kwargs: Mapping[str, Any] = _option(
         {},
-        'How large pictures are given to the model: {"min_pixels": 3136, "max_pixels": 1003520} (784 pixels become a '
-        "token in Qwen2-VL); the default is the model's own",
+        'How large pictures are made: {"min_pixels": 3136, "max_pixels": 1003520}; else as the model says',
         "Pictures",
     )
     allowed_media_domains: tuple[str, ...] = _option(
-        (),
-        "Hosts from which pictures are fetched that come as URLs; these may be in a private network too. Without it "
-        "all hosts with public addresses; none fetches nothing",
-        "Pictures",
+        (), "Hosts, also private ones, to fetch pictures from; else all public ones; none fetches nothing", "Pictures"
     )
     allowed_local_media_path: str | None = _option(
         None, "Folder below which requests may name pictures as file:///...; without it none", "Pictures"
