@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18400)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the cases to run")
+    parser.add_argument("--step-ms", type=float, help="in place of the cases' own: the pace of a peer's engine")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--before", default="", help="a work tree of other code, to measure in turns with this one")
     parser.add_argument(
@@ -259,7 +260,10 @@ def main() -> None:
         help="a running server with a model named m, whose engine is a process of its own",
     )  # fmt: skip
     a = parser.parse_args()
-    results = [in_turns(a, case) for i, case in enumerate(CASES) if a.only is None or i in a.only]
+    cases = [case for i, case in enumerate(CASES) if a.only is None or i in a.only]
+    if a.step_ms is not None:
+        cases = [(kind, a.step_ms, *rest) for kind, _, *rest in cases]
+    results = [in_turns(a, case) for case in cases]
     for result in results:
         for name, rounds in result.items():
             print(line(name, sorted(rounds, key=lambda each: float(each["us_per_token"]))[len(rounds) // 2]))
