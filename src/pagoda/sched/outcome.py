@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pagoda.sched.draft import Drafter
 from pagoda.sched.state import Sequence, Turn
 from pagoda.types import Delta, FinishReason, StepResult, TokenLogprob
 
@@ -64,7 +65,8 @@ class Outcome:
         delta = Delta(request_id=seq.request_id)
         if turn.samples:
             self._append(seq, rows, sampled, delta)
-            self._accept(turn, rows, sampled, delta)
+            if seq.drafter is not None:
+                self._accept(turn, rows, sampled, delta, seq.drafter)
         else:
             delta.finish_reason = "length"
         if not seq.started:
@@ -82,7 +84,7 @@ class Outcome:
         self._start(seq, delta)
         return delta
 
-    def _accept(self, turn: Turn, rows: _Rows, row: int, delta: Delta) -> None:
+    def _accept(self, turn: Turn, rows: _Rows, row: int, delta: Delta, drafter: Drafter) -> None:
         """Go on while a draft is the token that was sampled in its place: the row behind it is as if it had been fed.
 
         A row without usable logits is left to the next step, that computes it as the last token.
@@ -95,8 +97,7 @@ class Outcome:
             seq.computed += 1
             self.accepted_drafts += 1
             self._append(seq, rows, row, delta)
-        if seq.drafter is not None:
-            seq.drafter.hear(delta.token_ids)
+        drafter.hear(delta.token_ids)
 
     def _append(self, seq: Sequence, rows: _Rows, row: int, delta: Delta) -> None:
         token = rows.tokens[row]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
+from operator import mul
 
 from pagoda.types import BLOCK_SIZE
 
 _UNLIMITED = 2**31
-_SWEEPS = 40
+_SWEEPS = 20  # at most: the next step goes on from there
 _SETTLED = 0.003
 _TRUSTED_AFTER = 4  # steps
 _OUTLIER = 3.0
@@ -47,7 +48,8 @@ class LinearCost:
         self.steps = 0
 
     def predict(self, *features: float) -> float:
-        return sum(cost * value for cost, value in zip(self.costs, features, strict=True))
+        total: float = sum(map(mul, self.costs, features))
+        return total
 
     def learn(self, seconds: float, *features: float) -> None:
         if self.steps >= _TRUSTED_AFTER:  # another process took the core: it must not shrink chunks for long
@@ -68,9 +70,8 @@ class LinearCost:
         costs, settled = self.costs, True
         for i, row in enumerate(self._moments):
             if row[i] > 0:
-                explained = sum(moment * cost for moment, cost in zip(row, costs, strict=True))
                 before = costs[i]
-                costs[i] = max(0.0, before + (self._products[i] - explained) / row[i])
+                costs[i] = max(0.0, before + (self._products[i] - sum(map(mul, row, costs))) / row[i])
                 settled = settled and abs(costs[i] - before) <= _SETTLED * before
         return settled
 

@@ -126,7 +126,8 @@ class Scheduler:
     def _plan(self) -> StepPlan | None:
         self._load = Load()
         turns = self._continue_running(self._config.max_num_batched_tokens)
-        published = [block for turn in turns for block in self._publish(turn.seq, turn.count)]
+        filling = [turn for turn in turns if turn.seq.offered < (turn.seq.computed + turn.count) // BLOCK_SIZE]
+        published = [block for turn in filling for block in self._publish(turn.seq, turn.count)]
         budget = self._config.max_num_batched_tokens - sum(turn.count for turn in turns)
         self._admit_waiting(budget, turns, published)
         if not turns:
@@ -157,7 +158,7 @@ class Scheduler:
                     self._drop(seq)
                     if delta.error == NO_LOGITS:
                         self._pool.unpublish(seq.blocks)  # they may be why, and must not be served again
-            if delta is not None and delta.error is None:
+            if delta is not None and delta.error is None and seq.offered < seq.computed // BLOCK_SIZE:
                 self._publish(seq, 0)  # drafts that were right may have filled a block
             if not seq.alive:
                 self._leave(seq)
@@ -237,9 +238,9 @@ class Scheduler:
 
     def _make_room(self, seq: Sequence, count: int) -> bool:
         """Give a running request blocks for `count` more tokens, at the cost of those behind it in the order."""
-        missing = _blocks(seq.computed + count) - len(seq.blocks)
-        if missing <= 0:
+        if seq.computed + count <= len(seq.blocks) * BLOCK_SIZE:
             return True
+        missing = _blocks(seq.computed + count) - len(seq.blocks)
         while missing > self._pool.free:
             last = self._running[-1]
             self._preempt(last)

@@ -160,6 +160,8 @@ class Native:
         self.isa, self.threads = isa, threads
         self._hidden = 0
         self._step = Step()
+        self._tops: object = None  # of the last plan, and the largest of them
+        self._width = 0
         self._planned: list[object] = [None] * len(_PLAN_ARRAYS)  # the arrays that `_step` points to
 
     def weight(
@@ -212,8 +214,10 @@ class Native:
 
         `images`: vectors, and for each token the one that it takes, or -1 for its embedding.
         """
-        rows = len(plan.rows)
-        width = max(0, int(plan.row_top.max())) if rows else 0
+        rows, tops = len(plan.rows), plan.row_top
+        if tops is not self._tops:
+            self._tops, self._width = tops, max(0, int(tops.max())) if rows else 0
+        width = self._width
         hidden = np.empty((rows, self._hidden), np.float32) if self._hidden else None
         result = StepResult(
             tokens=np.zeros(rows, np.int32),
