@@ -117,6 +117,7 @@ class FakeEngine:
         self.tokens = [*text.encode(), EOS]
         self.delay_s = delay_s
         self.fail_after = fail_after
+        self.failure = "the model ran out of luck"
         self.requests: list[Request] = []
         self.live = 0
         self.cancelled = 0
@@ -156,7 +157,7 @@ class FakeEngine:
             for count, token in enumerate(self.tokens[known:], known):
                 await asyncio.sleep(self.delay_s)
                 if count == self.fail_after:
-                    yield Delta(request_id=request.request_id, finish_reason="error", error="the model ran out of luck")
+                    yield Delta(request_id=request.request_id, finish_reason="error", error=self.failure)
                     whole = True
                     return
                 delta = self._delta(request, count, token)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from api_fake import TEXT, Client, FakeEngine, PlainTemplate, events, make_server
 
+from pagoda.sched.outcome import GRAMMAR_ENDED
 from pagoda.types import SamplingParams
 
 
@@ -340,6 +341,25 @@ def test_error_in_a_stream_is_an_event_without_choices() -> None:
         whole = client.chat()
         assert (whole.status_code, whole.json()["error"]["code"]) == (500, "engine_error")
         assert not client.server.busy
+
+
+def test_a_grammar_that_grows_too_complex_is_the_fault_of_the_request() -> None:
+    engine = FakeEngine(fail_after=3)
+    engine.failure = f"{GRAMMAR_ENDED}: too many items"
+    with Client(make_server(engine)) as client:
+        assert events(client.chat(stream=True))[-1]["error"]["code"] == "invalid_request_error"
+        whole = client.chat()
+        assert whole.status_code == 400 and "too many items" in whole.json()["error"]["message"]
+
+
+def test_a_schema_that_nothing_matches_is_refused() -> None:
+    with Client(make_server()) as client:
+        for schema in (False, {"$ref": "#"}):
+            form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+            error = client.chat(response_format=form).json()["error"]
+            assert error["param"] == "response_format" and "NoExtension" not in error["message"]
+        form["json_schema"]["schema"] = True  # type: ignore[index]
+        assert client.chat(response_format=form).status_code == 200
 
 
 def test_without_a_template_the_way_out_is_named() -> None:

@@ -18,6 +18,7 @@ VOCABULARY = Vocabulary([TOKENIZER.token_bytes(i) for i in range(VOCAB)], sorted
 OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}}
 TREE = {"$ref": "#/$defs/t", "$defs": {"t": {"type": "object", "properties": {"l": {"$ref": "#/$defs/t"}}}}}
 BOTH = {"allOf": [{"properties": {"a": {"type": "integer"}}}, {"properties": {"b": {"type": "integer"}}}]}
+MANY = {f"p{index}": {"type": "string"} for index in range(600)}
 TAGS = tags_part(
     [
         {"begin": "<f>", "schema": {**OBJECT, "required": ["a"]}, "end": "</f>"},
@@ -43,6 +44,7 @@ def allows(text: str, wanted: str | list[int]) -> bool:
         (json_part(OBJECT, whitespace=""), ['{"a":1}'], ['{"a": 1}']),
         (json_part(OBJECT, whitespace=r"\t"), ['{"a":\t1}'], ['{"a": 1}']),
         (json_part('{"enum": ["x", 1]}'), ['"x"', "1"], ["x"]),
+        (json_part({"properties": MANY}), ['{"p3":"a","p599":"b"}'], ['{"p600":"a"}']),
         (json_part(TREE), ['{"l":{"l":{}}}'], ['{"m":{}}']),
         (json_part(BOTH), ['{"a":1,"b":2}'], ['{"a":"x"}']),
         (json_part({"type": "object", "properties": {"properties": OBJECT}}), ['{"properties":{"a":1}}'], ['{"a":1}']),

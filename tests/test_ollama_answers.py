@@ -97,3 +97,13 @@ def test_the_package() -> None:
             calls = [call for reply in replies for call in reply.message.tool_calls or []]
             assert [call.function.arguments for call in calls] == [{"a": 1, "b": "ö"}, {"a": 2}]
             assert "".join(reply.message.thinking or "" for reply in replies) == "Let me see."
+
+
+def test_a_call_may_be_required_as_the_ai_sdk_asks_for_it() -> None:
+    server, engine = thinker()
+    with Client(server) as client:
+        asked = {"messages": HI, "tools": TOOLS, "stream": False}
+        client.post("/api/chat", {**asked, "tool_choice": "required"})
+        assert "calls" in engine.requests[-1].params.grammar
+        client.post("/api/chat", asked)
+        assert engine.requests[-1].params.grammar == ""

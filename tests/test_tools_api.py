@@ -338,3 +338,11 @@ def test_custom_tools_that_are_none_or_cannot_be_enforced() -> None:
         tool = {"type": "custom", "custom": {"name": "p", "format": {"type": "grammar", "grammar": nested}}}
         told = client.chat(tools=[tool, {"type": "web_search"}]).headers["x-pagoda-ignored"]
         assert told == "tools.p.format, tools.web_search"
+
+
+def test_a_closing_tag_that_is_cut_off_is_not_told() -> None:
+    text = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    with serving(text) as client:
+        choice = client.chat(tools=TOOLS, max_tokens=len(text) - 5).json()["choices"][0]
+        assert choice["finish_reason"] == "length" and choice["message"]["content"] is None
+        assert choice["message"]["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}

@@ -9,6 +9,7 @@ from pagoda.sched.state import Sequence, Turn
 from pagoda.types import Delta, FinishReason, StepResult, TokenLogprob
 
 _NOTHING_LEFT = "it, allowed_token_ids and bad_words leave no token"
+GRAMMAR_ENDED = "the grammar of this request cannot be followed any further"
 NO_LOGITS = "the model produced no usable logits for this request"
 
 
@@ -55,7 +56,7 @@ class Outcome:
         sampled = start + len(turn.scoring)
         if not all(rows.ok[start : sampled + turn.samples]):
             why = "" if seq.grammar is None else seq.grammar.error or (seq.mask is not None and _NOTHING_LEFT)
-            error = f"the grammar of this request cannot be followed any further: {why}" if why else NO_LOGITS
+            error = f"{GRAMMAR_ENDED}: {why}" if why else NO_LOGITS
             return Delta(request_id=seq.request_id, finish_reason="error", error=error)
         if seq.prompt_scores is not None:
             top = seq.params.prompt_logprobs or 0

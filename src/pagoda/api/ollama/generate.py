@@ -50,6 +50,7 @@ async def chat(server: Server, request: Request) -> Reply:
     if not body.messages:
         return _loaded(server, body, _chat_reply)
     asked = chat_body(server, body, body.messages, body.tools)
+    asked.tool_choice = body.tool_choice
     params = params_of(server, asked)
     with called("format"):
         turn = await prepare_turn(server, asked)

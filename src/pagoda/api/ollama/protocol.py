@@ -33,6 +33,7 @@ class OllamaChatBody(OllamaCall, kw_only=True):
 
     messages: list[dict[str, Any]] = []
     tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
 
 
 class OllamaGenerateBody(OllamaCall, kw_only=True):

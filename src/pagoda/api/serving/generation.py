@@ -16,7 +16,8 @@ from pagoda.api.serving.engine import Deltas, Engine
 from pagoda.api.serving.metrics import Metrics
 from pagoda.api.serving.usage import CompletionTokensDetails, PromptTokensDetails, Usage
 from pagoda.engine.stream import DeltaStream
-from pagoda.errors import EngineError
+from pagoda.errors import BadRequest, EngineError, PagodaError
+from pagoda.sched.outcome import GRAMMAR_ENDED
 from pagoda.text.output import TextOutput
 from pagoda.text.reasoning import ReasoningFormat
 from pagoda.text.tokenizer import Tokenizer
@@ -108,7 +109,7 @@ class Generation:
         )
 
     def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """All deltas as they come. Raises EngineError when a sequence failed; closing it cancels all sequences."""
+        """All deltas as they come. Raises a PagodaError when a sequence failed; closing it cancels all sequences."""
         return self._sequence(0) if len(self.requests) == 1 else self._all_sequences()
 
     async def gather(self, read: Callable[[int, Delta], object]) -> list[Gathered]:
@@ -182,7 +183,7 @@ class Generation:
                 delta = output.feed(raw)
                 self._account(index, delta)
                 if delta.finish_reason == "error":
-                    raise EngineError(delta.error or "the engine could not finish this request")
+                    raise _failure(delta.error)
                 if delta.finish_reason == "abort":
                     raise EngineError("the request was cancelled by the server")
                 yield index, delta
@@ -258,6 +259,13 @@ class Generation:
             return
         self._closed = True
         self._owner.release(self, status)
+
+
+def _failure(told: str | None) -> PagodaError:
+    """What ended a sequence. A grammar that is too complex is the client's own, and fails again if it is sent again."""
+    if told is not None and told.startswith(GRAMMAR_ENDED):
+        return BadRequest(told)
+    return EngineError(told or "the engine could not finish this request")
 
 
 class Pooled(Generation):

@@ -52,7 +52,7 @@ def _response_format(given: Mapping[str, Any], tokenizer: Tokenizer) -> Part:
         return object_part()
     if kind == "json_schema":
         asked = given.get("json_schema", given.get("schema"))
-        if isinstance(asked, Mapping) and isinstance(asked.get("schema"), Mapping | str):
+        if isinstance(asked, Mapping) and isinstance(asked.get("schema"), Mapping | str | bool):
             return json_part(asked["schema"], strict=asked.get("strict") is True)
         if asked is None or asked == {}:
             raise BadRequest('json_schema needs a schema: {"name": "...", "schema": {...}}')

@@ -50,7 +50,8 @@ class CallScanner:
         """What was held back when the answer ended."""
         if self._block is not None:
             self._read(self._block, ("",), 0)
-        self._show(self._buffer)
+        if not (self._calls.count and self._buffer.startswith("</")):  # a closing tag that was cut off
+            self._show(self._buffer)
         self._buffer = ""
         if not self._calls.count:
             self._parts.append(Part("content", self._content.rest()))
