@@ -13,6 +13,7 @@ from pathlib import Path
 import engine_tiny
 import numpy as np
 import pytest
+import vl_tiny
 from safetensors.numpy import load_file, save_file
 
 from pagoda.cli.main import main
@@ -323,3 +324,17 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("words", [["check"], ["check", "--what", "x"], ["check", "a", "b"]])
 def test_wrong_usage(words: list[str]) -> None:
     assert main(words) == 78
+
+
+def test_a_model_that_sees(tmp_path: Path) -> None:
+    """How large its images may be stands in a file of its own; without it, the model's family says it."""
+    folder = Path(vl_tiny.write(tmp_path))
+    assert not wrong(folder)
+    said = {finding.topic: finding for finding in check(folder)}
+    assert said["architecture"].text == "qwen2_5_vl, 2 layers, context 512"
+    assert said["images"].level == "ok" and "pictures and videos" in said["images"].text
+    (folder / "preprocessor_config.json").unlink()
+    missing = next(finding for finding in check(folder) if finding.topic == "images")
+    assert missing.level == "note" and "preprocessor_config.json is missing" in missing.text
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5], "image_std": 1}')
+    assert "image_mean is [0.5, 0.5]" in next(f.text for f in check(folder) if f.level == "problem")

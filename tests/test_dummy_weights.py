@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import vl_tiny
 
 from pagoda.arch.dummy import dummy, open_dummy, open_model
 from pagoda.arch.registry import bind, load_spec
@@ -131,3 +132,12 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path, content: str | Non
 def test_other_formats_read_the_files(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="holds no model"):
         open_model(folder(tmp_path, QWEN3), "auto")
+
+
+@pytest.mark.parametrize("kind", vl_tiny.KINDS)
+def test_models_that_see(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(vl_tiny.config(kind)))
+    source = open_dummy(str(tmp_path))
+    bound = bind(load_spec(source), source)
+    assert bound["vision.patch"].shape == (64, 3 * 2 * 14 * 14)
+    assert np.abs(dequantize(bound["vision.layers.1.qkv"])).max() > 0.01

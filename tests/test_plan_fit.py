@@ -16,6 +16,7 @@ import psutil
 import pytest
 import server_process
 import torch
+import vl_tiny
 from hub import REPO, Hub, running
 from pooled_models import minilm_folder
 from transformers import AutoConfig
@@ -233,6 +234,23 @@ def test_the_plan_of_an_embedding_model() -> None:
     core.close()
     assert made.fits and made.weight_bytes == pytest.approx(info.weight_bytes, rel=0.001)
     assert made.activation_bytes == pytest.approx(info.activation_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", vl_tiny.KINDS)
+@pytest.mark.parametrize("device", ["cpu", "torch-cpu"])
+def test_the_plan_of_a_model_that_sees(kind: str, device: str, tmp_path: Path) -> None:
+    """The encoder is counted once, its weights and its work."""
+    folder = Path(vl_tiny.write(tmp_path, kind))
+    machine = Machine("this CPU", free_memory_bytes()) if device == "cpu" else parse_gpus("24GiB")
+    made = plan(folder, machine, max_model_len=256, dtype="bfloat16")
+    config = EngineConfig(model=str(folder), device=device, max_model_len=256, dtype="bfloat16", num_blocks=64)
+    core = EngineCore(config)
+    info = core.info
+    core.close()
+    encoder = 2 * sum(math.prod(s) for n, s in planned_model(folder).spec.slots().items() if n.startswith("vision."))
+    assert made.fits and made.image_bytes > encoder
+    counted = made.weight_bytes + made.image_bytes + made.activation_bytes
+    assert counted == pytest.approx(info.weight_bytes + info.activation_bytes, rel=0.01)
 
 
 def anonymous_bytes(model: str) -> int:

@@ -22,7 +22,7 @@ from pagoda.arch.sharding import check_size, share
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.reference_vision import ReferenceVision
 from pagoda.backend.select import load_executor
-from pagoda.backend.torch import ops
+from pagoda.backend.torch import ops, vision
 from pagoda.backend.torch.executor import TorchCpuExecutor
 from pagoda.backend.torch.graphs import DecodeGraphs
 from pagoda.backend.torch.split import part
@@ -198,3 +198,15 @@ def test_weights_take_what_is_counted(tmp_path: Path) -> None:
     norms = [n for layer in layers for n in (layer.attn_norm, layer.mlp_norm)] + [sight.encoder.merge_norm]
     held += sum(n.weight.nbytes for n in norms)
     assert held == sum(tensor_bytes(slot, tensor, "int8", 2) for slot, tensor in seeing.items())
+
+
+def test_an_image_of_several_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles bound the memory; what comes out is the same."""
+    folder = Path(vl_tiny.write(tmp_path))
+    sight = load(folder).decoder.sight
+    assert sight is not None
+    monkeypatch.setattr(vision, "VISION_TILE", 20)
+    for image in IMAGES:
+        with torch.inference_mode():
+            vectors = sight.encoder.encode(image).numpy()
+        assert relative(vectors, reference(folder).encoder.encode(image)) < BOUND

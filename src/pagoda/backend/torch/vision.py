@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,13 +53,22 @@ class VisionLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class Segments:
+    """Segments of one length that attention goes over at once: their patches, one segment after the other."""
+
+    rows: Tensor | slice
+    count: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Places:
-    """A Layout on the device. `segments`: rows [count, length] of segments of one length, for each of the lengths."""
+    """A Layout on the device."""
 
     cos: Tensor  # float32 [N, 1, head size / 2]
     sin: Tensor
-    frames: tuple[Tensor, ...]
-    windows: tuple[Tensor, ...]
+    frames: tuple[Segments, ...]
+    windows: tuple[Segments, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +92,7 @@ class VisionEncoder:
         """The vectors [tokens, hidden size of the model] that stand for an image; they depend on it alone."""
         v, laid = self.vision, layout(image.grid, self.vision)
         places = placed(laid, self.device)
-        x = self.patch(self._patches(image, laid))
+        x = self._embedded(image, laid)
         for i, layer in enumerate(self.layers):
             x = x + layer.o(self._attend(layer, x, places, places.frames if v.sees_all(i) else places.windows))
             x = x + layer.mlp(x)
@@ -91,45 +100,58 @@ class VisionEncoder:
         vectors = self.merge_down(F.gelu(self.merge_up(merged)))
         return torch.empty_like(vectors).index_copy_(0, torch.from_numpy(laid.order).to(self.device), vectors)
 
-    def _patches(self, image: Image, laid: Layout) -> Tensor:
-        """Normalized patches [N, patch values] in the order of the layout; bytes travel, not floats."""
+    def _embedded(self, image: Image, laid: Layout) -> Tensor:
+        """The patches in the order of the layout, normalized and multiplied; bytes travel, not floats."""
         v = self.vision
         stored = patch_bytes(image, v).reshape(len(laid.order), -1)[laid.order].reshape(-1, 3, v.patch_values // 3)
         mean, std = (torch.tensor(x, device=self.device).unsqueeze(-1) * 255 for x in (v.mean, v.std))
-        values = (torch.from_numpy(stored).to(self.device).float() - mean) / std
-        return values.flatten(1).to(self.dtype)
+        tiles = torch.split(torch.from_numpy(stored).to(self.device), VISION_TILE)
+        return torch.cat([self.patch(((tile.float() - mean) / std).flatten(1).to(self.dtype)) for tile in tiles])
 
-    def _attend(self, layer: VisionLayer, x: Tensor, places: Places, segments: Iterable[Tensor]) -> Tensor:
+    def _attend(self, layer: VisionLayer, x: Tensor, places: Places, segments: Iterable[Segments]) -> Tensor:
         """Each patch over those of its segment."""
-        heads, size = self.vision.heads, self.vision.head_dim
-        q, k, v = torch.unflatten(layer.qkv(layer.attn_norm(x)), -1, (3, heads, size)).unbind(1)
-        q, k = turned(q, places), turned(k, places)
-        out = torch.empty_like(q)
-        for rows in segments:
-            own = [torch.unflatten(y[rows.flatten()], 0, rows.shape).transpose(1, 2) for y in (q, k, v)]
-            seen = F.scaled_dot_product_attention(own[0], own[1], own[2], scale=size**-0.5)
-            out[rows.flatten()] = seen.transpose(1, 2).flatten(0, 1)
+        qkv = self._heads(layer, x, places)
+        out = torch.empty_like(qkv[0])
+        for s in segments:
+            q, k, v = (torch.unflatten(y[s.rows], 0, (s.count, s.length)).transpose(1, 2) for y in qkv)
+            seen = F.scaled_dot_product_attention(q, k, v, scale=self.vision.head_dim**-0.5)
+            out[s.rows] = seen.transpose(1, 2).flatten(0, 1)
         return out.flatten(1)
 
+    def _heads(self, layer: VisionLayer, x: Tensor, places: Places) -> Tensor:
+        """Queries, keys and values [3, N, heads, head size], turned; by tiles, for what is in float32 on the way."""
+        heads, size = self.vision.heads, self.vision.head_dim
+        out = x.new_empty(3, len(x), heads, size)
+        for first in range(0, len(x), VISION_TILE):
+            tile = slice(first, first + VISION_TILE)
+            q, k, v = torch.unflatten(layer.qkv(layer.attn_norm(x[tile])), -1, (3, heads, size)).unbind(1)
+            cos, sin = places.cos[tile], places.sin[tile]
+            out[0, tile], out[1, tile], out[2, tile] = turned(q, cos, sin), turned(k, cos, sin), v
+        return out
 
-def turned(x: Tensor, places: Places) -> Tensor:
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads [N, heads, head size] with their pairs (i, i + head size / 2) turned, computed in float32."""
     first, second = x.float().chunk(2, dim=-1)
-    both = (first * places.cos - second * places.sin, second * places.cos + first * places.sin)
-    return torch.cat(both, dim=-1).to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def placed(laid: Layout, device: torch.device) -> Places:
     cos, sin = (torch.from_numpy(table).to(device).unsqueeze(1) for table in (laid.cos, laid.sin))
-    frames = by_length(laid.frames, device)
-    return Places(cos, sin, frames, frames if laid.windows is laid.frames else by_length(laid.windows, device))
+    frames = tuple(by_length(laid.frames, device))
+    return Places(cos, sin, frames, frames if laid.windows is laid.frames else tuple(by_length(laid.windows, device)))
 
 
-def by_length(starts: Int32, device: torch.device) -> tuple[Tensor, ...]:
-    """The rows of segments, those of one length together."""
+def by_length(starts: Int32, device: torch.device) -> Iterator[Segments]:
+    """Segments of one length together, as many as have VISION_TILE patches, or one."""
     lengths = np.diff(starts)
-    firsts = {int(n): starts[:-1][lengths == n] for n in np.unique(lengths)}
-    return tuple(torch.from_numpy(first[:, None] + np.arange(n)).to(device) for n, first in firsts.items())
+    for length in np.unique(lengths).tolist():
+        firsts, most = starts[:-1][lengths == length], max(1, VISION_TILE // length)
+        for begin in range(0, len(firsts), most):
+            some = firsts[begin : begin + most]
+            alone = slice(int(some[0]), int(some[0]) + length)
+            rows = torch.from_numpy((some[:, None] + np.arange(length)).ravel()).to(device)
+            yield Segments(alone if len(some) == 1 else rows, len(some), length)
 
 
 class Sight:
