@@ -242,9 +242,9 @@ def test_the_plan_of_a_model_that_sees(kind: str, device: str, tmp_path: Path) -
     """The encoder is counted once, its weights and its work."""
     folder = Path(vl_tiny.write(tmp_path, kind))
     machine = Machine("this CPU", free_memory_bytes()) if device == "cpu" else parse_gpus("24GiB")
-    made = plan(folder, machine, max_model_len=256, dtype="bfloat16")
-    config = EngineConfig(model=str(folder), device=device, max_model_len=256, dtype="bfloat16", num_blocks=64)
-    core = EngineCore(config)
+    options = {"max_model_len": 256, "max_num_batched_tokens": 128, "max_num_seqs": 4, "dtype": "bfloat16"}
+    made = plan(folder, machine, **options)
+    core = EngineCore(EngineConfig(model=str(folder), device=device, num_blocks=64, **options))
     info = core.info
     core.close()
     encoder = 2 * sum(math.prod(s) for n, s in planned_model(folder).spec.slots().items() if n.startswith("vision."))
