@@ -26,8 +26,8 @@ from pooled_models import write_model
 from test_pooled_api import minilm, minilm_path, served
 
 from pagoda.cli.main import main
-from pagoda.deploy.connect.connect import Target
-from pagoda.deploy.connect.guides import GUIDES
+from pagoda.deploy.connect.connect import Served, Target
+from pagoda.deploy.connect.guides import GUIDES, text
 
 __all__ = ["minilm", "minilm_path"]
 KEY = "sesame"
@@ -259,3 +259,18 @@ def test_addresses() -> None:
     assert Target("https://host/base/v1/").root == "https://host/base"
     assert Target("http://127.0.0.2:1").is_loopback and not Target("http://10.0.0.1:1").is_loopback
     assert Target("http://host:1").at("fe80::1") == "http://[fe80::1]:1"
+
+
+@pytest.mark.parametrize(
+    ("can", "vision", "kind"),
+    [(("completion", "vision"), "Support", "image2text"), (("completion",), "Not Support", "chat")],
+)
+def test_models_that_see_are_added_as_such(can: tuple[str, ...], vision: str, kind: str) -> None:
+    served = Served("eyes", 4096, "generate", can)
+    lines = text(GUIDES["dify"], served, "http://a:1", "", "en").splitlines()
+    assert [line.split()[2:] for line in lines if "Vision support" in line] == [vision.split()]
+    assert any(
+        line.split()[-1] == kind
+        for line in text(GUIDES["ragflow"], served, "http://a:1", "", "en").splitlines()
+        if line.strip()
+    )

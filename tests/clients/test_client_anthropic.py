@@ -65,3 +65,15 @@ def test_errors(chat: str) -> None:
         client.messages.create(model="claude-x", max_tokens=3, messages=HI)
     with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
         client.messages.create(model="smollm2", max_tokens=3, messages=[{"role": "user", "content": "word " * 3000}])
+
+
+def test_a_picture(eyes: str, blue: str) -> None:
+    client = anthropic.Anthropic(base_url=eyes, api_key="x", max_retries=0, timeout=120)
+    content: list[Any] = [
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": blue}},
+        {"type": "text", "text": "What colour is this?"},
+    ]
+    made = client.messages.create(
+        model="eyes", max_tokens=8, messages=[{"role": "user", "content": content}], extra_body={"temperature": 0}
+    )
+    assert [block.text.strip() for block in made.content if block.type == "text"] == ["blue"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import pytest
+from langchain_core.messages import HumanMessage
 from langchain_ollama import ChatOllama, OllamaEmbeddings
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
@@ -70,3 +71,16 @@ def test_ollama(chat: str, minilm: str) -> None:
         ChatOllama(model="other", base_url=chat, validate_model_on_init=True)
     vectors = OllamaEmbeddings(model="minilm", base_url=minilm).embed_documents(["a cat", "a dog"])
     assert [len(vector) for vector in vectors] == [384, 384]
+
+
+def test_a_picture(eyes: str, blue: str) -> None:
+    url = f"data:image/png;base64,{blue}"
+    content: list[Any] = [
+        {"type": "text", "text": "What colour is this?"},
+        {"type": "image_url", "image_url": {"url": url}},
+    ]
+    for model in (
+        chat_openai(eyes, "eyes", max_tokens=8),
+        ChatOllama(model="eyes", base_url=eyes, temperature=0, num_predict=8),
+    ):
+        assert str(model.invoke([HumanMessage(content)]).content).strip() == "blue"

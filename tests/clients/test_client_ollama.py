@@ -57,3 +57,12 @@ def test_thinking_and_tools(agent: str) -> None:
 def test_embed(minilm: str) -> None:
     found = ollama.Client(host=minilm, timeout=60).embed("minilm", ["a cat", "a dog"], keep_alive=-1.0)
     assert [len(each) for each in found.embeddings] == [384, 384] and (found.prompt_eval_count or 0) > 4
+
+
+def test_a_picture(eyes: str, blue: str) -> None:
+    client, options = ollama.Client(host=eyes, timeout=120), {"temperature": 0, "num_predict": 8}
+    assert "vision" in (client.show("eyes").capabilities or [])
+    message = {"role": "user", "content": "What colour is this?", "images": [blue]}
+    assert (client.chat("eyes", [message], options=options).message.content or "").strip() == "blue"
+    made = client.generate("eyes", "What colour is this?", images=[blue], options=options)
+    assert made.response.strip() == "blue"

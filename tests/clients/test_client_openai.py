@@ -124,3 +124,24 @@ def test_errors_have_their_classes(chat: str) -> None:
         client.chat.completions.create(model="smollm2", messages=[{"role": "user", "content": "word " * 3000}])
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(model="smollm2", messages=HI, temperature=-1)
+
+
+def test_a_picture(eyes: str, blue: str) -> None:
+    client, url = client_of(eyes), f"data:image/png;base64,{blue}"
+    content: list[Any] = [
+        {"type": "image_url", "image_url": {"url": url, "detail": "auto"}},
+        {"type": "text", "text": "What colour is this?"},
+    ]
+    made = client.chat.completions.create(
+        model="eyes", messages=[{"role": "user", "content": content}], max_tokens=8, temperature=0
+    )
+    assert (made.choices[0].message.content or "").strip() == "blue"
+    parts: list[Any] = [
+        {"type": "input_image", "image_url": url, "detail": "auto"},
+        {"type": "input_text", "text": "What colour is this?"},
+    ]
+    response = client.responses.create(model="eyes", input=[{"role": "user", "content": parts}], temperature=0)
+    assert response.output_text.strip() == "blue"
+    with pytest.raises(openai.BadRequestError, match="not a public one"):
+        content[0] = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}
+        client.chat.completions.create(model="eyes", messages=[{"role": "user", "content": content}])

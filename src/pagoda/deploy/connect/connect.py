@@ -136,6 +136,10 @@ class Served:
         """Where the server does not say what the model can, it may."""
         return not self.abilities or "tools" in self.abilities
 
+    @property
+    def sees(self) -> bool:
+        return "vision" in self.abilities
+
 
 def look(target: Target, wanted: str | None) -> Served:
     """Ask the server what it serves."""

@@ -40,6 +40,8 @@ def text(guide: Guide, served: Served, root: str, key: str, lang: str) -> str:
         "key": key or "EMPTY",
         "shell_key": shlex.quote(key or "EMPTY"),
         "tools": pick(_CAN if served.calls_tools else _CANNOT, lang),
+        "vision": pick(_STREAMED if served.sees else _CANNOT, lang),
+        "ragflow_type": "image2text" if served.sees else "chat",
         "streamed_tools": pick(_STREAMED if served.calls_tools else _CANNOT, lang),
     }
     fields = _of(guide.fields, served.task, ())
@@ -101,6 +103,7 @@ GUIDES: Mapping[str, Guide] = MappingProxyType(
                     (("Upper bound for max tokens", "最大 token 上限"), "$context"),
                     (("Function Call Type", "函数调用类型"), "$tools"),
                     (("Stream function calling", "流式函数调用"), "$streamed_tools"),
+                    (("Vision support", "Vision 支持"), "$vision"),
                 ),
                 "embed": (
                     (_TYPE, "Text Embedding"),
@@ -115,7 +118,7 @@ GUIDES: Mapping[str, Guide] = MappingProxyType(
             "RAGFlow",
             {"": ("your avatar > Model providers > VLLM > Add the model", "头像 > 模型提供商 > VLLM > 添加模型")},
             {
-                "generate": ((_TYPE, "chat"), *_RAGFLOW),
+                "generate": ((_TYPE, "$ragflow_type"), *_RAGFLOW),
                 "embed": ((_TYPE, "embedding"), *_RAGFLOW),
                 "score": ((_TYPE, "rerank"), *_RAGFLOW),
             },
