@@ -40,8 +40,16 @@ test-clients: $(VENV)/installed $(VENV)/test-tools $(CLIENTS)/openai3/ready $(CL
 	@command -v npm >/dev/null || echo "The coding agents are left out: they come by npm, which is not here."
 	@! command -v npm >/dev/null || $(MAKE) --no-print-directory test-agents
 
-test-agents: $(VENV)/installed $(VENV)/test-tools $(CLIENTS)/agents/ready
+test-agents: $(VENV)/installed $(VENV)/test-tools $(CLIENTS)/agents/ready $(CLIENTS)/npm/ready
 	PATH="$(abspath $(CLIENTS)/agents/node_modules/.bin):$$PATH" $(BIN)/python -m pytest tests/test_agents.py $(ARGS)
+	NPM_CLIENTS="$(abspath $(CLIENTS)/npm/node_modules)" $(BIN)/python -m pytest tests/test_npm_clients.py $(ARGS)
+
+# Their wishes for versions of each other do not agree, and they work together all the same.
+$(CLIENTS)/npm/ready: tests/clients/npm.txt
+	@echo "Installing the packages of $< ..."
+	@mkdir -p $(@D)
+	@npm install --prefix $(@D) --legacy-peer-deps --no-audit --no-fund --silent $$(cat $<)
+	@touch $@
 
 # Newer npms run no install scripts by themselves; these put the agents' own programs in their places.
 $(CLIENTS)/agents/ready: tests/clients/agents.txt

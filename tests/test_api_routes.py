@@ -61,6 +61,13 @@ def test_one_model_by_any_of_its_names(client: Client, name: str) -> None:
     assert card["object"] == "model" and card["max_model_len"] == 512
 
 
+def test_one_model_is_the_one_that_was_asked_for() -> None:
+    with Client(make_server(names=("first", "Second"))) as client:
+        assert client.get("/v1/models/second").json()["id"] == "Second"
+        missing = client.get("/v1/models/third")
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
 @pytest.mark.parametrize(
     ("wanted", "found"),
     [
