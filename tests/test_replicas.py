@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from server_process import running, serve
-from test_engine_client import check, collect, run, twenty, until
+from test_engine_client import check, collect, twenty, until
 
 from pagoda.config import EngineConfig
 from pagoda.deploy.service.scrape import parse
@@ -29,6 +29,14 @@ from pagoda.gateway.spread import CHUNK_TOKENS, MOST_BUSIER, Prefixes, choose, c
 from pagoda.types import Request
 
 MANY = "Tell me a story about the number "
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(180):  # a dozen processes start, on a machine that may be busy
+            await test
+
+    asyncio.run(bounded())
 
 
 def test_a_prompt_goes_where_its_beginning_is() -> None:
