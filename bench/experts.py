@@ -5,8 +5,8 @@
 
 Prefill of 512 tokens, decode of 1, 8 and 16 streams (48 tokens behind prompts of 64): through llama-batched-bench, and
 through the engine's core without speculation; all tokens are random, on both sides: equal ones would choose equal
-experts. The speed of memory is measured in between (bench/roofline_probe.cpp): at most it over the bytes of the weights
-that a token goes through are the tokens per second of one stream.
+experts. The speed of memory is measured in between (bench/roofline_probe.cpp): one stream has at most
+that many tokens per second, over the bytes of the weights that a token goes through. It changes from minute to minute.
 """
 
 from __future__ import annotations
@@ -108,9 +108,6 @@ def main() -> None:
     }
     table: dict[str, Any] = {"model": Path(a.model).name, "threads": a.threads, "best": best, "runs": runs}
     table["bytes_per_token"] = token_bytes
-    # round by round: memory is faster or slower from one load of a model to the next
-    limits = [run["read_gb_s"] * 1e9 / token_bytes for run in runs["memory"]]
-    table["of_limit"] = [run["decode_1"] / limit for run, limit in zip(runs["pagoda"], limits, strict=True)]
     print(json.dumps({key: value for key, value in table.items() if key != "runs"}, indent=1))
     if a.out:
         a.out.write_text(json.dumps(table, indent=1) + "\n")
