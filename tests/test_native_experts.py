@@ -15,10 +15,12 @@ from reference_plans import Feed, make_plan
 from test_native_kernels import FLOAT, ISAS, QUANTIZED, flat_plan, floats, quantized_rows, stored
 from test_native_models import LIMITS, TOKENS, expected_logits, native_logits, reference_logits, relative
 
+from pagoda.arch.dummy import dummy
 from pagoda.arch.registry import bind, load_spec
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.executor import CpuExecutor, weight_bytes
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
+from pagoda.backend.reference import ReferenceExecutor
 from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.types import Request, SamplingParams
@@ -189,6 +191,29 @@ def test_gguf_logits_equal_the_reference_on_the_same_weights(case: str, kind: st
     exact = reference_logits(path)
     error = relative(native_logits(path, TOKENS) - exact, exact)
     assert error < (3e-4 if kind in FLOAT else 0.15)  # a rounded router input may choose another expert
+
+
+PACKED: dict[str, dict[str, Any]] = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False},
+    "gptq-8": {"quant_method": "gptq", "bits": 8, "group_size": -1},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [32, 32]},
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_experts_run_in_their_own_bits(kind: str) -> None:
+    source = dummy({**CONFIG, "moe_intermediate_size": 128, "vocab_size": VOCAB, "quantization_config": PACKED[kind]})
+    spec = load_spec(source)
+    plan = make_plan([Feed(TOKENS, blocks=range(8), rows=[(i, -1, -1) for i in range(len(TOKENS))])], VOCAB)
+    exact = ReferenceExecutor.load(spec, source, LIMITS, kv_type="float16").logits(plan)
+    executor = CpuExecutor.load(spec, source, LIMITS)
+    logits = np.zeros_like(exact)
+    executor._lib.run(plan, logits)
+    floats = weight_bytes(bind(spec, dummy({**CONFIG, "moe_intermediate_size": 128, "vocab_size": VOCAB})))
+    assert executor.capacity.weight_bytes < (0.7 if "gptq-8" in kind else 1.01 if kind == "fp8" else 0.5) * floats
+    executor.close()
+    assert relative(logits - exact, exact) < (1e-3 if kind == "fp8" else 0.1)
 
 
 def answers(model: Path, asked: list[list[int]], **options: Any) -> list[list[int]]:
