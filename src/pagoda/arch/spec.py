@@ -37,7 +37,13 @@ class Rope:
 
     def tables(self, length: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """cos and sin, float32 [length, dim // 2], for positions 0 .. length - 1."""
-        angle = np.outer(np.arange(length, dtype=np.float64), np.asarray(self.inv_freq, dtype=np.float64))
+        return self._turns(np.outer(np.arange(length, dtype=np.float64), np.asarray(self.inv_freq, dtype=np.float64)))
+
+    def turns(self, three: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """cos and sin, float32 [T, dim // 2], of tokens with three positions [3, T] each, which may be any."""
+        return self._turns(three[self.axes()].T.astype(np.float64) * np.asarray(self.inv_freq, dtype=np.float64))
+
+    def _turns(self, angle: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         cos = (np.cos(angle) * self.attention_factor).astype(np.float32)
         sin = (np.sin(angle) * self.attention_factor).astype(np.float32)
         return cos, sin

@@ -143,9 +143,7 @@ class ReferenceExecutor:
         """cos and sin of the angles of each token, [T, rope.dim // 2]."""
         if plan.rope_positions is None:
             return self.cos[positions], self.sin[positions]
-        pairs = np.arange(self.cos.shape[1])
-        of_pairs = plan.rope_positions[self.spec.rope.axes()].T
-        return self.cos[of_pairs, pairs], self.sin[of_pairs, pairs]
+        return self.spec.rope.turns(plan.rope_positions)
 
     def attention(
         self, i: int, attention: Attention, x: Float32, plan: StepPlan, positions: Index, cells: Index

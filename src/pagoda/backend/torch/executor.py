@@ -168,8 +168,6 @@ class TorchExecutor:
     def _launch(self, plan: StepPlan) -> Pending:
         """The step whole, or where the memory does not suffice in halves; steps are never that large again."""
         count = len(plan.tokens)
-        if plan.rope_positions is not None and isinstance(self.decoder, Decoder):
-            self.decoder.check_positions(int(plan.rope_positions.max(initial=0)))
         cut = middle(plan, whole_requests=self.decoder.spec.encoder is not None)
         if not cut or self._most_tokens is None or count <= self._most_tokens:
             try:

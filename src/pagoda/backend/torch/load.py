@@ -17,7 +17,7 @@ from pagoda.backend.torch.batch import Heads
 from pagoda.backend.torch.convert import FLOATS, Converter, Target
 from pagoda.backend.torch.join import side_by_side
 from pagoda.backend.torch.load_vision import VisionLoader
-from pagoda.backend.torch.model import Decoder, DecoderLayer, GatedMlp, Linear, Mixture, Table
+from pagoda.backend.torch.model import Decoder, DecoderLayer, GatedMlp, Linear, Mixture, Table, ThreePositions
 from pagoda.backend.torch.packs import Dense, Weight
 from pagoda.backend.torch.vision import Sight
 from pagoda.errors import ModelError
@@ -57,13 +57,15 @@ class Loader:
         table = np.concatenate(spec.rope.tables(max_model_len), axis=1)
         cos_sin = torch.from_numpy(table).to(self._target.device)
         return Decoder(
-            spec, Table(embed), norm, head, tuple(layers), cos_sin, [], self._axes(), self._sight(max_model_len)
+            spec, Table(embed), norm, head, tuple(layers), cos_sin, [], self._three(), self._sight(max_model_len)
         )
 
-    def _axes(self) -> Tensor | None:
-        if not self._spec.rope.sections:
+    def _three(self) -> ThreePositions | None:
+        rope, device = self._spec.rope, self._target.device
+        if not rope.sections:
             return None
-        return torch.from_numpy(np.tile(self._spec.rope.axes(), 2)).to(self._target.device)
+        inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float64, device=device)
+        return ThreePositions(torch.from_numpy(rope.axes()).to(device), inv_freq, rope.attention_factor)
 
     def _sight(self, max_model_len: int) -> Sight | None:
         vision = self._spec.vision

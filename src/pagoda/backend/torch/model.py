@@ -118,6 +118,20 @@ class DecoderLayer:
     mlp: Block
 
 
+@dataclass(frozen=True, slots=True)
+class ThreePositions:
+    """How tokens turn that have three positions each."""
+
+    axes: Tensor  # int64 [rope dim / 2], which of them turns each pair
+    inv_freq: Tensor  # float64 [rope dim / 2]
+    factor: float
+
+    def table(self, three: Tensor) -> Tensor:
+        """cos and sin, float32 [T, rope dim], of positions int32 [3, T]."""
+        angle = three[self.axes].t() * self.inv_freq
+        return (torch.cat((angle.cos(), angle.sin()), dim=-1) * self.factor).float()
+
+
 @dataclass(slots=True)
 class Decoder:
     """All weights of a model. `caches` is empty until the executor knows how many blocks fit."""
@@ -129,7 +143,7 @@ class Decoder:
     layers: tuple[DecoderLayer, ...]
     cos_sin: Tensor  # float32 [positions, rope dim]
     caches: list[KvCache]
-    axes: Tensor | None = None  # int64 [rope dim], which of three positions turns each pair, twice
+    three: ThreePositions | None = None
     sight: Sight | None = None
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -149,17 +163,12 @@ class Decoder:
                 x = layer.mlp(x)
         return ops.add_rms_norm(x[batch.rows], total[batch.rows], self.norm, eps)[0]
 
-    def check_positions(self, largest: int) -> None:
-        if largest >= len(self.cos_sin):
-            raise IndexError(f"a position {largest} is outside the {len(self.cos_sin)} there are")
-
     def _turns(self, batch: Batch) -> tuple[Tensor, Batch]:
         """The table of angles, and the batch whose positions are rows of it."""
-        if self.axes is None:
+        if self.three is None:
             return self.cos_sin, batch
-        three = batch.positions.expand(3, -1) if batch.rope_positions is None else batch.rope_positions
-        # a table of this step alone, with a row for each token: its numbers are those of the whole one
-        own = self.cos_sin.gather(0, three[self.axes].t().long())
+        # a table of this step alone: a video may stand anywhere in time, also beyond the longest context
+        own = self.three.table(batch.positions.expand(3, -1) if batch.rope_positions is None else batch.rope_positions)
         return own, replace(batch, positions=torch.arange(len(own), dtype=torch.int32, device=own.device))
 
     def logits(self, hidden: Tensor) -> Tensor:
