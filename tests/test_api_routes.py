@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from api_fake import Client, FakeEngine, make_server
+from api_fake import ByteTokenizer, Client, FakeEngine, make_server
 
 from pagoda.api.app import create_app
 from pagoda.api.http.paths import normalize
@@ -203,6 +203,22 @@ def test_tokenize_and_detokenize(client: Client) -> None:
     assert client.post("/tokenize", {"prompt": "x" * (512 * 64 + 1)}).status_code == 400
     assert client.post("/detokenize", {"tokens": [260]}).status_code == 400
     assert client.get("/tokenizer_info").json()["eos_token"] == "</s>"
+
+
+class Beginning(ByteTokenizer):
+    """Puts a token before each text, unless it is told not to."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        return [self.bos_token_id] * add_special_tokens + super().encode(text)
+
+
+def test_special_tokens_are_added_unless_they_are_not_wanted() -> None:
+    engine = FakeEngine()
+    with Client(make_server(engine, tokenizer=Beginning())) as client:
+        for more, tokens in (({}, [256, 97]), ({"add_special_tokens": False}, [97])):
+            assert client.post("/tokenize", {"prompt": "a", **more}).json()["tokens"] == tokens
+            assert client.complete("a", **more).status_code == 200
+            assert engine.requests[-1].prompt_token_ids == tokens
 
 
 class Links(HTMLParser):
