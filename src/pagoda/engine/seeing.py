@@ -51,6 +51,19 @@ class Seeing:
     def place(self, ids: list[int], images: Sequence[Image]) -> tuple[list[int], list[Image]]:
         return place(ids, images, self.vision.image_token_id, self.vision.video_token_id)
 
+    def check_taken(self, images: Sequence[Image], count: int, limit: int) -> None:
+        """ContextLengthExceeded where the first of `count` pictures alone are too many: the others need no decoding."""
+        taken = sum(image.tokens for image in images)
+        if taken < limit:
+            return
+        most = self.sizing.pixels_for(max(4, limit * 3 // 4 // count))
+        raise ContextLengthExceeded(
+            f"this model's maximum context length is {limit} tokens, and {len(images)} of the {count} pictures alone "
+            f"take {taken}",
+            remedy=f'Send fewer pictures, or smaller ones: mm_processor_kwargs {{"max_pixels": {most}}}',
+            param="messages",
+        )
+
     def check_length(self, ids: Sequence[int], images: Sequence[Image], limit: int) -> None:
         """ContextLengthExceeded that says what the pictures take, and how large they may be."""
         if not images or len(ids) < limit:

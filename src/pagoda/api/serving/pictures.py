@@ -21,8 +21,8 @@ class Pictures:
         self.seeing = seeing
         self._reader = reader or PictureReader()
 
-    async def read(self, sources: Sequence[Source], asked: Mapping[str, Any]) -> list[Image]:
-        """Raises BadRequest that names the part which is wrong."""
+    async def read(self, sources: Sequence[Source], asked: Mapping[str, Any], limit: int) -> list[Image]:
+        """Raises BadRequest that names the part which is wrong. `limit`: the context's length in tokens."""
         self.seeing.check_count(sources)
         self.seeing.sizing.lowered(asked)
         images = []
@@ -36,6 +36,7 @@ class Pictures:
                     param="messages",
                 )
             images.append(self.seeing.image(source, pixels))
+            self.seeing.check_taken(images, len(sources), limit)
         return images
 
     async def _pixels(self, source: Source, asked: Mapping[str, Any]) -> Pixels:

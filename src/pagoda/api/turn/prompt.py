@@ -78,7 +78,7 @@ async def _take_pictures(
             param="messages",
         )
     bare, sources = take_sources(messages)
-    return bare, await server.pictures.read(sources, asked)
+    return bare, await server.pictures.read(sources, asked, server.max_model_len)
 
 
 def _check(body: ChatBody | TokenizeBody) -> None:
