@@ -9,7 +9,7 @@ from operator import mul
 from pagoda.types import BLOCK_SIZE
 
 _UNLIMITED = 2**31
-_SWEEPS = 20  # at most: the next step goes on from there
+_SWEEPS = 40
 _SETTLED = 0.003
 _TRUSTED_AFTER = 4  # steps
 _OUTLIER = 3.0
