@@ -100,6 +100,11 @@ def test_an_unexpected_error_is_a_line_too(capsys: pytest.CaptureFixture[str], m
         main(["serve"])
 
 
+def test_show_config_of_several_models(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "serve", "a", "b", "--show-config")
+    assert code == 0 and '{"model": "a"}, {"model": "b"}' in out
+
+
 def test_show_config_names_origins_and_hides_keys(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

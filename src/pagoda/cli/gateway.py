@@ -39,7 +39,8 @@ def serve_models(settings: Settings, models: Sequence[Options]) -> int:
         found = sized([(_own(each, number), local_model(each)) for number, each in enumerate(models)], machine)
 
         def ready() -> None:
-            print(_welcome(found, upstream, address(options, listener)), flush=True)
+            first = "loading" if options.fallback else "loaded"
+            print(_welcome(found, first, upstream, address(options, listener)), flush=True)
 
         return run_gateway(
             options,
@@ -89,14 +90,14 @@ def _is_ours(place: Place, options: Options) -> bool:
     return is_loopback(place.host) or place.host in (options.host, socket.gethostname())
 
 
-def _welcome(models: Sequence[Sized], upstream: Upstream | None, url: str) -> str:
-    """What is printed when the first model is ready."""
+def _welcome(models: Sequence[Sized], first: str, upstream: Upstream | None, url: str) -> str:
+    """What is printed when requests are taken."""
     rows = [
         (
             ", ".join(each.options.served_model_name),
             f"{size(each.need_bytes)}, {each.context} tokens of context, {when}",
         )
-        for each, when in zip(models, ("loaded", *["loaded on demand"] * (len(models) - 1)), strict=True)
+        for each, when in zip(models, (first, *["loaded on demand"] * (len(models) - 1)), strict=True)
     ]
     if upstream is not None:
         rows.append(("all others", f"by {upstream.place}"))

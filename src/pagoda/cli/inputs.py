@@ -101,5 +101,5 @@ def show(settings: Settings) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, tuple):
-        return ", ".join(value)
+        return ", ".join(each if isinstance(each, str) else json.dumps(each) for each in value)
     return json.dumps(value) if isinstance(value, bool | Mapping) else str(value)

@@ -132,3 +132,9 @@ class Fleet:
 
     async def stop(self) -> None:
         await asyncio.gather(*(child.stop() for child in self.children))
+
+
+def looked_at(loading: asyncio.Future[None]) -> None:
+    """For one that nobody may wait for: what went wrong is in the log already."""
+    if not loading.cancelled():
+        loading.exception()

@@ -20,7 +20,7 @@ from pagoda.api.serving.endpoint import Endpoint
 from pagoda.api.serving.names import not_served
 from pagoda.errors import PagodaError
 from pagoda.gateway.child import Child
-from pagoda.gateway.fleet import Fleet
+from pagoda.gateway.fleet import Fleet, looked_at
 from pagoda.gateway.passing import CHANGES, Passing, error_of, read, unloaded
 from pagoda.gateway.policy import keep_alive_s
 from pagoda.gateway.upstream import Upstream
@@ -115,7 +115,7 @@ class Proxy:
             return unloaded(passing)
         if child.state != "ready":
             loading = asyncio.ensure_future(self.fleet.loaded(child))
-            loading.add_done_callback(_look)
+            loading.add_done_callback(looked_at)
             if self.falls_back:
                 reason = "its server is down" if child.crashed else "it is not loaded yet"
                 return await self._of_upstream(passing, visit, reason)
@@ -229,9 +229,3 @@ async def _parts(answer: Answer, who: str) -> AsyncGenerator[bytes, None]:
                 yield part
     except Unreachable as error:
         raise ModelServerGone(f"{who}: {error}") from None
-
-
-def _look(done: asyncio.Future[None]) -> None:
-    """Somebody else may wait for it no more."""
-    if not done.cancelled():
-        done.exception()

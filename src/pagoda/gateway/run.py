@@ -15,7 +15,7 @@ from pagoda.api.notify import Notifier
 from pagoda.api.run import HttpServer, either, http_server, listen, stop_signals
 from pagoda.config import Options
 from pagoda.gateway.app import Gateway, create_app
-from pagoda.gateway.fleet import Fleet
+from pagoda.gateway.fleet import Fleet, looked_at
 from pagoda.gateway.proxy import Proxy
 from pagoda.gateway.sizes import Sized
 from pagoda.gateway.upstream import Upstream
@@ -60,6 +60,7 @@ async def _serve(
     try:
         with stop_signals(stopping):
             loading = asyncio.ensure_future(fleet.loaded(fleet.first))
+            loading.add_done_callback(looked_at)
             # With a fallback there is somebody to answer meanwhile.
             if not gateway.proxy.falls_back and not await either(loading, stopping):
                 loading.cancel()
