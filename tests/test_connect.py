@@ -23,7 +23,9 @@ import transformers
 import yaml
 from api_fake import FakeEngine, make_server, on_port
 from pooled_models import write_model
+from server_process import running, serve
 from test_pooled_api import minilm, minilm_path, served
+from vl_trained import trained
 
 from pagoda.cli.main import main
 from pagoda.deploy.connect.connect import Served, Target
@@ -274,3 +276,11 @@ def test_models_that_see_are_added_as_such(can: tuple[str, ...], vision: str, ki
         for line in text(GUIDES["ragflow"], served, "http://a:1", "", "en").splitlines()
         if line.strip()
     )
+
+
+def test_models_that_see_are_shown_a_picture(shown: Any) -> None:
+    with running(*serve(trained(), "--served-model-name", "eyes")) as url:
+        for client, name in (("dify", "a picture"), ("ragflow", "a picture"), ("claude-code", "")):
+            _, report = shown(client, "--url", url)
+            assert [f for f in failures(report) if not f.startswith("from Docker")] == []
+            assert any(f["topic"] == "a picture" for f in report["findings"]) == bool(name)

@@ -88,7 +88,7 @@ def _try(name: str, target: Target, served: Served, least: int, lang: str) -> li
     from pagoda.deploy.findings import note, ok, problem
 
     seen = ok(pick(("model", "模型"), lang), f"{served.model}  ({served.task}, {served.context or '?'} tokens)")
-    played = calls(name, served.task)
+    played = calls(name, served)
     if not played:
         text = (f"{name} has no use for a model of the kind {served.task}", f"{name} 用不上 {served.task} 类型的模型")
         cure = ("serve a chat model: pagoda serve MODEL", "请提供一个对话模型：pagoda serve MODEL")

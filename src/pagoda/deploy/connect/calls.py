@@ -218,9 +218,26 @@ _CLAUDE: Mapping[str, Any] = MappingProxyType(
 _VERSION = {"anthropic-version": "2023-06-01"}
 
 
-def calls(client: str, task: str) -> tuple[Call, ...]:
-    """What the client sends for a model of this task; empty if it has no use for it."""
-    return _CALLS[client].get(task, ())
+_PICTURE = (  # one pixel, as PNG
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+)
+_LOOK = (
+    {
+        "role": "user",
+        "content": (
+            {"type": "text", "text": "What is this?"},
+            {"type": "image_url", "image_url": {"url": _PICTURE, "detail": "low"}},
+        ),
+    },
+)
+_SEEN: Text = ("a picture", "图片")
+
+
+def calls(client: str, served: Served) -> tuple[Call, ...]:
+    """What the client sends for a model like this; empty if it has no use for it."""
+    found = _CALLS[client].get(served.task, ())
+    chats = served.sees and any(call.path == _CHAT for call in found)
+    return (*found, Call(_SEEN, _CHAT, _chat, {"messages": _LOOK, "max_tokens": 5})) if chats else found
 
 
 _OPENAI_EMBED = Call(_EMBED, _VECTORS, _embedding, {"input": ["ping"], "encoding_format": "base64"}, bearer="EMPTY")
