@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
+import engine_tiny
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagoda.errors import BadRequest
+from pagoda.config import Options
+from pagoda.deploy.plan.machines import Machine
+from pagoda.errors import BadRequest, MemoryShort
 from pagoda.gateway.lists import merged
 from pagoda.gateway.policy import BUSY_GRACE_S, Seen, Step, expired, keep_alive_s, next_step
+from pagoda.gateway.sizes import budget_bytes, sized
 from pagoda.gateway.wire import Place, place_of
 
 WANTED = Seen("wanted", "stopped", 4)
@@ -108,3 +114,19 @@ def test_pages_of_metrics_are_merged() -> None:
     families = {family.name: family for family in merged([("a", page.format(name="a")), ("b", page.format(name="b"))])}
     assert [sample.labels["model_name"] for sample in families["vllm:x"].samples] == ["a", "b"]
     assert [sample.labels for sample in families["process_y"].samples] == [{"model_name": "a"}, {"model_name": "b"}]
+
+
+def test_what_each_model_may_take_is_planned(tmp_path: Path) -> None:
+    path = engine_tiny.write(tmp_path / "tiny")
+    options = Options(model=path, device="cpu", served_model_name=("tiny",))
+    machine = Machine("a CPU", 1 << 30)
+    both = sized([(options, path), (options, path)], machine)
+    assert sum(each.need_bytes for each in both) <= budget_bytes(options, machine)
+    assert both[0].options.kv_cache_memory_bytes and both[0].context == engine_tiny.CONTEXT
+    twins = sized([(replace(options, replicas=2), path)], machine)
+    assert twins[0].need_bytes > 1.5 * both[0].weight_bytes
+    given = sized([(replace(options, kv_cache_memory_bytes=1 << 22), path)], machine)
+    assert given[0].options.kv_cache_memory_bytes == 1 << 22, "what was asked for stays"
+    with pytest.raises(MemoryShort, match="does not fit on a CPU, even alone") as error:
+        sized([(options, path)], Machine("a CPU", 1 << 20))
+    assert error.value.remedy
