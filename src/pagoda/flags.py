@@ -48,6 +48,10 @@ _ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
         "enable_server_load_tracking": (False, "the load is always measured, see /metrics"),
         "enable_auto_tool_choice": (False, "always on: tool calls are found wherever a request has tools"),
         "enable_reasoning": (False, "always on: reasoning is split off where the model's chat template has it"),
+        "mm_processor_cache_gb": (None, "the latest pictures are kept decoded, 64 MiB of them"),
+        "disable_mm_preprocessor_cache": (False, "the latest pictures are kept decoded, 64 MiB of them"),
+        "skip_mm_profiling": (False, "memory for the image encoder is computed, not tried"),
+        "mm_encoder_tp_mode": (None, "the image encoder is not split over GPUs"),
         "disable_uvicorn_access_log": (False, "there is no access log"),
     }
 )

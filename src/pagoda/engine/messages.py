@@ -144,6 +144,6 @@ class Framer:
             if len(self._buffer) - body < length:
                 break
             start = body + length
-            frames.append(bytes(self._buffer[body:start]))
+            frames.append(bytes(memoryview(self._buffer)[body:start]))  # one copy; frames may be large
         del self._buffer[:start]
         return frames
