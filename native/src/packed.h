@@ -8,7 +8,8 @@ namespace PG_NS {
 
 constexpr int kPackedRows = 4;  // in a tile
 constexpr int kPackedBlocks = 18;   // unpacked at a time
-constexpr int kPackedMany = 256;   // rows that keep sums while the blocks change
+constexpr int kPackedFew = 24;      // rows that are soon done with what is unpacked
+constexpr int kPackedMany = 256;    // rows that keep sums while the blocks change
 
 // What a block of a pair of panels becomes: for each step the codes of both, then scales of both, then minima. Signed codes
 // are widened to 16 bits: 8 steps with the even ones of each four, 8 with the odd ones, as the activations in Rows::wide.
@@ -95,19 +96,26 @@ template <int Type, int M>
 void packed_tile_of(int64_t m, const uint8_t* w, const Rows& a, const Place& at, F (*kept)[2], const Target& to) {
   if constexpr (M > kPackedRows - 1)
     if (m < M) return packed_tile_of<Type, M - 1>(m, w, a, at, kept, to);
-  F sums[M][2] = {};
-  if (at.block)
-    for (int i = 0; i < M; i++) sums[i][0] = kept[i][0], sums[i][1] = kept[i][1];
+  F sums[M][2];
+  for (int i = 0; i < M; i++)  // one by one: to clear them all at once would take a string instruction, 30 cycles
+    for (int p = 0; p < 2; p++) sums[i][p] = at.block ? kept[i][p] : F{};
   const bool last = at.block + at.blocks == a.k / kBlock;
   if (last)
     for (int i = 0; i < M; i++) __builtin_prefetch(place_of(to.part, to.panel, at.row + i, to.out), 1);
   packed_tile<Type, M>(w, a, at, sums);
   if (last) {
-    for (int i = 0; i < M; i++)
-      for (int p = 0; p < to.panels; p++) put(to.part, to.panel + p, at.row + i, to.out, sums[i][p]);
+    unroll<M>([&](auto i) __attribute__((always_inline)) {
+      put(to.part, to.panel, at.row + i.value, to.out, sums[i.value][0]);
+      if (to.panels > 1) put(to.part, to.panel + 1, at.row + i.value, to.out, sums[i.value][1]);
+    });
   } else {
     for (int i = 0; i < M; i++) kept[i][0] = sums[i][0], kept[i][1] = sums[i][1];
   }
+}
+
+// What is unpacked next: into the second-level cache if it comes fast, since the first would lose what is in use.
+PG_INLINE void fetch(const uint8_t* from, const uint8_t* end, bool fast) {
+  for (; from < end; from += 64) fast ? __builtin_prefetch(from, 0, 2) : __builtin_prefetch(from);
 }
 
 // A pair of panels times rows [r0, r1), at most kPackedMany.
@@ -123,7 +131,7 @@ template <int Type> void packed_pair(const Target& to, const Rows& a, int64_t r0
     const int64_t next = bytes * end / blocks, size = bytes * (end - block) / blocks;  // what is unpacked after this
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t from = rows * t / tiles, m = rows * (t + 1) / tiles - from;
-      for (int64_t line = size * t / tiles; line < size * (t + 1) / tiles; line += 64) __builtin_prefetch(pair + next + line);
+      fetch(pair + next + size * t / tiles, pair + next + size * (t + 1) / tiles, rows <= kPackedFew);
       packed_tile_of<Type, kPackedRows>(m, w, a, {r0 + from, block, end - block}, kept + from, to);
     }
   }
