@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +48,22 @@ FUSED = MappingProxyType(
 )
 """The products of a layer, and the slots that each is stacked from."""
 
-X, H, QKV, ATT, GATE_UP, MLP, LAST, LAST_NORMED, ROUTER, CHOSEN = range(10)
+X, H, QKV, ATT, GATE_UP, MLP, LAST, LAST_NORMED, ROUTER, CHOSEN, LAST_ATT, LAST_GATE_UP, LAST_MLP = range(13)
+
+
+class Buffers(NamedTuple):
+    """What a layer reads and writes behind its attention; the flags of operations that do."""
+
+    x: int
+    h: int
+    att: int
+    gate_up: int
+    mlp: int
+    flags: int = 0
+
+
+TOKENS = Buffers(X, H, ATT, GATE_UP, MLP)
+LOGITS = Buffers(LAST, LAST_NORMED, LAST_ATT, LAST_GATE_UP, LAST_MLP, native.LOGIT_ROWS)
 
 
 class Program:
@@ -142,11 +158,20 @@ class Program:
 
     def _operations(self) -> list[Op]:
         self._ops = []
+        rows = native.LOGIT_ROWS
         self._emit(native.EMBED, out=X, weight="embed")
         for i, layer in enumerate(self._spec.layers):
-            self._layer(i, layer)
-        rows = native.LOGIT_ROWS
-        self._emit(native.GATHER, in_=X, out=LAST, flags=rows)
+            if i + 1 < len(self._spec.layers) or not narrow_end(self._spec):
+                self._attention(i, layer, f"layers.{i}.o")
+                self._rest(i, layer, TOKENS)
+                continue
+            # behind the last attention only rows that want logits go on
+            self._attention(i, layer)
+            self._emit(native.GATHER, in_=X, out=LAST, flags=rows)
+            self._emit(native.GATHER, in_=ATT, out=LAST_ATT, flags=rows, order=f"layers.{i}.o")
+            self._rest(i, layer, LOGITS)
+        if not narrow_end(self._spec):
+            self._emit(native.GATHER, in_=X, out=LAST, flags=rows)
         self._emit(native.NORM, in_=LAST, out=LAST_NORMED, vector="norm", flags=rows, f=self._spec.norm_eps)
         if self._spec.pooling is None:
             self._emit(native.HEAD, in_=LAST_NORMED, weight="head", flags=rows)
@@ -155,20 +180,25 @@ class Program:
         self._quantize_inputs()
         return self._ops
 
-    def _layer(self, i: int, layer: Layer) -> None:
-        p, eps = f"layers.{i}.", self._spec.norm_eps
+    def _attention(self, i: int, layer: Layer, order: str = "") -> None:
+        p, eps, a = f"layers.{i}.", self._spec.norm_eps, layer.attention
         self._emit(native.NORM, in_=X, out=H, vector=p + "attn_norm", f=eps, order=p + "qkv")
         self._emit(native.MATMUL, in_=H, out=QKV, weight=p + "qkv", vector=p + "qkv_bias")
         self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=i, f=eps)
-        a = layer.attention
-        self._emit(native.ATTENTION, in_=QKV, out=ATT, layer=i, f=a.scale, window=a.window or 0, order=p + "o")
-        self._emit(native.MATMUL, in_=ATT, out=X, weight=p + "o", vector=p + "o_bias", flags=native.ADD)
-        self._emit(native.NORM, in_=X, out=H, vector=p + "mlp_norm", f=eps, order=p + "gate_up")
+        self._emit(native.ATTENTION, in_=QKV, out=ATT, layer=i, f=a.scale, window=a.window or 0, order=order)
+
+    def _rest(self, i: int, layer: Layer, b: Buffers) -> None:
+        """What a layer does behind its attention."""
+        p, add = f"layers.{i}.", native.ADD | b.flags
+        self._emit(native.MATMUL, in_=b.att, out=b.x, weight=p + "o", vector=p + "o_bias", flags=add)
+        norm, order = p + "mlp_norm", p + "gate_up"
+        self._emit(native.NORM, in_=b.x, out=b.h, vector=norm, flags=b.flags, f=self._spec.norm_eps, order=order)
         if layer.mlp.experts is not None:
             return self._mixture(p, layer.mlp.experts)
-        self._emit(native.MATMUL, in_=H, out=GATE_UP, weight=p + "gate_up", vector=p + "gate_up_bias")
-        self._emit(native.SILU, in_=GATE_UP, out=MLP, order=p + "down")
-        self._emit(native.MATMUL, in_=MLP, out=X, weight=p + "down", vector=p + "down_bias", flags=native.ADD)
+        bias = p + "gate_up_bias"
+        self._emit(native.MATMUL, in_=b.h, out=b.gate_up, weight=p + "gate_up", vector=bias, flags=b.flags)
+        self._emit(native.SILU, in_=b.gate_up, out=b.mlp, flags=b.flags, order=p + "down")
+        self._emit(native.MATMUL, in_=b.mlp, out=b.x, weight=p + "down", vector=p + "down_bias", flags=add)
 
     def _mixture(self, p: str, experts: Experts) -> None:
         self._emit(native.MATMUL, in_=H, out=ROUTER, weight=p + "router")
@@ -198,6 +228,11 @@ class Program:
                 producer[op.out] = op
 
 
+def narrow_end(spec: ModelSpec) -> bool:
+    """Whether, behind the attention of the last layer, only the rows go on that want logits: of a prompt one in all."""
+    return spec.pooling is None and spec.layers[-1].mlp.experts is None
+
+
 def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
     """Width of each buffer, in the order of the constants."""
     a, h = spec.layers[0].attention, spec.hidden_size
@@ -205,8 +240,9 @@ def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
     mlp = max(_dense_sizes(spec), default=0)
     chosen = max((m.size * m.experts.active for m in (layer.mlp for layer in spec.layers) if m.experts), default=0)
     qkv = (a.heads + 2 * a.kv_heads) * a.head_dim
-    widths = [(h, 0), (h, 0), (qkv, 0), (a.heads * a.head_dim, 0), (gated * mlp, 0), (mlp, 0), (h, 1), (h, 1)]
-    widths += [(_mixture(spec)[0], 0), (chosen, 0)]
+    att, narrow = a.heads * a.head_dim, narrow_end(spec)
+    widths = [(h, 0), (h, 0), (qkv, 0), (att, 0), (gated * mlp, 0), (mlp, 0), (h, 1), (h, 1)]
+    widths += [(_mixture(spec)[0], 0), (chosen, 0), (att * narrow, 1), (gated * mlp * narrow, 1), (mlp * narrow, 1)]
     return [BufferShape(width, rows) for width, rows in widths]
 
 
