@@ -78,6 +78,7 @@ struct EncoderJob {  // consecutive tokens of one request, one head, over all it
 struct Kernels {
   const char* name;
   bool wide;  // products read Rows::wide
+  int chain_rows;  // that pay for a chain of phases, times the square of the number of chains: see step.cpp
   void (*matmul)(const Part&, int64_t first_panel, int64_t last_panel, const Rows&, int64_t first, int64_t last, const Out&);
   void (*dequantize_row)(const Part&, int64_t k, int64_t row, float* out);
   void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* out);

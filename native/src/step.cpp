@@ -11,8 +11,6 @@ using namespace pagoda;
 
 namespace {
 
-constexpr int64_t kChainRows = 4;  // times the square of their number: see most_chains
-
 class StepJob : public Job {
  public:
   StepJob(pg_context& c, const pg_step& st) : c_(c), st_(st) {
@@ -48,7 +46,7 @@ class StepJob : public Job {
   // all weights: there must be rows enough to make that cheap. Of the experts each has but a few rows.
   int most_chains() const {
     int count = 1;
-    while (c_.kv.data && !c_.dims.experts && 2 * count <= c_.team.size() && kChainRows * 4 * count * count <= st_.tokens_count) count *= 2;
+    while (c_.kv.data && !c_.dims.experts && 2 * count <= c_.team.size() && c_.kernels->chain_rows * 4 * count * count <= st_.tokens_count) count *= 2;
     return std::is_sorted(st_.rows, st_.rows + st_.rows_count) ? count : 1;
   }
 
