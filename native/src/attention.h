@@ -126,7 +126,12 @@ struct Seen {
 template <int N, int B, bool Int8>
 PG_INLINE int scores_of(const AttentionJob& job, const int32_t* table, Seen seen, int b, bool fetch, const float* q, float* scores) {
   const KvCache& cache = *job.cache;
-  const auto at = [&](int i) { return cache.at(job.layer, table[i < seen.last ? i : seen.last - 1], job.kv_head); };
+  const int next_head = table == job.table && job.kv_head + 1 < cache.heads;  // lies behind this one, and its job comes next
+  const auto at = [&](int i) {
+    const bool here = i < seen.last;
+    const int last = seen.last - 1, ahead = seen.first + i - seen.last;
+    return cache.at(job.layer, table[here ? i : ahead < last ? ahead : last], job.kv_head + (here ? 0 : next_head));
+  };
   const auto block = [&](int i) { return KvBlock<Int8>(cache, at(i)); };
   const int64_t bytes = fetch ? cache.stride() : 0;
   for (; b + B <= seen.last; b += B) {
