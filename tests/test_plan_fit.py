@@ -198,6 +198,45 @@ def test_experts_are_counted(tmp_path: Path) -> None:
     assert not plan(tmp_path, parse_gpus("24GiB"), max_model_len=8192).fits
 
 
+@pytest.mark.parametrize(
+    ("sizes", "parameters"),
+    [
+        (
+            # Mixtral-8x7B
+            {
+                "model_type": "mixtral",
+                "hidden_size": 4096,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "intermediate_size": 14336,
+                "num_local_experts": 8,
+                "vocab_size": 32000,
+            },
+            46_702_792_704,
+        ),
+        (
+            # Qwen1.5-MoE-A2.7B
+            {
+                "model_type": "qwen2_moe",
+                "hidden_size": 2048,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 16,
+                "intermediate_size": 5632,
+                "num_experts": 60,
+                "num_experts_per_tok": 4,
+                "moe_intermediate_size": 1408,
+                "shared_expert_intermediate_size": 5632,
+            },
+            14_315_784_192,
+        ),
+    ],
+)
+def test_other_mixtures_are_counted(sizes: dict[str, Any], parameters: int, tmp_path: Path) -> None:
+    model = planned_model(write(tmp_path, {**COMMON, **sizes, "tie_word_embeddings": False}))
+    assert model.parameters == parameters
+
+
 def test_the_plan_is_what_the_engine_takes(smollm2_path: str) -> None:
     draft = Speculation(model=smollm2_path, num_tokens=2)
     for options in (
