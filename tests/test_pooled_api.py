@@ -30,8 +30,8 @@ from pagoda.api.serving.server import Server
 from pagoda.cli.serve import make_server
 from pagoda.config import Options
 from pagoda.engine.client import EngineClient
-from pagoda.text.rerank import judged
-from pagoda.text.tokenizer import load_tokenizer
+from pagoda.text.rerank import judged, pair_tokens
+from pagoda.text.tokenizer import Cut, load_tokenizer
 
 QUERY = "the cat"
 DOCUMENTS = ["a pagoda is a tower", "the cat sat on the mat", "the mat"]
@@ -121,6 +121,49 @@ def test_truncation_keeps_the_beginning_and_the_end_token(minilm: str) -> None:
     assert long["usage"]["prompt_tokens"] == 256
     cut = post(minilm, "/v1/embeddings", input="hi there all", truncate_prompt_tokens=4, encoding_format="float")
     assert cut["data"][0] == post(minilm, "/v1/embeddings", input="hi there")["data"][0]
+
+
+def test_the_side_that_is_cut(minilm: str, ranker: str) -> None:
+    """What is left of a cut text counts like that text alone; token ids are cut where they are."""
+    left = {"truncate_prompt_tokens": 4, "truncation_side": "left"}
+    for path, what in (("/v1/embeddings", "embedding"), ("/pooling", "data")):
+        for given, kept in (("far too much hi there", "hi there"), ([9, 101, 7592, 2088, 102], "hello world")):
+            found, alone = post(minilm, path, input=given, **left), post(minilm, path, input=kept)
+            assert found["data"][0][what] == alone["data"][0][what] and found["usage"]["prompt_tokens"] == 4
+    far = {"truncate_prompt_tokens": -1, "truncation_side": "left"}
+    assert (
+        post(minilm, "/v1/embeddings", input="word " * 10**5 + "hi " * 254, **far)["data"][0]
+        == (post(minilm, "/v1/embeddings", input="hi " * 254)["data"][0])
+    )
+    document = "the cat " * 200 + "sat on a mat"
+    most = 2 + 4 + 3  # the query, the last four words, what frames both
+    for side, kept in (("left", "sat on a mat"), ("right", "the cat the cat"), (None, "the cat the cat")):
+        cut = {"truncate_prompt_tokens": most, "truncation_side": side}
+        asked, alone = {"query": QUERY, "documents": [document]}, {"query": QUERY, "documents": [kept]}
+        scores = [
+            post(ranker, "/rerank", **each)["results"][0]["relevance_score"] for each in ({**asked, **cut}, alone)
+        ]
+        pair = post(ranker, "/score", text_1=QUERY, text_2=document, **cut)["data"][0]["score"]
+        assert scores == [pair, pair], side
+        classes = [
+            post(ranker, "/classify", input=t, **c)["data"]
+            for t, c in ((document, {**cut, "truncate_prompt_tokens": 6}), (kept, {}))
+        ]
+        assert classes[0] == classes[1]
+    assert post(ranker, "/rerank", query="a", documents=["b"], truncation_side="middle")[0] == 400
+
+
+def test_the_question_of_a_judge_is_cut_last(tmp_path: Path) -> None:
+    write_model(tmp_path, "qwen3")
+    tokenizer = load_tokenizer(str(tmp_path), {})
+    before, text, behind = (tokenizer.encode(part, add_special_tokens=False) for part in judged("the cat", "", "why"))
+    document = tokenizer.encode(" ".join(DOCUMENTS), add_special_tokens=False)
+    most = len(before) + len(text) + 4 + len(behind)
+    for cut, kept in ((Cut(most), document[:4]), (Cut(most, "left"), document[-4:])):
+        ids, _ = pair_tokens(tokenizer, "qwen3", "the cat", " ".join(DOCUMENTS), cut, "why")
+        assert ids == [*before, *text, *kept, *behind]
+    short, _ = pair_tokens(tokenizer, "qwen3", "the cat", "a mat", Cut(most - 6, "left"), "why")
+    assert short == [*before, *text[:-2], *behind]
 
 
 def test_routes_for_other_models_say_so(minilm: str, ranker: str) -> None:

@@ -14,7 +14,7 @@ from pagoda.engine.vectors import check_dimensions, probabilities, vector
 from pagoda.errors import BadRequest, ContextLengthExceeded, EngineError
 from pagoda.text.rerank import pair_tokens
 from pagoda.text.sentence import SentenceFiles
-from pagoda.text.tokenizer import Tokenizer
+from pagoda.text.tokenizer import Cut, Tokenizer
 from pagoda.types import Delta, Float32, PoolingParams, Request, SamplingParams
 
 T = TypeVar("T")
@@ -142,9 +142,9 @@ class Pooler:
                 f"this model sorts texts into {self._info.width} classes, and gives no single score",
                 remedy="Call classify()",
             )
-        most = self._most(params)
+        cut = self._cut(params)
         pairs = [
-            pair_tokens(self._tokenizer, self._info.architecture, a, b, most, instruction)
+            pair_tokens(self._tokenizer, self._info.architecture, a, b, cut, instruction)
             for a, b in zip(firsts, second, strict=True)
         ]
         return [_of(raw, ScoringOutput(float(_labels(raw, params)[0]))) for raw in self._ask(pairs, show)]
@@ -185,21 +185,21 @@ class Pooler:
                 else "Load a model that has a classifier, or one for reranking with task='score'",
             )
 
-    def _most(self, params: PoolingParams) -> int | None:
+    def _cut(self, params: PoolingParams) -> Cut | None:
         given, limit = params.truncate_prompt_tokens, self._info.max_model_len
-        return None if given is None else limit if given == -1 else min(given, limit)
+        return None if given is None else Cut(limit if given == -1 else min(given, limit))
 
     def _tokens(self, prompt: Any, params: PoolingParams, before: str) -> Tokens:
         if isinstance(prompt, Mapping):
             prompt = prompt.get("prompt") if prompt.get("prompt_token_ids") is None else prompt["prompt_token_ids"]
-        most = self._most(params)
+        cut = self._cut(params)
         if isinstance(prompt, str):
             ids = self._tokenizer.encode(before + prompt, add_special_tokens=False)
-            return self._tokenizer.framed(ids, most), None
+            return self._tokenizer.framed(ids, cut), None
         ids, size = list(prompt), self._info.vocab_size
         if not all(isinstance(i, int) and 0 <= i < size for i in ids):
             raise BadRequest(f"a prompt is a text, or token ids from 0 to {size - 1}", param="prompts")
-        return ids[:most], None
+        return ids if cut is None else cut.kept(ids), None
 
     def _ask(self, prompts: Sequence[Tokens], show: bool) -> list[Raw]:
         limit = self._info.max_model_len

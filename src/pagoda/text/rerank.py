@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagoda.text.tokenizer import Tokenizer
+from pagoda.text.tokenizer import Cut, Tokenizer
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 """For requests that give none; it is the one that Qwen3-Reranker was trained with most."""
@@ -16,7 +16,7 @@ _WRITTEN = ("<|im_start|>", "<Instruct>")
 
 
 def judged(query: str, document: str, instruction: str | None) -> tuple[str, str, str]:
-    """What goes before, the part that may be cut at its end, and what goes behind.
+    """What goes before, the part that ends with the document and may be cut, and what goes behind.
 
     A query that is written in this form already is left as it is.
     """
@@ -30,14 +30,18 @@ def pair_tokens(
     architecture: str,
     query: str,
     document: str,
-    most: int | None = None,
+    cut: Cut | None = None,
     instruction: str | None = None,
 ) -> tuple[list[int], int | None]:
-    """Token ids, and the place of the second text where the model needs it. `most` cuts the document at its end."""
+    """Token ids, and the place of the second text where the model needs it. `cut` is for the document."""
     if architecture != "qwen3":
-        return tokenizer.encode_pair(query, document, most)
+        return tokenizer.encode_pair(query, document, cut)
     before, text, behind = judged(query, document, instruction)
     head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in (before, behind))
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    room = None if most is None else max(0, most - len(head) - len(tail))
-    return [*head, *ids[:room], *tail], None
+    encoding = tokenizer.encode_spans(text)
+    ids = encoding.ids
+    if cut is not None:
+        start = len(text) - len(document)
+        asked = sum(end <= start for _, end in encoding.offsets)
+        ids = cut.kept(ids, around=len(head) + len(tail), fixed=asked)
+    return [*head, *ids, *tail], None

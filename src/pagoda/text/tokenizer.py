@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import tokenizers
@@ -16,6 +17,22 @@ from pagoda.errors import BadRequest, ModelError
 from pagoda.text.files import declared_tokens, id_list, read_json, special_tokens
 from pagoda.text.gguf_vocab import build_gguf_vocab
 from pagoda.text.pieces import Pieces, from_decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A prompt that is too long is cut to `most` tokens in all; `side` is the one that loses."""
+
+    most: int
+    side: Literal["left", "right"] = "right"
+
+    def kept(self, ids: list[int], *, around: int = 0, fixed: int = 0) -> list[int]:
+        """What is left of `ids` beside `around` other tokens; the first `fixed` of them are the last to go."""
+        room = max(0, self.most - around)
+        if self.side == "right" or len(ids) <= room:
+            return ids[:room]
+        fixed = min(fixed, room)
+        return [*ids[:fixed], *ids[len(ids) - room + fixed :]]
 
 
 class Tokenizer:
@@ -68,24 +85,24 @@ class Tokenizer:
         ids = self.encode_spans(text, parse_special=parse_special).ids
         return self.framed(ids) if add_special_tokens else ids
 
-    def framed(self, ids: list[int], most: int | None = None) -> list[int]:
-        """The ids of a text with what belongs before and after it; with `most`, cut at its end to so many in all."""
-        room = None if most is None else max(0, most - len(self._prefix) - len(self._suffix))
-        return [*self._prefix, *ids[:room], *self._suffix]
+    def framed(self, ids: list[int], cut: Cut | None = None) -> list[int]:
+        """The ids of a text with what belongs before and after it; with `cut`, as many in all as it leaves."""
+        kept = ids if cut is None else cut.kept(ids, around=len(self._prefix) + len(self._suffix))
+        return [*self._prefix, *kept, *self._suffix]
 
     def beginning(self, text: str, most: int) -> str:
         """The text up to the end of its token number `most`."""
         offsets = self.encode_spans(text).offsets
         return text if len(offsets) <= most else text[: offsets[most - 1][1]]
 
-    def encode_pair(self, first: str, second: str, most: int | None = None) -> tuple[list[int], int | None]:
+    def encode_pair(self, first: str, second: str, cut: Cut | None = None) -> tuple[list[int], int | None]:
         """Ids of two texts, joined as the model was trained with, and the place of the second where types tell them
-        apart. With `most`, the second one is cut to what the first leaves of so many tokens.
+        apart. With `cut`, the second one is cut to what the first leaves of so many tokens.
         """
         a, b = self.encode_spans(first), self.encode_spans(second)
         around = self._backend.num_special_tokens_to_add(True)
-        if most is not None and len(a.ids) + len(b.ids) + around > most:
-            b.truncate(max(0, most - len(a.ids) - around))
+        if cut is not None and len(a.ids) + len(b.ids) + around > cut.most:
+            b.truncate(max(0, cut.most - len(a.ids) - around), direction=cut.side)
         joined = self._backend.post_process(a, b)
         return joined.ids, joined.type_ids.index(1) if 1 in joined.type_ids else None
 

@@ -15,14 +15,15 @@ from pagoda.api.pooling.prompts import input_prompts
 from pagoda.api.pooling.replies import reply_to
 from pagoda.api.serving.server import Server
 from pagoda.engine.vectors import check_dimensions, vector
+from pagoda.text.tokenizer import Cut
 
 
 async def embed(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), OllamaEmbedBody)
     resolve(server, body.model)
     check_dimensions(body.dimensions, server.engine.info.width, server.sentence.dimensions)
-    most = server.max_model_len if body.truncate else None
-    prompts = await input_prompts(server, body.input, most, server.sentence.default_prompt) if body.input else []
+    cut = Cut(server.max_model_len) if body.truncate else None
+    prompts = await input_prompts(server, body.input, cut, server.sentence.default_prompt) if body.input else []
     call = server.start_pooled("embd", prompts, model=body.model or server.names[0])
 
     async def reply() -> OllamaEmbedReply:
@@ -40,8 +41,8 @@ async def embed_one(server: Server, request: Request) -> Reply:
     resolve(server, body.model)
     if not body.prompt:
         return Response(b'{"embedding":[]}', media_type="application/json")
-    most = server.max_model_len if body.truncate else None
-    prompts = await input_prompts(server, body.prompt, most, server.sentence.default_prompt)
+    cut = Cut(server.max_model_len) if body.truncate else None
+    prompts = await input_prompts(server, body.prompt, cut, server.sentence.default_prompt)
     call = server.start_pooled("embd", prompts, model=server.names[0])
 
     async def reply() -> OllamaEmbeddingsReply:

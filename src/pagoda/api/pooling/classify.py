@@ -7,7 +7,7 @@ from starlette.requests import Request
 
 from pagoda.api.http.body import parse, read_body
 from pagoda.api.http.stream import Reply
-from pagoda.api.pooling.prompts import as_base64, input_prompts, limit_of, usage
+from pagoda.api.pooling.prompts import as_base64, cut_of, input_prompts, usage
 from pagoda.api.pooling.protocol import Class, ClassifyBody, ClassifyReply, PooledData, PoolingBody, PoolingReply
 from pagoda.api.pooling.replies import reply_to
 from pagoda.api.serving.server import Server
@@ -19,8 +19,8 @@ from pagoda.types import Float32
 async def classify(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), ClassifyBody)
     model = server.served.resolve(body.model)
-    most = limit_of(server, body.truncate_prompt_tokens)
-    prompts = await input_prompts(server, body.input, most, "", body.add_special_tokens)
+    cut = cut_of(server, body)
+    prompts = await input_prompts(server, body.input, cut, "", body.add_special_tokens)
     call = server.start_pooled("classify", prompts, model=model, priority=body.priority or 0)
     names = server.sentence.labels
 
@@ -47,8 +47,8 @@ async def pooling(server: Server, request: Request) -> Reply:
             f"task {str(body.task)[:32]!r}: this model can {'embed' if embeds else 'classify'}", param="task"
         )
     check_dimensions(body.dimensions, info.width, sentence.dimensions if embeds else None)
-    most, before = limit_of(server, body.truncate_prompt_tokens), sentence.default_prompt if embeds else ""
-    prompts = await input_prompts(server, body.input, most, before, body.add_special_tokens)
+    cut, before = cut_of(server, body), sentence.default_prompt if embeds else ""
+    prompts = await input_prompts(server, body.input, cut, before, body.add_special_tokens)
     call = server.start_pooled("pool", prompts, model=model, priority=body.priority or 0)
     normalize = sentence.normalize if body.normalize is None else body.normalize
 

@@ -6,7 +6,7 @@ from starlette.requests import Request
 
 from pagoda.api.http.body import parse, read_body
 from pagoda.api.http.stream import Reply
-from pagoda.api.pooling.prompts import as_base64, input_prompts, limit_of, usage
+from pagoda.api.pooling.prompts import as_base64, cut_of, input_prompts, usage
 from pagoda.api.pooling.protocol import Embedding, EmbeddingBody, EmbeddingReply
 from pagoda.api.pooling.replies import reply_to
 from pagoda.api.serving.generation import Pooled
@@ -18,8 +18,8 @@ async def embeddings(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), EmbeddingBody)
     model = server.served.resolve(body.model)
     check_dimensions(body.dimensions, server.engine.info.width, server.sentence.dimensions)
-    most, before = limit_of(server, body.truncate_prompt_tokens), server.sentence.prompt(body.prompt_name)
-    prompts = await input_prompts(server, body.input, most, before, body.add_special_tokens)
+    cut, before = cut_of(server, body), server.sentence.prompt(body.prompt_name)
+    prompts = await input_prompts(server, body.input, cut, before, body.add_special_tokens)
     call = server.start_pooled("embd", prompts, model=model, priority=body.priority or 0)
     return await reply_to(server, request, call, _reply(server, call, body), ignored)
 

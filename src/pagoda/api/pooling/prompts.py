@@ -7,10 +7,11 @@ import base64
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from pagoda.api.pooling.protocol import PoolingUsage
+from pagoda.api.pooling.protocol import PoolingFields, PoolingUsage
 from pagoda.api.serving.server import INLINE_CHARS, Server
 from pagoda.errors import BadRequest
 from pagoda.text.rerank import pair_tokens
+from pagoda.text.tokenizer import Cut
 from pagoda.types import Float32
 
 T = TypeVar("T")
@@ -24,32 +25,45 @@ _OTHER_IDS = (
 )
 
 
-def limit_of(server: Server, truncate: int | None) -> int | None:
-    """How many tokens a prompt is cut to; None: it is not cut."""
-    if truncate is None:
+def cut_of(server: Server, body: PoolingFields) -> Cut | None:
+    """How prompts are cut; None: they are not."""
+    keep = body.truncate_prompt_tokens
+    if keep is None:
         return None
-    if truncate != -1 and truncate < 1:
+    if keep != -1 and keep < 1:
         raise BadRequest(
             "truncate_prompt_tokens must be -1 (what the model takes) or at least 1", param="truncate_prompt_tokens"
         )
-    return server.max_model_len if truncate == -1 else min(truncate, server.max_model_len)
+    most = server.max_model_len
+    return Cut(most if keep == -1 else min(keep, most), body.truncation_side or "right")
 
 
-async def text_prompts(server: Server, texts: Sequence[str], most: int | None, special: bool = True) -> list[Prompt]:
-    """One prompt for each text, cut to `most` tokens where that is given."""
+def _near(server: Server, text: str, cut: Cut | None) -> str:
+    """The part of a text that is encoded: what is far from what a cut keeps is not looked at."""
     longest = server.max_model_len * MAX_CHARS_PER_TOKEN
-    if most is None:
+    if cut is None:
+        return text
+    return text[-longest:] if cut.side == "left" else text[:longest]
+
+
+async def text_prompts(server: Server, texts: Sequence[str], cut: Cut | None, special: bool = True) -> list[Prompt]:
+    """One prompt for each text."""
+    if cut is None:
         for text in texts:
             await server.check_length(text)
 
     def encode() -> list[Prompt]:
         out: list[Prompt] = []
         for text in texts:
-            ids = server.tokenizer.encode(text if most is None else text[:longest], add_special_tokens=False)
-            out.append((server.tokenizer.framed(ids, most) if special else ids[:most], None))
+            ids = server.tokenizer.encode(_near(server, text, cut), add_special_tokens=False)
+            out.append((server.tokenizer.framed(ids, cut) if special else _kept(ids, cut), None))
         return out
 
     return await unhurried(texts, encode)
+
+
+def _kept(ids: list[int], cut: Cut | None) -> list[int]:
+    return ids if cut is None else cut.kept(ids)
 
 
 async def unhurried(texts: Iterable[str], work: Callable[[], T]) -> T:
@@ -58,7 +72,7 @@ async def unhurried(texts: Iterable[str], work: Callable[[], T]) -> T:
 
 
 async def input_prompts(
-    server: Server, given: str | list[Any], most: int | None, before: str = "", special: bool = True
+    server: Server, given: str | list[Any], cut: Cut | None, before: str = "", special: bool = True
 ) -> list[Prompt]:
     """The prompts of an `input`: a text, texts, token ids, or lists of token ids. `before` goes before each text."""
     one = isinstance(given, str) or (given and isinstance(given[0], int))
@@ -66,28 +80,28 @@ async def input_prompts(
     if not inputs:
         raise BadRequest("input is empty: give at least one text", param="input")
     if all(isinstance(each, str) for each in inputs):
-        return await text_prompts(server, [before + each for each in inputs], most, special)
+        return await text_prompts(server, [before + each for each in inputs], cut, special)
     size = server.vocab_size
     for ids in inputs:
         if not isinstance(ids, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
             raise BadRequest("input must be a text, a list of texts, token ids, or lists of token ids", param="input")
         if any(not 0 <= i < size for i in ids):
             raise BadRequest(f"input holds a token id outside 0..{size - 1}", remedy=_OTHER_IDS, param="input")
-    return [(ids[:most], None) for ids in inputs]
+    return [(_kept(ids, cut), None) for ids in inputs]
 
 
 async def pair_prompts(
-    server: Server, pairs: Sequence[tuple[str, str]], most: int | None, instruction: str | None = None
+    server: Server, pairs: Sequence[tuple[str, str]], cut: Cut | None, instruction: str | None = None
 ) -> list[Prompt]:
-    """One prompt for each pair of texts, the second text cut where `most` says so."""
+    """One prompt for each pair of texts, the second of which may be cut."""
     longest = server.max_model_len * MAX_CHARS_PER_TOKEN
-    if any(len(text) > longest for pair in pairs for text in pair) and most is None:
+    if any(len(text) > longest for pair in pairs for text in pair) and cut is None:
         raise BadRequest("a text is far longer than the context of this model", param="documents")
 
     def encode() -> list[Prompt]:
         architecture = server.engine.info.architecture
         return [
-            pair_tokens(server.tokenizer, architecture, first, second[:longest], most, instruction)
+            pair_tokens(server.tokenizer, architecture, first, _near(server, second, cut), cut, instruction)
             for first, second in pairs
         ]
 

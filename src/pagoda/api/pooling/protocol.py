@@ -9,10 +9,14 @@ from msgspec import UNSET, UnsetType
 
 
 class PoolingFields(msgspec.Struct, kw_only=True):
-    """What all of them share. `truncate_prompt_tokens` -1 cuts to what the model takes; without it nothing is cut."""
+    """What all of them share. `truncate_prompt_tokens` -1 cuts to what the model takes; without it nothing is cut.
+
+    Cut is the end of a text; with `truncation_side` left, its beginning. Of a pair only the second text is cut.
+    """
 
     model: str | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
     user: str | None = None
     priority: int | None = None
     drop_params: bool = False

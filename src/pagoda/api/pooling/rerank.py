@@ -13,7 +13,7 @@ from pagoda.api.http.stream import Reply
 from pagoda.api.pooling.prompts import (
     MAX_CHARS_PER_TOKEN,
     Prompt,
-    limit_of,
+    cut_of,
     pair_prompts,
     text_prompts,
     unhurried,
@@ -46,7 +46,7 @@ async def rerank(server: Server, request: Request) -> Reply:
     if not texts:
         raise BadRequest("documents is empty: give at least one", param="documents")
     pairs = [(body.query, text) for text in await _cut(server, texts, body.max_tokens_per_doc)]
-    asking = _Comparison(server, body.truncate_prompt_tokens, body.instruction)
+    asking = _Comparison(server, body)
     call = await asking.start("rerank", pairs, model, body.priority, roles=("query", "document"))
     plain = request.scope["path"].endswith(_PLAIN_TEXTS)
 
@@ -69,7 +69,7 @@ async def rerank(server: Server, request: Request) -> Reply:
 async def score(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), ScoreBody)
     model = server.served.resolve(body.model)
-    asking = _Comparison(server, body.truncate_prompt_tokens, body.instruction)
+    asking = _Comparison(server, body)
     call = await asking.start("score", _pairs(body), model, body.priority)
 
     async def reply() -> ScoreReply:
@@ -84,10 +84,10 @@ async def score(server: Server, request: Request) -> Reply:
 class _Comparison:
     """Compares pairs: a scoring model reads both texts, of an embedding model the cosine of their vectors is taken."""
 
-    def __init__(self, server: Server, truncate: int | None, instruction: str | None) -> None:
+    def __init__(self, server: Server, body: RerankBody | ScoreBody) -> None:
         self._server = server
-        self._most = limit_of(server, truncate)
-        self._instruction = instruction
+        self._cut = cut_of(server, body)
+        self._instruction = body.instruction
         self._embeds = server.engine.info.task == "embed"
         self._places: list[tuple[int, int]] = []  # of each pair among the texts of an embedding model
 
@@ -99,7 +99,7 @@ class _Comparison:
             prompts = await self._texts(pairs, roles)
         else:
             self._check_labels()
-            prompts = await pair_prompts(self._server, pairs, self._most, self._instruction)
+            prompts = await pair_prompts(self._server, pairs, self._cut, self._instruction)
         return self._server.start_pooled(kind, prompts, model=model, priority=priority or 0)
 
     async def _texts(self, pairs: Sequence[tuple[str, str]], roles: Sequence[str]) -> list[Prompt]:
@@ -114,7 +114,7 @@ class _Comparison:
                     places.setdefault(before[1] + second, len(places)),
                 )
             )
-        return await text_prompts(self._server, list(places), self._most)
+        return await text_prompts(self._server, list(places), self._cut)
 
     def _check_labels(self) -> None:
         width = self._server.engine.info.width
