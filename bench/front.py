@@ -111,7 +111,7 @@ class Client(asyncio.Protocol):
     """One connection; sends one request at a time, and counts the events of the answer."""
 
     def __init__(self, stream: bool) -> None:
-        self._end = b"data: [DONE]\n\n" if stream else b"}"
+        self._end = b"\r\n0\r\n\r\n" if stream else b"}"  # the last chunk
         self.events = self.bytes = 0
         self._tail = b""
         self._done: asyncio.Future[None] | None = None
@@ -120,11 +120,10 @@ class Client(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self.events += data.count(b"data: ")
+        self.events += data.count(b"data: ") + data.count(b"}\n\r\n")  # events, or lines of JSON
         self.bytes += len(data)
         self._tail = (self._tail + data)[-64:]
-        ended = self._tail.rstrip(b"\r\n0").endswith(self._end.rstrip())
-        if ended and self._done is not None and not self._done.done():
+        if self._tail.endswith(self._end) and self._done is not None and not self._done.done():
             self._done.set_result(None)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -143,12 +142,24 @@ def request(path: str, body: dict[str, Any]) -> bytes:
     return head.encode() + b"\r\n\r\n" + data
 
 
+def asked(route: str, output: int) -> tuple[str, dict[str, Any]]:
+    """The path of a route, and what it calls the text and the limit."""
+    messages = {"messages": [{"role": "user", "content": TEXT}]}
+    limit = {"max_tokens": output}
+    return {
+        "completions": ("/v1/completions", {"prompt": TEXT, **limit}),
+        "chat": ("/v1/chat/completions", {**messages, **limit}),
+        "messages": ("/v1/messages", {**messages, **limit}),
+        "responses": ("/v1/responses", {"input": TEXT, "max_output_tokens": output}),
+        "ollama": ("/api/chat", {**messages, "options": {"num_predict": output}}),
+    }[route]
+
+
 async def load(port: int, kind: str, streams: int, rounds: int, output: int) -> dict[str, Any]:
     """Each stream sends `rounds` requests, one after the other, over one connection."""
-    chat, stream = kind.startswith("chat"), kind.endswith("stream")
-    body: dict[str, Any] = {"model": "m", "max_tokens": output, "stream": stream, "ignore_eos": True}
-    body |= {"messages": [{"role": "user", "content": TEXT}]} if chat else {"prompt": TEXT}
-    data = request("/v1/chat/completions" if chat else "/v1/completions", body)
+    stream = kind.endswith("stream")
+    path, body = asked(kind.partition("-")[0], output)
+    data = request(path, {"model": "m", "stream": stream, "ignore_eos": True, **body})
     loop = asyncio.get_running_loop()
     clients = [(await loop.create_connection(lambda: Client(stream), "127.0.0.1", port))[1] for _ in range(streams)]
 
@@ -242,8 +253,13 @@ CASES: tuple[Case, ...] = (
     ("completions", 0.0, 16, 40, 1),
     ("chat", 0.0, 16, 40, 1),
     ("chat", 0.0, 32, 8, 512),
+    ("messages-stream", 10.0, 32, 1, 500),
+    ("responses-stream", 10.0, 32, 1, 500),
+    ("ollama-stream", 10.0, 32, 1, 500),
 )
-"""One token per event at a pace that the server can hold; then as fast as it can; then requests not streamed."""
+"""One token per event at a pace that the server can hold; then as fast as it can; then requests not streamed; then
+the other dialects at that pace.
+"""
 
 
 def main() -> None:

@@ -142,6 +142,12 @@ def test_unknown_routes_name_the_right_one(client: Client) -> None:
     assert "/docs" in client.get("/completely/other").json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/audio/speech", "/v1/audio/transcriptions", "/embed", "/generate", "/info"])
+def test_what_is_not_here_is_404(client: Client, path: str) -> None:
+    response = client.post(path, {"input": "hi", "query": "hi", "texts": ["hi"]})
+    assert response.status_code == 404 and f"there is no {path} here" in response.json()["error"]["message"]
+
+
 def test_wrong_methods(client: Client) -> None:
     response = client.get("/v1/chat/completions")
     assert (response.status_code, response.headers["allow"]) == (405, "POST")

@@ -99,13 +99,16 @@ class _Message:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The message's start, its blocks one after the other, its end with the reason and what was used."""
         yield named(MessageStart(message=self._reply([], None)))
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for _, delta in deltas:
-                for piece in self._read(delta):
-                    yield self._blocks.take(piece)
-                if delta.finish_reason is not None:
-                    yield self._blocks.stop() + self._end(delta)
+        async with aclosing(self._generation.rendered(self._render)) as rendered:
+            async for data in rendered:
+                yield data
         yield named(MessageStop())
+
+    def _render(self, _: int, delta: Delta) -> list[bytes]:
+        events = [self._blocks.take(piece) for piece in self._read(delta)]
+        if delta.finish_reason is not None:
+            events.append(self._blocks.stop() + self._end(delta))
+        return events
 
     def _read(self, delta: Delta) -> list[ChatDelta]:
         made = self._said.read(delta)

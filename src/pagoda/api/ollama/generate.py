@@ -163,15 +163,18 @@ class _Answering:
 
     async def lines(self) -> AsyncGenerator[bytes, None]:
         """A line for each piece of text, one with the calls, then one with the reason and the metrics."""
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for _, delta in deltas:
-                for message in self._read(delta):
-                    yield self._line(message)
-                if delta.finish_reason is not None:
-                    calls = _tool_calls(self._said.message())
-                    if calls is not UNSET:
-                        yield self._line(OllamaMessage(content="", tool_calls=calls))
-                    yield line(self._last(OllamaMessage(content=""), delta.finish_reason))
+        async with aclosing(self._generation.rendered(self._lines)) as rendered:
+            async for data in rendered:
+                yield data
+
+    def _lines(self, _: int, delta: Delta) -> list[bytes]:
+        lines = [self._line(message) for message in self._read(delta)]
+        if delta.finish_reason is not None:
+            calls = _tool_calls(self._said.message())
+            if calls is not UNSET:
+                lines.append(self._line(OllamaMessage(content="", tool_calls=calls)))
+            lines.append(line(self._last(OllamaMessage(content=""), delta.finish_reason)))
+        return lines
 
     def _read(self, delta: Delta) -> list[OllamaMessage]:
         """The pieces of thinking and of text that this delta makes certain; calls are told whole, at the end."""

@@ -184,15 +184,17 @@ class _Response:
         """Created, in progress, items with their parts one after the other, and how it ended."""
         yield self.line(Created(response=self._reply))
         yield self.line(InProgress(response=self._reply))
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for _, delta in deltas:
-                for each in self._read(delta):
-                    yield self.line(each)
-                if delta.finish_reason is not None:
-                    for each in self._finish(delta):
-                        yield self.line(each)
+        async with aclosing(self._generation.rendered(self._render)) as rendered:
+            async for data in rendered:
+                yield data
         ended = Completed if self._reply.status == "completed" else Incomplete
         yield self.line(ended(response=self._reply))
+
+    def _render(self, _: int, delta: Delta) -> list[bytes]:
+        events = self._read(delta)
+        if delta.finish_reason is not None:
+            events += self._finish(delta)
+        return [self.line(each) for each in events]
 
     def line(self, told: msgspec.Struct) -> bytes:
         """An event with its number."""
