@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -31,6 +32,8 @@ _OF_THE_GATEWAY = (
     "host", "port", "uds", "api_key", "max_requests_per_key", "root_path", "allowed_origins", "log_file", "keep_alive",
     "models", "upstream", "fallback", "fallback_model",
 )  # fmt: skip
+_ANY_KEY = "gateway"
+"""Of a child whose gateway needs none; only our user can reach a child's socket."""
 _KINDS: Mapping[int, type[PagodaError]] = {ModelError.exit_code: ModelError, MemoryShort.exit_code: MemoryShort}
 
 log = logging.getLogger("pagoda.gateway")
@@ -46,16 +49,19 @@ class NotLoaded(Overloaded):
 class Child:
     """The process, from one start to the next. `changed` is called whenever `state` has changed.
 
-    Requests are counted by `use`; whoever counts one keeps the process until it is over. Only the gateway knows `key`,
-    which is part of `headers`.
+    Requests are counted by `use`; whoever counts one keeps the process until it is over. `claim` is for one that
+    will need it soon. It takes the gateway's own keys: what it keeps for clients belongs to them.
     """
 
-    def __init__(self, sized: Sized, folder: Path, number: int, key: str, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, sized: Sized, folder: Path, number: int, api_keys: Sequence[str], changed: Callable[[], None]
+    ) -> None:
         self.sized = sized
         self.names = tuple(sized.options.served_model_name or (sized.name,))
         self.state: State = "stopped"
         self.busy = 0
         self.waiting = 0
+        self.waiting_since_s = math.inf
         self.loads = 0
         self.crashed = False
         self.usual_keep_alive_s = keep_alive_s(sized.options.keep_alive or "5m")
@@ -63,11 +69,13 @@ class Child:
         self.idle_since_s = time.monotonic()
         self.failure: PagodaError | None = None
         self.failed_at_s = 0.0
-        self.headers = {"authorization": f"Bearer {key}"}
+        self._keyed = bool(api_keys)
+        self._keys = tuple(api_keys) or (_ANY_KEY,)
+        self.headers = {"authorization": f"Bearer {self._keys[0]}"}
         self.place = Place(uds=str(folder / f"{number}.sock"))
         self._config = folder / f"{number}.json"
         self._notices = folder / f"{number}.notify"
-        self._key = key
+        self._claims = 0
         self._changed = changed
         self._process: asyncio.subprocess.Process | None = None
         self._life: asyncio.Task[None] | None = None
@@ -76,12 +84,32 @@ class Child:
         self._told_at_s = 0.0
 
     def seen(self) -> Seen:
-        need = self.sized.need_bytes
-        return Seen(self.sized.name, self.state, need, self.busy + self.waiting, self.idle_since_s, self.keep_alive_s)
+        return Seen(
+            self.sized.name,
+            self.state,
+            self.sized.need_bytes,
+            self.busy + self.waiting + self._claims,
+            self.idle_since_s,
+            self.keep_alive_s,
+            self.waiting_since_s if self.waiting else math.inf,
+        )
+
+    def credentials(self, given: Mapping[str, str]) -> Mapping[str, str]:
+        """The headers with a key for a request whose client gave these."""
+        return given if given and self._keyed else self.headers
 
     @property
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
+        """From before a request waits for it: once loaded, it must not be unloaded before the request comes."""
+        self._claims += 1
+        try:
+            yield
+        finally:
+            self._claims -= 1
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
@@ -239,7 +267,7 @@ class Child:
         ours = {*options, "PAGODA_CONFIG", "PAGODA_UPSTREAM_API_KEY", "NOTIFY_SOCKET", "WATCHDOG_PID"}
         kept = {name: value for name, value in os.environ.items() if name not in ours}
         told = {"NOTIFY_SOCKET": str(self._notices), "WATCHDOG_USEC": str(int(WATCHDOG_S * 1e6))}
-        return {**kept, **told, "PAGODA_API_KEY": self._key}
+        return {**kept, **told, "PAGODA_API_KEY": json.dumps(self._keys)}
 
 
 def _plain(value: object) -> object:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 from pagoda.api.serving.derived import DerivedModels
 from pagoda.api.serving.names import ServedNames
-from pagoda.errors import Overloaded
+from pagoda.errors import BadRequest, Overloaded
 from pagoda.gateway.child import AFTER_FAILURE_S, Child
 from pagoda.gateway.policy import expired, next_step
 from pagoda.gateway.sizes import Sized
@@ -26,11 +25,19 @@ log = logging.getLogger("pagoda.gateway")
 class Fleet:
     """The first model is loaded with the gateway, and again when it has crashed; the others when they are asked for."""
 
-    def __init__(self, models: Sequence[Sized], budget_bytes: int, folder: Path, derived: Path | None = None) -> None:
+    def __init__(
+        self,
+        models: Sequence[Sized],
+        budget_bytes: int,
+        folder: Path,
+        derived: Path | None = None,
+        api_keys: Sequence[str] = (),
+    ) -> None:
         self.budget_bytes = budget_bytes
         self._change = asyncio.Event()
-        key = secrets.token_urlsafe(32)
-        self.children = tuple(Child(each, folder, number, key, self._changed) for number, each in enumerate(models))
+        self.children = tuple(
+            Child(each, folder, number, api_keys, self._changed) for number, each in enumerate(models)
+        )
         self._exact = {name: child for child in reversed(self.children) for name in child.names}
         self._derived = derived
         self._served: list[tuple[ServedNames, Child]] = []
@@ -66,6 +73,15 @@ class Fleet:
         found = (names.find(wanted) for names, child in self._served if child is self.find(wanted))
         return next(found, None)
 
+    def check_new(self, name: str, child: Child) -> None:
+        """Raises BadRequest where a model that is to be made of `child` would have the name of one of another's."""
+        if any(names.has(name) for names, each in self._served if each is not child):
+            raise BadRequest(
+                f"{name[:200]!r} is the name of another model here",
+                remedy="Take another name, or delete that model first if it was made here: DELETE /api/delete",
+                param="model",
+            )
+
     async def loaded(self, child: Child) -> None:
         """Wait until it takes requests; it is started, and others leave, as needed. Raises what loading ended with."""
         if child.state == "ready":
@@ -74,6 +90,8 @@ class Fleet:
             raise Overloaded(
                 f"{child.waiting} requests wait for {child.sized.name} to be loaded; no more are taken now"
             )
+        if not child.waiting:
+            child.waiting_since_s = time.monotonic()
         child.waiting += 1
         try:
             await self._load(child)

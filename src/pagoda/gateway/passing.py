@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from starlette.requests import Request
@@ -25,7 +26,8 @@ from pagoda.api.ollama.protocol import (
 from pagoda.api.serving.endpoint import Endpoint
 from pagoda.gateway.wire import as_json
 
-_NOT_FORWARDED = frozenset(("authorization", "x-api-key", "host", "origin", "cookie", "connection"))
+_CREDENTIALS = frozenset(("authorization", "x-api-key"))
+_NOT_FORWARDED = frozenset(("host", "origin", "cookie", "connection")) | _CREDENTIALS
 CHANGES = frozenset(("/api/create", "/api/copy", "/api/delete", "/api/pull", "/api/push"))
 """These change what is on this machine, and under which names."""
 _MAY_ASK_NOTHING = frozenset(("/api/chat", "/api/generate"))
@@ -37,6 +39,7 @@ class Asked(msgspec.Struct, rename={"from_": "from"}):
     model: str | None = None
     from_: str | None = None
     source: str | None = None
+    destination: str | None = None
     name: str | None = None
     stream: bool | None = None
     keep_alive: Any = None
@@ -46,13 +49,17 @@ class Asked(msgspec.Struct, rename={"from_": "from"}):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passing:
-    """`path` is ours, without /v1; `shown` is how other servers have it. `model` None means any, or the first."""
+    """`path` is ours, without /v1; `shown` is how other servers have it. `model` None means any, or the first.
+
+    `credentials` are the headers with the client's key: for servers of ours only.
+    """
 
     endpoint: Endpoint
     request: Request
     path: str
     shown: str
     headers: Mapping[str, str]
+    credentials: Mapping[str, str]
     body: bytes
     asked: Asked
 
@@ -68,6 +75,13 @@ class Passing:
     def model(self) -> str | None:
         made_of = {"/api/create": self.asked.from_, "/api/copy": self.asked.source}
         return made_of.get(self.endpoint.path) or self.asked.model or self.asked.name
+
+    @property
+    def new_name(self) -> str | None:
+        """The name that a model is to get."""
+        if self.endpoint.path == "/api/copy":
+            return self.asked.destination
+        return self.asked.model or self.asked.name if self.endpoint.path == "/api/create" else None
 
     @property
     def streams(self) -> bool:
@@ -96,13 +110,15 @@ async def read(endpoint: Endpoint, request: Request) -> Passing:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         asked = Asked()
     query = request.scope.get("query_string", b"").decode("latin-1")
-    path = request.scope["path"] + (f"?{query}" if query else "")
+    # The path in the scope is decoded: what were line breaks in it would begin a request of its own.
+    path = quote(request.scope["path"], safe="/:@!$&'()*+,;=") + (f"?{query}" if query else "")
     return Passing(
         endpoint=endpoint,
         request=request,
         path=path,
         shown=f"/v1{path}" if endpoint.openai else path,
         headers={name: value for name, value in request.headers.items() if name not in _NOT_FORWARDED},
+        credentials={name: value for name, value in request.headers.items() if name in _CREDENTIALS},
         body=body,
         asked=asked,
     )

@@ -21,7 +21,10 @@ State = Literal["stopped", "loading", "ready", "leaving"]
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One model as the policy sees it. `need_bytes` is what it takes of the memory while it is not stopped."""
+    """One model as the policy sees it. `need_bytes` is what it takes of the memory while it is not stopped.
+
+    `waiting_since_s`: when the first of those who wait for it came; infinite where nobody does.
+    """
 
     name: str
     state: State
@@ -29,6 +32,7 @@ class Seen:
     busy: int = 0
     idle_since_s: float = 0.0
     keep_alive_s: float = DEFAULT_KEEP_ALIVE_S
+    waiting_since_s: float = math.inf
 
     def idle_first(self) -> tuple[bool, bool, float]:
         return self.busy > 0, math.isinf(self.keep_alive_s), self.idle_since_s
@@ -45,12 +49,17 @@ class Step:
 def next_step(wanted: Seen, others: Sequence[Seen], budget_bytes: int, waited_s: float) -> Step:
     """Room is made by the least recently used ones: first idle ones, those that were to stay last.
 
-    One that is busy is asked to leave only for somebody who has waited for a while.
+    One that is busy is asked to leave only for somebody who has waited for a while. Nobody takes the room of a model
+    that was wanted before: with many requests for one and few for another, the few would wait for ever.
     """
     held = [each for each in others if each.state != "stopped"]
+    before = [e for e in others if e.state == "stopped" and e.waiting_since_s < wanted.waiting_since_s]
+    staying = [e for e in held if e.state != "leaving"]
+    if before and sum(e.need_bytes for e in (*staying, *before, wanted)) > budget_bytes:
+        return Step(start=False)
     if sum(each.need_bytes for each in held) + wanted.need_bytes <= budget_bytes:
         return Step(start=True)
-    short = sum(e.need_bytes for e in held if e.state != "leaving") + wanted.need_bytes - budget_bytes
+    short = sum(e.need_bytes for e in staying) + wanted.need_bytes - budget_bytes
     unload: list[str] = []
     for each in sorted((e for e in held if e.state == "ready"), key=Seen.idle_first):
         if short <= 0 or (each.busy and waited_s < BUSY_GRACE_S):

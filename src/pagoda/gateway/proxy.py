@@ -18,7 +18,7 @@ from pagoda.api.ollama.options import not_found
 from pagoda.api.ollama.protocol import OLLAMA
 from pagoda.api.serving.endpoint import Endpoint
 from pagoda.api.serving.names import not_served
-from pagoda.errors import PagodaError
+from pagoda.errors import Overloaded, PagodaError
 from pagoda.gateway.child import Child
 from pagoda.gateway.fleet import Fleet, looked_at
 from pagoda.gateway.passing import CHANGES, Passing, error_of, read, unloaded
@@ -29,6 +29,8 @@ from pagoda.gateway.wire import Answer, Unreachable, call
 UPSTREAM, FALLBACK = "x-pagoda-upstream", "x-pagoda-fallback"
 PATIENCE_S = 5.0
 """How long a stream waits for its model before it begins with a sign of life; until then errors have their status."""
+MAX_HELD_BYTES = 1 << 30
+"""Of the bodies of all requests that are here: they may have to wait for a model."""
 _TRIES = 3
 _SETTLE_S = 0.2
 _CANNOT_NOW = frozenset(("server_overloaded", "shutting_down"))
@@ -67,6 +69,7 @@ class Proxy:
         self.fleet = fleet
         self.upstream = upstream
         self.live = 0
+        self._held_bytes = 0
         self.fallbacks = 0
         self.draining = False
         self.aborted = asyncio.Event()
@@ -78,32 +81,38 @@ class Proxy:
         if self.draining:
             raise ShuttingDown("the server is shutting down")
         passing = await read(endpoint, request)
-        with self._visit() as visit:
+        with self._visit(len(passing.body)) as visit:
             if request.path_params and not passing.body:
                 return await self._stored(passing, visit)
             child = self.fleet.find(passing.model)
             if child is None and endpoint.path in CHANGES:
                 child = self.fleet.first
             if child is not None:
+                if passing.new_name:
+                    self.fleet.check_new(passing.new_name, child)
                 return await self._of_child(passing, child, visit)
             if self.upstream is not None:
                 return await self._of_upstream(passing, visit)
             raise (not_found if passing.dialect is OLLAMA else not_served)(passing.model or "", self.fleet.names)
 
     @contextmanager
-    def _visit(self) -> Iterator[Visit]:
+    def _visit(self, size_bytes: int) -> Iterator[Visit]:
         """A request that is counted until its visit is closed: at once where nobody takes it over."""
+        if self.live and self._held_bytes + size_bytes > MAX_HELD_BYTES:
+            raise Overloaded("the server is busy: too many requests are waiting", remedy="Try again in a moment")
         visit = Visit()
         self.live += 1
-        visit.held.callback(self._leave)
+        self._held_bytes += size_bytes
+        visit.held.callback(self._leave, size_bytes)
         try:
             yield visit
         except BaseException:
             visit.close(500)
             raise
 
-    def _leave(self) -> None:
+    def _leave(self, size_bytes: int) -> None:
         self.live -= 1
+        self._held_bytes -= size_bytes
 
     async def _of_child(self, passing: Passing, child: Child, visit: Visit) -> Reply:
         """The answer of a model of ours, when it is loaded."""
@@ -113,6 +122,8 @@ class Proxy:
         if child.state == "stopped" and not child.keep_alive_s and passing.asks_nothing:
             visit.close(200)
             return unloaded(passing)
+        if child.state == "ready" or not self.falls_back:
+            visit.held.enter_context(child.claim())
         if child.state != "ready":
             loading = asyncio.ensure_future(self.fleet.loaded(child))
             loading.add_done_callback(looked_at)
@@ -144,7 +155,7 @@ class Proxy:
             with ExitStack() as held:
                 held.enter_context(child.use())
                 try:
-                    headers = {**passing.headers, **child.headers}
+                    headers = {**passing.headers, **child.credentials(passing.credentials)}
                     answer = await call(child.place, passing.method, passing.path, headers, passing.body)
                 except Unreachable as error:
                     log.warning("%s: no answer to try %d: %s", child.sized.name, attempt, error)

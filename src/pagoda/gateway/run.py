@@ -40,7 +40,7 @@ def run_gateway(
 ) -> int:
     """The exit code; raises the PagodaError that loading the first model ended with."""
     with tempfile.TemporaryDirectory(prefix="pagoda-", ignore_cleanup_errors=True) as folder:
-        fleet = Fleet(models, budget_bytes, Path(folder), derived)
+        fleet = Fleet(models, budget_bytes, Path(folder), derived, options.api_key)
         proxy = Proxy(fleet, upstream, fallback=options.fallback, fallback_model=options.fallback_model)
         gateway = Gateway(proxy=proxy, version=version)
         http = http_server(create_app(gateway, options, local=local))

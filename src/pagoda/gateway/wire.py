@@ -148,7 +148,7 @@ class Answer:
     def _feed(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             raise Unreachable("what it sent is no HTTP", started=self.status > 0) from None
 
 

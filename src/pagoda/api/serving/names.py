@@ -29,6 +29,10 @@ class ServedNames:
     def is_own(self, name: str) -> bool:
         return name in self._exact or _plain(name) in self._whole
 
+    def has(self, name: str) -> bool:
+        """Whether one of the names is this, the model's own or an added one."""
+        return self.is_own(name) or _plain(name) in self._added
+
     def add(self, name: str) -> None:
         self._added[_plain(name)] = name
 
