@@ -14,9 +14,9 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pagoda.errors import BadRequest, ConfigError
-from pagoda.media.decode import MAX_FRAMES, decode, to_rgb
+from pagoda.media.decode import decode, to_rgb
 from pagoda.media.size import Sizing, find_sizing
-from pagoda.media.task import Pixels, Task
+from pagoda.media.task import MAX_FRAMES, Pixels, Task
 
 SIZING = Sizing(min_pixels=56 * 56, max_pixels=28 * 28 * 64)
 ORIENTATION = 0x0112

@@ -37,6 +37,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
             self.wfile.write(b"0\r\n\r\n")
             return
+        elif path == "/upgrade":
+            self.send_response(101)
+            self.send_header("connection", "upgrade")
+            self.send_header("upgrade", "websocket")
         elif path == "/headers":
             self.send_response(200)
             for i in range(60):
@@ -104,6 +108,8 @@ def test_what_is_there_comes(port: int, path: str) -> None:
         ("/to//to//to//to//ok", "redirected more than 3"),
         ("/to/file:///etc/passwd", "must hold"),
         ("/to/gopher://localhost/", "must hold"),
+        ("/to/http://[", "cannot be reached"),
+        ("/upgrade", "cannot be reached"),
         ("/to/http://169.254.169.254/latest/meta-data", "not among --allowed-media-domains"),
     ],
 )

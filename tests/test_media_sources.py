@@ -79,6 +79,10 @@ def test_videos(part: dict[str, Any], found: tuple[str | bytes, ...]) -> None:
         ({"type": "image", "source": {"type": "file", "file_id": "f"}}, "source must be"),
         ({"type": "video", "video": []}, "empty"),
         ({"type": "video", "video": [None]}, "must hold"),
+        ({"type": "video", "video": [WEB] * 129}, "holds 129 frames; at most 128"),
+        ({"type": "video", "video": f"data:video/jpeg;base64,{',' * 200}"}, "holds 201 frames"),
+        ({"type": "image_url", "image_url": "data:image/png," + "%41" * 30_000}, "must be in base64"),
+        ({"type": "image_url", "image_url": "data:image/png;base64,QUJ\u00c4"}, "not valid base64"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_place(part: dict[str, Any], words: str) -> None:

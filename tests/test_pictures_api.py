@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +299,53 @@ def test_videos_are_frames(eyes: tuple[Client, FakeEngine]) -> None:
         (video,) = engine.requests[-1].images
         assert video.video and video.grid == (2, 4, 4) and video.tokens == 8 and len(video.pixels) == 4 * 56 * 56 * 3
         assert engine.requests[-1].prompt_token_ids[video.start] == vl_tiny.VIDEO
+
+
+@pytest.fixture
+def web() -> Iterator[tuple[str, list[str]]]:
+    """A server of one picture, and the paths that it was asked for; `/never` is not answered."""
+    asked: list[str] = []
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            if self.path == "/never":
+                over.wait(60)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(png())
+
+        def log_message(self, *args: object) -> None:
+            """Nothing: the test knows."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_address[1]}", asked
+        over.set()
+        server.shutdown()
+
+
+def test_what_is_fetched_for_one_request_is_limited(
+    model: str, web: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, asked = web
+    client, _ = seeing_client(model, allowed_media_domains=("localhost",))
+
+    def video(count: int) -> httpx.Response:
+        part = {"type": "video", "video": [f"{url}/a"] * count}
+        return client.post("/v1/chat/completions", {"messages": [{"role": "user", "content": [part]}], "max_tokens": 1})
+
+    with client:
+        assert openai(client, f"{url}/a", data_uri(png())).status_code == 200 and asked == ["/a"]
+        assert "at most 128" in told(video(129)) and len(asked) == 1, "nothing is fetched for what is refused"
+        monkeypatch.setattr("pagoda.api.serving.pictures.MAX_FETCHED_BYTES", 3 * len(png()) - 1)
+        assert video(2).status_code == 200 and len(asked) == 3
+        assert "MiB together" in told(video(100)) and len(asked) == 6
+        monkeypatch.setattr("pagoda.api.serving.pictures.FETCHES_S", 0.5)
+        assert "0.5 s together" in told(openai(client, f"{url}/never"))
+        assert client.server.pictures is not None
+        client.server.pictures.close()
 
 
 def test_prompts_with_pictures_are_not_cut(eyes: tuple[Client, FakeEngine]) -> None:

@@ -16,13 +16,12 @@ from PIL.Image import Image as Picture
 
 from pagoda.errors import BadRequest
 from pagoda.media.size import Sizing
-from pagoda.media.task import FRAMES_PER_S, Pixels, Task
+from pagoda.media.task import FRAMES_PER_S, MAX_FRAMES, Pixels, Task
 
 MAX_PIXELS = 100_000_000
 """Of one picture as it was sent, and of all frames of an animation together."""
 MAX_BYTES = 192 << 20
 """Of the pixels of one picture or video in the model's size."""
-MAX_FRAMES = 128
 MAX_ANIMATION_FRAMES = 2000
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
 _WHITE = (255, 255, 255)

@@ -87,7 +87,7 @@ async def fetch(where: str, url: str, permission: Permission, lookup: Lookup | N
                 parsed = parse_url(where, urljoin(origin, location) if location else "")
     except TimeoutError:
         raise _failed(where, f"it did not come within {FETCH_S:g} s") from None
-    except (OSError, ssl.SSLError, asyncio.IncompleteReadError, httptools.HttpParserError):
+    except (OSError, ValueError, asyncio.IncompleteReadError, httptools.HttpParserError, httptools.HttpParserUpgrade):
         raise _failed(where, "its server cannot be reached, or does not answer as it should") from None
     raise _failed(where, f"it is redirected more than {MAX_REDIRECTS} times")
 

@@ -10,11 +10,14 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from pagoda.errors import BadRequest
+from pagoda.media.task import MAX_FRAMES
 
 _PICTURES = ("image_url", "input_image", "image")
 _VIDEOS = ("video_url", "video")
 MEDIA = (*_PICTURES, *_VIDEOS)
 _VALUES = ("image_url", "video_url", "image", "video", "url", "base64", "data")
+_MAX_PLAIN_CHARS = 1 << 16
+_BLANKS = b" \t\n\r\v\f"
 _FORMS = "a data: URI with base64, or an http(s) URL"
 
 
@@ -73,6 +76,7 @@ def _source(where: str, part: Any) -> Source | None:
     if video and isinstance(value, list):
         if not value:
             raise BadRequest(f"{where}: the list of frames is empty", param="messages")
+        _check_frames(where, len(value))
         return Source(where, tuple(_one(where, _inner(each)) for each in value), True, detail == "low")
     found = _one(where, value)
     if isinstance(found, str) and _is_data(found):
@@ -127,17 +131,28 @@ def from_data_uri(where: str, uri: str, *, frames: bool = False) -> list[bytes]:
     if not comma:
         raise BadRequest(f"{where}: a data: URI is written data:image/png;base64,...", param="messages")
     if not head.lower().endswith(";base64"):
+        if len(data) > _MAX_PLAIN_CHARS:  # many escapes take long
+            raise BadRequest(f"{where}: a data: URI as large as this must be in base64", param="messages")
         return [unquote_to_bytes(data)]
-    several = frames and head.lower().startswith("video/jpeg")
-    return [from_base64(where, each) for each in (data.split(",") if several else [data])]
+    parts = [data]
+    if frames and head.lower().startswith("video/jpeg"):
+        _check_frames(where, data.count(",") + 1)
+        parts = data.split(",")
+    return [from_base64(where, each) for each in parts]
+
+
+def _check_frames(where: str, count: int) -> None:
+    """Before any of them is fetched or decoded."""
+    if count > MAX_FRAMES:
+        raise BadRequest(f"{where} holds {count} frames; at most {MAX_FRAMES} are taken", param="messages")
 
 
 def from_base64(where: str, text: str) -> bytes:
     """The bytes; line breaks and missing padding are forgiven, anything else is not."""
-    packed = "".join(text.split())
-    packed += "=" * (-len(packed) % 4)
+    packed = text.encode("ascii", "replace").translate(None, _BLANKS)
+    packed += b"=" * (-len(packed) % 4)
     try:
-        data = base64.b64decode(packed, altchars=b"-_" if "-" in packed or "_" in packed else None, validate=True)
+        data = base64.b64decode(packed, altchars=b"-_" if b"-" in packed or b"_" in packed else None, validate=True)
     except (binascii.Error, ValueError):
         raise BadRequest(f"{where} is not valid base64", param="messages") from None
     if not data:

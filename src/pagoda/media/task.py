@@ -10,6 +10,8 @@ from pagoda.errors import ConfigError
 from pagoda.media.size import Sizing
 
 TOO_MUCH = "it takes too long or too much memory to decode"
+MAX_FRAMES = 128
+"""Of one video."""
 FRAMES_PER_S = 2.0
 """At which videos are looked at, and which frames without times are taken to have."""
 
