@@ -76,6 +76,17 @@ def test_the_text_is_certain_as_early_as_it_can_be(size: int) -> None:
     assert "".join(parts) == 'a\n🙂ö"\\\ttab' and reader.finish() == ""
 
 
+@pytest.mark.parametrize("size", [1, 5, 1000])
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [(r"a\ud800b", "a�b"), (r"\udc00", "�"), (r"\ud800\u0041", "�A"), (r"\ud800\n", "�\n"), (r"\udBff", "�")],
+)
+def test_half_a_pair_of_surrogates_is_no_text_and_stops_nothing(written: str, text: str, size: int) -> None:
+    reader, arguments = CustomInput(), f'{{"input":"{written}"}}'
+    parts = [reader.feed(arguments[at : at + size]) for at in range(0, len(arguments), size)]
+    assert "".join(parts) == text
+
+
 def test_tools_in_groups() -> None:
     group = {
         "type": "namespace",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import tracemalloc
 
 import pytest
 
@@ -30,6 +31,16 @@ eof_line: "*** End of File" LF
 %import common.LF
 """
 GOOD = '*** Begin Patch\n*** Add File: a/b.py\n+x = "1"\n+\n*** Update File: c\n@@ def\n-a\n+b\n*** End Patch\n'
+
+
+def test_what_would_be_a_million_times_as_long_is_refused_at_once() -> None:
+    doubled = "\n".join(f"r{n}: r{n + 1} r{n + 1}" for n in range(8))
+    tracemalloc.start()
+    try:
+        assert lark_expression(f'start: {"|".join(["r0"] * 1000)}\n{doubled}\nr8: "{"x" * 99}"\n') is None
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_grammar_of_a_patch() -> None:

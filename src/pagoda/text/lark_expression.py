@@ -101,9 +101,13 @@ class _Body:
 
     def _alternatives(self) -> str:
         options = [self._sequence()]
+        size = len(options[0])
         while self._peek()[1] == "|":
             self._next()
             options.append(self._sequence())
+            size += len(options[-1])
+            if size > MAX_CHARS:
+                raise _Unable
         return options[0] if len(options) == 1 else f"(?:{'|'.join(options)})"
 
     def _sequence(self) -> str:

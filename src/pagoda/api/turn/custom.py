@@ -16,7 +16,8 @@ _SYNTAXES = {"regex": "regular expression", "lark": "Lark grammar"}
 _OPENING = re.compile(rf'\s*\{{\s*"{INPUT}"\s*:\s*"')
 # Whole characters of a JSON string: an escape is not cut, nor a pair of surrogates.
 _WHOLE = re.compile(
-    r'(?:[^"\\]|\\["\\/bfnrt]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[0-9a-fA-F]{4}|\\u(?![dD][89abAB])[0-9a-fA-F]{4})*'
+    r'(?:[^"\\]|\\["\\/bfnrt]|\\u(?![dD][89abAB])[0-9a-fA-F]{4}'
+    r"|\\u[dD][89abAB][0-9a-fA-F]{2}(?:\\u[0-9a-fA-F]{4}|(?=[^\\]|\\[^u])))*"
 )
 
 
@@ -88,7 +89,8 @@ class CustomInput:
         start = self._at
         found = _WHOLE.match(self._raw, start)
         self._at = start if found is None else found.end()
-        return str(json.loads(f'"{self._raw[start : self._at]}"', strict=False))
+        text = str(json.loads(f'"{self._raw[start : self._at]}"', strict=False))
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # halves of pairs are no text
 
     def finish(self) -> str:
         """What is left of the text: all of it, where the model did not write the arguments it was told to."""
