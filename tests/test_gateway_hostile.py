@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
+import subprocess
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
@@ -140,6 +143,34 @@ def test_a_model_that_is_made_takes_no_other_model_s_name(tmp_path: Path, monkey
             assert fleet.children[0].loads == 0, "what is refused loads nothing"
 
     asyncio.run(main())
+
+
+def test_a_model_that_never_becomes_ready_blocks_nobody_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SERVER", "import time; time.sleep(600)")
+    monkeypatch.setattr(child_module, "WATCHDOG_S", 1.0)
+    monkeypatch.setattr(child_module, "LOADING_SILENCE_S", 0.5)
+
+    async def main() -> None:
+        async with gateway(tmp_path, ["a"], monkeypatch) as (client, fleet):
+            reply = await client.post("/v1/completions", json={"prompt": "x"})
+            assert reply.status_code == 503 and reply.json()["error"]["code"] == "model_not_loaded"
+            assert "no sign of life for 0.5 s" in reply.json()["error"]["message"]
+            assert fleet.first.state == "stopped"
+
+    asyncio.run(main())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel does not tell of a parent's end")
+def test_a_child_whose_gateway_has_ended_already_does_not_begin(tmp_path: Path) -> None:
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as left:
+        left.bind(str(path))
+    command = [sys.executable, "-P", "-m", "pagoda.cli.child", "--config", str(tmp_path / "none.json")]
+    environ = {**os.environ, "NOTIFY_SOCKET": str(path)}
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and ended.stderr == "the gateway is gone\n"
 
 
 def test_bodies_that_wait_are_not_more_than_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

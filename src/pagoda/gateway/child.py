@@ -24,6 +24,8 @@ from pagoda.gateway.wire import Place
 
 COMMAND = (sys.executable, "-P", "-m", "pagoda.cli.child")
 WATCHDOG_S = 120.0
+LOADING_SILENCE_S = 1800.0
+"""Loading may take as long as it must, but it tells how far it is."""
 STOP_S = 10.0
 AFTER_FAILURE_S = 5.0
 _PROGRESS_S = 5.0
@@ -213,8 +215,10 @@ class Child:
         """Its server says that the engine moves; one that says nothing for long is ended."""
         while True:
             await asyncio.sleep(WATCHDOG_S / 4)
-            if self.state == "ready" and time.monotonic() - self._heard_at_s > WATCHDOG_S:
-                log.error("%s: no sign of life for %g s; it is stopped", self.sized.name, WATCHDOG_S)
+            limit_s = LOADING_SILENCE_S if self.state == "loading" else WATCHDOG_S
+            if self.state in ("loading", "ready") and time.monotonic() - self._heard_at_s > limit_s:
+                log.error("%s: no sign of life for %g s; it is stopped", self.sized.name, limit_s)
+                self._last.append(f"no sign of life for {limit_s:g} s")
                 _kill(process)
 
     async def _log_lines(self, process: asyncio.subprocess.Process) -> None:
@@ -240,7 +244,7 @@ class Child:
             return
         told = dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
         now = time.monotonic()
-        if "WATCHDOG" in told:
+        if "WATCHDOG" in told or self.state == "loading":
             self._heard_at_s = now
         if "READY" in told and self.state == "loading":
             log.info("%s: ready after %.1f s", self.sized.name, now - started_s)
