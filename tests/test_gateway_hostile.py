@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -59,7 +60,10 @@ async def gateway(
     script.write_text(SERVER)
     monkeypatch.setattr(child_module, "COMMAND", (sys.executable, "-S", str(script)))
     given = Options(**options)  # type: ignore[arg-type]
-    models = [Sized(name, f"/models/of-{name}", given, 10, 10, 64, "llama", "F16") for name in names]
+    models = [
+        Sized(name, f"/models/{name}-1", replace(given, model=f"owner/of-{name}"), 10, 10, 64, "llama", "F16")
+        for name in names
+    ]
     fleet = Fleet(models, 10, folder, folder / "derived", given.api_key)
     app = create_app(Gateway(proxy=Proxy(fleet, None), version="0"), given, local=True)
     transport = httpx.ASGITransport(app)
@@ -140,6 +144,9 @@ def test_a_model_that_is_made_takes_no_other_model_s_name(tmp_path: Path, monkey
                 copied = await client.post("/api/copy", json={"source": "a", "destination": name})
                 assert copied.status_code == 400
             assert (await client.post("/api/create", json={"from": "b", "model": "b"})).status_code == 200
+            for name in ("owner/of-b", "hf.co/owner/of-b:latest"):
+                gone = await client.request("DELETE", "/api/delete", json={"model": name})
+                assert gone.status_code == 400 and "being served" in gone.json()["error"]
             assert fleet.children[0].loads == 0, "what is refused loads nothing"
 
     asyncio.run(main())

@@ -38,6 +38,16 @@ def url(hub: Hub) -> Iterator[str]:
         yield base
 
 
+def test_what_is_served_under_another_name_is_not_removed(url: str, hub: Hub) -> None:
+    assert ollama.Client(host=url, timeout=60).pull(REPO).status == "success"
+    folder = cached_model(REPO, os.environ) or ""
+    for path in (folder, f"{folder}/{BIG}"):
+        with Client(make_server(hub=Models(path))) as client:
+            reply = client.call("DELETE", "/api/delete", json={"model": REPO})
+            assert reply.status_code == 400 and "being served" in reply.json()["error"]
+    assert len(cached_models(os.environ)) == 1
+
+
 def test_the_ollama_package_pulls_with_progress_and_deletes(url: str, hub: Hub) -> None:
     hub.faults.append(Fault("slow", BIG, 1_500_000))
     client = ollama.Client(host=url, timeout=60)

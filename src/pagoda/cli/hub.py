@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 from pagoda.api.serving.hub import Show
 from pagoda.errors import BadRequest, ConfigError, NotFound, Overloaded
@@ -12,9 +13,13 @@ MAX_PULLS = 2
 
 
 class Models:
-    """What `pagoda pull` and `pagoda rm` do. A few pulls run at once, others are sent away."""
+    """What `pagoda pull` and `pagoda rm` do. A few pulls run at once, others are sent away.
 
-    def __init__(self) -> None:
+    `served` is the path of the model in use, which stays, whatever names it is served under.
+    """
+
+    def __init__(self, served: str | None = None) -> None:
+        self._served = None if served is None else Path(os.path.realpath(served))
         self._free = threading.BoundedSemaphore(MAX_PULLS)
 
     def pull(self, name: str, show: Show) -> None:
@@ -36,5 +41,8 @@ class Models:
         found = [model for model in cached_models(os.environ) if model.name == name]
         if not found:
             raise NotFound(f"model '{name}' not found in the caches", param="model")
+        folders = [folder.resolve() for model in found for folder in model.folders]
+        if self._served is not None and any(folder in (self._served, *self._served.parents) for folder in folders):
+            raise BadRequest(f"model '{name}' is being served", remedy="Stop this server first", param="model")
         for model in found:
             remove(model)

@@ -157,7 +157,7 @@ def make_server(options: Options, path: str, engine: Engine) -> Server:
         max_requests_per_key=options.max_requests_per_key,
         log_requests=options.enable_log_requests,
         batches=None if options.files_dir is None else BatchStore(FileStore(options.files_dir)),
-        hub=Models(),
+        hub=Models(path),
         derived_dir=cache_path() / "derived",
         pictures=None if seeing is None else Pictures(seeing),
         version=__version__,

@@ -82,6 +82,12 @@ class Fleet:
                 param="model",
             )
 
+    def check_unused(self, wanted: str) -> None:
+        """Raises BadRequest where files of a model of ours would be removed, which has other names here."""
+        name = "/" + wanted.removesuffix(":latest")
+        if any(child.sized.options.model and name.endswith("/" + child.sized.options.model) for child in self.children):
+            raise BadRequest(f"model '{wanted[:200]}' is being served", remedy="Stop this server first", param="model")
+
     async def loaded(self, child: Child) -> None:
         """Wait until it takes requests; it is started, and others leave, as needed. Raises what loading ended with."""
         if child.state == "ready":

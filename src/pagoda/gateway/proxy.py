@@ -86,6 +86,8 @@ class Proxy:
                 return await self._stored(passing, visit)
             child = self.fleet.find(passing.model)
             if child is None and endpoint.path in CHANGES:
+                if endpoint.path == "/api/delete":
+                    self.fleet.check_unused(passing.model or "")
                 child = self.fleet.first
             if child is not None:
                 if passing.new_name:
