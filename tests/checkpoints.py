@@ -81,6 +81,8 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen3-tied": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
         "qwen3-biases": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
         "qwen3-window": {"model_type": "qwen3", "head_dim": 32, **_QWEN_WINDOW},
+        "gpt2": {"model_type": "gpt2", "tie_word_embeddings": True},
+        "gpt2-own-head": {"model_type": "gpt2", "activation_function": "gelu", "n_inner": 96},
     }
 )
 EXPERT_CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -106,9 +108,10 @@ def make_model(case: str, **changes: Any) -> Any:
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim == 2:
-                weight.copy_(noise * (1.0 if "embed_tokens" in name else 1.5 * weight.shape[1] ** -0.5))
+                embedding = "embed_tokens" in name or "wte" in name
+                weight.copy_(noise * (1.0 if embedding else 1.5 * weight.shape[1] ** -0.5))
             else:
-                weight.copy_(0.2 * noise + (1.0 if "norm" in name else 0.0))
+                weight.copy_(0.2 * noise + (1.0 if "norm" in name or ("ln_" in name and "bias" not in name) else 0.0))
     return model
 
 

@@ -54,6 +54,14 @@ void quick_gelu(const float* x, int64_t n, float* out) {
   for (; i < n; i++) out[i] = x[i] / (exp(splat(x[i] * -1.702f))[0] + 1.0f);
 }
 
+// GELU's other form, x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) * (x + 0.044715 x^3), which is x * sigmoid(2 u).
+void gelu_tanh(const float* x, int64_t n, float* out) {
+  const auto one = [](F v) { return v / (exp(v * fma(v * v, splat(-0.071354816f), splat(-1.5957691f))) + 1.0f); };
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) store(out + i, one(load(x + i)));
+  for (; i < n; i++) out[i] = one(splat(x[i]))[0];
+}
+
 struct KeySegment {  // keys turned, so that 16 of them lie side by side; places behind the last one are zero
   float *keys, *values;  // [kKeys / 16][dim][16], [kKeys][dim]
   int count, padded;

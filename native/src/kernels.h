@@ -98,6 +98,7 @@ struct Kernels {
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* out);
   void (*gelu)(const float* x, int64_t n, float* out);
   void (*quick_gelu)(const float* x, int64_t n, float* out);
+  void (*gelu_tanh)(const float* x, int64_t n, float* out);
   void (*attend_all)(const EncoderJob&, float* scratch);
 };
 

@@ -22,7 +22,7 @@ enum pg_op_kind : int32_t {
   PG_SILU = 6,       // out = silu(in[:, :n]) * in[:, n:]
   PG_HEAD = 7,       // logits of `in` by weight, then the rows are scored or sampled
   PG_HIDDEN = 8,     // the rows of logits of `in` are the step's hidden states
-  PG_POSITIONS = 9,  // out += row (position + layer) of the table `vector`, and row 0 or 1 of the table `vector2`
+  PG_POSITIONS = 9,  // out += row (position + layer) of the table `vector`, and row 0 or 1 of the table `vector2`, if any
   PG_LAYER_NORM = 10,  // out = layernorm(in) * vector + vector2; eps in f
   PG_GELU = 11,        // out = gelu(in)
   PG_ATTEND_ALL = 12,  // out = attention of the queries in `in` over all tokens of their request; scale in f
@@ -32,6 +32,7 @@ enum pg_op_kind : int32_t {
   PG_GATED = 16,         // out *= sigmoid(in * vector)
   PG_PATCHES = 17,       // out = the step's vectors, row for row
   PG_QUICK_GELU = 18,    // out = in * sigmoid(1.702 in)
+  PG_GELU_TANH = 19,     // out = gelu(in), by tanh
 };
 
 enum pg_op_flags : int32_t {

@@ -145,6 +145,7 @@ class StepJob : public Job {
       case PG_LAYER_NORM: k.layer_norm(in, vector(op.vector), vector(op.vector2), c_.buffers[op.in].width, op.f, out); break;
       case PG_GELU: k.gelu(in, c_.buffers[op.out].width, out); break;
       case PG_QUICK_GELU: k.quick_gelu(in, c_.buffers[op.out].width, out); break;
+      case PG_GELU_TANH: k.gelu_tanh(in, c_.buffers[op.out].width, out); break;
       case PG_POSITIONS: add_positions(op, row, out); break;
       case PG_GATED: gate(in, vector(op.vector), c_.buffers[op.in].width, out, c_.buffers[op.out].width); break;
       case PG_HIDDEN: {
@@ -260,8 +261,9 @@ class StepJob : public Job {
     const int r = request_of(token), position = position_of(token);
     const int64_t width = c_.buffers[op.out].width;
     const float* at = vector(op.vector) + (position + op.layer) * width;
-    const float* type = vector(op.vector2) + (st_.second_texts && position >= st_.second_texts[r] ? width : 0);
-    for (int64_t i = 0; i < width; i++) out[i] += at[i] + type[i];
+    const float* type = vector(op.vector2);
+    if (type && st_.second_texts && position >= st_.second_texts[r]) type += width;
+    for (int64_t i = 0; i < width; i++) out[i] += type ? at[i] + type[i] : at[i];
   }
 
   void attend_all(const Chain& chain, const pg_op& op, int64_t chunk, int thread) {

@@ -33,7 +33,9 @@ def from_config(model_type: str, config: Mapping[str, Any], *, padded: bool) -> 
         max_position=positions - first,
         rope=Rope(0, ()),
         layers=(layer,) * fields.integer("num_hidden_layers", most=MOST_LAYERS),
-        encoder=Encoder(positions, first, fields.integer("type_vocab_size", 2)),
+        encoder=Encoder(first, fields.integer("type_vocab_size", 2)),
+        norm="layer",
+        positions=positions,
     )
 
 

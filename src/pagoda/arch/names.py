@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from pagoda.arch.names_gpt2 import gpt2_tensors
 from pagoda.arch.names_pooled import encoder_name, plain_tensors, unused
 from pagoda.arch.names_visual import encoder_slot_name, hub_tensors
 from pagoda.arch.spec import ModelSpec
@@ -17,6 +18,7 @@ from pagoda.weights.source import Tensor
 # slot part: (name in safetensors, name in GGUF), both without layer prefix and `.weight` or `.bias`
 _MODEL_NAMES = {
     "embed": ("model.embed_tokens", "token_embd"),
+    "positions": ("model.embed_positions", "position_embd"),
     "norm": ("model.norm", "output_norm"),
     "head": ("lm_head", "output"),
     "score": ("score", "score"),
@@ -75,8 +77,10 @@ def slot_name(spec: ModelSpec, slot: str, *, gguf: bool = False) -> str:
     return checkpoint_name(slot, gguf=gguf) if spec.encoder is None else encoder_name(spec, slot)
 
 
-def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) -> Mapping[str, Tensor]:
     """The tensors under the one spelling that the slots are looked up by."""
+    if spec.model_type == "gpt2":
+        tensors = gpt2_tensors(tensors, gguf=gguf)
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)
     return hub_tensors(tensors) if spec.vision is not None else tensors
@@ -84,7 +88,7 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Mapping[str
 
 def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) -> dict[str, Tensor]:
     """The tensor of every slot. Raises ModelError for one that is missing, has another shape, or is left over."""
-    tensors = plainly_named(spec, tensors)
+    tensors = plainly_named(spec, tensors, gguf=gguf)
     tensors = with_stacked_experts(spec, tensors) if not gguf else tensors
     names = {slot: slot_name(spec, slot, gguf=gguf) for slot in spec.slots()}
     head = checkpoint_name("head", gguf=gguf)

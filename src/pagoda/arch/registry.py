@@ -31,6 +31,7 @@ _HELPERS = frozenset(
         "mixture",
         "mrope",
         "names",
+        "names_gpt2",
         "names_pooled",
         "names_visual",
         "pooling",
@@ -90,7 +91,7 @@ def _with_own_head(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ModelSpec:
     """A config may say "tied" of a checkpoint whose head differs from its embedding; then the head counts."""
     if not spec.tied:
         return spec
-    tensors = plainly_named(spec, tensors)
+    tensors = plainly_named(spec, tensors, gguf=False)
     embed = tensors.get(checkpoint_name("embed", gguf=False))
     head = tensors.get(checkpoint_name("head", gguf=False))
     if embed and head and not _same(embed, head):

@@ -26,7 +26,10 @@ _BY_MLP = ("gate", "up", "gate_bias", "up_bias", "gate_experts", "up_experts")
 _INPUTS_BY_HEADS, _INPUTS_BY_MLP = ("o",), ("down", "down_experts")
 _ONCE = ("o_bias", "down_bias")  # added to a sum over all GPUs
 _MOST = 16
-_WHOLE = ("norm", "attn_norm", "mlp_norm", "q_norm", "k_norm", "o_bias", "down_bias", "router", "router_shared")
+_WHOLE = (
+    *("norm", "attn_norm", "mlp_norm", "norm_bias", "attn_norm_bias", "mlp_norm_bias", "q_norm", "k_norm"),
+    *("positions", "o_bias", "down_bias", "router", "router_shared"),
+)
 _BY_SHARED, _INPUTS_BY_SHARED = ("gate_shared", "up_shared"), ("down_shared",)
 _INPUTS_CUT = (*_INPUTS_BY_HEADS, *_INPUTS_BY_MLP, *_INPUTS_BY_SHARED)
 

@@ -106,14 +106,12 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """What makes an encoder of a model (BERT, arXiv 1810.04805): every token attends to all tokens of its request,
-    norms are layer norms with a bias, and positions are learned, in place of RoPE.
+    """What makes an encoder of a model (BERT, arXiv 1810.04805): every token attends to all tokens of its request.
 
-    The token at position p takes row `first_position + p` of the table of `positions` rows; a pair of texts has the
-    row 0 or 1 of the `token_types` table (a table of one row serves both).
+    The token at position p takes row `first_position + p` of the table of positions; a pair of texts has the row 0 or
+    1 of the `token_types` table (a table of one row serves both).
     """
 
-    positions: int
     first_position: int
     token_types: int
 
@@ -187,9 +185,11 @@ class Vision:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A transformer: a decoder, or with `encoder` an encoder (`rope` is empty then). `tied` heads reuse the embedding.
+    """A transformer: a decoder, or with `encoder` an encoder. `tied` heads reuse the embedding.
 
-    One with `pooling` gives a vector or scores for each request, and no tokens; it has no head.
+    A layer norm has a bias. `positions` are the rows of a table of learned positions, which are added to the embedding
+    in place of RoPE (`rope` is empty then); 0: there is none. One with `pooling` gives a vector or scores for each
+    request, and no tokens; it has no head.
     """
 
     model_type: str
@@ -205,6 +205,8 @@ class ModelSpec:
     encoder: Encoder | None = None
     pooling: Pooling | None = None
     vision: Vision | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    positions: int = 0
 
     def slots(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the model needs, by slot name, with its shape (numpy order, matrices [out, in]).
@@ -213,7 +215,7 @@ class ModelSpec:
         `q_bias`, `k_bias`, `v_bias`, `o_bias`, `q_norm`, `k_norm`, `mlp_norm`, `gate`, `up`, `down`, `gate_bias`,
         `up_bias`, `down_bias`; with experts `router`, `gate_experts`, `up_experts`, `down_experts` in place of the
         last, the experts on the first axis, and of a shared one `gate_shared`, `up_shared`, `down_shared` and its gate
-        `router_shared`. Encoders also have `positions`, `types` and the biases of their norms;
+        `router_shared`. Learned `positions` are a table, layer norms have a bias, encoders the table `types`;
         pooled models with labels `score`, and `pool_dense` in front of it where they have it. Models that see have
         `vision.patch`, `vision.merge_norm`, `vision.merge_up`, `vision.merge_down` and per layer of the encoder
         `vision.layers.{i}.` + `attn_norm`, `qkv`, `o`, `mlp_norm`, `gate`, `up`, `down`; all products but the first
@@ -221,15 +223,19 @@ class ModelSpec:
         """
         h = self.hidden_size
         out: dict[str, tuple[int, ...]] = {"embed": (self.vocab_size, h), "norm": (h,)}
+        if self.norm == "layer":
+            out["norm_bias"] = (h,)
+        if self.positions:
+            out["positions"] = (self.positions, h)
         if self.encoder is not None:
-            out |= {"norm_bias": (h,), "positions": (self.encoder.positions, h), "types": (self.encoder.token_types, h)}
+            out["types"] = (self.encoder.token_types, h)
         if not self.tied and (self.pooling is None or self.pooling.tokens is not None):
             out["head"] = (self.vocab_size, h)
         if self.pooling is not None:
             out |= _pooling_slots(self.pooling, h)
         for i, layer in enumerate(self.layers):
             out.update({f"layers.{i}.{name}": shape for name, shape in _layer_slots(layer, h).items()})
-            if self.encoder is not None:
+            if self.norm == "layer":
                 out |= {f"layers.{i}.attn_norm_bias": (h,), f"layers.{i}.mlp_norm_bias": (h,)}
         if self.vision is not None:
             out |= {f"vision.{name}": shape for name, shape in _vision_slots(self.vision, h).items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,7 @@ Index = npt.NDArray[np.intp]
 TILE = 16
 """Rows per matrix product. Always the same, so that a row's result does not depend on how many come with it."""
 
+_erf = np.frompyfunc(math.erf, 1, 1)
 _log = logging.getLogger(__name__)
 
 
@@ -137,7 +140,11 @@ class ReferenceExecutor:
 
     def embed(self, plan: StepPlan) -> Float32:
         """What each token brings into the first layer."""
-        return np.asarray(self.weights["embed"][plan.tokens])
+        words = self.weights["embed"][plan.tokens]
+        if not self.spec.positions:
+            return np.asarray(words)
+        first = self.spec.encoder.first_position if self.spec.encoder is not None else 0
+        return np.asarray(words + self.weights["positions"][token_positions(plan) + first])
 
     def turns(self, plan: StepPlan, positions: Index) -> tuple[Float32, Float32]:
         """cos and sin of the angles of each token, [T, rope.dim // 2]."""
@@ -171,13 +178,14 @@ class ReferenceExecutor:
         return self.linear(name + "o", out.reshape(len(x), a.heads * a.head_dim))
 
     def mlp(self, i: int, mlp: Mlp, x: Float32) -> Float32:
-        if mlp.activation != "silu":
-            raise EngineError(f"the reference executor has no activation {mlp.activation!r}")
+        name = f"layers.{i}."
+        if mlp.activation not in (("silu",) if mlp.gated else _PLAIN):
+            raise EngineError(f"the reference executor has no activation {mlp.activation!r} here")
         if mlp.experts is not None:
-            return self.mixture(f"layers.{i}.", mlp.experts, x)
-        return self.linear(
-            f"layers.{i}.down", gated(self.linear(f"layers.{i}.gate", x), self.linear(f"layers.{i}.up", x))
-        )
+            return self.mixture(name, mlp.experts, x)
+        up = self.linear(name + "up", x)
+        inner = gated(self.linear(name + "gate", x), up) if mlp.gated else _PLAIN[mlp.activation](up)
+        return self.linear(name + "down", inner)
 
     def mixture(self, name: str, experts: Experts, x: Float32) -> Float32:
         """Each token through the experts that its router likes best, ties by lower number."""
@@ -202,14 +210,31 @@ class ReferenceExecutor:
         return y if bias is None else y + bias
 
     def norm(self, slot: str, x: Float32) -> Float32:
-        """RMS norm over the last axis."""
-        mean_square = np.square(x).mean(axis=-1, keepdims=True)
-        return np.asarray(x / np.sqrt(mean_square + np.float32(self.spec.norm_eps)) * self.weights[slot])
+        """RMS norm over the last axis, or with a bias layer norm."""
+        bias = self.weights.get(slot + "_bias")
+        if bias is not None:
+            x = x - x.mean(axis=-1, keepdims=True)
+        y = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(self.spec.norm_eps))
+        return np.asarray(y * self.weights[slot] + (0 if bias is None else bias))
 
 
 def gated(gate: Float32, up: Float32) -> Float32:
     """silu(gate) * up."""
     return np.asarray(gate / (1 + np.exp(-gate)) * up)
+
+
+def gelu(x: Float32) -> Float32:
+    """x times the share of a normal distribution that is below it (arXiv 1606.08415)."""
+    return np.asarray(x * 0.5 * (1 + _erf(x / math.sqrt(2)).astype(np.float32)), dtype=np.float32)
+
+
+def gelu_tanh(x: Float32) -> Float32:
+    """The same paper's form by tanh, which is near that."""
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)
+    return np.asarray(x * np.float32(0.5) * (1 + np.tanh(inner)))
+
+
+_PLAIN = MappingProxyType({"gelu": gelu, "gelu_tanh": gelu_tanh})
 
 
 def softmax(x: Float32) -> Float32:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from pagoda.arch.spec import Attention
 from pagoda.backend.reference import ReferenceExecutor, token_positions
 from pagoda.types import Float32, StepPlan
 
-_erf = np.frompyfunc(math.erf, 1, 1)
-
 
 class ReferenceEncoder(ReferenceExecutor):
     """A ReferenceExecutor without a cache: each request is whole in one step."""
 
     def hidden(self, plan: StepPlan) -> Float32:
-        x = self.layer_norm("norm", self.embed(plan))
+        x = self.norm("norm", self.embed(plan))
         for i, layer in enumerate(self.spec.layers):
             name = f"layers.{i}."
-            x = self.layer_norm(name + "attn_norm", x + self.attend(name, layer.attention, x, plan))
-            x = self.layer_norm(name + "mlp_norm", x + self.linear(name + "down", gelu(self.linear(name + "up", x))))
+            x = self.norm(name + "attn_norm", x + self.attend(name, layer.attention, x, plan))
+            x = self.norm(name + "mlp_norm", x + self.mlp(i, layer.mlp, x))
         return np.asarray(x[plan.rows])
 
     def embed(self, plan: StepPlan) -> Float32:
@@ -30,10 +26,8 @@ class ReferenceEncoder(ReferenceExecutor):
         types = np.zeros(len(positions), np.intp)
         if plan.second_texts is not None:
             types = (positions >= np.repeat(plan.second_texts, np.diff(plan.starts))).astype(np.intp)
-        first = self.spec.encoder.first_position if self.spec.encoder is not None else 0
-        words, kinds = self.weights["embed"][plan.tokens], self.weights["types"]
-        places = self.weights["positions"][positions + first]
-        return np.asarray(words + places + kinds[np.minimum(types, len(kinds) - 1)])
+        kinds = self.weights["types"]
+        return np.asarray(super().embed(plan) + kinds[np.minimum(types, len(kinds) - 1)])
 
     def attend(self, name: str, a: Attention, x: Float32, plan: StepPlan) -> Float32:
         q, k, v = (self.linear(name + part, x).reshape(-1, a.heads, a.head_dim) for part in "qkv")
@@ -45,12 +39,3 @@ class ReferenceEncoder(ReferenceExecutor):
             weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
             out[request] = (weights / weights.sum(axis=-1, keepdims=True) @ values).transpose(1, 0, 2)
         return self.linear(name + "o", out.reshape(len(x), a.heads * a.head_dim))
-
-    def layer_norm(self, slot: str, x: Float32) -> Float32:
-        centred = x - x.mean(axis=-1, keepdims=True)
-        scale = np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + np.float32(self.spec.norm_eps))
-        return np.asarray(centred / scale * self.weights[slot] + self.weights[slot + "_bias"])
-
-
-def gelu(x: Float32) -> Float32:
-    return np.asarray(x * 0.5 * (1 + _erf(x / math.sqrt(2)).astype(np.float32)), dtype=np.float32)

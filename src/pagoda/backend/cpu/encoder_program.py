@@ -5,7 +5,7 @@ from __future__ import annotations
 from pagoda.arch.spec import Layer
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.library import Op
-from pagoda.backend.cpu.program import ATT, GATE_UP, LAST, MLP, QKV, Program, X
+from pagoda.backend.cpu.program import ACTIVATIONS, ATT, GATE_UP, LAST, MLP, QKV, Program, X
 
 
 class EncoderProgram(Program):
@@ -34,7 +34,7 @@ class EncoderProgram(Program):
         self._ops = []
         self._emit(native.EMBED, out=X, weight="embed")
         self._emit(native.POSITIONS, out=X, vector="positions", vector2="types", layer=first)
-        self._norm("norm")
+        self._norm("norm", X, X)
         for i, layer in enumerate(self._spec.layers):
             self._layer(i, layer)
         self._emit(native.GATHER, in_=X, out=LAST, flags=native.LOGIT_ROWS)
@@ -47,11 +47,8 @@ class EncoderProgram(Program):
         self._emit(native.MATMUL, in_=X, out=QKV, weight=p + "qkv", vector=p + "qkv_bias")
         self._emit(native.ATTEND_ALL, in_=QKV, out=ATT, f=layer.attention.scale)
         self._emit(native.MATMUL, in_=ATT, out=X, weight=p + "o", vector=p + "o_bias", flags=native.ADD)
-        self._norm(p + "attn_norm")
+        self._norm(p + "attn_norm", X, X)
         self._emit(native.MATMUL, in_=X, out=GATE_UP, weight=p + "up", vector=p + "up_bias")
-        self._emit(native.GELU, in_=GATE_UP, out=MLP)
+        self._emit(ACTIVATIONS[layer.mlp.activation, layer.mlp.gated], in_=GATE_UP, out=MLP)
         self._emit(native.MATMUL, in_=MLP, out=X, weight=p + "down", vector=p + "down_bias", flags=native.ADD)
-        self._norm(p + "mlp_norm")
-
-    def _norm(self, name: str) -> None:
-        self._emit(native.LAYER_NORM, in_=X, out=X, vector=name, vector2=name + "_bias", f=self._spec.norm_eps)
+        self._norm(p + "mlp_norm", X, X)

@@ -48,6 +48,16 @@ FUSED = MappingProxyType(
 )
 """The products of a layer, and the slots that each is stacked from."""
 
+ACTIVATIONS = MappingProxyType(
+    {
+        ("silu", True): native.SILU,
+        ("gelu", False): native.GELU,
+        ("gelu_tanh", False): native.GELU_TANH,
+        ("quick_gelu", False): native.QUICK_GELU,
+    }
+)
+"""The operation behind the first product of an MLP, by the function and whether there is a gate."""
+
 X, H, QKV, ATT, GATE_UP, MLP, LAST, LAST_NORMED, ROUTER, CHOSEN, LAST_ATT, LAST_GATE_UP, LAST_MLP = range(13)
 
 
@@ -89,7 +99,9 @@ class Program:
 
     def _weights(self) -> None:
         """Repack everything; self._ids: slot or fused name -> id of the weight or vector."""
-        ids: dict[str, int] = {"embed": self._matrix("embed"), "norm": self._vector("norm")}
+        ids: dict[str, int] = {"embed": self._matrix("embed")}
+        vectors = ("norm", "norm_bias", "positions")
+        ids |= {name: self._vector(name) for name in vectors if name in self._tensors}
         if self._spec.pooling is None:
             ids["head"] = ids["embed"] if self._spec.tied else self._matrix("head")
         for i, layer in enumerate(self._spec.layers):
@@ -97,7 +109,7 @@ class Program:
             for name, slots in (("qkv", "qkv"), ("o", "o")):
                 ids[p + name] = self._matrix(*(p + s for s in slots))
             if layer.mlp.experts is None:
-                ids[p + "gate_up"] = self._matrix(p + "gate", p + "up")
+                ids[p + "gate_up"] = self._matrix(*(p + s for s in _inner(layer)))
                 ids[p + "down"] = self._matrix(p + "down")
             else:
                 ids[p + "router"] = self._matrix(p + "router")
@@ -107,14 +119,15 @@ class Program:
                     ids[p + "gate_up_shared"] = self._matrix(p + "gate_shared", p + "up_shared")
                     ids[p + "down_shared"] = self._matrix(p + "down_shared")
                     ids[p + "router_shared"] = self._vector(p + "router_shared")
-            for name in ("attn_norm", "mlp_norm", *(("q_norm", "k_norm") if layer.attention.qk_norm else ())):
-                ids[p + name] = self._vector(p + name)
+            for name in ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "q_norm", "k_norm"):
+                if p + name in self._tensors:
+                    ids[p + name] = self._vector(p + name)
             if layer.attention.qkv_bias:
                 ids[p + "qkv_bias"] = self._vector(p + "q_bias", p + "k_bias", p + "v_bias")
             if layer.attention.out_bias:
                 ids[p + "o_bias"] = self._vector(p + "o_bias")
             if layer.mlp.bias:
-                ids[p + "gate_up_bias"] = self._vector(p + "gate_bias", p + "up_bias")
+                ids[p + "gate_up_bias"] = self._vector(*(p + s + "_bias" for s in _inner(layer)))
                 ids[p + "down_bias"] = self._vector(p + "down_bias")
             self._progress("weights", (i + 1) / len(self._spec.layers))
         self._ids = ids
@@ -160,6 +173,8 @@ class Program:
         self._ops = []
         rows = native.LOGIT_ROWS
         self._emit(native.EMBED, out=X, weight="embed")
+        if self._spec.positions:
+            self._emit(native.POSITIONS, out=X, vector="positions")
         for i, layer in enumerate(self._spec.layers):
             if i + 1 < len(self._spec.layers) or not narrow_end(self._spec):
                 self._attention(i, layer, f"layers.{i}.o")
@@ -172,7 +187,7 @@ class Program:
             self._rest(i, layer, LOGITS)
         if not narrow_end(self._spec):
             self._emit(native.GATHER, in_=X, out=LAST, flags=rows)
-        self._emit(native.NORM, in_=LAST, out=LAST_NORMED, vector="norm", flags=rows, f=self._spec.norm_eps)
+        self._norm("norm", LAST, LAST_NORMED, flags=rows)
         if self._spec.pooling is None:
             self._emit(native.HEAD, in_=LAST_NORMED, weight="head", flags=rows)
         else:
@@ -182,7 +197,7 @@ class Program:
 
     def _attention(self, i: int, layer: Layer, order: str = "") -> None:
         p, eps, a = f"layers.{i}.", self._spec.norm_eps, layer.attention
-        self._emit(native.NORM, in_=X, out=H, vector=p + "attn_norm", f=eps, order=p + "qkv")
+        self._norm(p + "attn_norm", X, H, order=p + "qkv")
         self._emit(native.MATMUL, in_=H, out=QKV, weight=p + "qkv", vector=p + "qkv_bias")
         self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=i, f=eps)
         self._emit(native.ATTENTION, in_=QKV, out=ATT, layer=i, f=a.scale, window=a.window or 0, order=order)
@@ -191,13 +206,13 @@ class Program:
         """What a layer does behind its attention."""
         p, add = f"layers.{i}.", native.ADD | b.flags
         self._emit(native.MATMUL, in_=b.att, out=b.x, weight=p + "o", vector=p + "o_bias", flags=add)
-        norm, order = p + "mlp_norm", p + "gate_up"
-        self._emit(native.NORM, in_=b.x, out=b.h, vector=norm, flags=b.flags, f=self._spec.norm_eps, order=order)
+        self._norm(p + "mlp_norm", b.x, b.h, flags=b.flags, order=p + "gate_up")
         if layer.mlp.experts is not None:
             return self._mixture(p, layer.mlp.experts)
         bias = p + "gate_up_bias"
         self._emit(native.MATMUL, in_=b.h, out=b.gate_up, weight=p + "gate_up", vector=bias, flags=b.flags)
-        self._emit(native.SILU, in_=b.gate_up, out=b.mlp, flags=b.flags, order=p + "down")
+        kind = ACTIVATIONS[layer.mlp.activation, layer.mlp.gated]
+        self._emit(kind, in_=b.gate_up, out=b.mlp, flags=b.flags, order=p + "down")
         self._emit(native.MATMUL, in_=b.mlp, out=b.x, weight=p + "down", vector=p + "down_bias", flags=add)
 
     def _mixture(self, p: str, experts: Experts) -> None:
@@ -210,6 +225,11 @@ class Program:
             self._emit(native.SILU, in_=GATE_UP, out=MLP)
             self._emit(native.GATED, in_=H, out=MLP, vector=p + "router_shared")
             self._emit(native.MATMUL, in_=MLP, out=X, weight=p + "down_shared", flags=native.ADD)
+
+    def _norm(self, name: str, in_: int, out: int, *, order: str = "", flags: int = 0) -> None:
+        kind = native.NORM if self._spec.norm == "rms" else native.LAYER_NORM
+        bias, eps = name + "_bias", self._spec.norm_eps
+        self._emit(kind, in_=in_, out=out, vector=name, vector2=bias, flags=flags, f=eps, order=order)
 
     def _emit(
         self, kind: int, *, in_: int = -1, out: int = -1, weight: str = "", vector: str = "", vector2: str = "",
@@ -297,6 +317,11 @@ def _dense_sizes(spec: ModelSpec) -> set[int]:
     return sizes - {0}
 
 
+def _inner(layer: Layer) -> Sequence[str]:
+    """The slots of an MLP's first product."""
+    return FUSED["gate_up"] if layer.mlp.gated else ("up",)
+
+
 def _runnable(tensor: Tensor) -> Tensor:
     """The tensor in a type that the kernels run; others are widened to float32."""
     if tensor.type in native.TYPES:
@@ -312,6 +337,8 @@ def check_spec(spec: ModelSpec) -> None:
     mixtures = {layer.mlp for layer in spec.layers if layer.mlp.experts is not None}
     if max(len(shapes), len(_dense_sizes(spec)), len(mixtures)) > 1:
         raise ModelError("the CPU backend needs all layers of one shape", remedy="Try --device reference")
+    if (first.mlp.activation, first.mlp.gated) not in ACTIVATIONS:
+        raise ModelError(f"the CPU backend has no activation {first.mlp.activation!r} here")
     if first.attention.head_dim % 16 or first.attention.head_dim > 512:
         raise ModelError(
             f"the CPU backend needs a head size that is a multiple of 16 up to 512, not {first.attention.head_dim}",

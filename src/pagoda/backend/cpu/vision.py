@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from pagoda.arch.spec import ModelSpec, Vision
 from pagoda.backend.base import Limits, Progress
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
-from pagoda.backend.cpu.program import FLOATS, Program
+from pagoda.backend.cpu.program import ACTIVATIONS, FLOATS, Program
 from pagoda.backend.vision import ROPE_BASE, Encoded, Index, layout, patches
 from pagoda.errors import ModelError
 from pagoda.formats import QUANTIZE_ON_LOAD
@@ -90,7 +89,7 @@ class VisionProgram(Program):
         for i in range(self._vision.depth):
             self._vision_layer(i)
         rows = native.LOGIT_ROWS
-        self._norm("merge_norm", ATT)
+        self._piece_norm("merge_norm", ATT)
         self._emit(native.GATHER, in_=ATT, out=MERGED, flags=rows)
         self._product("merge_up", MERGED, MERGED_UP, rows)
         self._emit(native.GELU, in_=MERGED_UP, out=MERGED_UP, flags=rows)
@@ -101,29 +100,24 @@ class VisionProgram(Program):
 
     def _vision_layer(self, i: int) -> None:
         v, p, pieces = self._vision, f"layers.{i}.", native.PIECES
-        self._norm(p + "attn_norm", H)
+        self._piece_norm(p + "attn_norm", H)
         self._product(p + "qkv", H, QKV, pieces)
         self._emit(native.ROPE, in_=QKV, flags=pieces)
         whole = native.FRAMES if v.sees_all(i) else 0
         self._emit(native.ATTEND_ALL, in_=QKV, out=ATT, f=v.head_dim**-0.5, flags=whole)
         self._product(p + "o", ATT, X, native.ADD | pieces)
-        self._norm(p + "mlp_norm", H)
+        self._piece_norm(p + "mlp_norm", H)
         self._product(p + "gate_up", H, GATE_UP, pieces)
-        self._emit(_ACTIVATIONS[v.activation, v.gated], in_=GATE_UP, out=MLP, flags=pieces)
+        self._emit(ACTIVATIONS[v.activation, v.gated], in_=GATE_UP, out=MLP, flags=pieces)
         self._product(p + "down", MLP, X, native.ADD | pieces)
 
-    def _norm(self, name: str, out: int) -> None:
+    def _piece_norm(self, name: str, out: int) -> None:
         kind = native.LAYER_NORM if self._vision.norm == "layer" else native.NORM
         bias = name + "_bias"
         self._emit(kind, in_=X, out=out, vector=name, vector2=bias, f=self._vision.norm_eps, flags=native.PIECES)
 
     def _product(self, name: str, in_: int, out: int, flags: int) -> None:
         self._emit(native.MATMUL, in_=in_, out=out, weight=name, vector=name + "_bias", flags=flags)
-
-
-_ACTIVATIONS = MappingProxyType(
-    {("silu", True): native.SILU, ("gelu", False): native.GELU, ("quick_gelu", False): native.QUICK_GELU}
-)
 
 
 class VisionEncoder:
@@ -250,7 +244,7 @@ def check_vision(vision: Vision) -> None:
             f"the CPU backend needs an image encoder whose head size is a multiple of 16, not {vision.head_dim}",
             remedy="Try --device reference",
         )
-    if (vision.activation, vision.gated) not in _ACTIVATIONS:
+    if (vision.activation, vision.gated) not in ACTIVATIONS:
         gated = "with" if vision.gated else "without"
         raise ModelError(
             f"the CPU backend has no image encoder with {vision.activation} {gated} a gate",

@@ -14,8 +14,8 @@ from pagoda.arch.spec import Attention, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.load import Loader
-from pagoda.backend.torch.model import KvCache, Linear
-from pagoda.backend.torch.norms import LayerNorm
+from pagoda.backend.torch.model import GeluMlp, KvCache, Linear
+from pagoda.backend.torch.norms import Norm
 from pagoda.errors import ModelError
 
 _SHORTEST = 16
@@ -26,10 +26,9 @@ class EncoderLayer:
     attention: Attention
     qkv: Linear
     o: Linear
-    attn_norm: LayerNorm
-    up: Linear
-    down: Linear
-    mlp_norm: LayerNorm
+    attn_norm: Norm
+    mlp: GeluMlp
+    mlp_norm: Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ class Encoder:
     embed: Tensor
     positions: Tensor
     types: Tensor
-    norm: LayerNorm
+    norm: Norm
     layers: tuple[EncoderLayer, ...]
     caches: list[KvCache] = field(default_factory=list)
 
@@ -88,7 +87,7 @@ class Encoder:
             for one in rectangles:
                 one.attend(q, k, v, a.scale, seen)
             x = layer.attn_norm(x + layer.o(seen.flatten(1)))
-            x = layer.mlp_norm(x + layer.down(F.gelu(layer.up(x))))
+            x = layer.mlp_norm(x + layer.mlp(x))
         return x[batch.rows]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -109,16 +108,13 @@ class EncoderLoader(Loader):
         layers = []
         for index, layer in enumerate(self._spec.layers):
             p = f"layers.{index}."
-            if layer.mlp.activation != "gelu":
-                raise ModelError(f"the PyTorch backend has no activation {layer.mlp.activation!r} in encoders")
             layers.append(
                 EncoderLayer(
                     attention=layer.attention,
                     qkv=self._linear(p + "q", p + "k", p + "v"),
                     o=self._linear(p + "o"),
                     attn_norm=self._norm(p + "attn_norm"),
-                    up=self._linear(p + "up"),
-                    down=self._linear(p + "down"),
+                    mlp=self._gelu_mlp(p, layer.mlp),
                     mlp_norm=self._norm(p + "mlp_norm"),
                 )
             )
@@ -126,9 +122,3 @@ class EncoderLoader(Loader):
                 progress("weights", (index + 1) / len(self._spec.layers))
         embed, positions, types = map(self._table, ("embed", "positions", "types"))
         return Encoder(self._spec, embed, positions, types, self._norm("norm"), tuple(layers))
-
-    def _table(self, slot: str) -> Tensor:
-        return self._converter.floats(self._tensors[slot], self._target.dtype)
-
-    def _norm(self, slot: str) -> LayerNorm:
-        return LayerNorm(self._vector(slot), self._vector(slot + "_bias"), self._spec.norm_eps)

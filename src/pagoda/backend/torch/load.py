@@ -17,7 +17,8 @@ from pagoda.backend.torch.batch import Heads
 from pagoda.backend.torch.convert import FLOATS, Converter, Target
 from pagoda.backend.torch.join import side_by_side
 from pagoda.backend.torch.load_vision import VisionLoader
-from pagoda.backend.torch.model import Decoder, DecoderLayer, GatedMlp, Linear, Mixture, Table, ThreePositions
+from pagoda.backend.torch.model import Decoder, DecoderLayer, GatedMlp, GeluMlp, Linear, Mixture, Table, ThreePositions
+from pagoda.backend.torch.norms import LayerNorm, Norm, RmsNorm
 from pagoda.backend.torch.packs import Dense, Weight
 from pagoda.backend.torch.vision import Sight
 from pagoda.errors import ModelError
@@ -56,9 +57,9 @@ class Loader:
                 raise
         table = np.concatenate(spec.rope.tables(max_model_len), axis=1)
         cos_sin = torch.from_numpy(table).to(self._target.device)
-        return Decoder(
-            spec, Table(embed), norm, head, tuple(layers), cos_sin, [], self._three(), self._sight(max_model_len)
-        )
+        positions = self._table("positions") if spec.positions else None
+        three, sight = self._three(), self._sight(max_model_len)
+        return Decoder(spec, Table(embed), norm, head, tuple(layers), cos_sin, [], positions, three, sight)
 
     def _three(self) -> ThreePositions | None:
         rope, device = self._spec.rope, self._target.device
@@ -74,53 +75,58 @@ class Loader:
         kept_bytes = encoded_bytes(self._spec, max_model_len, self._target.dtype.itemsize)
         return Sight(VisionLoader(vision, self._tensors, self._target).encoder(), kept_bytes)
 
-    def _ends(self) -> tuple[Tensor, Tensor, Linear]:
-        embed = self._converter.floats(self._tensors["embed"], self._target.dtype)
+    def _ends(self) -> tuple[Tensor, Norm, Linear]:
+        embed = self._table("embed")
         own = not self._spec.tied and self._spec.pooling is None
         head = Linear((self._head() if own else Dense(embed),))
-        return embed, self._vector("norm"), head
+        return embed, self._norm("norm"), head
 
     def _head(self) -> Weight:
         """Quantized where it is stored so; rounding it on load costs more than it saves."""
         tensor = self._tensors["head"]
         if tensor.type in FLOATS and not isinstance(tensor, MadeTensor):
-            return Dense(self._converter.floats(tensor, self._target.dtype))
+            return Dense(self._table("head"))
         return self._converter.weight(tensor)
 
     def _layer(self, index: int, layer: Layer) -> DecoderLayer:
         p, a = f"layers.{index}.", layer.attention
-        if layer.mlp.activation != "silu":
-            raise ModelError(f"the PyTorch backend has no activation {layer.mlp.activation!r}")
         shape = Heads(
             a.heads, a.kv_heads, a.head_dim, a.scale, a.window, self._spec.norm_eps, self._spec.rope.interleaved
         )
         return DecoderLayer(
             heads=shape,
-            attn_norm=self._vector(p + "attn_norm"),
+            attn_norm=self._norm(p + "attn_norm"),
             qkv=self._linear(p + "q", p + "k", p + "v"),
             q_norm=self._vector(p + "q_norm") if a.qk_norm else None,
             k_norm=self._vector(p + "k_norm") if a.qk_norm else None,
             o=self._linear(p + "o"),
-            mlp_norm=self._vector(p + "mlp_norm"),
+            mlp_norm=self._norm(p + "mlp_norm"),
             mlp=self._mlp(p, layer.mlp),
         )
 
-    def _mlp(self, p: str, mlp: Mlp) -> GatedMlp | Mixture:
+    def _mlp(self, p: str, mlp: Mlp) -> GatedMlp | GeluMlp | Mixture:
+        if mlp.activation not in (("silu",) if mlp.gated else ("gelu", "gelu_tanh")):
+            raise ModelError(f"the PyTorch backend has no activation {mlp.activation!r} here")
+        if not mlp.gated:
+            return self._gelu_mlp(p, mlp)
         if mlp.experts is None:
             return GatedMlp(self._linear(p + "gate", p + "up"), self._linear(p + "down"))
         gate, up, down = (self._weight(f"{p}{part}_experts") for part in ("gate", "up", "down"))
-        router = self._converter.floats(self._tensors[p + "router"], self._target.dtype)
+        router = self._table(p + "router")
         stack = side_by_side([gate, up])
         if not mlp.experts.shared:
             return Mixture(mlp.experts, router, stack, down)
         shared = GatedMlp(self._linear(p + "gate_shared", p + "up_shared"), self._linear(p + "down_shared"))
-        own = self._converter.floats(self._tensors[p + "router_shared"], self._target.dtype)
+        own = self._table(p + "router_shared")
         return Mixture(mlp.experts, router, stack, down, shared, own[None])
+
+    def _gelu_mlp(self, p: str, mlp: Mlp) -> GeluMlp:
+        return GeluMlp(self._linear(p + "up"), self._linear(p + "down"), mlp.activation == "gelu_tanh")
 
     def _linear(self, *slots: str) -> Linear:
         parts = side_by_side([self._weight(slot) for slot in slots])
         biases = [slot + "_bias" for slot in slots if slot + "_bias" in self._tensors]
-        bias = [self._converter.floats(self._tensors[slot], self._target.dtype) for slot in biases]
+        bias = [self._table(slot) for slot in biases]
         return Linear(parts, torch.cat(bias) if bias else None)
 
     def _weight(self, slot: str) -> Weight:
@@ -128,3 +134,12 @@ class Loader:
 
     def _vector(self, slot: str) -> Tensor:
         return self._converter.floats(self._tensors[slot], torch.float32)
+
+    def _table(self, slot: str) -> Tensor:
+        return self._converter.floats(self._tensors[slot], self._target.dtype)
+
+    def _norm(self, slot: str) -> Norm:
+        weight, eps = self._vector(slot), self._spec.norm_eps
+        if self._spec.norm == "layer":
+            return LayerNorm(weight, self._vector(slot + "_bias"), eps)
+        return RmsNorm(weight, eps)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pagoda.arch.spec import Experts, ModelSpec
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.batch import Batch, Heads, Seen
+from pagoda.backend.torch.norms import Norm, RmsNorm
 from pagoda.backend.torch.packs import Dense, Weight
 from pagoda.backend.torch.vision import Sight
 
@@ -53,13 +55,11 @@ class Linear:
         y = torch.cat([ops.matmul(x, part) for part in self.parts], dim=-1)
         return y if self.bias is None else y + self.bias
 
-    def behind(
-        self, x: Tensor, residual: Tensor, norm: Tensor, eps: float, *, gated: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def behind(self, x: Tensor, residual: Tensor, norm: Norm, *, gated: bool = False) -> tuple[Tensor, Tensor]:
         """The product with x + residual, normed (`gated`: silu(gate) * up of it), and that sum."""
-        if len(self.parts) == 1 and self.bias is None:
-            return ops.norm_matmul(x, residual, norm, eps, self.parts[0], gated=gated)
-        normed, total = ops.add_rms_norm(x, residual, norm, eps)
+        if len(self.parts) == 1 and self.bias is None and isinstance(norm, RmsNorm):
+            return ops.norm_matmul(x, residual, norm.weight, norm.eps, self.parts[0], gated=gated)
+        normed, total = norm.of_sum(x, residual)
         y = self(normed)
         return (ops.silu_mul(y) if gated else y), total
 
@@ -72,10 +72,20 @@ class GatedMlp:
     def __call__(self, x: Tensor) -> Tensor:
         return self.down(ops.silu_mul(self.gate_up(x)))
 
-    def behind(self, x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def behind(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         """What it makes of x + residual, normed, and that sum."""
-        hidden, total = self.gate_up.behind(x, residual, norm, eps, gated=True)
+        hidden, total = self.gate_up.behind(x, residual, norm, gated=True)
         return self.down(hidden), total
+
+
+@dataclass(frozen=True, slots=True)
+class GeluMlp:
+    up: Linear
+    down: Linear
+    by_tanh: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh" if self.by_tanh else "none"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +119,12 @@ class Mixture:
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
     heads: Heads
-    attn_norm: Tensor
+    attn_norm: Norm
     qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
     o: Block
-    mlp_norm: Tensor
+    mlp_norm: Norm
     mlp: Block
 
 
@@ -138,30 +148,33 @@ class Decoder:
 
     spec: ModelSpec
     embed: Embedding
-    norm: Tensor
+    norm: Norm
     head: Block
     layers: tuple[DecoderLayer, ...]
     cos_sin: Tensor  # float32 [positions, rope dim]
     caches: list[KvCache]
+    positions: Tensor | None = None  # [positions, hidden] in the type of computation, where they are learned
     three: ThreePositions | None = None
     sight: Sight | None = None
 
     def hidden(self, batch: Batch) -> Tensor:
         """The normed final hidden states of the rows of a batch, [L, hidden]."""
-        eps, batch = self.spec.norm_eps, ops.prepared(batch)
+        batch = ops.prepared(batch)
         total = self.embed(batch.tokens, batch.seen)
+        if self.positions is not None:
+            total = total + self.positions[batch.positions]
         cos_sin, batch = self._turns(batch)
         x = torch.zeros_like(total)
         for layer, (k_cache, v_cache) in zip(self.layers, self.caches, strict=True):
-            qkv, total = layer.qkv.behind(x, total, layer.attn_norm, eps)
+            qkv, total = layer.qkv.behind(x, total, layer.attn_norm)
             q = ops.rope_and_cache(qkv, layer.q_norm, layer.k_norm, cos_sin, batch, k_cache, v_cache, layer.heads)
             x = layer.o(ops.paged_attention(q, k_cache, v_cache, batch, layer.heads).flatten(1))
             if isinstance(layer.mlp, GatedMlp):
-                x, total = layer.mlp.behind(x, total, layer.mlp_norm, eps)
+                x, total = layer.mlp.behind(x, total, layer.mlp_norm)
             else:
-                x, total = ops.add_rms_norm(x, total, layer.mlp_norm, eps)
+                x, total = layer.mlp_norm.of_sum(x, total)
                 x = layer.mlp(x)
-        return ops.add_rms_norm(x[batch.rows], total[batch.rows], self.norm, eps)[0]
+        return self.norm.of_sum(x[batch.rows], total[batch.rows])[0]
 
     def _turns(self, batch: Batch) -> tuple[Tensor, Batch]:
         """The table of angles, and the batch whose positions are rows of it."""

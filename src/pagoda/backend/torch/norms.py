@@ -1,4 +1,4 @@
-"""Norms with weights of their own, as encoders have them."""
+"""Norms with weights of their own, and what they make of a sum."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ class LayerNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps).to(x.dtype)
 
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(the norm of x + residual, x + residual)"""
+        total = x + residual
+        return self(total), total
+
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
@@ -27,3 +32,10 @@ class RmsNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(the norm of x + residual, x + residual)"""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+Norm = LayerNorm | RmsNorm

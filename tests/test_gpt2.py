@@ -1,0 +1,228 @@
+"""GPT-2: its own names and layouts in both formats, each executor, and a server, against transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from checkpoints import VOCAB, make_model, write_checkpoint
+from gguf_writer import write_gguf
+from reference_plans import Feed, make_plan
+from safetensors.torch import load_file, save_file
+
+from pagoda.arch.dummy import open_dummy
+from pagoda.arch.registry import bind, load_spec
+from pagoda.arch.sharding import parallel_sizes, share
+from pagoda.backend.base import Limits
+from pagoda.backend.cpu.executor import CpuExecutor
+from pagoda.backend.reference import ReferenceExecutor
+from pagoda.backend.torch.executor import TorchCpuExecutor
+from pagoda.backend.torch.upload import upload
+from pagoda.config import EngineConfig
+from pagoda.engine.core import EngineCore
+from pagoda.errors import ConfigError, ModelError
+from pagoda.types import Float32, Request, SamplingParams, StepPlan
+from pagoda.weights.ggml import dequantize
+from pagoda.weights.open import open_source
+
+LIMITS = Limits(max_model_len=256, max_num_seqs=4, max_num_batched_tokens=128, num_blocks=32)
+TOKENS: list[int] = np.random.default_rng(0).integers(3, VOCAB, 60).tolist()
+LAST = make_plan([Feed(TOKENS, 0, [0, 1, 2, 3], rows=[(len(TOKENS) - 1, -1, -1)])], VOCAB)
+KINDS = {"cpu": CpuExecutor, "reference": ReferenceExecutor, "torch": TorchCpuExecutor}
+
+
+def load(path: Path, kind: str, **limits: Any) -> Any:
+    source = open_source(str(path))
+    return KINDS[kind].load(load_spec(source), source, replace(LIMITS, **limits))
+
+
+def logits(executor: Any, plan: StepPlan) -> Float32:
+    if isinstance(executor, ReferenceExecutor):
+        return executor.logits(plan)
+    if isinstance(executor, CpuExecutor):
+        out = np.zeros((len(plan.rows), VOCAB), np.float32)
+        executor._lib.run(plan, out)
+        return out
+    with torch.inference_mode():
+        batch, _ = upload(plan, torch.device("cpu"), executor.capacity.num_blocks)
+        found: Float32 = executor.decoder.logits(executor.decoder.hidden(batch)).float().numpy()
+        return found
+
+
+def expected(model: Any) -> Float32:
+    """What transformers says after TOKENS, [1, VOCAB]."""
+    with torch.no_grad():
+        return np.asarray(model(torch.tensor([TOKENS])).logits[0, -1:].numpy(), np.float32)
+
+
+def relative(values: Float32, exact: Float32) -> float:
+    return float(np.sqrt(((values - exact) ** 2).mean() / (exact**2).mean()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_prompt_in_chunks_and_in_company_has_the_bits_of_the_whole(
+    kind: str, quantization: str | None, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path, "gpt2")
+    executor = load(tmp_path, kind, quantization=quantization)
+    whole = logits(executor, LAST)[0]
+    for start in range(0, len(TOKENS), 7):
+        part = TOKENS[start : start + 7]
+        here = Feed(part, start, [4, 5, 6, 7], rows=[(len(part) - 1, -1, -1)])
+        other = Feed(TOKENS[start : start + 1] * 9, 0, [8], rows=[(8, -1, -1)])
+        both = logits(executor, make_plan([other, here], VOCAB, slots=[2, 0]))
+    assert np.array_equal(both[1], whole)
+    executor.close()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_matrices_quantized_on_load_stay_near(quantization: str, tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "wte" not in name:
+                weight *= 0.5
+    model.save_pretrained(tmp_path)
+    executor = load(tmp_path, "cpu", quantization=quantization)
+    assert 1e-4 < relative(logits(executor, LAST), expected(model)) < (0.02 if quantization == "int8" else 0.2)
+    executor.close()
+
+
+def generate(path: Path, device: str, prompt: list[int], count: int) -> list[int]:
+    core = EngineCore(EngineConfig(model=str(path), device=device, num_blocks=32))
+    params = SamplingParams(temperature=0, max_tokens=count, seed=0)
+    core.add(Request(request_id="a", prompt_token_ids=prompt, params=params))
+    out: list[int] = []
+    while core.has_work:
+        for delta in core.step():
+            assert delta.error is None
+            out += delta.token_ids
+    core.close()
+    return out
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference", "torch-cpu"])
+def test_greedy_text_equals_transformers_up_to_the_last_position(device: str, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path, "gpt2", max_position_embeddings=32)
+    tokens = TOKENS[:20]
+    with torch.no_grad():
+        while len(tokens) < 32:
+            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    assert 2 not in tokens[20:]
+    assert generate(tmp_path, device, TOKENS[:20], 100) == tokens[20:]
+
+
+def test_a_context_beyond_the_table_of_positions_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "gpt2", max_position_embeddings=32)
+    with pytest.raises(ConfigError, match="32"):
+        EngineCore(EngineConfig(model=str(tmp_path), max_model_len=33, device="cpu"))
+
+
+def write_gguf_gpt2(path: Path, model: Any, kind: str) -> None:
+    """As converters do: matrices turned to [out, in], q, k and v as one."""
+    config = model.config
+    numbers = {
+        "block_count": config.n_layer,
+        "context_length": config.n_positions,
+        "embedding_length": config.n_embd,
+        "feed_forward_length": 4 * config.n_embd,
+        "attention.head_count": config.n_head,
+        "attention.layer_norm_epsilon": config.layer_norm_epsilon,
+    }
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    tensors: dict[str, Any] = {}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        weight = weight.t().contiguous() if ".c_" in name and weight.ndim == 2 else weight
+        tensors[stored] = (weight.numpy(), kind if ".c_" in name else "F32") if weight.ndim == 2 else weight.numpy()
+    ends = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+    table = {"general.architecture": "gpt2", **{f"gpt2.{name}": value for name, value in numbers.items()}, **ends}
+    write_gguf(path, table, tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gguf_models_equal_transformers(kind: str, tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    write_gguf_gpt2(tmp_path / "tiny.gguf", model, "F32")
+    executor = load(tmp_path / "tiny.gguf", kind)
+    assert relative(logits(executor, LAST), expected(model)) < 1e-3
+    executor.close()
+
+
+def test_quantized_gguf_models_are_cut_between_rows(tmp_path: Path) -> None:
+    write_gguf_gpt2(tmp_path / "tiny.gguf", make_model("gpt2"), "Q8_0")
+    exact, native = load(tmp_path / "tiny.gguf", "reference"), load(tmp_path / "tiny.gguf", "cpu")
+    assert native.capacity.weight_bytes < exact.capacity.weight_bytes / 2
+    assert relative(logits(native, LAST), logits(exact, LAST)) < 0.05
+    native.close()
+
+
+def test_other_spellings_hold_the_same_model(tmp_path: Path) -> None:
+    """Without the outer class and with the masks that old exporters stored, as openai-community/gpt2 has it."""
+    write_checkpoint(tmp_path, "gpt2")
+    source = open_source(str(tmp_path))
+    usual = {slot: dequantize(t) for slot, t in bind(load_spec(source), source).items()}
+    stored = load_file(tmp_path / "model.safetensors")
+    plain = {name.removeprefix("transformer."): t for name, t in stored.items()}
+    for i in range(3):
+        plain[f"h.{i}.attn.bias"] = torch.ones(1, 1, 256, 256)
+        plain[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(plain, tmp_path / "model.safetensors")
+    source = open_source(str(tmp_path))
+    found = bind(load_spec(source), source)
+    assert found.keys() == usual.keys()
+    assert all(np.array_equal(dequantize(found[slot]), values) for slot, values in usual.items())
+    save_file({**plain, "h.0.mlp.c_gate.weight": torch.ones(64, 64)}, tmp_path / "model.safetensors")
+    source = open_source(str(tmp_path))
+    with pytest.raises(ModelError, match=r"lacks: h\.0\.mlp\.c_gate\.weight"):
+        bind(load_spec(source), source)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"activation_function": "relu"}, "'relu'; GPT-2 is supported with gelu_new"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is true"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is false"),
+        ({"n_head": 5}, "64 cannot be cut into 5 heads"),
+    ],
+)
+def test_what_is_not_supported_is_named(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "gpt2")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ModelError, match=said):
+        load_spec(open_source(str(tmp_path)))
+
+
+def test_two_gpus_hold_the_halves(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "gpt2")
+    source = open_source(str(tmp_path))
+    spec = load_spec(source)
+    tensors = bind(spec, source)
+    assert parallel_sizes(spec, 4) == [1, 2, 4]
+    shares = [share(spec, tensors, rank, 2)[1] for rank in range(2)]
+    for slot in ("q", "v", "up", "q_bias", "up_bias", "o", "down"):
+        name, axis = f"layers.1.{slot}", 1 if slot in ("o", "down") else 0
+        parts = [dequantize(own[name]).reshape(own[name].shape) for own in shares]
+        assert np.array_equal(np.concatenate(parts, axis), dequantize(tensors[name]).reshape(tensors[name].shape)), slot
+    for slot in ("positions", "norm_bias", "layers.0.attn_norm_bias"):
+        assert all(np.array_equal(dequantize(own[slot]), dequantize(tensors[slot])) for own in shares)
+
+
+def test_random_weights_of_a_config_run(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "gpt2")
+    (tmp_path / "model.safetensors").unlink()
+    source = open_dummy(str(tmp_path))
+    executor = CpuExecutor.load(load_spec(source), source, LIMITS)
+    assert executor.launch(LAST).wait().ok.all()
+    executor.close()
