@@ -28,6 +28,7 @@ from test_pooled_api import minilm, minilm_path, served
 from vl_trained import trained
 
 from pagoda.cli.main import main
+from pagoda.deploy.connect import calls
 from pagoda.deploy.connect.connect import Served, Target
 from pagoda.deploy.connect.guides import GUIDES, text
 
@@ -252,6 +253,17 @@ def sse(*events: str, end: str = "\n\n") -> str:
 def test_what_breaks_dify_is_seen(shown: Any, chat: str, stream: str, wrong: list[str]) -> None:
     with other_server(chat, stream) as url:
         _, report = shown("dify", "--url", url)
+    seen = [f for f in failures(report) if not f.startswith("from Docker")]
+    assert len(seen) == len(wrong) and all(w in f for w, f in zip(wrong, seen, strict=True))
+
+
+@pytest.mark.parametrize(("limit_s", "wrong"), [(60, []), (0, ["the first text took 0 s, and the client waits 0 s"])])
+def test_a_first_text_that_ragflow_does_not_wait_for_is_seen(
+    shown: Any, monkeypatch: pytest.MonkeyPatch, limit_s: int, wrong: list[str]
+) -> None:
+    monkeypatch.setattr(calls, "FIRST_TEXT_S", limit_s)
+    with other_server(CHAT, sse(*GOOD)) as url:
+        _, report = shown("ragflow", "--url", url)
     seen = [f for f in failures(report) if not f.startswith("from Docker")]
     assert len(seen) == len(wrong) and all(w in f for w, f in zip(wrong, seen, strict=True))
 

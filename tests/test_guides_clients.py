@@ -118,6 +118,7 @@ def dify_saves(url: str, model: str, **headers: str) -> None:
     body = {"model": model, "max_tokens": 5, "messages": [{"role": "user", "content": "ping"}]}
     reply = httpx.post(url + "/v1/chat/completions", json=body, headers=headers, timeout=60)
     assert reply.status_code == 200 and reply.json()["object"] == "chat.completion"
+    assert isinstance(reply.json()["choices"][0]["message"]["content"], str)
 
 
 def test_guide_0_curl_and_dify(tmp_path: Path, smollm2_path: str) -> None:

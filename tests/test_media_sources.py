@@ -47,9 +47,11 @@ def test_pictures(part: dict[str, Any], found: str | bytes) -> None:
     assert sources == [Source(PLACE, (found,))]
 
 
-def test_little_detail_is_told() -> None:
-    assert taken({"type": "image_url", "image_url": {"url": URI, "detail": "low"}})[1][0].low
-    assert taken({"type": "input_image", "image_url": URI, "detail": "low"})[1][0].low
+@pytest.mark.parametrize("url", [URI, WEB])
+def test_little_detail_is_told(url: str) -> None:
+    assert taken({"type": "image_url", "image_url": {"url": url, "detail": "low"}})[1][0].low
+    assert taken({"type": "input_image", "image_url": url, "detail": "low"})[1][0].low
+    assert not taken({"type": "image_url", "image_url": {"url": url, "detail": "high"}})[1][0].low
 
 
 @pytest.mark.parametrize(

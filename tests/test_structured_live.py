@@ -117,6 +117,8 @@ def test_choices_and_json_under_all_their_names(client: openai.OpenAI) -> None:
         {"response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": schema}}},
     ):
         Person.model_validate_json(content(client, extra_body=fields))
+    free = content(client, extra_body={"response_format": {"type": "json_object"}})
+    assert isinstance(json.loads(free), dict)
     assert " " not in re.sub('"[^"]*"', "", content(client, extra_body={
         "structured_outputs": {"json": schema, "disable_any_whitespace": True}
     }))  # fmt: skip
