@@ -10,6 +10,9 @@ import openai
 import pytest
 from api_fake import Client, FakeEngine, PlainTemplate, events, make_server, on_port
 
+from pagoda.api.turn.tools import read_tools
+from pagoda.errors import BadRequest
+
 TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
     for name in ("get_weather", "now")
@@ -346,3 +349,11 @@ def test_a_closing_tag_that_is_cut_off_is_not_told() -> None:
         choice = client.chat(tools=TOOLS, max_tokens=len(text) - 5).json()["choices"][0]
         assert choice["finish_reason"] == "length" and choice["message"]["content"] is None
         assert choice["message"]["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
+
+
+def test_formats_of_custom_tools_are_limited_together() -> None:
+    form = {"type": "grammar", "grammar": {"syntax": "lark", "definition": "start: " + '"a" ' * 15_000}}
+    tools = [{"type": "custom", "custom": {"name": f"t{n}", "format": form}} for n in range(100)]
+    with pytest.raises(BadRequest, match="more than 256 KiB together"):
+        read_tools(tools)
+    assert len(read_tools(tools[:4]).custom) == 4

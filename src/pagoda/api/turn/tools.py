@@ -10,6 +10,8 @@ from pagoda.api.turn.custom import custom_function
 from pagoda.errors import BadRequest
 from pagoda.text.tools import Schemas
 
+MAX_FORMAT_CHARS = 256 << 10
+"""Of all custom tools of a request together: reading them takes time that others wait for."""
 _FORCED = ("required", "any")
 _KINDS = ("function", "custom")
 Choice = str | dict[str, Any] | None
@@ -27,12 +29,17 @@ class ChatTools:
 def read_tools(given: Sequence[dict[str, Any]]) -> ChatTools:
     """Raises BadRequest for a custom tool that is none; tools that a server would run are left out."""
     functions, custom, ignored = [], set(), []
+    format_chars = 0
     for tool in given:
         kind = tool.get("type", "function")
         if kind == "function":
             functions.append(tool)
         elif kind == "custom":
             function, enforced = custom_function(_inner(tool))
+            format_chars += len(function["description"]) if _inner(tool).get("format") else 0
+            if format_chars > MAX_FORMAT_CHARS:
+                most = f"{MAX_FORMAT_CHARS >> 10} KiB"
+                raise BadRequest(f"tools: the formats of custom tools hold more than {most} together", param="tools")
             functions.append({"type": "function", "function": function})
             custom.add(function["name"])
             ignored += [] if enforced else [f"tools.{function['name']}.format"]
