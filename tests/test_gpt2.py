@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,9 @@ from checkpoints import VOCAB, make_model, write_checkpoint
 from gguf_writer import write_gguf
 from reference_plans import Feed, make_plan
 from safetensors.torch import load_file, save_file
+from server_process import running, serve
+from text_models import trained_json
+from transformers import GPT2TokenizerFast
 
 from pagoda.arch.dummy import open_dummy
 from pagoda.arch.registry import bind, load_spec
@@ -25,8 +29,11 @@ from pagoda.backend.reference import ReferenceExecutor
 from pagoda.backend.torch.executor import TorchCpuExecutor
 from pagoda.backend.torch.upload import upload
 from pagoda.config import EngineConfig
+from pagoda.deploy.check.check import check_model
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
+from pagoda.text.chat import load_chat_template
+from pagoda.text.tokenizer import load_tokenizer
 from pagoda.types import Float32, Request, SamplingParams, StepPlan
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.open import open_source
@@ -226,3 +233,66 @@ def test_random_weights_of_a_config_run(tmp_path: Path) -> None:
     executor = CpuExecutor.load(load_spec(source), source, LIMITS)
     assert executor.launch(LAST).wait().ok.all()
     executor.close()
+
+
+END = "<|endoftext|>"
+CHAT = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+
+
+def write_dialogpt(folder: Path, **tokenizer_config: Any) -> Any:
+    """The files of DialoGPT: no tokenizer.json, no special tokens named anywhere."""
+    table = json.loads(trained_json())["model"]
+    model = write_checkpoint(folder, "gpt2", vocab_size=len(table["vocab"]), eos_token_id=table["vocab"][END])
+    (folder / "vocab.json").write_text(json.dumps(table["vocab"]), encoding="utf-8")
+    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in table["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 256, **tokenizer_config}))
+    return model
+
+
+def test_the_older_form_of_the_tokenizer_equals_transformers(tmp_path: Path) -> None:
+    write_dialogpt(tmp_path, chat_template=CHAT)
+    theirs = GPT2TokenizerFast.from_pretrained(tmp_path)
+    ours = load_tokenizer(str(tmp_path), {})
+    for text in ("Does money buy happiness?", f"Hello  there{END}it's 12\n\n  x", "塔 🗼 naïve", ""):
+        assert ours.encode(text) == theirs.encode(text), text
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+    end = theirs.eos_token_id
+    assert (ours.eos_token_ids, ours.bos_token_id, ours.special_ids) == ((end,), end, {end})
+    template = load_chat_template(str(tmp_path), {})
+    assert template is not None
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "x"},
+    ]
+    assert template.render(messages, add_generation_prompt=True) == f"Hi{END}Ho{END}x{END}"
+
+
+@pytest.mark.parametrize(("name", "text"), [("merges.txt", "a\nb"), ("vocab.json", '{"a": "b"}')])
+def test_a_broken_older_form_is_named(name: str, text: str, tmp_path: Path) -> None:
+    write_dialogpt(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ModelError, match=r"cannot read vocab\.json and merges\.txt"):
+        load_tokenizer(str(tmp_path), {})
+
+
+def test_a_server_completes_text_and_says_what_chat_needs(tmp_path: Path) -> None:
+    model = write_dialogpt(tmp_path)
+    assert not [finding for finding in check_model(str(tmp_path), {}) if finding.level == "problem"]
+    tokenizer = GPT2TokenizerFast.from_pretrained(tmp_path)
+    ids = tokenizer.encode("Does money buy happiness?")
+    prompt = len(ids)
+    with torch.no_grad():
+        for _ in range(12):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    assert tokenizer.eos_token_id not in ids[prompt:]
+    body = {"model": "dialo", "prompt": "Does money buy happiness?", "max_tokens": 12, "temperature": 0}
+    chat = {"model": "dialo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+    command = serve(str(tmp_path), "--served-model-name", "dialo", "--device", "cpu", "--num-gpu-blocks-override", "32")
+    with running(*command) as url, httpx.Client(base_url=url, timeout=120) as client:
+        answer = client.post("/v1/completions", json=body).json()
+        refused = client.post("/v1/chat/completions", json=chat)
+    assert answer["choices"][0]["text"] == tokenizer.decode(ids[prompt:])
+    assert answer["usage"]["prompt_tokens"] == prompt
+    assert refused.status_code == 400 and "/v1/completions" in refused.text

@@ -19,6 +19,8 @@ _GGUF_IDS = {
     "mask_token": "tokenizer.ggml.mask_token_id",
 }
 
+_GPT2_END = "<|endoftext|>"  # what GPT-2's tokenizer takes where its files name no special tokens
+
 
 def read_text(path: Path) -> str | None:
     """The file's text, None if there is no such file."""
@@ -51,7 +53,8 @@ def special_tokens(model_path: str | Path, metadata: Mapping[str, Any]) -> dict[
         tokens = metadata["tokenizer.ggml.tokens"]
         ids = {name: metadata.get(key) for name, key in _GGUF_IDS.items()}
         return {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
-    found: dict[str, str] = {}
+    usual = ("bos_token", "eos_token", "unk_token") if has_merges(model_path) else ()
+    found: dict[str, str] = dict.fromkeys(usual, _GPT2_END)
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         values = read_json(model_path, name)
         for key in SPECIAL_NAMES:
@@ -60,6 +63,13 @@ def special_tokens(model_path: str | Path, metadata: Mapping[str, Any]) -> dict[
             if isinstance(text, str) and text:
                 found[key] = text
     return found
+
+
+def has_merges(model_path: str | Path) -> bool:
+    """Is the tokenizer there as GPT-2's vocab.json and merges.txt alone?"""
+    folder = Path(model_path)
+    files = [(folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")]
+    return files == [False, True, True] and read_json(folder, "config.json").get("model_type") == "gpt2"
 
 
 def id_list(value: Any) -> list[int]:

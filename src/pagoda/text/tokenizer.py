@@ -1,4 +1,4 @@
-"""Text to token ids and back: a tokenizer.json, or the tokenizer rebuilt from GGUF metadata."""
+"""Text to token ids and back: a tokenizer.json, GPT-2's older files, or the tokenizer rebuilt from GGUF metadata."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import tokenizers
 from tokenizers import AddedToken
 
 from pagoda.errors import BadRequest, ModelError
-from pagoda.text.files import declared_tokens, id_list, read_json, special_tokens
+from pagoda.text.files import declared_tokens, has_merges, id_list, read_json, special_tokens
 from pagoda.text.gguf_vocab import build_gguf_vocab
+from pagoda.text.merges import read_merges
 from pagoda.text.pieces import Pieces, from_decoder
 
 
@@ -176,7 +177,9 @@ def load_tokenizer(model_path: str, metadata: Mapping[str, Any], *, bytes_else: 
     """
     file = Path(model_path) / "tokenizer.json"
     if file.is_file():
-        return _load_directory(file)
+        return _load_directory(file.parent, *_read_file(file))
+    if has_merges(model_path):
+        return _load_directory(file.parent, read_merges(file.parent), from_decoder({"type": "ByteLevel"}))
     if "tokenizer.ggml.model" in metadata:
         return _load_gguf(metadata)
     if bytes_else:
@@ -205,7 +208,7 @@ class _File(msgspec.Struct):
     decoder: Any = None
 
 
-def _load_directory(file: Path) -> Tokenizer:
+def _read_file(file: Path) -> tuple[tokenizers.Tokenizer, Pieces | None]:
     try:
         raw = file.read_bytes()
         decoder = msgspec.json.decode(raw, type=_File).decoder
@@ -214,14 +217,18 @@ def _load_directory(file: Path) -> Tokenizer:
         raise ModelError(f"cannot read {file}: {e}", remedy="Download the file again") from e
     backend.no_truncation()
     backend.no_padding()
-    config = read_json(file.parent, "tokenizer_config.json")
-    names = special_tokens(file.parent, {})
+    return backend, from_decoder(decoder)
+
+
+def _load_directory(folder: Path, backend: tokenizers.Tokenizer, pieces: Pieces | None) -> Tokenizer:
+    config = read_json(folder, "tokenizer_config.json")
+    names = special_tokens(folder, {})
     _add_declared(backend, config, names)
-    ends = _ids(backend, names.get("eos_token"), file.parent, "eos_token_id")
-    starts = _ids(backend, names.get("bos_token"), file.parent, "bos_token_id")
+    ends = _ids(backend, names.get("eos_token"), folder, "eos_token_id")
+    starts = _ids(backend, names.get("bos_token"), folder, "bos_token_id")
     return Tokenizer(
         backend,
-        from_decoder(decoder),
+        pieces,
         bos_token_id=starts[0] if starts else None,
         eos_token_ids=ends,
         add_bos=_flag(config.get("add_bos_token")),
