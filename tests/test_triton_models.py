@@ -27,7 +27,7 @@ def answers(executor: object, see: Callable[..., np.ndarray]) -> list[np.ndarray
     return [see(executor, plan) for plan in (PROMPTS, MIXED, DECODE)]
 
 
-@pytest.mark.parametrize("case", ["qwen3", "llama-biases", "qwen3-window"])
+@pytest.mark.parametrize("case", ["qwen3", "llama-biases", "qwen3-window", "gpt2"])
 @pytest.mark.parametrize("quantization", [None, "int4"])
 def test_a_model(case: str, quantization: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if quantization and case != "qwen3":
@@ -40,8 +40,9 @@ def test_a_model(case: str, quantization: str | None, tmp_path: Path, monkeypatc
         assert relative(got, wanted) < 2e-3
 
 
-def test_a_step_through_the_fixed_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_checkpoint(tmp_path, "qwen3")
+@pytest.mark.parametrize("case", ["qwen3", "gpt2"])
+def test_a_step_through_the_fixed_buffers(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, case)
     plain, executor = load(tmp_path), load(tmp_path)
     for plan in (PROMPTS, MIXED):
         plain.launch(plan).wait()
