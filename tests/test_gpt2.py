@@ -22,7 +22,6 @@ from transformers import GPT2TokenizerFast
 
 from pagoda.arch.dummy import open_dummy
 from pagoda.arch.registry import bind, load_spec
-from pagoda.arch.sharding import parallel_sizes, share
 from pagoda.backend.base import Limits
 from pagoda.backend.cpu.executor import CpuExecutor
 from pagoda.backend.reference import ReferenceExecutor
@@ -209,21 +208,6 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], said: str, tmp_
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(ModelError, match=said):
         load_spec(open_source(str(tmp_path)))
-
-
-def test_two_gpus_hold_the_halves(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, "gpt2")
-    source = open_source(str(tmp_path))
-    spec = load_spec(source)
-    tensors = bind(spec, source)
-    assert parallel_sizes(spec, 4) == [1, 2, 4]
-    shares = [share(spec, tensors, rank, 2)[1] for rank in range(2)]
-    for slot in ("q", "v", "up", "q_bias", "up_bias", "o", "down"):
-        name, axis = f"layers.1.{slot}", 1 if slot in ("o", "down") else 0
-        parts = [dequantize(own[name]).reshape(own[name].shape) for own in shares]
-        assert np.array_equal(np.concatenate(parts, axis), dequantize(tensors[name]).reshape(tensors[name].shape)), slot
-    for slot in ("positions", "norm_bias", "layers.0.attn_norm_bias"):
-        assert all(np.array_equal(dequantize(own[slot]), dequantize(tensors[slot])) for own in shares)
 
 
 def test_random_weights_of_a_config_run(tmp_path: Path) -> None:

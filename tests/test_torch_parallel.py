@@ -73,8 +73,13 @@ def _biases(folder: Path) -> None:
     write_checkpoint(folder, "qwen3-biases", **WIDE)
 
 
+def _gpt2(folder: Path) -> None:
+    write_checkpoint(folder, "gpt2")
+
+
 MODELS: dict[str, Callable[[Path], object]] = {
-    f.__name__.strip("_"): f for f in (_awq, _gptq, _gptq_in_order_of_activations, _fp8, _experts, _gguf, _biases)
+    f.__name__.strip("_"): f
+    for f in (_awq, _gptq, _gptq_in_order_of_activations, _fp8, _experts, _gguf, _biases, _gpt2)
 }
 _SUMMED = ("o_bias", "down_bias")
 
@@ -227,7 +232,7 @@ def test_two_ranks_with_a_tied_head_of_uneven_parts(tmp_path: Path) -> None:
     _same(tmp_path, 2, 2)
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq", "gptq_in_order_of_activations", "fp8", "experts", "biases"])
+@pytest.mark.parametrize("name", ["awq", "gptq", "gptq_in_order_of_activations", "fp8", "experts", "biases", "gpt2"])
 def test_two_ranks(name: str, tmp_path: Path) -> None:
     MODELS[name](tmp_path)
     _same(tmp_path, 2, 2)
