@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import engine_fake as fake
 import psutil
@@ -205,11 +206,14 @@ def ask(url: str, number: int, seen: Callable[[], object] = int) -> str:
     return f"{text}|{reason}"
 
 
-def engines() -> list[psutil.Process]:
-    """The engine processes of servers that this process started."""
+def engines(url: str) -> list[psutil.Process]:
+    """The engine processes of the server at that address."""
+    port = urlsplit(url).port
+    mine = psutil.Process().children()
+    server = next(p for p in mine if any(c.laddr.port == port for c in p.net_connections("tcp")))
     return [
         child
-        for child in psutil.Process().children(recursive=True)
+        for child in server.children(recursive=True)
         if child.status() != psutil.STATUS_ZOMBIE and "pagoda.engine.process" in child.cmdline()
     ]
 
@@ -218,7 +222,7 @@ def test_kill_9_of_a_replica_in_twenty_streams_over_http(url: str) -> None:
     with ThreadPoolExecutor(20) as pool:
         expected = list(pool.map(lambda number: ask(url, number), range(20)))
         assert len(set(expected)) > 10 and all(each.endswith(("|length", "|stop")) for each in expected)
-        victim = engines()[0]
+        victim = engines(url)[0]
         events = iter(range(10_000))
 
         def seen() -> None:
@@ -235,7 +239,7 @@ def test_kill_9_of_a_replica_in_twenty_streams_over_http(url: str) -> None:
 
 
 def test_threads_are_shared(tmp_path: Path, url: str) -> None:
-    assert len(engines()) == 2
+    assert len(engines(url)) == 2
     with urllib.request.urlopen(f"{url}/server_info") as reply:
         info = json.load(reply)["engine"]
     assert info["device"].startswith("2 x cpu") and info["max_model_len"] == 1000
