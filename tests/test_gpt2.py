@@ -17,6 +17,7 @@ from gguf_writer import write_gguf
 from reference_plans import Feed, make_plan
 from safetensors.torch import load_file, save_file
 from server_process import running, serve
+from test_reference_models import generate
 from text_models import trained_json
 from transformers import GPT2TokenizerFast
 
@@ -33,7 +34,7 @@ from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
 from pagoda.text.chat import load_chat_template
 from pagoda.text.tokenizer import load_tokenizer
-from pagoda.types import Float32, Request, SamplingParams, StepPlan
+from pagoda.types import Float32, StepPlan
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.open import open_source
 
@@ -101,19 +102,6 @@ def test_matrices_quantized_on_load_stay_near(quantization: str, tmp_path: Path)
     executor.close()
 
 
-def generate(path: Path, device: str, prompt: list[int], count: int) -> list[int]:
-    core = EngineCore(EngineConfig(model=str(path), device=device, num_blocks=32))
-    params = SamplingParams(temperature=0, max_tokens=count, seed=0)
-    core.add(Request(request_id="a", prompt_token_ids=prompt, params=params))
-    out: list[int] = []
-    while core.has_work:
-        for delta in core.step():
-            assert delta.error is None
-            out += delta.token_ids
-    core.close()
-    return out
-
-
 @pytest.mark.parametrize("device", ["cpu", "reference", "torch-cpu"])
 def test_greedy_text_equals_transformers_up_to_the_last_position(device: str, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path, "gpt2", max_position_embeddings=32)
@@ -122,7 +110,8 @@ def test_greedy_text_equals_transformers_up_to_the_last_position(device: str, tm
         while len(tokens) < 32:
             tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
     assert 2 not in tokens[20:]
-    assert generate(tmp_path, device, TOKENS[:20], 100) == tokens[20:]
+    core = EngineCore(EngineConfig(model=str(tmp_path), device=device, num_blocks=32))
+    assert generate(core, TOKENS[:20], 100) == tokens[20:]
 
 
 def test_a_context_beyond_the_table_of_positions_is_refused(tmp_path: Path) -> None:
