@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from sched_fake import Harness, solo
 
-from pagoda.arch.spec import Vision
+from pagoda.arch.vision_spec import Vision
 from pagoda.sched.scheduler import SchedulerConfig
 from pagoda.speculation import Speculation
 from pagoda.types import BLOCK_SIZE, Image, Request, SamplingParams

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from pagoda.arch.spec import Layer, ModelSpec, Vision
+from pagoda.arch.spec import Layer, ModelSpec
+from pagoda.arch.vision_spec import Vision
 from pagoda.errors import MemoryShort
 from pagoda.formats import KV_EIGHT_BITS
 from pagoda.types import BLOCK_SIZE

@@ -7,7 +7,8 @@ from typing import Any
 
 from pagoda.arch import visual
 from pagoda.arch.qwen2_vl import from_gguf as from_gguf
-from pagoda.arch.spec import ModelSpec, Vision
+from pagoda.arch.spec import ModelSpec
+from pagoda.arch.vision_spec import Vision
 
 _FULL_LAYERS = (7, 15, 23, 31)
 

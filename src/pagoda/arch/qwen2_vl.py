@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pagoda.arch import visual
-from pagoda.arch.spec import ModelSpec, Vision
+from pagoda.arch.spec import ModelSpec
+from pagoda.arch.vision_spec import Vision
 from pagoda.errors import ModelError
 from pagoda.weights.source import Tensor
 

@@ -39,6 +39,7 @@ _HELPERS = frozenset(
         "rope",
         "sharding",
         "spec",
+        "vision_spec",
         "visual",
     }
 )

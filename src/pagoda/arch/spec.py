@@ -6,12 +6,13 @@ A new model of known blocks is one file `arch/<model_type>.py` with two function
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from pagoda.arch.vision_spec import Vision
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,56 +135,6 @@ class Pooling:
 
 
 @dataclass(frozen=True, slots=True)
-class Vision:
-    """The vision encoder of Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923): pixels to token vectors.
-
-    A patch is `patch_size`² pixels of `temporal_patch_size` frames in RGB, normalized by `mean` and `std` (of values
-    0 to 1). Patches go through `depth` layers x += attention(norm(x)); x += mlp(norm(x)), whose heads turn by row and
-    column; `merge_size`² neighbours are joined, and an MLP with gelu makes them one vector of the model's hidden size.
-    A patch attends to the patches of its own frames: to all of them, or in layers that are not in `full_layers` to
-    those in its window of `window_size`² pixels (0: no windows). `gated`: the MLP of a layer is
-    down(act(gate(x)) * up(x)), else down(act(up(x))). `tokens_per_second` None: groups of frames are one position
-    apart, whatever time lies between them.
-    """
-
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    hidden_size: int
-    heads: int
-    depth: int
-    intermediate_size: int
-    activation: Literal["quick_gelu", "gelu", "silu"]
-    gated: bool
-    norm: Literal["layer", "rms"]
-    norm_eps: float
-    image_token_id: int
-    video_token_id: int
-    window_size: int = 0
-    full_layers: tuple[int, ...] = ()
-    tokens_per_second: float | None = None
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.heads
-
-    @property
-    def patch_values(self) -> int:
-        """Numbers of a patch, in the order of channel, frame, row, column."""
-        return 3 * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def merged_size(self) -> int:
-        """Width of the patches that become one token, side by side."""
-        return self.hidden_size * self.merge_size**2
-
-    def sees_all(self, layer: int) -> bool:
-        return not self.window_size or layer in self.full_layers
-
-
-@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A transformer: a decoder, or with `encoder` an encoder. `tied` heads reuse the embedding.
 
@@ -238,7 +189,7 @@ class ModelSpec:
             if self.norm == "layer":
                 out |= {f"layers.{i}.attn_norm_bias": (h,), f"layers.{i}.mlp_norm_bias": (h,)}
         if self.vision is not None:
-            out |= {f"vision.{name}": shape for name, shape in _vision_slots(self.vision, h).items()}
+            out |= {f"vision.{name}": shape for name, shape in self.vision.slots(h).items()}
         return out
 
 
@@ -278,22 +229,3 @@ def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
         out |= {"gate_bias": (m.size,)} if m.gated else {}
         out |= {"up_bias": (m.size,), "down_bias": (hidden,)}
     return out
-
-
-def _vision_slots(vision: Vision, hidden: int) -> dict[str, tuple[int, ...]]:
-    wide, inner, merged = vision.hidden_size, vision.intermediate_size, vision.merged_size
-    products = {"qkv": (3 * wide, wide), "o": (wide, wide), "up": (inner, wide), "down": (wide, inner)}
-    if vision.gated:
-        products["gate"] = (inner, wide)
-    norms: dict[str, tuple[int, ...]] = {"attn_norm": (wide,), "mlp_norm": (wide,)}
-    layer = _with_biases(products) | (_with_biases(norms) if vision.norm == "layer" else norms)
-    out: dict[str, tuple[int, ...]] = {"patch": (wide, vision.patch_values)}
-    for i in range(vision.depth):
-        out |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    out |= {"merge_norm": (wide,)} | ({"merge_norm_bias": (wide,)} if vision.norm == "layer" else {})
-    return out | _with_biases({"merge_up": (merged, merged), "merge_down": (hidden, merged)})
-
-
-def _with_biases(slots: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Each slot and its bias, which is as long as the slot's outputs."""
-    return dict(slots) | {f"{name}_bias": shape[:1] for name, shape in slots.items()}

@@ -10,7 +10,8 @@ from typing import Any
 
 from pagoda.arch import decoder
 from pagoda.arch.fields import MOST_LAYERS, Fields
-from pagoda.arch.spec import ModelSpec, Vision
+from pagoda.arch.spec import ModelSpec
+from pagoda.arch.vision_spec import Vision
 from pagoda.errors import ModelError
 
 PREPROCESSOR = "preprocessor_config.json"

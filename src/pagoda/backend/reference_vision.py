@@ -8,7 +8,8 @@ from itertools import pairwise
 import numpy as np
 
 from pagoda.arch.memory import KvType, encoded_bytes
-from pagoda.arch.spec import ModelSpec, Vision
+from pagoda.arch.spec import ModelSpec
+from pagoda.arch.vision_spec import Vision
 from pagoda.backend.reference import ReferenceExecutor, gated, gelu, matmul, rotate_halves, softmax
 from pagoda.backend.vision import Encoded, Layout, layout, patches
 from pagoda.types import Float32, Image, Int32, StepPlan

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from pagoda.arch.spec import Vision
+from pagoda.arch.vision_spec import Vision
 from pagoda.engine.messages import Forget, Picture, Submit, ToEngine
 from pagoda.errors import BadRequest
 from pagoda.types import Image, Request

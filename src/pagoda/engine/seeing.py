@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pagoda.arch.spec import Vision
+from pagoda.arch.vision_spec import Vision
 from pagoda.config import Options
 from pagoda.errors import BadRequest, ConfigError, ContextLengthExceeded
 from pagoda.media.fetch import Permission

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pagoda.arch.mrope import rope_positions
-from pagoda.arch.spec import Vision
+from pagoda.arch.vision_spec import Vision
 from pagoda.types import BLOCK_SIZE, Image, Int32, PlannedImage, Request
 
 

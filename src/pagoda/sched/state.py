@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pagoda.arch.spec import Vision
+from pagoda.arch.vision_spec import Vision
 from pagoda.sched.blocks import chain_hashes, root_hash
 from pagoda.sched.draft import Drafter
 from pagoda.sched.forbidden import ForbiddenRuns

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pagoda.arch import memory
-from pagoda.arch.spec import ModelSpec, Vision
+from pagoda.arch.spec import ModelSpec
+from pagoda.arch.vision_spec import Vision
 from pagoda.backend.base import Limits, Progress
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from pagoda.arch.spec import Vision
+from pagoda.arch.vision_spec import Vision
 from pagoda.backend.torch.convert import Converter, Target
 from pagoda.backend.torch.norms import LayerNorm, RmsNorm
 from pagoda.backend.torch.vision import Norm, Product, VisionEncoder, VisionLayer

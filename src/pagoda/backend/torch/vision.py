@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagoda.arch.memory import MOST_IMAGE_TOKENS, VISION_TILE
-from pagoda.arch.spec import Vision
+from pagoda.arch.vision_spec import Vision
 from pagoda.backend.torch.batch import Seen
 from pagoda.backend.torch.norms import LayerNorm, RmsNorm
 from pagoda.backend.vision import Encoded, Layout, layout, patch_bytes
