@@ -29,9 +29,11 @@ _LAYER_NAMES = {
     "k": ("self_attn.k_proj", "attn_k"),
     "v": ("self_attn.v_proj", "attn_v"),
     "o": ("self_attn.o_proj", "attn_output"),
+    "attn_post_norm": ("post_attention_layernorm", "post_attention_norm"),
     "q_norm": ("self_attn.q_norm", "attn_q_norm"),
     "k_norm": ("self_attn.k_norm", "attn_k_norm"),
     "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+    "mlp_post_norm": ("post_feedforward_layernorm", "post_ffw_norm"),
     "gate": ("mlp.gate_proj", "ffn_gate"),
     "up": ("mlp.up_proj", "ffn_up"),
     "down": ("mlp.down_proj", "ffn_down"),
@@ -74,6 +76,8 @@ def slot_name(spec: ModelSpec, slot: str, *, gguf: bool = False) -> str:
     prefix, _, part = slot.rpartition(".")
     if spec.model_type == "mixtral" and part in _MIXTRAL_NAMES:
         return f"model.{prefix}.block_sparse_moe.{_MIXTRAL_NAMES[part]}.weight"
+    if part == "mlp_norm" and spec.layers[0].norms == "both" and not gguf:
+        return f"model.{prefix}.pre_feedforward_layernorm.weight"
     return checkpoint_name(slot, gguf=gguf) if spec.encoder is None else encoder_name(spec, slot)
 
 

@@ -28,6 +28,7 @@ _ONCE = ("o_bias", "down_bias")  # added to a sum over all GPUs
 _MOST = 16
 _WHOLE = (
     *("norm", "attn_norm", "mlp_norm", "norm_bias", "attn_norm_bias", "mlp_norm_bias", "q_norm", "k_norm"),
+    *("attn_post_norm", "mlp_post_norm", "attn_post_norm_bias", "mlp_post_norm_bias"),
     *("positions", "o_bias", "down_bias", "router", "router_shared"),
 )
 _BY_SHARED, _INPUTS_BY_SHARED = ("gate_shared", "up_shared"), ("down_shared",)
@@ -97,9 +98,12 @@ def share(spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int, size: int) 
         axis = INPUTS if len(tensor.shape) == 1 or name in _INPUTS_CUT else OUTPUTS
         bound[slot] = tensor if cut is None else part(tensor, axis, *cut)
     layers = tuple(
-        Layer(
-            replace(layer.attention, heads=layer.attention.heads // size, kv_heads=_kv_heads(layer.attention, size)),
-            _mlp_share(layer.mlp, size),
+        replace(
+            layer,
+            attention=replace(
+                layer.attention, heads=layer.attention.heads // size, kv_heads=_kv_heads(layer.attention, size)
+            ),
+            mlp=_mlp_share(layer.mlp, size),
         )
         for layer in spec.layers
     )
@@ -176,7 +180,7 @@ def activation_bytes(spec: ModelSpec, limits: Limits, size: int, itemsize: int =
     )
     tokens = limits.max_num_batched_tokens * (2 * spec.hidden_size + widest) * itemsize
     logits = limits.max_num_seqs * spec.vocab_size * _LOGITS_BYTES
-    tables = limits.max_model_len * spec.rope.dim * _TABLE_BYTES
+    tables = limits.max_model_len * sum(rope.dim for rope in spec.ropes) * _TABLE_BYTES
     return tokens + logits + tables + vision_bytes(spec, limits.max_model_len, itemsize)
 
 

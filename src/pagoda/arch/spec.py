@@ -62,6 +62,8 @@ class Attention:
     out_bias: bool = False
     qk_norm: bool = False  # RMS norm over each head of q and k, before RoPE
     window: int | None = None  # sliding window in tokens
+    soft_cap: float | None = None  # scaled scores s become soft_cap * tanh(s / soft_cap)
+    local: bool = False  # turned by the model's `local_rope`
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +98,15 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Pre-norm decoder layer: x += attention(norm(x)); x += mlp(norm(x)).
+    """Decoder layer: x += attention(norm(x)); x += mlp(norm(x)). `norms` says where these norms are.
 
-    In an encoder the norms follow: x = norm(x + attention(x)); x = norm(x + mlp(x)).
+    Before each half as above; or behind it, x += norm(attention(x)); or both, x += norm(attention(norm(x))).
+    In an encoder they follow the sum: x = norm(x + attention(x)); x = norm(x + mlp(x)).
     """
 
     attention: Attention
     mlp: Mlp
+    norms: Literal["before", "behind", "both"] = "before"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +142,9 @@ class Pooling:
 class ModelSpec:
     """A transformer: a decoder, or with `encoder` an encoder. `tied` heads reuse the embedding.
 
-    A layer norm has a bias. `positions` are the rows of a table of learned positions, which are added to the embedding
+    A layer norm has a bias. `embed_scale` multiplies the embeddings of tokens. `local_rope` turns the layers whose
+    attention is `local` (of `rope`'s dim and pairs). `logit_soft_cap`: logits x become cap * tanh(x / cap).
+    `positions` are the rows of a table of learned positions, which are added to the embedding
     in place of RoPE (`rope` is empty then); 0: there is none. One with `pooling` gives a vector or scores for each
     request, and no tokens; it has no head.
     """
@@ -158,6 +164,13 @@ class ModelSpec:
     vision: Vision | None = None
     norm: Literal["rms", "layer"] = "rms"
     positions: int = 0
+    embed_scale: float = 1.0
+    local_rope: Rope | None = None
+    logit_soft_cap: float | None = None
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
 
     def slots(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the model needs, by slot name, with its shape (numpy order, matrices [out, in]).
@@ -166,11 +179,11 @@ class ModelSpec:
         `q_bias`, `k_bias`, `v_bias`, `o_bias`, `q_norm`, `k_norm`, `mlp_norm`, `gate`, `up`, `down`, `gate_bias`,
         `up_bias`, `down_bias`; with experts `router`, `gate_experts`, `up_experts`, `down_experts` in place of the
         last, the experts on the first axis, and of a shared one `gate_shared`, `up_shared`, `down_shared` and its gate
-        `router_shared`. Learned `positions` are a table, layer norms have a bias, encoders the table `types`;
-        pooled models with labels `score`, and `pool_dense` in front of it where they have it. Models that see have
-        `vision.patch`, `vision.merge_norm`, `vision.merge_up`, `vision.merge_down` and per layer of the encoder
-        `vision.layers.{i}.` + `attn_norm`, `qkv`, `o`, `mlp_norm`, `gate`, `up`, `down`; all products but the first
-        have a bias, and so have layer norms.
+        `router_shared`. The norms behind the halves of a layer are `attn_post_norm` and `mlp_post_norm`. Learned
+        `positions` are a table, layer norms have a bias, encoders the table `types`; pooled models with labels
+        `score`, and `pool_dense` in front of it where they have it. Models that see have the slots of their encoder
+        behind `vision.`: `patch`, `merge_norm`, `merge_up`, `merge_down` and per layer `layers.{i}.` + `attn_norm`,
+        `qkv`, `o`, `mlp_norm`, `gate`, `up`, `down`; all products but the first have a bias, and so have layer norms.
         """
         h = self.hidden_size
         out: dict[str, tuple[int, ...]] = {"embed": (self.vocab_size, h), "norm": (h,)}
@@ -187,7 +200,7 @@ class ModelSpec:
         for i, layer in enumerate(self.layers):
             out.update({f"layers.{i}.{name}": shape for name, shape in _layer_slots(layer, h).items()})
             if self.norm == "layer":
-                out |= {f"layers.{i}.attn_norm_bias": (h,), f"layers.{i}.mlp_norm_bias": (h,)}
+                out |= {f"layers.{i}.{name}_bias": (h,) for name in _norms(layer)}
         if self.vision is not None:
             out |= {f"vision.{name}": shape for name, shape in self.vision.slots(h).items()}
         return out
@@ -204,10 +217,15 @@ def _pooling_slots(pooling: Pooling, hidden: int) -> dict[str, tuple[int, ...]]:
     return out
 
 
+def _norms(layer: Layer) -> tuple[str, ...]:
+    before, behind = ("attn_norm", "mlp_norm"), ("attn_post_norm", "mlp_post_norm")
+    return {"before": before, "behind": behind, "both": before + behind}[layer.norms]
+
+
 def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
     a, m = layer.attention, layer.mlp
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    out: dict[str, tuple[int, ...]] = {"attn_norm": (hidden,), "mlp_norm": (hidden,)}
+    out: dict[str, tuple[int, ...]] = dict.fromkeys(_norms(layer), (hidden,))
     out |= {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
     if a.qkv_bias:
         out |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}

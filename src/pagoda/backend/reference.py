@@ -54,7 +54,7 @@ class ReferenceExecutor:
         self.eight_bits = kv_type == "int8"
         heads = [] if spec.encoder is not None else [layer.attention for layer in spec.layers]
         self.caches: list[Cache] = [np.zeros((2, cells, a.kv_heads, a.head_dim), dtype) for a in heads]
-        self.cos, self.sin = spec.rope.tables(max_model_len)
+        self.tables = [rope.tables(max_model_len) for rope in spec.ropes]
         self.capacity = Capacity(
             num_blocks=num_blocks,
             weight_bytes=sum(w.nbytes for w in weights.values()),
@@ -127,29 +127,34 @@ class ReferenceExecutor:
 
     def logits(self, plan: StepPlan) -> Float32:
         """The raw logits of the rows of a plan, [L, vocab]. Writes the keys and values of all its tokens."""
-        return matmul(self.hidden(plan), self.weights["embed" if self.spec.tied else "head"])
+        found = matmul(self.hidden(plan), self.weights["embed" if self.spec.tied else "head"])
+        return capped(found, self.spec.logit_soft_cap)
 
     def hidden(self, plan: StepPlan) -> Float32:
         """The final hidden states of the rows of a decoder's plan, [L, hidden size]."""
         positions, cells = token_positions(plan), token_cells(plan)
         x = self.embed(plan)
         for i, layer in enumerate(self.spec.layers):
-            x = x + self.attention(i, layer.attention, self.norm(f"layers.{i}.attn_norm", x), plan, positions, cells)
-            x = x + self.mlp(i, layer.mlp, self.norm(f"layers.{i}.mlp_norm", x))
+            p = f"layers.{i}."
+            y = self.attention(i, layer.attention, self.norm(p + "attn_norm", x), plan, positions, cells)
+            x = x + self.norm(p + "attn_post_norm", y)
+            y = self.mlp(i, layer.mlp, self.norm(p + "mlp_norm", x))
+            x = x + self.norm(p + "mlp_post_norm", y)
         return self.norm("norm", x[plan.rows])
 
     def embed(self, plan: StepPlan) -> Float32:
         """What each token brings into the first layer."""
-        words = self.weights["embed"][plan.tokens]
+        words = self.weights["embed"][plan.tokens] * np.float32(self.spec.embed_scale)
         if not self.spec.positions:
             return np.asarray(words)
         first = self.spec.encoder.first_position if self.spec.encoder is not None else 0
         return np.asarray(words + self.weights["positions"][token_positions(plan) + first])
 
-    def turns(self, plan: StepPlan, positions: Index) -> tuple[Float32, Float32]:
+    def turns(self, plan: StepPlan, positions: Index, local: bool = False) -> tuple[Float32, Float32]:
         """cos and sin of the angles of each token, [T, rope.dim // 2]."""
         if plan.rope_positions is None:
-            return self.cos[positions], self.sin[positions]
+            cos, sin = self.tables[local]
+            return cos[positions], sin[positions]
         return self.spec.rope.turns(plan.rope_positions)
 
     def attention(
@@ -161,7 +166,7 @@ class ReferenceExecutor:
         v = self.linear(name + "v", x).reshape(-1, a.kv_heads, a.head_dim)
         if a.qk_norm:
             q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
-        cos, sin = self.turns(plan, positions)
+        cos, sin = self.turns(plan, positions, a.local)
         q, k = rotate(q, cos, sin, self.spec.rope), rotate(k, cos, sin, self.spec.rope)
         # all keys and values of the step are written before any is read: requests may share blocks
         cache = self.caches[i]
@@ -179,12 +184,12 @@ class ReferenceExecutor:
 
     def mlp(self, i: int, mlp: Mlp, x: Float32) -> Float32:
         name = f"layers.{i}."
-        if mlp.activation not in (("silu",) if mlp.gated else _PLAIN):
-            raise EngineError(f"the reference executor has no activation {mlp.activation!r} here")
+        if mlp.activation not in ACTIVATIONS:
+            raise EngineError(f"the reference executor has no activation {mlp.activation!r}")
         if mlp.experts is not None:
             return self.mixture(name, mlp.experts, x)
-        up = self.linear(name + "up", x)
-        inner = gated(self.linear(name + "gate", x), up) if mlp.gated else _PLAIN[mlp.activation](up)
+        act, up = ACTIVATIONS[mlp.activation], self.linear(name + "up", x)
+        inner = act(self.linear(name + "gate", x)) * up if mlp.gated else act(up)
         return self.linear(name + "down", inner)
 
     def mixture(self, name: str, experts: Experts, x: Float32) -> Float32:
@@ -197,11 +202,11 @@ class ReferenceExecutor:
         for e in np.unique(chosen):
             rows = np.flatnonzero((chosen == e).any(axis=-1))
             gate, up = (matmul(x[rows], self.weights[f"{name}{part}_experts"][e]) for part in ("gate", "up"))
-            out[rows] += shares[rows, e, None] * matmul(gated(gate, up), self.weights[name + "down_experts"][e])
+            out[rows] += shares[rows, e, None] * matmul(silu(gate) * up, self.weights[name + "down_experts"][e])
         if experts.shared:
-            inner = gated(*(matmul(x, self.weights[f"{name}{part}_shared"]) for part in ("gate", "up")))
+            gate, up = (matmul(x, self.weights[f"{name}{part}_shared"]) for part in ("gate", "up"))
             share = 1 / (1 + np.exp(-matmul(x, self.weights[name + "router_shared"][None])))
-            out += share * matmul(inner, self.weights[name + "down_shared"])
+            out += share * matmul(silu(gate) * up, self.weights[name + "down_shared"])
         return out
 
     def linear(self, slot: str, x: Float32) -> Float32:
@@ -210,7 +215,9 @@ class ReferenceExecutor:
         return y if bias is None else y + bias
 
     def norm(self, slot: str, x: Float32) -> Float32:
-        """RMS norm over the last axis, or with a bias layer norm."""
+        """RMS norm over the last axis, or with a bias layer norm; x itself where the model has no such norm."""
+        if slot not in self.weights:
+            return x
         bias = self.weights.get(slot + "_bias")
         if bias is not None:
             x = x - x.mean(axis=-1, keepdims=True)
@@ -218,9 +225,8 @@ class ReferenceExecutor:
         return np.asarray(y * self.weights[slot] + (0 if bias is None else bias))
 
 
-def gated(gate: Float32, up: Float32) -> Float32:
-    """silu(gate) * up."""
-    return np.asarray(gate / (1 + np.exp(-gate)) * up)
+def silu(x: Float32) -> Float32:
+    return np.asarray(x / (1 + np.exp(-x)))
 
 
 def gelu(x: Float32) -> Float32:
@@ -234,7 +240,12 @@ def gelu_tanh(x: Float32) -> Float32:
     return np.asarray(x * np.float32(0.5) * (1 + np.tanh(inner)))
 
 
-_PLAIN = MappingProxyType({"gelu": gelu, "gelu_tanh": gelu_tanh})
+ACTIVATIONS = MappingProxyType({"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh})
+
+
+def capped(x: Float32, cap: float | None) -> Float32:
+    """Values bent to stay below a cap."""
+    return x if cap is None else np.asarray(np.tanh(x / np.float32(cap)) * np.float32(cap))
 
 
 def softmax(x: Float32) -> Float32:
@@ -286,7 +297,7 @@ def attend(q: Float32, keys: Float32, values: Float32, position: int, a: Attenti
     first = 0 if a.window is None else max(0, position + 1 - a.window)
     k, v = keys[first : position + 1].transpose(1, 2, 0), values[first : position + 1].transpose(1, 0, 2)
     grouped = q.reshape(a.kv_heads, a.heads // a.kv_heads, a.head_dim)
-    scores = (grouped @ k) * np.float32(a.scale)
+    scores = capped((grouped @ k) * np.float32(a.scale), a.soft_cap)
     return np.asarray(softmax(scores) @ v).reshape(a.heads, a.head_dim)
 
 

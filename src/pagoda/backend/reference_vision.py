@@ -10,7 +10,7 @@ import numpy as np
 from pagoda.arch.memory import KvType, encoded_bytes
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
-from pagoda.backend.reference import ReferenceExecutor, gated, gelu, matmul, rotate_halves, softmax
+from pagoda.backend.reference import ReferenceExecutor, gelu, matmul, rotate_halves, silu, softmax
 from pagoda.backend.vision import Encoded, Layout, layout, patches
 from pagoda.types import Float32, Image, Int32, StepPlan
 
@@ -91,7 +91,7 @@ class ReferenceImages:
     def mlp(self, name: str, x: Float32) -> Float32:
         up = self.linear(name + "up", x)
         if self.vision.gated:
-            return self.linear(name + "down", gated(self.linear(name + "gate", x), up))
+            return self.linear(name + "down", silu(self.linear(name + "gate", x)) * up)
         return self.linear(name + "down", up / (1 + np.exp(np.float32(-1.702) * up)))
 
     def linear(self, slot: str, x: Float32) -> Float32:
