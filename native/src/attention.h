@@ -223,11 +223,20 @@ PG_INLINE void join_segment(const AttentionJob& job, const float* partials, Runn
   }
 }
 
+// What a query's weighted values are multiplied by: a sink takes part in the softmax, and has no value.
+PG_INLINE float share(const Running& r, const float* sink) {
+  if (!sink) return 1.0f / r.total;
+  const float highest = *sink > r.top ? *sink : r.top;
+  const float below[8] = {r.top - highest, *sink - highest};
+  const F parts = exp(load(below));
+  return parts[0] / (r.total * parts[0] + parts[1]);
+}
+
 PG_INLINE void write_out(const AttentionJob& job, const Running* running, const float* acc) {
   const int dim = job.cache->head_dim;
   for (int n = 0; n < job.tokens * job.group; n++) {
     float* to = job.out + n / job.group * job.out_stride + n % job.group * dim;
-    const float scale = 1.0f / running[n].total;
+    const float scale = share(running[n], job.sinks ? job.sinks + n % job.group : nullptr);
     for (int d = 0; d < dim; d += 8) store(to + d, load(acc + n * dim + d) * scale);
   }
 }

@@ -129,9 +129,11 @@ inline Rows gather(const Buffer& from, const Routing& routing, int64_t place, in
 }
 
 // Where the results of rows from `row` on and outputs from `output` on go.
-inline Out results(float* to, int64_t stride, const Part& part, int64_t row, int64_t output) {
-  return {to - row * stride - part.first_row - output, stride, nullptr, false};
+inline Out results(float* to, int64_t stride, const Part& part, int64_t row, int64_t output, const float* bias) {
+  return {to - row * stride - part.first_row - output, stride, bias, false};
 }
+
+inline const float* bias_of(const pg_context& c, const pg_op& op) { return op.vector >= 0 ? c.vectors[op.vector].data() : nullptr; }
 
 inline int64_t up_chunks(int64_t rows, int threads) { return threads * (rows > 8 ? 16 : 8); }
 
@@ -142,6 +144,8 @@ inline void expert_up(pg_context& c, const Routing& routing, const pg_op& op, co
   const Part* parts = &w.parts[2 * group.expert];
   const bool floats = is_float(parts[0].type) || is_float(parts[1].type), codes = !is_float(parts[0].type) || !is_float(parts[1].type);
   const int64_t most = gathered_rows(w.k), size = parts[0].rows;
+  const float* bias = bias_of(c, op);
+  const auto gated = op.flags & PG_CLAMPED ? c.kernels->clamped : c.kernels->silu;
   float* at = scratch + 2 * most * w.k;
   for (int64_t done = 0; done < group.rows; done += most) {
     const int64_t n = std::min(most, group.rows - done), place = group.first + done;
@@ -151,11 +155,11 @@ inline void expert_up(pg_context& c, const Routing& routing, const pg_op& op, co
       const int64_t last = std::min(to, first + step), stride = ceil_div(last - first, kPanel) * kPanel;
       float* halves[2] = {at, at + n * stride};
       for (int i = 0; i < 2; i++)
-        c.kernels->matmul(parts[i], first / kPanel, ceil_div(last, kPanel), a, row, row + n, results(halves[i], stride, parts[i], row, first));
+        c.kernels->matmul(parts[i], first / kPanel, ceil_div(last, kPanel), a, row, row + n, results(halves[i], stride, parts[i], row, first, bias));
       for (int64_t i = 0; i < n; i++) {
         const int64_t value = (routing.first_place() + place + i) * size + first;
         float* to_row = out.row(0) + value;
-        c.kernels->silu(halves[0] + i * stride, halves[1] + i * stride, last - first, to_row);
+        gated(halves[0] + i * stride, halves[1] + i * stride, last - first, to_row);
         if (op.flags & PG_QUANTIZE) c.kernels->quantize(to_row, last - first, out.codes_at(value));
       }
     }
@@ -191,7 +195,7 @@ inline void experts_down(pg_context& c, const Routing& routing, const pg_op& op,
     for (int64_t done = 0; done < g.rows; done += kDownRows) {
       const int64_t n = std::min(kDownRows, g.rows - done), place = g.first + done, row = routing.first_place() + place;
       const Part& part = w.parts[g.expert];
-      c.kernels->matmul(part, first, last, a, row, row + n, results(scratch, stride, part, row, first * kPanel));
+      c.kernels->matmul(part, first, last, a, row, row + n, results(scratch, stride, part, row, first * kPanel, bias_of(c, op)));
       for (int64_t i = 0; i < n; i++) {
         const float share = routing.share(place + i), *from = scratch + i * stride;
         float* to = out.row(routing.row(place + i)) + first * kPanel;

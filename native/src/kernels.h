@@ -61,6 +61,7 @@ struct AttentionJob {  // consecutive tokens of one request, the query heads of 
   int64_t out_stride;
   float scale;
   int window;  // positions that a token sees, its own included
+  const float* sinks;  // of the heads of the group, or null
 };
 
 constexpr int kEncoderQueries = 96;  // of one encoder job
@@ -97,6 +98,7 @@ struct Kernels {
   double (*exp_row)(const float* x, int64_t n, float top, float scale, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* out);
   void (*gelu)(const float* x, int64_t n, float* out);
+  void (*clamped)(const float* gate, const float* up, int64_t n, float* out);  // see PG_CLAMPED
   void (*quick_gelu)(const float* x, int64_t n, float* out);
   void (*gelu_tanh)(const float* x, int64_t n, float* out);
   void (*attend_all)(const EncoderJob&, float* scratch);

@@ -8,7 +8,8 @@
 //   bits      1 plane: vector v in bit v
 // Behind the planes follow the block's scales and minima, 8 of each. The 256-deep types put their shared f16 scales in
 // front of each group of 8 blocks. value = d * code + m (d, m per row and block, or per half block of 16). Q8_0 and U8G have
-// signed bytes for codes; the nibbles of IQ4 types number the entries of a table of signed bytes.
+// signed bytes for codes; the nibbles of IQ4 types and MXFP4 number the entries of a table. A scale of MXFP4 is a byte, the
+// exponent of a power of two.
 // Quantized panels lie in pairs: block by block (and header by header) the first panel's, then the second's, so that a
 // kernel that takes both still reads one stream. Float panels are [k][8 rows], one behind the other.
 #pragma once
@@ -30,6 +31,7 @@ struct Layout {
 constexpr Layout layout_of(int32_t type) {
   switch (type) {
     case PG_Q4_0: case PG_IQ4_NL: return {0, 128 + 16};
+    case PG_MXFP4: return {0, 128 + 8};
     case PG_Q4_1: return {0, 128 + 32};
     case PG_Q5_0: return {0, 160 + 16};
     case PG_Q5_1: return {0, 160 + 32};

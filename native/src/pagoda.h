@@ -9,6 +9,7 @@ extern "C" {
 enum pg_type : int32_t {
   PG_F32 = 0, PG_F16 = 1, PG_Q4_0 = 2, PG_Q4_1 = 3, PG_Q5_0 = 6, PG_Q5_1 = 7, PG_Q8_0 = 8, PG_Q2_K = 10, PG_Q3_K = 11,
   PG_Q4_K = 12, PG_Q5_K = 13, PG_Q6_K = 14, PG_IQ4_NL = 20, PG_IQ4_XS = 23, PG_BF16 = 30,
+  PG_MXFP4 = 39,
   PG_U4G = 100, PG_U8G = 101,
 };
 
@@ -18,7 +19,8 @@ enum pg_op_kind : int32_t {
   PG_GATHER = 2,     // out (rows of logits) = the rows of `in` that want logits; a wider out takes those behind them too
   PG_MATMUL = 3,     // out = in * weight^T (+ vector); ADD adds to out
   PG_ROPE = 4,       // qkv in place: norms (vector, vector2, eps in f), rotation; keys and values go to the cache, if any
-  PG_ATTENTION = 5,  // out = attention of the queries in `in` over the cache of `layer`; scale in f
+  PG_ATTENTION = 5,  // out = attention of the queries in `in` over the cache of `layer`; scale in f; vector:
+                     // a logit for each head that takes a share of its attention, if any
   PG_SILU = 6,       // out = silu(in[:, :n]) * in[:, n:]
   PG_HEAD = 7,       // logits of `in` by weight, then the rows are scored or sampled
   PG_HIDDEN = 8,     // the rows of logits of `in` are the step's hidden states
@@ -27,8 +29,9 @@ enum pg_op_kind : int32_t {
   PG_GELU = 11,        // out = gelu(in)
   PG_ATTEND_ALL = 12,  // out = attention of the queries in `in` over all tokens of their request; scale in f
   PG_ROUTE = 13,         // `in` holds the router's logits: chooses the experts of each row, for what follows in the layer
-  PG_EXPERTS_UP = 14,    // out = silu(in * gate^T) * (in * up^T) by the experts of each row; weight: gate, up, gate, up, ...
-  PG_EXPERTS_DOWN = 15,  // out += each row's shares of `in` * down^T by its experts
+  PG_EXPERTS_UP = 14,    // out = silu(in * gate^T) * (in * up^T) by the experts of each row; weight (and
+                         // vector, their biases, if any): gate, up, gate, up, ...; CLAMPED: the other function instead of silu
+  PG_EXPERTS_DOWN = 15,  // out += each row's shares of `in` * down^T (+ vector) by its experts
   PG_GATED = 16,         // out *= sigmoid(in * vector)
   PG_PATCHES = 17,       // out = the step's vectors, row for row
   PG_QUICK_GELU = 18,    // out = in * sigmoid(1.702 in)
@@ -40,6 +43,7 @@ enum pg_op_flags : int32_t {
   PG_QUANTIZE = 2,     // quantize out to 8 bits for the matmul that reads it
   PG_LOGIT_ROWS = 4,   // runs over rows of logits instead of tokens
   PG_FRAMES = 8,       // attend all: over the tokens of the frame instead of the request
+  PG_CLAMPED = 32,     // experts up: clamped(gate, up) = min(gate, 7) * sigmoid(1.702 min(gate, 7)) * (up within -7 and 7, + 1)
   PG_PIECES = 16,      // such operations in a row are done for some tokens before they are for the next
 };
 

@@ -24,7 +24,7 @@ constexpr int plane_bytes(int t) {
   return t == PG_Q8_0 || t == PG_U8G ? 256 : t == PG_Q2_K ? 64 : t == PG_Q3_K ? 96 : is_five_bit(t) ? 160 : t == PG_Q6_K ? 192 : 128;
 }
 // Steps that 16-bit sums hold: 2 * step * largest code * 127 must stay below 32768.
-constexpr int period(int t) { return t == PG_Q6_K ? 2 : is_five_bit(t) || has_halves(t) ? 4 : 8; }
+constexpr int period(int t) { return t == PG_Q6_K ? 2 : is_five_bit(t) || has_halves(t) || t == PG_MXFP4 ? 4 : 8; }
 
 template <int N, typename B> PG_INLINE B down(B v, uint8_t mask) {
   B m = B{} + mask;
@@ -34,6 +34,9 @@ template <int N, typename B> PG_INLINE B down(B v, uint8_t mask) {
 }
 
 alignas(16) constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+// The 4-bit floats 0 .. 6 and -0 .. -6, times two, plus an offset that makes them unsigned: that is faster than signs.
+constexpr int kMxfp4Offset = 12;
+alignas(16) constexpr int8_t kMxfp4Codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 // Vector V of the codes of the block at p, and of the one behind it if L holds two panels.
 template <typename L, int Type, int V> PG_INLINE typename L::B codes(const uint8_t* p) {
@@ -47,6 +50,7 @@ template <typename L, int Type, int V> PG_INLINE typename L::B codes(const uint8
   } else {
     B low = down<4 * (V % 2)>(L::load_bytes(p + 32 * (V / 2), stride), 15);
     if constexpr (is_iq4(Type)) return look_up(kIq4Values, low);
+    if constexpr (Type == PG_MXFP4) return look_up(kMxfp4Codes, low);
     if constexpr (is_five_bit(Type)) return low | down<V - 4>(L::load_bytes(p + 128, stride), 16);
     if constexpr (Type == PG_Q6_K) return low | down<2 * (V % 4) - 4>(L::load_bytes(p + 128 + 32 * (V / 4), stride), 48);
     return low;
@@ -60,6 +64,7 @@ template <int Type> constexpr int offset_of() {
     case PG_Q5_0: return 16;
     case PG_Q6_K: return 32;
     case PG_Q3_K: return 4;
+    case PG_MXFP4: return kMxfp4Offset;
     default: return is_signed(Type) ? kSignedOffset : 0;
   }
 }
@@ -79,6 +84,7 @@ PG_INLINE Scales<typename L::F> scales(const uint8_t* block, const uint8_t* head
   const auto u8 = [=](int at) __attribute__((always_inline)) { return L::load_u8(p + at, layout.block); };
   const auto i8 = [=](int at) __attribute__((always_inline)) { return L::load_i8(p + at, layout.block); };
   if constexpr (Type == PG_Q4_0 || Type == PG_Q5_0 || Type == PG_Q8_0 || Type == PG_IQ4_NL) return {f16(0), F{}};
+  else if constexpr (Type == PG_MXFP4) return {L::load_power(p, layout.block), F{}};
   // exact in float32: a scale has 11 bits, the distance of its zero point at most 9
   else if constexpr (Type == PG_U4G || Type == PG_U8G) {
     const F d = f16(0);
@@ -121,6 +127,7 @@ PG_INLINE void put(const Part& part, int64_t panel, int64_t row, const Out& out,
     case PG_Q5_K: call(PG_Q5_K); break;      \
     case PG_IQ4_NL: call(PG_IQ4_NL); break;  \
     case PG_IQ4_XS: call(PG_IQ4_XS); break;  \
+    case PG_MXFP4: call(PG_MXFP4); break;    \
     case PG_U4G: call(PG_U4G); break;        \
     case PG_U8G: call(PG_U8G); break;        \
     default: call(PG_Q6_K);                  \

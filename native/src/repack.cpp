@@ -129,6 +129,14 @@ template <> struct Decode<PG_Q3_K> {
   }
 };
 template <> struct Decode<PG_IQ4_NL> : Decode<PG_Q4_0> {};
+template <> struct Decode<PG_MXFP4> {
+  static constexpr int row_bytes = 17, tail_fields = 1, tail_width = 1, head_fields = 0;
+  static void block(const uint8_t* row, int64_t b, Codes& c, uint8_t* tail, uint8_t*) {
+    const uint8_t* p = row + b * 17;
+    tail[0] = p[0] ? p[0] - 1 : 0;  // half the scale, as the table has its numbers times two
+    nibbles(p + 1, c);
+  }
+};
 template <> struct Decode<PG_IQ4_XS> {
   static constexpr int row_bytes = 136, tail_fields = 1, tail_width = 1, head_fields = 1;
   static void block(const uint8_t* row, int64_t b, Codes& c, uint8_t* tail, uint8_t* head) {
@@ -263,6 +271,7 @@ RepackPanel repacker(const pg_part& from) {
     case PG_Q5_K: return repack_panel<PG_Q5_K>;
     case PG_IQ4_NL: return repack_panel<PG_IQ4_NL>;
     case PG_IQ4_XS: return repack_panel<PG_IQ4_XS>;
+    case PG_MXFP4: return repack_panel<PG_MXFP4>;
     case PG_U4G: return repack_panel<PG_U4G>;
     case PG_U8G: return repack_panel<PG_U8G>;
     default: return repack_panel<PG_Q6_K>;

@@ -236,9 +236,10 @@ class StepJob : public Job {
     const Buffer &in = c_.buffers[op.in], &out = c_.buffers[op.out];
     const int group = d.heads / d.kv_heads;
     const int64_t row = st_.starts[t.request] + t.from, column = (int64_t)head * group * d.head_dim;
+    const float* sinks = vector(op.vector);
     return {&c_.kv, table_of(t.request), op.layer, head, group, t.count, st_.positions[t.request] + t.from,
             in.row(row) + column, in.width, out.row(row) + column, out.width, op.f,
-            op.window > 0 ? op.window : INT32_MAX};
+            op.window > 0 ? op.window : INT32_MAX, sinks ? sinks + head * group : nullptr};
   }
 
   void attention(Chain& chain, const pg_op& op, int64_t chunk, int thread) {

@@ -28,6 +28,7 @@ struct OnePanel {
   PG_INLINE F load_f16(const uint8_t* p, int64_t) { return PG_NS::load_f16((const uint16_t*)p); }
   PG_INLINE F load_u8(const uint8_t* p, int64_t) { return PG_NS::load_u8(p); }
   PG_INLINE F load_i8(const uint8_t* p, int64_t) { return PG_NS::load_i8(p); }
+  PG_INLINE F load_power(const uint8_t* p, int64_t) { return PG_NS::load_power(p); }
   PG_INLINE F splat(float x) { return PG_NS::splat(x); }
   PG_INLINE I splat_i(int32_t x) { return PG_NS::splat_i(x); }
   PG_INLINE F panel(F v, int) { return v; }

@@ -30,6 +30,10 @@ PG_INLINE F load_bf16(const uint16_t* p) {
 }
 PG_INLINE F load_u8(const uint8_t* p) { return to_float((I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
 PG_INLINE F load_i8(const uint8_t* p) { return to_float((I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+// Powers of two, by their exponents in a float; 0 is 0.
+PG_INLINE F load_power(const uint8_t* p) {
+  return (F)_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), 23);
+}
 PG_INLINE F round(F v) { return (F)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 PG_INLINE I to_int(F v) { return (I)_mm256_cvtps_epi32((__m256)v); }
 // Fixed order, so that a sum has the same bits wherever it is made.

@@ -66,6 +66,11 @@ PG_INLINE F load_i8(const uint8_t* p) {
   typedef int8_t C4 __attribute__((vector_size(4)));
   return {__builtin_convertvector(load_half<C4>(p), F4), __builtin_convertvector(load_half<C4>(p + 4), F4)};
 }
+// Powers of two, by their exponents in a float; 0 is 0.
+PG_INLINE F load_power(const uint8_t* p) {
+  typedef uint8_t C4 __attribute__((vector_size(4)));
+  return bits_to_float(pair(__builtin_convertvector(load_half<C4>(p), I4), __builtin_convertvector(load_half<C4>(p + 4), I4)) << 23);
+}
 PG_INLINE F max(F a, F b) { return select(a > b, a, b); }
 PG_INLINE F min(F a, F b) { return select(a < b, a, b); }
 // To the nearest even, for |v| < 2^22: in front of this constant no bit is left for a fraction.

@@ -38,6 +38,7 @@ struct Lanes {
   }
   PG_INLINE F load_u8(const uint8_t* p, int64_t stride) { return both(PG_NS::load_u8(p), PG_NS::load_u8(p + stride)); }
   PG_INLINE F load_i8(const uint8_t* p, int64_t stride) { return both(PG_NS::load_i8(p), PG_NS::load_i8(p + stride)); }
+  PG_INLINE F load_power(const uint8_t* p, int64_t stride) { return both(PG_NS::load_power(p), PG_NS::load_power(p + stride)); }
   PG_INLINE F splat(float x) { return (F)_mm512_set1_ps(x); }
   PG_INLINE I splat_i(int32_t x) { return (I)_mm512_set1_epi32(x); }
   PG_INLINE PG_NS::F panel(F v, int i) {

@@ -57,7 +57,7 @@ void test_product(const Kernels& t, int32_t type) {
   }
 }
 
-void test_attention(const Kernels& t, bool int8, int window) {
+void test_attention(const Kernels& t, bool int8, int window, bool has_sinks) {
   const int dim = 80, group = 3, tokens = 5, position = 700, length = position + tokens, blocks = (length + 15) / 16;
   KvCache cache = {nullptr, 1, 1, dim, int8};
   std::vector<uint8_t> memory(blocks * cache.stride());
@@ -68,10 +68,11 @@ void test_attention(const Kernels& t, bool int8, int window) {
   for (int i = 0; i < length; i++)
     t.store_kv(cache, 0, table[i / 16], 0, i % 16, &keys[i * dim], &values[i * dim]);
   std::vector<float> out(q.size()), scratch(attention_scratch(dim));
-  t.attention({&cache, table.data(), 0, 0, group, tokens, position, q.data(), group * dim, out.data(), group * dim, 0.125f, window}, scratch.data());
+  const float sinks[group] = {-100.0f, 1.5f, 9.0f};
+  t.attention({&cache, table.data(), 0, 0, group, tokens, position, q.data(), group * dim, out.data(), group * dim, 0.125f, window, has_sinks ? sinks : nullptr}, scratch.data());
   for (int n = 0; n < tokens * group; n++) {
     std::vector<double> sum(dim);
-    double total = 0;
+    double total = has_sinks ? std::exp((double)sinks[n % group]) : 0.0;
     const int last = position + n / group;
     for (int i = std::max(0, last + 1 - window); i <= last; i++) {
       double score = 0;
@@ -95,6 +96,13 @@ void test_rows(const Kernels& t) {
   check(all_close(a, b), t.name, "norm");
   t.silu(x.data(), y.data(), n, a.data()), g.silu(x.data(), y.data(), n, b.data());
   check(all_close(a, b), t.name, "silu");
+  for (int64_t m : {n, n - 3}) {
+    t.clamped(x.data(), y.data(), m, a.data());
+    for (int64_t i = 0; i < m; i++) {
+      const double gate = std::min(x[i], 7.0f), up = std::clamp(y[i] * 1.0, -7.0, 7.0);
+      check(close(a[i], gate / (1.0 + std::exp(-1.702 * gate)) * (up + 1.0), std::abs(gate * (up + 1.0)) + 1e-6), t.name, "clamped", (int)i);
+    }
+  }
   a = b = x;
   t.rotate(a.data(), y.data(), y.data() + 100, 64, false), g.rotate(b.data(), y.data(), y.data() + 100, 64, false);
   check(all_close(a, b), t.name, "rotate");
@@ -139,7 +147,8 @@ int main(int count, char** arguments) {
     check(!strcmp(t.name, pg_isa(i)), t.name, "has another name");
     for (int32_t type = 0; type < 64; type++)
       if (is_float(type) || layout_of(type).block) test_product(t, type);
-    for (int window : {1 << 20, 600, 20, 1}) test_attention(t, false, window), test_attention(t, true, window);
+    for (int window : {1 << 20, 600, 20, 1})
+      for (bool int8 : {false, true}) test_attention(t, int8, window, false), test_attention(t, int8, window, true);
     test_rows(t), test_halves(t);
     std::printf("%s: checked\n", t.name);
     pg_destroy(c);

@@ -48,7 +48,8 @@ inline std::vector<uint8_t> random_panels(int32_t type, int64_t panels, int64_t 
   uint8_t* p = w.data();
   for (int64_t b = 0; b < panels * k / kBlock; b++, p += l.block) {
     if (l.header && b % (2 * kSuper) == 0) small(p, l.header), p += 2 * l.header;  // of both panels of a pair
-    if (!l.header) small(p + l.block - tail, tail == 32 ? 16 : 8);
+    if (type == PG_MXFP4) for (int i = 0; i < kPanel; i++) p[128 + i] = (uint8_t)(120 + rng() % 8);
+    else if (!l.header) small(p + l.block - tail, tail == 32 ? 16 : 8);
   }
   return w;
 }

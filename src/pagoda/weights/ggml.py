@@ -217,6 +217,16 @@ def _iq4_xs(b: Blocks) -> Float32:
     return _float(scale, 2) * _IQ4_VALUES[_halves(b["q"].reshape(-1, 8, 16))]
 
 
+# 4-bit floats (E2M1) times two: whole numbers, which two halves of a scale make up for
+_E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, -0.0, -1, -2, -3, -4, -6, -8, -12], dtype=np.float32)
+
+
+def _mxfp4(b: Blocks) -> Float32:
+    """OCP Microscaling Formats 1.0: the scale of a block is the power of two whose exponent is kept, less 127."""
+    scale = np.ldexp(np.float32(1), b["e"].astype(np.int32) - 128)
+    return _float(scale, 2) * _E2M1_DOUBLED[_halves(b["q"])]
+
+
 def _u4g(b: Blocks) -> Float32:
     return _float(b["d"], 2) * _float(_halves(b["q"]).astype(np.int16) - b["z"].astype(np.int16)[:, None, None])
 
@@ -248,6 +258,7 @@ _CODECS: dict[str, tuple[np.dtype[Any], Callable[[Blocks], Float32]]] = {
     "Q6_K": (_layout(("q", "u1", 128), ("h", "u1", 64), ("s", "i1", 16), _D), _q6_k),
     "IQ4_NL": (_layout(_D, ("q", "u1", 16)), _iq4_nl),
     "IQ4_XS": (_layout(_D, ("h", "u1", 2), ("s", "u1", 4), ("q", "u1", 128)), _iq4_xs),
+    "MXFP4": (_layout(("e", "u1"), ("q", "u1", 16)), _mxfp4),
     "U4G": (_layout(_D, _Z, ("q", "u1", 16)), _u4g),
     "U8G": (_layout(_D, _Z, ("q", "u1", 32)), _u8g),
 }

@@ -16,8 +16,8 @@ from pagoda.types import Float32, Int32, StepPlan, StepResult
 
 TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
-    "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23, "BF16": 30, "U4G": 100,
-    "U8G": 101,
+    "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23, "BF16": 30, "MXFP4": 39,
+    "U4G": 100, "U8G": 101,
 }  # fmt: skip
 """Storage types that the kernels run, with their ids in native/src/pagoda.h."""
 
