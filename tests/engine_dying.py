@@ -8,14 +8,13 @@ import sys
 
 from pagoda.engine.core import EngineCore
 from pagoda.engine.process import main
-from pagoda.types import Delta
 
 
 class Dying(EngineCore):
-    def step(self) -> list[Delta]:
+    def begin(self) -> None:
         if self.stats().steps == int(sys.argv[1]):
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().step()
+        super().begin()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 
 import pagoda.engine.core as core
 from pagoda.arch.spec import ModelSpec, Rope
-from pagoda.backend.base import Capacity, Done, Limits
+from pagoda.backend.base import Capacity, Due, Limits
 from pagoda.engine.process import main
 from pagoda.errors import EngineError, MemoryShort
 from pagoda.types import BLOCK_SIZE, StepPlan, StepResult
@@ -52,7 +52,10 @@ class FakeExecutor:
         self._cells = np.zeros((blocks, BLOCK_SIZE), np.int64)
         self._behaviour = behaviour
 
-    def launch(self, plan: StepPlan) -> Done:
+    def launch(self, plan: StepPlan) -> Due:
+        return Due(lambda: self._run(plan))
+
+    def _run(self, plan: StepPlan) -> StepResult:
         time.sleep(self._behaviour.get("step_s", 0.0))
         self._misbehave(plan)
         for r in range(len(plan.slots)):
@@ -70,7 +73,7 @@ class FakeExecutor:
         top_ids = np.tile(tokens[:, None], (1, width)).astype(np.int32)
         logprobs = (-tokens / 7).astype(np.float32)
         top = np.tile(logprobs[:, None], (1, width)).astype(np.float32)
-        return Done(StepResult(tokens, logprobs, top_ids, top, np.ones(len(tokens), np.uint8)))
+        return StepResult(tokens, logprobs, top_ids, top, np.ones(len(tokens), np.uint8))
 
     def _misbehave(self, plan: StepPlan) -> None:
         if self._behaviour.get("kill") in plan.tokens:

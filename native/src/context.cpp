@@ -117,7 +117,10 @@ pg_context* pg_create(int32_t threads, const char* isa) {
   return k && threads > 0 ? new pg_context(threads, k) : nullptr;
 }
 
-void pg_destroy(pg_context* c) { delete c; }
+void pg_destroy(pg_context* c) {
+  pg_wait(c);
+  delete c;
+}
 const char* pg_error(pg_context* c) { return c->error.c_str(); }
 
 int64_t pg_matrix_bytes(int32_t type, int64_t rows, int64_t k) {

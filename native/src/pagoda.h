@@ -136,7 +136,9 @@ int32_t pg_program(pg_context*, const pg_dims*, const pg_buffer*, int32_t n_buff
 int64_t pg_activation_bytes(pg_context*);
 // Give the memory of the buffers back to the system, until they are written again.
 void pg_release(pg_context*);
-// Run one step. 0, or -1.
-int32_t pg_run(pg_context*, const pg_step*);
+// Start one step on the team's other threads, and return; its arrays must stay until pg_wait. 0, or -1.
+int32_t pg_start(pg_context*, const pg_step*);
+// Work on the step that was started, if there is one, until it is done.
+void pg_wait(pg_context*);
 }
 #pragma GCC visibility pop

@@ -311,11 +311,14 @@ bool valid(const pg_context& c, const pg_step& st) {
 
 }  // namespace
 
-extern "C" int32_t pg_run(pg_context* c, const pg_step* st) {
+extern "C" int32_t pg_start(pg_context* c, const pg_step* st) {
+  pg_wait(c);
   if (!valid(*c, *st)) {
     c->error = "a step plan that does not fit the model";
     return -1;
   }
-  c->team.run(std::make_shared<StepJob>(*c, *st));
+  c->team.start(std::make_shared<StepJob>(*c, *st));
   return 0;
 }
+
+extern "C" void pg_wait(pg_context* c) { c->team.wait(); }

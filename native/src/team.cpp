@@ -58,7 +58,8 @@ Team::~Team() {
   for (auto& t : threads_) t.join();
 }
 
-void Team::run(std::shared_ptr<Job> job) {
+void Team::start(std::shared_ptr<Job> job) {
+  started_ = job;
   if (size_ > 1) {
     {
       std::lock_guard lock(mutex_);
@@ -67,7 +68,10 @@ void Team::run(std::shared_ptr<Job> job) {
     epoch_.changed.word.fetch_add(1);
     epoch_.changed.wake();
   }
-  job->work(0);
+}
+
+void Team::wait() {
+  if (const std::shared_ptr<Job> job = std::move(started_)) job->work(0);
 }
 
 void Team::worker(int index) {

@@ -81,8 +81,10 @@ class Team {
   explicit Team(int threads);
   ~Team();
   int size() const { return size_; }
-  // Work on the job with all threads, the caller being thread 0; returns when the caller's work does.
-  void run(std::shared_ptr<Job> job);
+  // The other threads begin; the caller, who is thread 0, comes with `wait`, which returns when all of it is done.
+  void start(std::shared_ptr<Job> job);
+  void wait();
+  void run(std::shared_ptr<Job> job) { start(std::move(job)), wait(); }
 
  private:
   void worker(int index);
@@ -90,6 +92,7 @@ class Team {
   bool stop_ = false;
   std::mutex mutex_;  // guards job_
   std::shared_ptr<Job> job_;
+  std::shared_ptr<Job> started_;  // by the caller, who has not waited for it yet
   Counter epoch_;  // its word changes with every job
   std::vector<std::thread> threads_;
 };

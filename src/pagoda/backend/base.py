@@ -60,7 +60,10 @@ class Capacity:
 
 class Pending(Protocol):
     def wait(self) -> StepResult:
-        """Block until the step is done. Raises EngineError when the step as a whole failed."""
+        """Block until the step is done. Raises EngineError when the step as a whole failed.
+
+        The result is good until the next step is launched.
+        """
         ...
 
 
@@ -71,7 +74,10 @@ class Executor(Protocol):
     def capacity(self) -> Capacity: ...
 
     def launch(self, plan: StepPlan) -> Pending:
-        """Start a step. The plan's arrays must stay unchanged until `wait` returns."""
+        """Start a step, and return: what takes time comes beside, or in `wait`, since others are told meanwhile.
+
+        The plan's arrays must stay unchanged until `wait` returns.
+        """
         ...
 
     def prepare(self) -> bool:
@@ -85,10 +91,20 @@ class Executor(Protocol):
 
 
 class Done:
-    """A Pending whose result is already there (for executors that compute in `launch`)."""
+    """A Pending whose result is already there."""
 
     def __init__(self, result: StepResult) -> None:
         self._result = result
 
     def wait(self) -> StepResult:
         return self._result
+
+
+class Due:
+    """A Pending that computes when it is waited for."""
+
+    def __init__(self, compute: Callable[[], StepResult]) -> None:
+        self._compute = compute
+
+    def wait(self) -> StepResult:
+        return self._compute()

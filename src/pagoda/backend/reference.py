@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -14,7 +15,7 @@ from pagoda.arch import memory
 from pagoda.arch.memory import KV_GROUP, KvType
 from pagoda.arch.registry import bind
 from pagoda.arch.spec import Attention, Experts, Mlp, ModelSpec, Rope
-from pagoda.backend.base import Capacity, Done, Limits, Progress
+from pagoda.backend.base import Capacity, Due, Limits, Progress
 from pagoda.backend.cpu.machine import free_memory_bytes
 from pagoda.backend.sampling import sample_rows
 from pagoda.errors import EngineError
@@ -103,11 +104,14 @@ class ReferenceExecutor:
             kv_type=kv_type,
         )
 
-    def launch(self, plan: StepPlan) -> Done:
+    def launch(self, plan: StepPlan) -> Due:
+        return Due(partial(self._compute, plan))
+
+    def _compute(self, plan: StepPlan) -> StepResult:
         # a request whose numbers run over must not fill the log: its row is reported as not ok
         with np.errstate(all="ignore"):
             try:
-                return Done(self.run(plan))
+                return self.run(plan)
             except (IndexError, ValueError, MemoryError) as error:
                 # numpy's own words are for the log: the text of an EngineError reaches clients
                 _log.exception("step %d failed", plan.step)

@@ -160,20 +160,38 @@ class EngineCore:
 
     def step(self) -> list[Delta]:
         """Compute one step. One that fails ends the requests that took part in it, not the engine."""
+        self.begin()
+        return self.finish()
+
+    def begin(self) -> None:
+        """Launch the next step, if there is something to do; what need not be done before can be done now."""
         if self._grammars:
             self._take_grammars()
+        try:
+            if self._flight is None:
+                self._flight = self._launch(self._scheduler.plan(), self._refused)
+        except BaseException:
+            self._give_up()
+            raise
+        self._scheduler.learn()
+
+    def finish(self) -> list[Delta]:
+        """What comes of the step that has begun."""
         deltas, self._refused = self._refused, []
         try:
-            flight, self._flight = self._flight or self._launch(self._scheduler.plan(), deltas), None
+            flight, self._flight = self._flight, None
             if flight is None:
                 return deltas
             if self._ahead:
                 self._flight = self._launch(self._scheduler.plan_ahead(), deltas)
             return deltas + self._land(flight)
         except BaseException:
-            self._flight = None
-            self._scheduler.give_up("interrupted")
+            self._give_up()
             raise
+
+    def _give_up(self) -> None:
+        self._flight = None
+        self._scheduler.give_up("interrupted")
 
     def _launch(self, plan: StepPlan | None, deltas: list[Delta]) -> _Flight | None:
         """Start a step. One that fails at once leaves its deltas."""

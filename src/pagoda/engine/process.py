@@ -89,11 +89,9 @@ class Wire:
 
     def receive(self, wait: bool) -> list[bytes]:
         """Frames that have come; with `wait`, sleep until something can be read or written. Raises Gone at the end."""
-        readable, writable, _ = select.select([self._sock], [self._sock] if self._out else [], [], None if wait else 0)
-        if writable:
-            self._flush()
-        if not readable:
-            return []
+        if wait:
+            select.select([self._sock], [self._sock] if self._out else [], [])
+        self._flush()
         try:
             data = self._sock.recv(_READ_BYTES)
         except BlockingIOError:
@@ -134,6 +132,7 @@ def serve(wire: Wire, core: EngineCore) -> None:
     decoder = msgspec.msgpack.Decoder(ToEngine)
     images = HeldImages()
     more = True  # to prepare
+    unsent: list[Delta] | None = None  # of the last step: sent while the next one runs
     while True:
         asked = False
         for data in wire.receive(wait=wire.full or not (core.has_work or more)):
@@ -152,11 +151,15 @@ def serve(wire: Wire, core: EngineCore) -> None:
                 case Shutdown():
                     return
         if core.has_work and not wire.full:
-            wire.send_step(Step(core.step(), core.stats()))
-        elif asked:
-            wire.send(Step([], core.stats()))
-        elif more and not core.has_work:
+            core.begin()
+            if unsent is not None:
+                wire.send_step(Step(unsent, core.stats()))
+            unsent = core.finish()
+        elif more and not (core.has_work or asked):
             more = core.prepare()
+        if (unsent is not None or asked) and not core.has_work:
+            wire.send_step(Step(unsent or [], core.stats()))
+            unsent = None
 
 
 def run(sock: socket.socket, make_core: CoreFactory = EngineCore) -> int:

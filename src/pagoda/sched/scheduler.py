@@ -63,6 +63,7 @@ class Scheduler:
         self._speculator = Speculator(config.speculation, self._pace) if config.speculation else None
         self._load = Load()  # of the step that is being planned
         self._last: Flight | None = None
+        self._measured: tuple[Load, float] | None = None
         self._arrivals = 0
         self._steps = 0
         self._preemptions = 0
@@ -143,9 +144,16 @@ class Scheduler:
         """How long the last step took. It decides only how prompts are cut, so answers never depend on it."""
         if self._last is None or self._last.plan is not plan:
             raise ValueError("this is not the last step")
+        self.learn()
         if not plan.images:  # how long a picture takes says nothing about tokens
-            self._pace.observe(self._last.load, seconds)
+            self._measured = self._last.load, seconds
         self._last = None
+
+    def learn(self) -> None:
+        """Draw the conclusion from what was observed; before the next prompt is cut at the latest."""
+        if self._measured is not None:
+            self._pace.observe(*self._measured)
+            self._measured = None
 
     def apply(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Take in a step's result: at most one delta for each request that took part."""
@@ -228,6 +236,8 @@ class Scheduler:
                 turns.append(_turn(seq, 1))
                 self._load.add_stream(seq.computed)
                 budget -= 1
+        if lacks_more:
+            self.learn()
         for seq in lacks_more:
             count = min(len(seq.known) - seq.computed, budget, self._pace.prompt_tokens(self._load, seq.computed))
             if count > 0 and seq.slot >= 0 and self._make_room(seq, count):
@@ -260,6 +270,7 @@ class Scheduler:
         """Start waiting requests in order, while there are tokens, slots, and blocks for all that each one knows."""
         if not self._waiting:
             return
+        self.learn()
         # One block more than known for each running request: else it would soon push out who came in.
         promised = sum(max(0, _blocks(len(seq.known)) + 1 - len(seq.blocks)) for seq in self._running)
         while self._waiting and budget > 0 and self._free_slots:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 from pagoda.arch import memory
 from pagoda.arch.registry import bind
 from pagoda.arch.spec import ModelSpec
-from pagoda.backend.base import Capacity, Done, Limits, Progress
+from pagoda.backend.base import Capacity, Due, Limits, Pending, Progress
 from pagoda.backend.cpu.encoder_program import EncoderProgram
 from pagoda.backend.cpu.library import Native, matrix_bytes
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
 from pagoda.backend.cpu.program import VECTORS, Program, buffer_bytes, check_spec, in_their_order, panel_type
 from pagoda.backend.cpu.vision import VisionEncoder, check_vision, split_tensors, vision_quantization
-from pagoda.types import StepPlan
+from pagoda.types import StepPlan, StepResult
 from pagoda.weights.files import drop_pages
 from pagoda.weights.source import Tensor, TensorSource
 
 
 class CpuExecutor:
-    """See backend.base.Executor. Steps run in `launch`, on the calling thread and the library's own."""
+    """See backend.base.Executor. Steps begin on the library's threads; the calling one joins them in `wait`."""
 
     def __init__(self, lib: Native, capacity: Capacity, vision: VisionEncoder | None = None) -> None:
         self._lib, self._vision = lib, vision
@@ -68,9 +69,14 @@ class CpuExecutor:
         )
         return cls(lib, capacity, vision)
 
-    def launch(self, plan: StepPlan) -> Done:
-        images = self._vision.rows(plan.images, len(plan.tokens)) if self._vision and plan.images else None
-        return Done(self._lib.run(plan, images=images))
+    def launch(self, plan: StepPlan) -> Pending:
+        if self._vision is not None and plan.images:
+            return Due(partial(self._run_seeing, self._vision, plan))
+        self._lib.start(plan)
+        return self._lib
+
+    def _run_seeing(self, vision: VisionEncoder, plan: StepPlan) -> StepResult:
+        return self._lib.run(plan, images=vision.rows(plan.images, len(plan.tokens)))
 
     def prepare(self) -> bool:
         return False

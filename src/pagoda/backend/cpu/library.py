@@ -110,7 +110,8 @@ def _load() -> c.CDLL:
         ),
         "pg_activation_bytes": (c.c_int64, [c.c_void_p]),
         "pg_release": (None, [c.c_void_p]),
-        "pg_run": (c.c_int32, [c.c_void_p, c.POINTER(Step)]),
+        "pg_start": (c.c_int32, [c.c_void_p, c.POINTER(Step)]),
+        "pg_wait": (None, [c.c_void_p]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
@@ -163,6 +164,10 @@ class Native:
         self._tops: object = None  # of the last plan, and the largest of them
         self._width = 0
         self._planned: list[object] = [None] * len(_PLAN_ARRAYS)  # the arrays that `_step` points to
+        self._started = False
+        self._logits: Float32 | None = None
+        self._images: tuple[Float32, Int32] | None = None
+        self._result: StepResult | None = None
 
     def weight(
         self,
@@ -210,38 +215,63 @@ class Native:
     def run(
         self, plan: StepPlan, logits: Float32 | None = None, images: tuple[Float32, Int32] | None = None
     ) -> StepResult:
-        """One step, start to end, without the GIL. `logits` [L, vocab] receives the raw logits if given (for tests).
+        """One step, start to end. `logits` [L, vocab] receives the raw logits if given (for tests)."""
+        self._result = None
+        self.start(plan, logits, images)
+        return self.wait()
+
+    def start(self, plan: StepPlan, logits: Float32 | None = None, images: tuple[Float32, Int32] | None = None) -> None:
+        """Start a step on the other threads; with one thread it is all done in `wait`.
 
         `images`: vectors, and for each token the one that it takes, or -1 for its embedding.
         """
-        rows, tops = len(plan.rows), plan.row_top
-        if tops is not self._tops:
-            self._tops, self._width = tops, max(0, int(tops.max())) if rows else 0
-        width = self._width
-        hidden = np.empty((rows, self._hidden), np.float32) if self._hidden else None
-        result = StepResult(
-            tokens=np.zeros(rows, np.int32),
-            logprobs=np.zeros(rows, np.float32),
-            top_ids=np.full((rows, width), -1, np.int32),
-            top_logprobs=np.zeros((rows, width), np.float32),
-            ok=np.zeros(rows, np.uint8),
-            hidden=hidden,
-        )
+        if self._started:  # nobody waited for it; its arrays are let go now
+            self.wait()
         step = self._step
-        step.requests, step.tokens_count, step.rows_count = len(plan.slots), len(plan.tokens), rows
-        step.table_width, step.top_width, step.mask_width = plan.block_tables.shape[1], width, plan.masks.shape[1]
+        self._place_result(len(plan.rows), plan.row_top)
+        step.requests, step.tokens_count = len(plan.slots), len(plan.tokens)
+        step.table_width, step.mask_width = plan.block_tables.shape[1], plan.masks.shape[1]
         for place, name in enumerate(_PLAN_ARRAYS):
             array = getattr(plan, name)
             if array is not self._planned[place]:  # most stay from step to step, and an address costs a microsecond
                 self._planned[place] = array
                 setattr(step, name, _address(array))
+        if logits is not self._logits or images is not self._images:
+            self._logits, self._images = logits, images
+            step.out_logits = _address(logits)
+            step.vectors, step.vector_of = map(_address, images or (None, None))
+        self._checked(self._lib.pg_start(self._handle, step), EngineError)
+        self._started = True
+
+    def _place_result(self, rows: int, tops: Int32) -> None:
+        """Where the result goes: the arrays of the step before, where each of their values is written anew."""
+        if tops is not self._tops:
+            self._tops, self._width = tops, max(0, int(tops.max())) if rows else 0
+        width = self._width
+        if self._result is not None and not width and not self._hidden and len(self._result.tokens) == rows:
+            return
+        self._result = result = StepResult(
+            tokens=np.zeros(rows, np.int32),
+            logprobs=np.zeros(rows, np.float32),
+            top_ids=np.full((rows, width), -1, np.int32),
+            top_logprobs=np.zeros((rows, width), np.float32),
+            ok=np.zeros(rows, np.uint8),
+            hidden=np.empty((rows, self._hidden), np.float32) if self._hidden else None,
+        )
+        step = self._step
+        step.rows_count, step.top_width = rows, width
         for name in _RESULT_ARRAYS:
-            setattr(step, "out_" + name, getattr(result, name).ctypes.data)
-        step.out_logits, step.out_hidden = _address(logits), _address(hidden)
-        step.vectors, step.vector_of = map(_address, images or (None, None))
-        self._checked(self._lib.pg_run(self._handle, step), EngineError)
-        if hidden is not None:
-            result.ok[:] = np.isfinite(hidden).all(axis=1)
+            setattr(step, "out_" + name, _address(getattr(result, name)))
+        step.out_hidden = _address(result.hidden)
+
+    def wait(self) -> StepResult:
+        """Work on the step until it is done, without the GIL. Its result is good until the next one is started."""
+        self._lib.pg_wait(self._handle)
+        self._started, result = False, self._result
+        if result is None:
+            raise EngineError("no step was started")
+        if result.hidden is not None:
+            result.ok[:] = np.isfinite(result.hidden).all(axis=1)
         return result
 
     def encode(
@@ -262,7 +292,8 @@ class Native:
         }  # fmt: skip
         for name, array in arrays.items():
             setattr(step, name, _address(array))
-        self._checked(self._lib.pg_run(self._handle, step), EngineError)
+        self._checked(self._lib.pg_start(self._handle, step), EngineError)
+        self._lib.pg_wait(self._handle)
         self._lib.pg_release(self._handle)  # the next image may be hours away
         return out
 
