@@ -19,7 +19,7 @@ from pagoda.weights.open import open_source
 
 VOCAB = 256
 # Every size is a multiple of 32, so that every matrix can be stored in quantized blocks too.
-_TINY: Mapping[str, Any] = MappingProxyType(
+TINY: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -99,11 +99,15 @@ EXPERT_CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 def make_model(case: str, **changes: Any) -> Any:
     """The transformers model (float32, CPU) of a case, with random weights that depend on nothing but the case."""
-    settings = {**_TINY, **{**CASES, **EXPERT_CASES}[case], **changes}
+    return random_model({**TINY, **{**CASES, **EXPERT_CASES}[case], **changes}, len(case))
+
+
+def random_model(settings: dict[str, Any], seed: int) -> Any:
+    """A transformers model (float32, CPU) of these settings."""
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    generator = torch.Generator().manual_seed(len(case))
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
@@ -150,7 +154,7 @@ def write_gguf_checkpoint(path: Path, model: Any, type: str = "F32", metadata: M
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):
-            weight = _neighbours(weight, heads if "q_proj" in name else kv_heads)
+            weight = neighbours(weight, heads if "q_proj" in name else kv_heads)
         stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         tensors[stored_name] = (weight.numpy(), type) if weight.ndim == 2 else weight.numpy()
     if config.rope_parameters["rope_type"] == "llama3":
@@ -185,7 +189,7 @@ def write_gguf_experts(folder: Path, kind: str) -> Path:
         values = dequantize(tensor).copy()
         if arch == "llama" and slot.endswith((".q", ".k")):
             heads = attention.heads if slot.endswith(".q") else attention.kv_heads
-            values = _neighbours(torch.from_numpy(values), heads).numpy()
+            values = neighbours(torch.from_numpy(values), heads).numpy()
         stored = kind if slot.endswith(("_experts", "_shared", ".q", ".k", ".v", ".o")) else "F32"
         tensors[checkpoint_name(slot, gguf=True)] = values if values.ndim == 1 else (values, stored)
     table = {"general.architecture": arch, **{f"{arch}.{name}": value for name, value in numbers.items()}}
@@ -193,7 +197,7 @@ def write_gguf_experts(folder: Path, kind: str) -> Path:
     return folder / "tiny.gguf"
 
 
-def _neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of each head from (first halves, second halves) of the rotated pairs to pairs side by side."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape).contiguous()

@@ -21,8 +21,8 @@ void layer_norm(const float* x, const float* weight, const float* bias, int64_t 
   float rest = sum_lanes(squares);
   for (; i < n; i++) rest += (x[i] - mean) * (x[i] - mean);
   const float scale = 1.0f / std::sqrt(rest / (float)n + eps);
-  for (i = 0; i + 8 <= n; i += 8) store(out + i, (load(x + i) - mean) * scale * load(weight + i) + load(bias + i));
-  for (; i < n; i++) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+  for (i = 0; i + 8 <= n; i += 8) store(out + i, (load(x + i) - mean) * scale * load(weight + i) + (bias ? load(bias + i) : F{}));
+  for (; i < n; i++) out[i] = (x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0.0f);
 }
 
 // erf to 1.5e-7 (Abramowitz and Stegun, 7.1.26).

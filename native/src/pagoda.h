@@ -25,7 +25,7 @@ enum pg_op_kind : int32_t {
   PG_HEAD = 7,       // logits of `in` by weight, then the rows are scored or sampled
   PG_HIDDEN = 8,     // the rows of logits of `in` are the step's hidden states
   PG_POSITIONS = 9,  // out += row (position + layer) of the table `vector`, and row 0 or 1 of the table `vector2`, if any
-  PG_LAYER_NORM = 10,  // out = layernorm(in) * vector + vector2; eps in f
+  PG_LAYER_NORM = 10,  // out = layernorm(in) * vector (+ vector2); eps in f
   PG_GELU = 11,        // out = gelu(in)
   PG_ATTEND_ALL = 12,  // out = attention of the queries in `in` over all tokens of their request; scale in f
   PG_ROUTE = 13,         // `in` holds the router's logits: chooses the experts of each row, for what follows in the layer
@@ -45,6 +45,7 @@ enum pg_op_flags : int32_t {
   PG_FRAMES = 8,       // attend all: over the tokens of the frame instead of the request
   PG_CLAMPED = 32,     // experts up: clamped(gate, up) = min(gate, 7) * sigmoid(1.702 min(gate, 7)) * (up within -7 and 7, + 1)
   PG_PIECES = 16,      // such operations in a row are done for some tokens before they are for the next
+  PG_STILL = 64,       // rope: nothing is turned
 };
 
 struct pg_part {  // one stored matrix [rows, k], row-major blocks

@@ -221,7 +221,7 @@ class StepJob : public Job {
     for (int h = 0; h < d.heads + d.kv_heads; h++) {
       const float* weight = vector(h < d.heads ? op.vector : op.vector2);
       if (weight) c_.kernels->norm(row + h * d.head_dim, weight, d.head_dim, op.f, row + h * d.head_dim);
-      c_.kernels->rotate(row + h * d.head_dim, cos, cos + d.rope_dim / 2, d.rope_dim, d.rope_interleaved != 0);
+      if (!(op.flags & PG_STILL)) c_.kernels->rotate(row + h * d.head_dim, cos, cos + d.rope_dim / 2, d.rope_dim, d.rope_interleaved != 0);
     }
     if (!c_.kv.data) return;
     const int position = position_of(token);

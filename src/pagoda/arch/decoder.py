@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 from pagoda.arch import rope
 from pagoda.arch.fields import MOST_LAYERS, Fields
-from pagoda.arch.spec import Attention, Layer, Mlp, ModelSpec, Rope
+from pagoda.arch.spec import Attention, Layer, Mlp, ModelSpec, Norms, Rope
 from pagoda.errors import ModelError
 from pagoda.weights.source import Tensor
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+ACTIVATIONS = MappingProxyType(
+    {
+        **dict.fromkeys(("silu", "swish"), "silu"),
+        **dict.fromkeys(("gelu_tanh", "gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh"),
+        "gelu": "gelu",
+    }
+)
+"""What configs call the activations of an Mlp."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +32,12 @@ class Parts:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    gated: bool = True
+    activation: str = "silu"
+    norms: Norms = "before"
+    interleaved: bool = False
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = True
 
 
 def from_config(
@@ -32,9 +47,10 @@ def from_config(
     *,
     head_dim: int | None = None,
     windows: Sequence[int | None] | None = None,
+    norm_eps: str = "rms_norm_eps",
 ) -> ModelSpec:
     """`head_dim` is the default where the config gives none (None: hidden size / heads)."""
-    _refuse_unsupported(config)
+    _refuse_unsupported(config, parts.activation)
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads", heads)
     size = config.integer("head_dim", head_dim or hidden // heads)
@@ -42,18 +58,20 @@ def from_config(
     rotation, max_position = rope.from_config(config, size, config.integer("max_position_embeddings"))
     bos = config.token_ids("bos_token_id")
     attention = _attention(config, heads, kv_heads, size, parts)
-    mlp = Mlp(config.integer("intermediate_size"), bias=parts.mlp_bias)
+    mlp = Mlp(config.integer("intermediate_size"), parts.activation, parts.mlp_bias, parts.gated)
     return ModelSpec(
         model_type=model_type,
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
-        norm_eps=config.number("rms_norm_eps", 1e-6),
+        norm_eps=config.number(norm_eps, 1e-6 if norm_eps == "rms_norm_eps" else 1e-5),
         tied=config.flag("tie_word_embeddings", False),
         max_position=max_position,
-        rope=_checked(rotation, size, config),
-        layers=_layers(attention, mlp, windows or [None] * count, max_position),
+        rope=_checked(replace(rotation, interleaved=parts.interleaved), size, config),
+        layers=_layers(Layer(attention, mlp, parts.norms), windows or [None] * count, max_position),
         eos_token_ids=config.token_ids("eos_token_id"),
         bos_token_id=bos[0] if bos else None,
+        norm=parts.norm,
+        norm_bias=parts.norm_bias,
     )
 
 
@@ -64,9 +82,13 @@ def from_gguf(
     *,
     interleaved: bool = False,
     qk_norm: bool = False,
+    parts: Parts | None = None,
+    prefix: str = "",
 ) -> ModelSpec:
-    """GGUF has no flags for biases and tied heads: the tensors that are there say it."""
-    fields = Fields(metadata, "GGUF metadata", f"{model_type}.")
+    """GGUF has no flags for biases and tied heads: the tensors that are there say it. `prefix`: what the architecture
+    is called there, where that is not `model_type`; the metadata of its decoder begin with it.
+    """
+    fields = Fields(metadata, "GGUF metadata", f"{prefix or model_type}.")
     if EMBEDDING not in tensors:
         raise ModelError(f"the checkpoint lacks the tensor {EMBEDDING}", remedy="Fetch the model again")
     hidden, heads = fields.integer("embedding_length"), fields.uniform_integer("attention.head_count")
@@ -74,17 +96,19 @@ def from_gguf(
     size = fields.integer("attention.key_length", hidden // heads)
     if fields.integer("attention.value_length", size) != size:
         raise fields.error("attention.value_length", "differs from attention.key_length, which is not supported")
-    rotation, max_position = rope.from_gguf(fields, tensors, size, fields.integer("context_length"), interleaved)
-    parts = Parts(
-        qkv_bias="blk.0.attn_q.bias" in tensors,
+    parts = replace(
+        parts or Parts(interleaved=interleaved, qk_norm=qk_norm),
+        qkv_bias=bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & tensors.keys()),
         out_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_up.bias" in tensors,
-        qk_norm=qk_norm,
     )
+    context = fields.integer("context_length")
+    rotation, max_position = rope.from_gguf(fields, tensors, size, context, parts.interleaved)
     window = fields.integer("attention.sliding_window", 0, least=0) or None
     windows = [window] * fields.integer("block_count", most=MOST_LAYERS)
     attention = _attention(fields, heads, kv_heads, size, parts)
-    mlp = Mlp(fields.uniform_integer("feed_forward_length"), bias=parts.mlp_bias)
+    mlp = Mlp(fields.uniform_integer("feed_forward_length"), parts.activation, parts.mlp_bias, parts.gated)
+    norm_eps = "attention.layer_norm_rms_epsilon" if parts.norm == "rms" else "attention.layer_norm_epsilon"
     tokens = Fields(metadata, "GGUF metadata", "tokenizer.ggml.")
     ends = [i for name in ("eos", "eot", "eom") for i in tokens.token_ids(f"{name}_token_id")]
     bos = tokens.token_ids("bos_token_id")
@@ -92,13 +116,16 @@ def from_gguf(
         model_type=model_type,
         vocab_size=tensors[EMBEDDING].shape[0],
         hidden_size=hidden,
-        norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
+        norm_eps=fields.number(norm_eps),
         tied=HEAD not in tensors,
         max_position=max_position,
         rope=_checked(rotation, size, fields),
-        layers=_layers(attention, mlp, windows, max_position),
+        layers=_layers(Layer(attention, mlp, parts.norms), windows, max_position),
         eos_token_ids=tuple(dict.fromkeys(ends)),
         bos_token_id=bos[0] if bos else None,
+        norm=parts.norm,
+        norm_bias=parts.norm_bias,
+        head_bias="output.bias" in tensors,
     )
 
 
@@ -109,16 +136,13 @@ def sliding_windows(config: Fields) -> list[int | None]:
         return [None] * count
     window = config.integer("sliding_window")
     first = config.integer("max_window_layers", 28, least=0)
-    kinds = config.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
-    if len(kinds) != count or not set(kinds) <= {"sliding_attention", "full_attention"}:
-        raise config.error("layer_types", f"is {kinds!r}, must hold sliding_attention or full_attention for each layer")
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    return [window if sliding else None for sliding in layer_kinds(config, [i >= first for i in range(count)])]
 
 
-def _refuse_unsupported(config: Fields) -> None:
-    activation = config.get("hidden_act") or "silu"
-    if activation not in ("silu", "swish"):
-        raise config.error("hidden_act", f"is {activation!r}; this architecture is supported with silu only")
+def _refuse_unsupported(config: Fields, activation: str) -> None:
+    given = config.get("hidden_act") or activation
+    if ACTIVATIONS.get(given) != activation:
+        raise config.error("hidden_act", f"is {given!r}; this architecture is supported with {activation} only")
 
 
 def _attention(fields: Fields, heads: int, kv_heads: int, head_dim: int, parts: Parts) -> Attention:
@@ -127,10 +151,36 @@ def _attention(fields: Fields, heads: int, kv_heads: int, head_dim: int, parts: 
     return Attention(heads, kv_heads, head_dim, head_dim**-0.5, parts.qkv_bias, parts.out_bias, parts.qk_norm)
 
 
-def _layers(attention: Attention, mlp: Mlp, windows: Sequence[int | None], max_position: int) -> tuple[Layer, ...]:
+def _layers(layer: Layer, windows: Sequence[int | None], max_position: int) -> tuple[Layer, ...]:
     """One layer per window; a window that no context outgrows is none."""
     chosen = [w if w is not None and w < max_position else None for w in windows]
-    return tuple(Layer(replace(attention, window=w), mlp) for w in chosen)
+    return tuple(replace(layer, attention=replace(layer.attention, window=w)) for w in chosen)
+
+
+def with_windows(spec: ModelSpec, sliding: Sequence[bool]) -> ModelSpec:
+    """The spec with the sliding window only in the layers that `sliding` says."""
+    chosen = zip(spec.layers, sliding, strict=True)
+    layers = (
+        layer if has else replace(layer, attention=replace(layer.attention, window=None)) for layer, has in chosen
+    )
+    return replace(spec, layers=tuple(layers))
+
+
+def without_rope(spec: ModelSpec, still: Sequence[bool]) -> ModelSpec:
+    """The spec with layers that turn nothing where `still` says so."""
+    chosen = zip(spec.layers, still, strict=True)
+    layers = (replace(layer, attention=replace(layer.attention, rope=not none)) for layer, none in chosen)
+    return replace(spec, layers=tuple(layers))
+
+
+def layer_kinds(config: Fields, default: Sequence[bool]) -> list[bool]:
+    """Which layers have a sliding window, by `layer_types`; without that the default."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return list(default)
+    if len(kinds) != len(default) or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise config.error("layer_types", f"is {kinds!r}, must hold sliding_attention or full_attention for each layer")
+    return [kind == "sliding_attention" for kind in kinds]
 
 
 def _checked(rotation: Rope, head_dim: int, fields: Fields) -> Rope:

@@ -6,7 +6,9 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
+from pagoda.arch.names_fused import cut_tensors
 from pagoda.arch.names_gpt2 import gpt2_tensors
 from pagoda.arch.names_pooled import encoder_name, plain_tensors, unused
 from pagoda.arch.names_visual import encoder_slot_name, hub_tensors
@@ -47,38 +49,54 @@ _LAYER_NAMES = {
     "down_shared": ("mlp.shared_expert.down_proj", "ffn_down_shexp"),
     "router_shared": ("mlp.shared_expert_gate", "ffn_gate_inp_shexp"),
 }
-_MIXTRAL_NAMES = {
-    "router": "gate",
-    "gate_experts": "experts.*.w1",
-    "up_experts": "experts.*.w3",
-    "down_experts": "experts.*.w2",
-}
+# the names in safetensors of families that have their own
+_FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "mixtral": {
+            "router": "block_sparse_moe.gate",
+            "gate_experts": "block_sparse_moe.experts.*.w1",
+            "up_experts": "block_sparse_moe.experts.*.w3",
+            "down_experts": "block_sparse_moe.experts.*.w2",
+        },
+        "phi": {
+            "norm": "model.final_layernorm",
+            "o": "self_attn.dense",
+            "up": "mlp.fc1",
+            "down": "mlp.fc2",
+        },
+        "starcoder2": {"up": "mlp.c_fc", "down": "mlp.c_proj"},
+    }
+)
+_GGUF_FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType({"seed_oss": {"mlp_norm": "post_attention_norm"}})
 # buffers that old exporters stored; the spec holds their meaning
-_HARMLESS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope_freqs\.weight")
+_HARMLESS = re.compile(
+    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope_(freqs|factors_long|factors_short)\.weight"
+)
 _NAMES_SHOWN = 5
 
 
-def checkpoint_name(slot: str, *, gguf: bool) -> str:
+def checkpoint_name(slot: str, *, gguf: bool, family: str = "") -> str:
     """The name of the tensor that fills `slot`, such as `model.layers.0.self_attn.q_proj.weight`."""
     prefix, _, part = slot.rpartition(".")
     stem = part.removesuffix("_bias")
     suffix = "bias" if part.endswith("_bias") else "weight"
+    own = (_GGUF_FAMILIES if gguf else _FAMILIES).get(family, {}).get(stem)
     if not prefix:
-        return f"{_MODEL_NAMES[stem][gguf]}.{suffix}"
+        return f"{own or _MODEL_NAMES[stem][gguf]}.{suffix}"
     layer = prefix.removeprefix("layers.")
-    return f"{'blk' if gguf else 'model.layers'}.{layer}.{_LAYER_NAMES[stem][gguf]}.{suffix}"
+    return f"{'blk' if gguf else 'model.layers'}.{layer}.{own or _LAYER_NAMES[stem][gguf]}.{suffix}"
 
 
 def slot_name(spec: ModelSpec, slot: str, *, gguf: bool = False) -> str:
     """The name of the tensor that fills a slot of this model; `*` stands for the experts of a layer."""
     if spec.vision is not None and slot.startswith("vision."):
         return encoder_slot_name(slot, gated=spec.vision.gated)
+    if spec.encoder is not None:
+        return encoder_name(spec, slot)
     prefix, _, part = slot.rpartition(".")
-    if spec.model_type == "mixtral" and part in _MIXTRAL_NAMES:
-        return f"model.{prefix}.block_sparse_moe.{_MIXTRAL_NAMES[part]}.weight"
     if part == "mlp_norm" and spec.layers[0].norms == "both" and not gguf:
         return f"model.{prefix}.pre_feedforward_layernorm.weight"
-    return checkpoint_name(slot, gguf=gguf) if spec.encoder is None else encoder_name(spec, slot)
+    return checkpoint_name(slot, gguf=gguf, family=spec.model_type)
 
 
 def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) -> Mapping[str, Tensor]:
@@ -87,7 +105,8 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
         tensors = gpt2_tensors(tensors, gguf=gguf)
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)
-    return hub_tensors(tensors) if spec.vision is not None else tensors
+    tensors = hub_tensors(tensors) if spec.vision is not None else tensors
+    return cut_tensors(spec, tensors) if spec.encoder is None else tensors
 
 
 def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) -> dict[str, Tensor]:
@@ -95,7 +114,7 @@ def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) 
     tensors = plainly_named(spec, tensors, gguf=gguf)
     tensors = with_stacked_experts(spec, tensors) if not gguf else tensors
     names = {slot: slot_name(spec, slot, gguf=gguf) for slot in spec.slots()}
-    head = checkpoint_name("head", gguf=gguf)
+    head = checkpoint_name("head", gguf=gguf, family=spec.model_type)
     left_over = {name for name in tensors if not _HARMLESS.fullmatch(name)}
     if spec.tied:
         if names["embed"] not in tensors:

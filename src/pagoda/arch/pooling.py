@@ -34,10 +34,11 @@ def with_pooling(spec: ModelSpec, source: TensorSource, task: Task) -> ModelSpec
         return spec
     if task == "generate":
         raise ModelError(f"{spec.model_type} models generate no text", remedy="Leave --runner and --task out")
+    if task == "score" and not classifies:
+        return replace(spec, pooling=_by_answers(spec, source))
+    spec = replace(spec, head_bias=False, logit_scale=1.0)
     if classifies and task != "embed":
         return replace(spec, pooling=_classifier(spec, source))
-    if task == "score":
-        return replace(spec, pooling=_by_answers(spec, source))
     files = sentence_files(source.path)
     default: Kind = "cls" if spec.encoder is not None else "last"
     kind = _kind(files.pooling) or _gguf_kind(spec, source) or default
@@ -80,6 +81,8 @@ def _by_answers(spec: ModelSpec, source: TensorSource) -> Pooling:
             "this model has no head that gives scores: it makes embeddings",
             remedy="Leave --task and --convert out, or take a reranking model",
         )
+    if spec.head_bias or spec.logit_scale != 1:
+        raise ModelError(f"{spec.model_type} models cannot score by the tokens that they answer with")
     ids = _token_ids(source)
     if not all(0 <= i < spec.vocab_size for i in ids):
         raise ModelError(f"the tokens {' and '.join(ANSWERS)} that a reranker answers with are not in the vocabulary")

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from pagoda.arch.names import bind_tensors, checkpoint_name, plainly_named
+from pagoda.arch.names import bind_tensors, plainly_named, slot_name
 from pagoda.arch.pooling import with_pooling
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.visual import with_pixels
@@ -31,6 +31,7 @@ _HELPERS = frozenset(
         "mixture",
         "mrope",
         "names",
+        "names_fused",
         "names_gpt2",
         "names_pooled",
         "names_visual",
@@ -43,7 +44,15 @@ _HELPERS = frozenset(
         "visual",
     }
 )
-_GGUF_NAMES = MappingProxyType({"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"})
+_GGUF_NAMES = MappingProxyType(
+    {
+        "chatglm": "glm",
+        "command-r": "cohere",
+        "phi2": "phi",
+        "qwen2moe": "qwen2_moe",
+        "qwen3moe": "qwen3_moe",
+    }
+)
 
 
 class Architecture(Protocol):
@@ -93,8 +102,7 @@ def _with_own_head(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ModelSpec:
     if not spec.tied:
         return spec
     tensors = plainly_named(spec, tensors, gguf=False)
-    embed = tensors.get(checkpoint_name("embed", gguf=False))
-    head = tensors.get(checkpoint_name("head", gguf=False))
+    embed, head = (tensors.get(slot_name(spec, slot)) for slot in ("embed", "head"))
     if embed and head and not _same(embed, head):
         return replace(spec, tied=False)
     return spec

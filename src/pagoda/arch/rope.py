@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,9 @@ from pagoda.errors import ModelError
 from pagoda.weights.source import Tensor
 
 Float64 = npt.NDArray[np.float64]
-SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn", "mrope")
+SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "mrope")
 FREQUENCY_DIVISORS = "rope_freqs.weight"
+LONG_DIVISORS, SHORT_DIVISORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,8 @@ def from_config(config: Fields, head_dim: int, max_position: int) -> tuple[Rope,
             freq = yarn_frequencies(freq, base, yarn)
             attention_factor = _config_attention_factor(table, yarn.factor)
             max_position = max(max_position, int(yarn.original_length * yarn.factor))
+        case "longrope" | "su":
+            return _longrope(config, table, freq, max_position), max_position
         case kind:
             raise ModelError(f"{config.where}: rope type {kind!r} is not supported (supported: {', '.join(SUPPORTED)})")
     return Rope(dim, tuple(freq.tolist()), attention_factor, sections=_sections(table, dim)), max_position
@@ -106,6 +109,29 @@ def _sections(table: Fields, dim: int) -> tuple[int, ...]:
     if sections and (len(sections) != 3 or sum(sections) != dim // 2):
         raise table.error("mrope_section", f"is {list(sections)}, must be three numbers that add up to {dim // 2}")
     return sections
+
+
+def _longrope(config: Fields, table: Fields, freq: Float64, max_position: int) -> Rope:
+    short, long = (_factors(table, name, len(freq)) for name in ("short_factor", "long_factor"))
+    original = _original_length(config, table, max_position)
+    factor = table.number("factor", max_position / original)
+    default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return long_rope(freq, short, long, original, table.number("attention_factor", default))
+
+
+def long_rope(freq: Float64, short: Float64, long: Float64, short_length: int, attention_factor: float) -> Rope:
+    """LongRoPE (arXiv 2402.13753): each frequency has a divisor for short contexts and one for long ones."""
+    frequencies = ((freq / divisors).tolist() for divisors in (short, long))
+    near, far = (tuple(found) for found in frequencies)
+    return Rope(2 * len(freq), near, attention_factor, long_inv_freq=far, short_length=short_length)
+
+
+def _factors(table: Fields, name: str, count: int) -> Float64:
+    given = table.get(name)
+    if isinstance(given, list | tuple) and len(given) == count:
+        if all(isinstance(v, int | float) and math.isfinite(v) and v > 0 for v in given):
+            return np.asarray(given, dtype=np.float64)
+    raise table.error(name, f"must be a list of {count} numbers above 0")
 
 
 def _original_length(config: Fields, table: Fields, max_position: int) -> int:
@@ -141,6 +167,11 @@ def from_gguf(
     dim = metadata.integer("rope.dimension_count", head_dim)
     base = metadata.number("rope.freq_base", 10000.0)
     freq = frequencies(dim, base)
+    if LONG_DIVISORS in tensors and SHORT_DIVISORS in tensors:
+        short, long = (_divisors(tensors[name], len(freq)) for name in (SHORT_DIVISORS, LONG_DIVISORS))
+        original = metadata.integer("rope.scaling.original_context_length", max_position)
+        rotation = long_rope(freq, short, long, original, metadata.number("rope.scaling.attn_factor", 1.0))
+        return replace(rotation, interleaved=interleaved), max_position
     if FREQUENCY_DIVISORS in tensors:
         freq = freq / _divisors(tensors[FREQUENCY_DIVISORS], len(freq))
     # old files write 0 for "none"

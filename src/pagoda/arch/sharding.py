@@ -19,7 +19,7 @@ EXCHANGE_BYTES = 256 << 20
 """What one process takes beside that to talk to other GPUs."""
 
 _LOGITS_BYTES, _TABLE_BYTES = 2 * 4, 4  # logits in float32 and a copy to sample from; RoPE tables in float32
-_BY_VOCAB = ("embed", "head")
+_BY_VOCAB = ("embed", "head", "head_bias")
 _BY_KV_HEADS = ("k", "v", "k_bias", "v_bias")
 _BY_HEADS = ("q", "q_bias")
 _BY_MLP = ("gate", "up", "gate_bias", "up_bias", "gate_experts", "up_experts")

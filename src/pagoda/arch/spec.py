@@ -6,7 +6,7 @@ A new model of known blocks is one file `arch/<model_type>.py` with two function
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -24,6 +24,8 @@ class Rope:
     `interleaved` False rotates pairs (i, i + dim / 2) (Hugging Face, NEOX); True pairs (2i, 2i + 1) (GGUF llama).
     `dim` may be smaller than the head size: the rest of the head is not rotated. `sections` (arXiv 2409.12191, 3.1):
     how many pairs, one after the other, turn by a token's temporal, height and width position; () means by its place.
+    `long_inv_freq` (LongRoPE, arXiv 2402.13753) take the place of `inv_freq` where contexts longer than `short_length`
+    are served.
     """
 
     dim: int
@@ -31,6 +33,8 @@ class Rope:
     attention_factor: float = 1.0
     interleaved: bool = False
     sections: tuple[int, ...] = ()
+    long_inv_freq: tuple[float, ...] = ()
+    short_length: int = 0
 
     def axes(self) -> npt.NDArray[np.intp]:
         """[dim // 2] which of a token's three positions turns each pair."""
@@ -64,6 +68,7 @@ class Attention:
     window: int | None = None  # sliding window in tokens
     soft_cap: float | None = None  # scaled scores s become soft_cap * tanh(s / soft_cap)
     local: bool = False  # turned by the model's `local_rope`
+    rope: bool = True  # False: this layer turns nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +101,21 @@ class Mlp:
         return self.size if self.experts is None else self.size * self.experts.active + self.experts.shared
 
 
+Norms = Literal["before", "behind", "both", "one"]
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """Decoder layer: x += attention(norm(x)); x += mlp(norm(x)). `norms` says where these norms are.
 
-    Before each half as above; or behind it, x += norm(attention(x)); or both, x += norm(attention(norm(x))).
+    Before each half as above; or behind it, x += norm(attention(x)); or both, x += norm(attention(norm(x))); or there
+    is one in front of both halves, x += attention(norm(x)) + mlp(norm(x)).
     In an encoder they follow the sum: x = norm(x + attention(x)); x = norm(x + mlp(x)).
     """
 
     attention: Attention
     mlp: Mlp
-    norms: Literal["before", "behind", "both"] = "before"
+    norms: Norms = "before"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +151,12 @@ class Pooling:
 class ModelSpec:
     """A transformer: a decoder, or with `encoder` an encoder. `tied` heads reuse the embedding.
 
-    A layer norm has a bias. `embed_scale` multiplies the embeddings of tokens. `local_rope` turns the layers whose
-    attention is `local` (of `rope`'s dim and pairs). `logit_soft_cap`: logits x become cap * tanh(x / cap).
-    `positions` are the rows of a table of learned positions, which are added to the embedding
-    in place of RoPE (`rope` is empty then); 0: there is none. One with `pooling` gives a vector or scores for each
-    request, and no tokens; it has no head.
+    A layer norm has a bias where `norm_bias` says so. `embed_scale` multiplies the embeddings of tokens. `local_rope`
+    turns the layers whose attention is `local` (of `rope`'s dim and pairs). What the head gives, with its bias where
+    there is one, is multiplied by `logit_scale`; with `logit_soft_cap` logits x become cap * tanh(x / cap).
+    `positions` are the rows of a table of learned positions, which are added to the embedding in place of RoPE (`rope`
+    is empty then); 0: there is none. One with `pooling` gives a vector or scores for each request, and no tokens; it
+    has no head.
     """
 
     model_type: str
@@ -167,27 +177,39 @@ class ModelSpec:
     embed_scale: float = 1.0
     local_rope: Rope | None = None
     logit_soft_cap: float | None = None
+    norm_bias: bool = True
+    head_bias: bool = False
+    logit_scale: float = 1.0
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
         return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
 
+    def served(self, max_model_len: int) -> ModelSpec:
+        """The model as it is run for contexts up to this length."""
+        rope = self.rope
+        if not rope.long_inv_freq or max_model_len <= rope.short_length:
+            return self
+        return replace(self, rope=replace(rope, inv_freq=rope.long_inv_freq))
+
     def slots(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the model needs, by slot name, with its shape (numpy order, matrices [out, in]).
 
-        Slots: `embed`, `norm`, `head` (absent if tied) and per layer `layers.{i}.` + `attn_norm`, `q`, `k`, `v`, `o`,
-        `q_bias`, `k_bias`, `v_bias`, `o_bias`, `q_norm`, `k_norm`, `mlp_norm`, `gate`, `up`, `down`, `gate_bias`,
-        `up_bias`, `down_bias`; with experts `router`, `gate_experts`, `up_experts`, `down_experts` in place of the
-        last, the experts on the first axis, and of a shared one `gate_shared`, `up_shared`, `down_shared` and its gate
-        `router_shared`. The norms behind the halves of a layer are `attn_post_norm` and `mlp_post_norm`. Learned
-        `positions` are a table, layer norms have a bias, encoders the table `types`; pooled models with labels
-        `score`, and `pool_dense` in front of it where they have it. Models that see have the slots of their encoder
-        behind `vision.`: `patch`, `merge_norm`, `merge_up`, `merge_down` and per layer `layers.{i}.` + `attn_norm`,
-        `qkv`, `o`, `mlp_norm`, `gate`, `up`, `down`; all products but the first have a bias, and so have layer norms.
+        Slots: `embed`, `norm`, `head` (absent if tied), `head_bias` and per layer `layers.{i}.` + `attn_norm`, `q`,
+        `k`, `v`, `o`, `q_bias`, `k_bias`, `v_bias`, `o_bias`, `q_norm`, `k_norm`, `mlp_norm`, `gate`, `up`, `down`,
+        `gate_bias`, `up_bias`, `down_bias`; with experts `router`, `gate_experts`, `up_experts`, `down_experts` in
+        place of the last, the experts on the first axis, and of a shared one `gate_shared`, `up_shared`, `down_shared`
+        and its gate `router_shared`. The norms behind the halves of a layer are `attn_post_norm` and `mlp_post_norm`.
+        Learned `positions` are a table, layer norms may have a bias, encoders the table `types`; pooled models with
+        labels `score`, and `pool_dense` in front of it where they have it. Models that see have the slots of their
+        encoder behind `vision.`: `patch`, `merge_norm`, `merge_up`, `merge_down` and per layer `layers.{i}.` +
+        `attn_norm`, `qkv`, `o`, `mlp_norm`, `gate`, `up`, `down`; all products but the first have a bias, and so have
+        layer norms.
         """
         h = self.hidden_size
         out: dict[str, tuple[int, ...]] = {"embed": (self.vocab_size, h), "norm": (h,)}
-        if self.norm == "layer":
+        biased = self.norm == "layer" and self.norm_bias
+        if biased:
             out["norm_bias"] = (h,)
         if self.positions:
             out["positions"] = (self.positions, h)
@@ -195,11 +217,13 @@ class ModelSpec:
             out["types"] = (self.encoder.token_types, h)
         if not self.tied and (self.pooling is None or self.pooling.tokens is not None):
             out["head"] = (self.vocab_size, h)
+        if self.head_bias and self.pooling is None:
+            out["head_bias"] = (self.vocab_size,)
         if self.pooling is not None:
             out |= _pooling_slots(self.pooling, h)
         for i, layer in enumerate(self.layers):
             out.update({f"layers.{i}.{name}": shape for name, shape in _layer_slots(layer, h).items()})
-            if self.norm == "layer":
+            if biased:
                 out |= {f"layers.{i}.{name}_bias": (h,) for name in _norms(layer)}
         if self.vision is not None:
             out |= {f"vision.{name}": shape for name, shape in self.vision.slots(h).items()}
@@ -219,7 +243,7 @@ def _pooling_slots(pooling: Pooling, hidden: int) -> dict[str, tuple[int, ...]]:
 
 def _norms(layer: Layer) -> tuple[str, ...]:
     before, behind = ("attn_norm", "mlp_norm"), ("attn_post_norm", "mlp_post_norm")
-    return {"before": before, "behind": behind, "both": before + behind}[layer.norms]
+    return {"before": before, "behind": behind, "both": before + behind, "one": before[:1]}[layer.norms]
 
 
 def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:

@@ -78,6 +78,7 @@ class ReferenceExecutor:
 
         None: float32, or int8 where the limits ask for 8 bits. Rounded to 8 bits they are kept in float32 all the same.
         """
+        spec = spec.served(limits.max_model_len)
         if kv_type is None:
             kv_type = "int8" if memory.kv_type(limits.kv_cache_dtype) == "int8" else "float32"
         bound = bind(spec, source)
@@ -131,8 +132,9 @@ class ReferenceExecutor:
 
     def logits(self, plan: StepPlan) -> Float32:
         """The raw logits of the rows of a plan, [L, vocab]. Writes the keys and values of all its tokens."""
-        found = matmul(self.hidden(plan), self.weights["embed" if self.spec.tied else "head"])
-        return capped(found, self.spec.logit_soft_cap)
+        y = matmul(self.hidden(plan), self.weights["embed" if self.spec.tied else "head"])
+        y = (y + self.weights.get("head_bias", 0)) * np.float32(self.spec.logit_scale)
+        return capped(np.asarray(y), self.spec.logit_soft_cap)
 
     def hidden(self, plan: StepPlan) -> Float32:
         """The final hidden states of the rows of a decoder's plan, [L, hidden size]."""
@@ -140,7 +142,11 @@ class ReferenceExecutor:
         x = self.embed(plan)
         for i, layer in enumerate(self.spec.layers):
             p = f"layers.{i}."
-            y = self.attention(i, layer.attention, self.norm(p + "attn_norm", x), plan, positions, cells)
+            normed = self.norm(p + "attn_norm", x)
+            y = self.attention(i, layer.attention, normed, plan, positions, cells)
+            if layer.norms == "one":
+                x = x + y + self.mlp(i, layer.mlp, normed)
+                continue
             x = x + self.norm(p + "attn_post_norm", y)
             y = self.mlp(i, layer.mlp, self.norm(p + "mlp_norm", x))
             x = x + self.norm(p + "mlp_post_norm", y)
@@ -170,8 +176,9 @@ class ReferenceExecutor:
         v = self.linear(name + "v", x).reshape(-1, a.kv_heads, a.head_dim)
         if a.qk_norm:
             q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
-        cos, sin = self.turns(plan, positions, a.local)
-        q, k = rotate(q, cos, sin, self.spec.rope), rotate(k, cos, sin, self.spec.rope)
+        if a.rope:
+            cos, sin = self.turns(plan, positions, a.local)
+            q, k = rotate(q, cos, sin, self.spec.rope), rotate(k, cos, sin, self.spec.rope)
         # all keys and values of the step are written before any is read: requests may share blocks
         cache = self.caches[i]
         if self.eight_bits:
@@ -219,14 +226,16 @@ class ReferenceExecutor:
         return y if bias is None else y + bias
 
     def norm(self, slot: str, x: Float32) -> Float32:
-        """RMS norm over the last axis, or with a bias layer norm; x itself where the model has no such norm."""
+        """RMS norm over the last axis, or layer norm; x itself where the model has no such norm."""
         if slot not in self.weights:
             return x
-        bias = self.weights.get(slot + "_bias")
-        if bias is not None:
+        if self.spec.norm == "layer":
             x = x - x.mean(axis=-1, keepdims=True)
         y = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(self.spec.norm_eps))
-        return np.asarray(y * self.weights[slot] + (0 if bias is None else bias))
+        return np.asarray(y * self.weights[slot] + self.weights.get(slot + "_bias", 0))
+            x = x - x.mean(axis=-1, keepdims=True)
+        y = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(self.spec.norm_eps))
+        return np.asarray(y * self.weights[slot] + self.weights.get(slot + "_bias", 0))
 
 
 def silu(x: Float32) -> Float32:

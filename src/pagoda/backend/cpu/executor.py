@@ -32,6 +32,7 @@ class CpuExecutor:
         cls, spec: ModelSpec, source: TensorSource, limits: Limits, progress: Progress | None = None
     ) -> CpuExecutor:
         """Raises ModelError (a tensor is missing or cannot run) or, before any weight is read, MemoryShort."""
+        spec = spec.served(limits.max_model_len)
         if spec.encoder is None:
             check_spec(spec)
         if spec.vision is not None:

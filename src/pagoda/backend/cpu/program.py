@@ -100,8 +100,9 @@ class Program:
     def _weights(self) -> None:
         """Repack everything; self._ids: slot or fused name -> id of the weight or vector."""
         ids: dict[str, int] = {"embed": self._matrix("embed")}
-        vectors = ("norm", "norm_bias", "positions")
-        ids |= {name: self._vector(name) for name in vectors if name in self._tensors}
+        # what scales the logits scales the last norm just as well
+        scales = dict.fromkeys(("norm", "norm_bias", "head_bias"), self._spec.logit_scale) | {"positions": 1.0}
+        ids |= {name: self._vector(name, scale=scale) for name, scale in scales.items() if name in self._tensors}
         if self._spec.pooling is None:
             ids["head"] = ids["embed"] if self._spec.tied else self._matrix("head")
         for i, layer in enumerate(self._spec.layers):
@@ -151,8 +152,8 @@ class Program:
             self._quantized.add(weight)
         return weight
 
-    def _vector(self, *slots: str) -> int:
-        values = np.concatenate([dequantize(self._tensors[s]).ravel() for s in slots])
+    def _vector(self, *slots: str, scale: float = 1.0) -> int:
+        values = np.concatenate([dequantize(self._tensors[s]).ravel() for s in slots]) * np.float32(scale)
         return self._lib.vector(np.ascontiguousarray(values, dtype=np.float32))
 
     def finish(self, max_tokens: int, num_blocks: int, kv_int8: bool = False) -> None:
@@ -189,7 +190,7 @@ class Program:
             self._emit(native.GATHER, in_=X, out=LAST, flags=rows)
         self._norm("norm", LAST, LAST_NORMED, flags=rows)
         if self._spec.pooling is None:
-            self._emit(native.HEAD, in_=LAST_NORMED, weight="head", flags=rows)
+            self._emit(native.HEAD, in_=LAST_NORMED, weight="head", vector="head_bias", flags=rows)
         else:
             self._emit(native.HIDDEN, in_=LAST_NORMED, flags=rows)
         self._quantize_inputs()
@@ -199,14 +200,18 @@ class Program:
         p, eps, a = f"layers.{i}.", self._spec.norm_eps, layer.attention
         self._norm(p + "attn_norm", X, H, order=p + "qkv")
         self._emit(native.MATMUL, in_=H, out=QKV, weight=p + "qkv", vector=p + "qkv_bias")
-        self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=i, f=eps)
+        still = 0 if a.rope else native.STILL
+        self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=i, flags=still, f=eps)
         self._emit(native.ATTENTION, in_=QKV, out=ATT, layer=i, f=a.scale, window=a.window or 0, order=order)
 
     def _rest(self, i: int, layer: Layer, b: Buffers) -> None:
         """What a layer does behind its attention."""
         p, add = f"layers.{i}.", native.ADD | b.flags
+        if layer.norms == "one":  # its norm once more, of x as it still is: each product may want its own order
+            self._norm(p + "attn_norm", b.x, b.h, flags=b.flags, order=p + "gate_up")
         self._emit(native.MATMUL, in_=b.att, out=b.x, weight=p + "o", vector=p + "o_bias", flags=add)
-        self._norm(p + "mlp_norm", b.x, b.h, flags=b.flags, order=p + "gate_up")
+        if layer.norms != "one":
+            self._norm(p + "mlp_norm", b.x, b.h, flags=b.flags, order=p + "gate_up")
         if layer.mlp.experts is not None:
             return self._mixture(p, layer.mlp.experts)
         bias = p + "gate_up_bias"
@@ -333,7 +338,7 @@ def _runnable(tensor: Tensor) -> Tensor:
 def check_spec(spec: ModelSpec) -> None:
     """ModelError where the kernels lack something that the model needs."""
     first = spec.layers[0]
-    shapes = {replace(layer.attention, window=None) for layer in spec.layers}
+    shapes = {replace(layer.attention, window=None, rope=True) for layer in spec.layers}
     mixtures = {layer.mlp for layer in spec.layers if layer.mlp.experts is not None}
     if max(len(shapes), len(_dense_sizes(spec)), len(mixtures)) > 1:
         raise ModelError("the CPU backend needs all layers of one shape", remedy="Try --device reference")

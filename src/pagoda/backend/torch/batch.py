@@ -44,3 +44,4 @@ class Heads:
     window: int | None
     eps: float  # of the norms of q and k
     interleaved: bool  # RoPE turns the pairs (2i, 2i + 1), else (i, i + dim / 2)
+    rope: bool = True  # False: nothing is turned

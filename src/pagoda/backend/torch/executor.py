@@ -113,7 +113,7 @@ class TorchExecutor:
         dtype = choose_dtype(limits.dtype, source.config, device)
         target = Target(device.device, dtype, limits.quantization, device.fp8)
         kv_type = FP8 if limits.kv_cache_dtype in KV_EIGHT_BITS else dtype
-        spec, tensors = team.share(spec, bind(spec, source))
+        spec, tensors = team.share(spec.served(limits.max_model_len), bind(spec, source))
         space = room(device, limits.memory_share)
         stored, work = weight_bytes(tensors, target), activation_bytes(spec, limits, 1, dtype.itemsize)
         blocks = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type))

@@ -76,10 +76,12 @@ class Loader:
         return Sight(VisionLoader(vision, self._tensors, self._target).encoder(), kept_bytes)
 
     def _ends(self) -> tuple[Tensor, Norm, Linear]:
+        spec = self._spec
         embed = self._table("embed")
-        own = not self._spec.tied and self._spec.pooling is None
-        head = Linear((self._head() if own else Dense(embed),))
-        return embed, self._norm("norm"), head
+        own = not spec.tied and spec.pooling is None
+        bias = self._table("head_bias") * spec.logit_scale if spec.head_bias else None
+        head = Linear((self._head() if own else Dense(embed),), bias)
+        return embed, self._norm("norm", spec.logit_scale), head
 
     def _head(self) -> Weight:
         """Quantized where it is stored so; rounding it on load costs more than it saves."""
@@ -91,7 +93,7 @@ class Loader:
     def _layer(self, index: int, layer: Layer) -> DecoderLayer:
         p, a = f"layers.{index}.", layer.attention
         shape = Heads(
-            a.heads, a.kv_heads, a.head_dim, a.scale, a.window, self._spec.norm_eps, self._spec.rope.interleaved
+            a.heads, a.kv_heads, a.head_dim, a.scale, a.window, self._spec.norm_eps, self._spec.rope.interleaved, a.rope
         )
         return DecoderLayer(
             heads=shape,
@@ -100,7 +102,7 @@ class Loader:
             q_norm=self._vector(p + "q_norm") if a.qk_norm else None,
             k_norm=self._vector(p + "k_norm") if a.qk_norm else None,
             o=self._linear(p + "o"),
-            mlp_norm=self._norm(p + "mlp_norm"),
+            mlp_norm=None if layer.norms == "one" else self._norm(p + "mlp_norm"),
             mlp=self._mlp(p, layer.mlp),
         )
 
@@ -138,8 +140,10 @@ class Loader:
     def _table(self, slot: str) -> Tensor:
         return self._converter.floats(self._tensors[slot], self._target.dtype)
 
-    def _norm(self, slot: str) -> Norm:
-        weight, eps = self._vector(slot), self._spec.norm_eps
+    def _norm(self, slot: str, scale: float = 1.0) -> Norm:
+        """What scales the logits scales the last norm just as well."""
+        weight, eps = self._vector(slot) * scale, self._spec.norm_eps
         if self._spec.norm == "layer":
-            return LayerNorm(weight, self._vector(slot + "_bias"), eps)
+            bias = self._vector(slot + "_bias") * scale if self._spec.norm_bias else None
+            return LayerNorm(weight, bias, eps)
         return RmsNorm(weight, eps)

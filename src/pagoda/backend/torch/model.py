@@ -124,8 +124,13 @@ class DecoderLayer:
     q_norm: Tensor | None
     k_norm: Tensor | None
     o: Block
-    mlp_norm: Norm
+    mlp_norm: Norm | None  # None: the MLP has the attention's input
     mlp: Block
+
+    def attention(self, qkv: Tensor, cos_sin: Tensor, batch: Batch, cache: KvCache) -> Tensor:
+        turned = cos_sin if self.heads.rope else cos_sin[:, :0]
+        q = ops.rope_and_cache(qkv, self.q_norm, self.k_norm, turned, batch, *cache, self.heads)
+        return self.o(ops.paged_attention(q, *cache, batch, self.heads).flatten(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +170,13 @@ class Decoder:
             total = total + self.positions[batch.positions]
         cos_sin, batch = self._turns(batch)
         x = torch.zeros_like(total)
-        for layer, (k_cache, v_cache) in zip(self.layers, self.caches, strict=True):
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            if layer.mlp_norm is None:
+                normed, total = layer.attn_norm.of_sum(x, total)
+                x = layer.attention(layer.qkv(normed), cos_sin, batch, cache) + layer.mlp(normed)
+                continue
             qkv, total = layer.qkv.behind(x, total, layer.attn_norm)
-            q = ops.rope_and_cache(qkv, layer.q_norm, layer.k_norm, cos_sin, batch, k_cache, v_cache, layer.heads)
-            x = layer.o(ops.paged_attention(q, k_cache, v_cache, batch, layer.heads).flatten(1))
+            x = layer.attention(qkv, cos_sin, batch, cache)
             if isinstance(layer.mlp, GatedMlp):
                 x, total = layer.mlp.behind(x, total, layer.mlp_norm)
             else:

@@ -13,7 +13,7 @@ from pagoda.backend.torch import ops
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -1,0 +1,138 @@
+"""Tiny random models of the families of decoders, each with what makes it differ from Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from checkpoints import TINY, neighbours, random_model
+from gguf_writer import write_gguf
+
+SMALL: Mapping[str, Any] = MappingProxyType({**TINY, "num_hidden_layers": 2, "pad_token_id": 0})
+_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.4, 1.5, 1.6],
+    "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 9.0],
+    "partial_rotary_factor": 0.75,
+}
+_PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+_KINDS = ["sliding_attention", "full_attention"]
+
+CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "phi3": {"model_type": "phi3", "sliding_window": 24},
+        "phi3-long": {
+            "model_type": "phi3",
+            "tie_word_embeddings": True,
+            "rope_parameters": _LONG,
+            "original_max_position_embeddings": 48,
+        },
+        "phi": {"model_type": "phi", "hidden_act": "gelu_new", "rope_parameters": _PARTIAL},
+        "starcoder2": {"model_type": "starcoder2", "tie_word_embeddings": True},
+        "seed_oss": {"model_type": "seed_oss", "head_dim": 32},
+        "ernie4_5": {"model_type": "ernie4_5", "use_bias": True, "head_dim": 16, "tie_word_embeddings": True},
+        "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "tie_word_embeddings": True},
+        "cohere": {"model_type": "cohere", "logit_scale": 0.3, "tie_word_embeddings": True},
+        "cohere2": {
+            "model_type": "cohere2",
+            "num_hidden_layers": 4,
+            "sliding_window": 24,
+            "tie_word_embeddings": True,
+        },
+        "glm": {"model_type": "glm", "head_dim": 32, "attention_bias": True, "rope_parameters": _PARTIAL},
+        "stablelm": {"model_type": "stablelm", "use_qkv_bias": True, "rope_parameters": _PARTIAL},
+        "stablelm-parallel": {
+            "model_type": "stablelm",
+            "use_parallel_residual": True,
+            "rope_parameters": _PARTIAL,
+        },
+        "internlm3": {"model_type": "internlm3", "head_dim": 32, "attention_bias": True, "mlp_bias": True},
+    }
+)
+
+# what converters to GGUF call a family, and what they write beside that which all have
+_GGUF: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "phi3": ("phi3", {"attention.sliding_window": 24}),
+        "phi3-long": ("phi3", {"rope.dimension_count": 12, "rope.scaling.original_context_length": 48}),
+        "phi": ("phi2", {"rope.dimension_count": 8}),
+        "starcoder2": ("starcoder2", {}),
+        "seed_oss": ("seed_oss", {}),
+        "ernie4_5": ("ernie4_5", {}),
+        "smollm3": ("smollm3", {}),
+        "cohere": ("command-r", {"logit_scale": 0.3}),
+        "cohere2": ("cohere2", {"logit_scale": 0.0625, "attention.sliding_window": 24}),
+        "glm": ("chatglm", {"rope.dimension_count": 16}),
+        "stablelm": ("stablelm", {"rope.dimension_count": 8}),
+    }
+)
+IN_GGUF = tuple(_GGUF)
+_REORDERED = ("smollm3",)
+"""Families whose rows of q and k converters put in the order of Llama's."""
+
+
+def make_family(case: str, **changes: Any) -> Any:
+    """The transformers model (float32, CPU) of a case."""
+    return random_model({**SMALL, **CASES[case], **changes}, len(case))
+
+
+def write_family(path: Path, case: str, **changes: Any) -> Any:
+    """Write a case as safetensors with config.json; returns the transformers model."""
+    model = make_family(case, **changes)
+    model.save_pretrained(path)
+    return model
+
+
+def write_family_gguf(path: Path, case: str, model: Any, kind: str = "F32") -> None:
+    """Write a model of a case as converters to GGUF do: matrices in `kind`, all else F32."""
+    arch, more = _GGUF[case]
+    config = model.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    eps = next(n for n in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon") if getattr(config, n, None) is not None)
+    numbers = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+        "attention.key_length": size,
+        "attention.value_length": size,
+        f"attention.layer_norm_{'rms_' if 'rms' in eps else ''}epsilon": float(getattr(config, eps)),
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        **more,
+    }
+    arch_id = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(arch_id, config.num_hidden_layers)
+    tensors: dict[str, Any] = {}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if case in _REORDERED and ("q_proj" in name or "k_proj" in name):
+            weight = neighbours(weight, heads if "q_proj" in name else kv_heads)
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert stored is not None, name
+        tensors[stored] = (weight.numpy(), kind) if weight.ndim == 2 else weight.numpy()
+    for length in ("long", "short"):
+        if f"{length}_factor" in config.rope_parameters:
+            factors = np.asarray(config.rope_parameters[f"{length}_factor"], np.float32)
+            tensors[f"rope_factors_{length}.weight"] = factors
+            numbers["rope.scaling.attn_factor"] = float(model.model.rotary_emb.attention_scaling)
+    ends = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+    write_gguf(path, {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in numbers.items()}, **ends}, tensors)
+
+
+def tokens_of(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The greedy tokens that transformers gives behind a prompt."""
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
