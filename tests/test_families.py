@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,41 +10,40 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import VOCAB
-from family_cases import CASES, IN_GGUF, make_family, tokens_of, write_family, write_family_gguf
+from family_cases import CASES, IN_GGUF, tokens_of, write_family, write_family_gguf
 from reference_plans import Feed, make_plan
 from test_gpt2 import KINDS, LAST, LIMITS, TOKENS, expected, load, logits, relative
 from test_reference_models import generate
 
 from pagoda.arch.dummy import open_dummy
 from pagoda.arch.registry import load_spec
-from pagoda.arch.sharding import parallel_sizes, share
 from pagoda.backend.cpu.executor import CpuExecutor
 from pagoda.backend.torch import ops
 from pagoda.config import EngineConfig
+from pagoda.deploy.plan.model import planned_model
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ModelError
-from pagoda.weights.open import open_source
 
+Folders = dict[str, tuple[Path, Any]]
 KV_ERROR = 5e-3
 """The native executor keeps keys and values in float16."""
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """Each case as safetensors and, where converters know it, as tiny.gguf; and the model it came from."""
     made = {}
     for case in CASES:
         folder = tmp_path_factory.mktemp(case)
         made[case] = (folder, write_family(folder, case))
         if case in IN_GGUF:
-            (folder / "gguf").mkdir()
-            write_family_gguf(folder / "gguf" / "tiny.gguf", case, made[case][1])
+            write_family_gguf(folder / "tiny.gguf", case, made[case][1])
     return made
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(case: str, kind: str, folders: dict[str, tuple[Path, Any]]) -> None:
+def test_logits_equal_transformers(case: str, kind: str, folders: Folders) -> None:
     folder, model = folders[case]
     executor = load(folder, kind)
     assert relative(logits(executor, LAST), expected(model)) < (KV_ERROR if kind == "cpu" else 1e-4)
@@ -53,8 +52,98 @@ def test_logits_equal_transformers(case: str, kind: str, folders: dict[str, tupl
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", IN_GGUF)
-def test_gguf_logits_equal_transformers(case: str, kind: str, folders: dict[str, tuple[Path, Any]]) -> None:
+def test_gguf_logits_equal_transformers(case: str, kind: str, folders: Folders) -> None:
     folder, model = folders[case]
-    executor = load(folder / "gguf" / "tiny.gguf", kind)
+    executor = load(folder / "tiny.gguf", kind)
     assert relative(logits(executor, LAST), expected(model)) < (KV_ERROR if kind == "cpu" else 1e-4)
     executor.close()
+
+
+@pytest.mark.parametrize("case", IN_GGUF)
+def test_quantized_gguf_models_run_in_their_own_bits(case: str, folders: Folders, tmp_path: Path) -> None:
+    write_family_gguf(tmp_path / "tiny.gguf", case, folders[case][1], "Q8_0")
+    exact, native = load(tmp_path / "tiny.gguf", "reference"), load(tmp_path / "tiny.gguf", "cpu")
+    assert native.capacity.weight_bytes < exact.capacity.weight_bytes / 2
+    assert relative(logits(native, LAST), logits(exact, LAST)) < 0.05
+    native.close()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "torch"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_prompt_in_chunks_and_in_company_has_the_bits_of_the_whole(case: str, kind: str, folders: Folders) -> None:
+    executor = load(folders[case][0], kind, quantization="int8")
+    whole = logits(executor, LAST)[0]
+    for start in range(0, len(TOKENS), 23):
+        part = TOKENS[start : start + 23]
+        here = Feed(part, start, [4, 5, 6, 7], rows=[(len(part) - 1, -1, -1)])
+        other = Feed(TOKENS[start : start + 1] * 9, 0, [8], rows=[(8, -1, -1)])
+        both = logits(executor, make_plan([other, here], VOCAB, slots=[2, 0]))
+    assert np.array_equal(both[1], whole)
+    executor.close()
+
+
+@pytest.mark.parametrize("case", ["phi3", "phi", "cohere2"])
+def test_greedy_text_equals_transformers(case: str, folders: Folders) -> None:
+    folder, model = folders[case]
+    core = EngineCore(EngineConfig(model=str(folder), device="cpu", num_blocks=32))
+    assert generate(core, TOKENS[:20], 12) == tokens_of(model, TOKENS[:20], 12)
+    core.close()
+
+
+@pytest.mark.parametrize("case", ["phi", "cohere2"])
+def test_through_the_triton_kernels(case: str, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan([Feed([3, 4, 5, 6, 7], 0, [1, 2], rows=[(4, -1, -1)])], VOCAB)
+    plain = logits(load(folders[case][0], "torch"), plan)
+    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+    assert relative(logits(load(folders[case][0], "torch"), plan), plain) < 2e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_random_weights_and_the_plan_of_a_config(case: str, folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folders[case][0] / "config.json").read_bytes())
+    source = open_dummy(str(tmp_path))
+    executor = CpuExecutor.load(load_spec(source), source, LIMITS)
+    assert executor.launch(LAST).wait().ok.all()
+    executor.close()
+    stored = {slot: tensor.shape for slot, tensor in planned_model(folders[case][0]).tensors.items()}
+    assert stored == {slot: tensor.shape for slot, tensor in planned_model(tmp_path).tensors.items()}
+
+
+def test_the_served_context_chooses_the_divisors_of_long_rope(folders: Folders) -> None:
+    """Contexts up to the original length have the short ones, also behind a long one."""
+    folder, model = folders["phi3-long"]
+    few = TOKENS[:30]
+    plan = make_plan([Feed(few, 0, [0, 1], rows=[(29, -1, -1)])], VOCAB)
+    with torch.no_grad():
+        short = model(torch.tensor([few])).logits[0, -1:].numpy()
+    for kind in KINDS:
+        near, far = load(folder, kind, max_model_len=48), load(folder, kind, max_model_len=49)
+        assert relative(logits(near, plan), short) < KV_ERROR
+        assert relative(logits(far, plan), short) > 0.05
+        near.close()
+        far.close()
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "said"),
+    [
+        (
+            "phi3-long",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "list of 8",
+        ),
+        ("phi", {"qk_layernorm": True}, "qk_layernorm is true"),
+        ("phi", {"hidden_act": "relu"}, "'relu'"),
+        ("cohere", {"use_qk_norm": True}, r"Command R\+"),
+        ("stablelm", {"qk_layernorm": True}, "StableLM 2 12B"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "0 or 1 for each layer"),
+        ("cohere2", {"layer_types": ["full_attention"]}, "for each layer"),
+    ],
+)
+def test_what_is_not_supported_is_named(
+    case: str, changes: dict[str, Any], said: str, folders: Folders, tmp_path: Path
+) -> None:
+    config = json.loads((folders[case][0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ModelError, match=said):
+        planned_model(tmp_path)

@@ -233,9 +233,6 @@ class ReferenceExecutor:
             x = x - x.mean(axis=-1, keepdims=True)
         y = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(self.spec.norm_eps))
         return np.asarray(y * self.weights[slot] + self.weights.get(slot + "_bias", 0))
-            x = x - x.mean(axis=-1, keepdims=True)
-        y = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(self.spec.norm_eps))
-        return np.asarray(y * self.weights[slot] + self.weights.get(slot + "_bias", 0))
 
 
 def silu(x: Float32) -> Float32:
