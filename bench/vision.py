@@ -10,6 +10,7 @@ Random weights in bfloat16. Of the encoder's 32 layers every eighth attends to t
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import time
@@ -23,8 +24,9 @@ from pagoda.arch.qwen2_5_vl import from_config
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Limits
 from pagoda.backend.cpu import library as native
-from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
+from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Picture
 from pagoda.backend.cpu.vision import VisionEncoder, split_tensors
+from pagoda.backend.vision import WHOLE_S
 from pagoda.types import Image
 from pagoda.weights.source import Tensor
 
@@ -96,10 +98,14 @@ def product_speed(threads: int, kind: str) -> float:
     freq = np.ones(8)
     dims = Dims(0, 1, 1, 16, 1, rows, 1, 0, 16, 0, 1.0, freq.ctypes.data)
     lib.program(dims, [BufferShape(k, 0), BufferShape(out, 0)], ops)
-    x, ends = np.ones((rows, k), np.float32), np.array([0, rows], np.int32)
+    pixels, ends = np.ones(14 * 14 * 3, np.uint8), np.array([0, rows], np.int32)
+    three = ctypes.c_float * 3
+    shown = Picture(None, 1, 14, 14, 14, 2, three(), three(1, 1, 1))
 
     def run() -> None:
-        lib.encode(x, np.zeros((3, rows), np.int32), ends, ends, np.zeros(0, np.int32), 1)
+        nothing, none = np.zeros(0, np.int32), np.zeros((0, 1), np.float32)
+        lib.begin(shown, pixels, np.zeros((3, rows), np.int32), ends, ends, nothing, none)
+        lib.go_on(WHOLE_S)
 
     speed = 2e-9 * rows * k * out * times / seconds(run)
     lib.close()

@@ -15,7 +15,7 @@ import numpy as np
 
 from pagoda.arch.mrope import rope_positions
 from pagoda.sched.scheduler import Scheduler, SchedulerConfig
-from pagoda.types import BLOCK_SIZE, Delta, Request, SamplingParams, StepPlan, StepResult, TokenLogprob
+from pagoda.types import BLOCK_SIZE, Delta, Image, Request, SamplingParams, StepPlan, StepResult, TokenLogprob
 
 VOCAB = 40
 GARBAGE = -1
@@ -154,11 +154,12 @@ class Harness:
     With `ahead` a step is planned and computed behind each one before that is heard of, wherever the scheduler does so.
     """
 
-    def __init__(self, config: SchedulerConfig, *, ahead: bool = False) -> None:
+    def __init__(self, config: SchedulerConfig, *, ahead: bool = False, encodes: bool = False) -> None:
         self.config = config
         self.ahead, self.steps_ahead = ahead, 0
         self.flights: list[Launched] = []
-        self.scheduler = Scheduler(config)
+        self.encoded: list[bytes] | None = [] if encodes else None  # digests; None: all are from the start
+        self.scheduler = Scheduler(config, encoded=self.is_encoded)
         self.cells = np.full((config.num_blocks, BLOCK_SIZE), GARBAGE, np.int64)
         self.requests: dict[str, Request] = {}
         self.told: dict[str, Told] = {}
@@ -167,6 +168,16 @@ class Harness:
         self.steps = 0
         self.plan_sizes: list[int] = []
         self.drafts: dict[str, list[int]] = {}  # fed behind the known tokens in the last step
+
+    def is_encoded(self, image: Image) -> bool:
+        return self.encoded is None or image.digest in self.encoded
+
+    def encode(self) -> bool:
+        """Encode the image that is wanted, in place of the one before the last; False if there is none."""
+        wanted = self.scheduler.wanted_image()
+        if wanted is not None and self.encoded is not None:
+            self.encoded = [*self.encoded[-1:], wanted[0].digest]
+        return wanted is not None
 
     def add(self, request: Request) -> None:
         self.requests[request.request_id] = request
@@ -196,7 +207,7 @@ class Harness:
         plan = self.scheduler.plan_ahead() if self.flights else self.scheduler.plan()
         self.scheduler.check()
         if plan is None:
-            assert self.flights or not self.scheduler.has_work
+            assert self.flights or not self.scheduler.has_work or self.scheduler.wanted_image()
             return None
         return plan, [turn.seq.request_id for turn in self.scheduler._flights._flights[-1].turns]
 
@@ -257,7 +268,7 @@ class Harness:
         self.scheduler.check()
 
     def run(self, limit: int = 5000) -> None:
-        while self.step():
+        while self.step() or self.encode():
             assert self.steps < limit, "the scheduler does not come to an end"
 
     def _cells_of(self, plan: StepPlan, r: int, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -308,6 +319,7 @@ class Harness:
                 for image in request.images:
                     if 0 <= place - image.start < image.tokens:
                         shown[row] = image.digest, place - image.start
+        assert all(self.is_encoded(p.image) for p in plan.images)
         told = {p.row + i: (p.image.digest, p.first + i) for p in plan.images for i in range(p.count)}
         assert told == shown and sum(p.count for p in plan.images) == len(told), "wrong images"
         if plan.rope_positions is None:

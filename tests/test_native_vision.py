@@ -172,6 +172,21 @@ def test_vectors_equal_the_reference(isa: str, heads: int, tmp_path: Path, monke
     native.close()
 
 
+def test_an_image_in_parts_has_the_bits_of_one_go(folder: str) -> None:
+    executor = load(folder, threads=3)
+    assert executor._vision is not None
+    image, other = image_of(1, 14, 22), image_of(4, 6, 4)
+    whole, parts = executor._vision.encode(image), 0
+    assert not executor.encoded(image, 0.0)
+    while not executor.encoded(image, 1e-9):
+        parts += 1
+        if parts == 9:
+            assert not executor.encoded(other, 1e-9)  # what was begun begins anew
+    assert parts > 20
+    np.testing.assert_array_equal(executor._vision._encoded.vectors(image), whole)
+    executor.close()
+
+
 @pytest.mark.parametrize("quantization", ("int8", "int4"))
 def test_an_encoder_is_quantized_to_8_bits_on_load(folder: str, quantization: str, native: CpuExecutor) -> None:
     executor, image = load(folder, quantization=quantization), image_of(1, 14, 22)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def test_logits_do_not_depend_on_where_the_prompt_is_cut(executor: ReferenceVisi
 def test_an_image_that_was_dropped_is_encoded_again(executor: ReferenceVision) -> None:
     """Preempted: the prompt comes again, in other steps, after its images have left the memory."""
     first = our_logits(executor, TOKENS, [20])
-    executor.encoded = Encoded(1)
+    executor._encoded._most_bytes = 1
     np.testing.assert_array_equal(our_logits(executor, TOKENS, [8, 33]), first)
 
 
@@ -162,19 +162,24 @@ def test_text_alone_needs_no_positions(executor: ReferenceVision, model: Any) ->
 def test_what_is_encoded_is_kept_up_to_a_size() -> None:
     asked: list[int] = []
 
-    def encode(image: Image) -> Float32:
+    def begin(image: Image) -> Callable[[float], Float32 | None]:
         asked.append(image.start)
-        return np.zeros(10, np.float32)
+        return lambda most_s: np.zeros(10, np.float32) if most_s > 1 else None
 
-    kept: Encoded[Float32] = Encoded(80)
+    kept: Encoded[Float32] = Encoded(80, begin)
     images = [Image(start=i, tokens=1, grid=(1, 2, 2), pixels=b"", digest=bytes([i])) for i in range(3)]
     for i in (0, 1, 0, 2, 0, 1):
-        kept.vectors(images[i], encode)
+        kept.vectors(images[i])
     assert asked == [0, 1, 2, 1]
-    small: Encoded[Float32] = Encoded(1)
+    small: Encoded[Float32] = Encoded(1, begin)
     for i in (0, 0, 1, 1, 0):
-        small.vectors(images[i], encode)
+        small.vectors(images[i])
     assert asked[4:] == [0, 1, 0]
+    # in parts: it is begun once, unless another comes in between
+    assert not small.ready(images[1], 0.0) and not small.ready(images[1], 0.1) and not small.ready(images[1], 0.1)
+    assert small.ready(images[0], 0.0) and small.ready(images[1], 2.0) and asked[7:] == [1]
+    assert not small.ready(images[2], 0.1) and not small.ready(images[0], 0.1)
+    assert small.ready(images[2], 2.0) and asked[8:] == [2, 0, 2]
 
 
 @pytest.mark.parametrize("grid", [(1, 4, 4), (1, 10, 12), (2, 4, 4)], ids=["picture", "large picture", "video"])

@@ -140,8 +140,45 @@ def test_drafts_have_positions_too() -> None:
     assert harness.scheduler.stats().spec_decode_num_draft_tokens
 
 
+def test_streams_and_text_go_on_while_an_image_is_encoded() -> None:
+    harness = Harness(config(), encodes=True)
+    harness.add(request("stream", [1, 2], max_tokens=20))
+    harness.planned()
+    for name in ("1", "2"):
+        harness.add(request(name, list(range(BLOCK_SIZE + 3)), CAT, [4, 5], DOG, [6]))
+    assert harness.planned() == {"stream": 1}
+    harness.add(request("text", [7, 8, 9], max_tokens=20))
+    assert harness.planned() == {"stream": 1, "text": 3}
+    assert harness.planned() == {"stream": 1, "text": 1}
+    harness.encode()
+    assert harness.scheduler.wanted_image() is None  # the next one might push out this one
+    # what the second has in common with the first is computed once, as far as it fills blocks
+    assert harness.planned() == {"stream": 1, "text": 1, "1": BLOCK_SIZE + 3 + 16 + 2, "2": 3 + 2}
+    wanted = harness.scheduler.wanted_image()
+    assert wanted is not None and wanted[0].digest == image(0, *DOG).digest and wanted[1] > 0
+    assert harness.planned() == {"stream": 1, "text": 1}
+    harness.encode()
+    assert harness.planned() == {"stream": 1, "text": 1, "1": 17, "2": 17}
+    assert harness.scheduler.wanted_image() is None
+    harness.run()
+    for name in ("1", "2"):
+        assert harness.told[name].tokens == solo(harness.requests[name], harness.config).tokens
+
+
+def test_what_needs_an_image_that_cannot_be_encoded_is_told_from_others() -> None:
+    harness = Harness(config(), encodes=True)
+    asked = [request("1", CAT, [3]), request("2", [1], DOG, [2], CAT), request("3", DOG), request("4", [1, 2])]
+    for one in asked:
+        harness.add(one)
+    assert harness.scheduler.needing(asked[0].images[0]) == ["1", "2"]
+    harness.cancel("1"), harness.cancel("2")
+    harness.run()
+    assert [harness.told[name].finish_reason for name in ("3", "4")] == ["length"] * 2
+
+
+@pytest.mark.parametrize("encodes", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_random_mixes(seed: int) -> None:
+def test_random_mixes(seed: int, encodes: bool) -> None:
     rng = Random(seed)
     kinds = [((1, 2 * rng.randint(1, 4), 2 * rng.randint(1, 4)), str(i)) for i in range(3)] + [FILM]
     made = []
@@ -150,4 +187,9 @@ def test_random_mixes(seed: int) -> None:
         for _ in range(rng.randint(1, 3)):
             parts += [[rng.randrange(3)] * rng.randint(1, 20), rng.choice(kinds)]
         made.append(request(str(i), *parts, max_tokens=rng.randint(1, 12), prompt_logprobs=rng.choice([None, 1])))
-    run(Harness(config(num_blocks=24, max_num_batched_tokens=rng.choice([7, 40])), ahead=bool(seed % 2)), *made)
+    run(
+        Harness(
+            config(num_blocks=24, max_num_batched_tokens=rng.choice([7, 40])), ahead=bool(seed % 2), encodes=encodes
+        ),
+        *made,
+    )

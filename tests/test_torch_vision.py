@@ -76,6 +76,19 @@ def test_vectors_of_images(folder: Path, executor: TorchCpuExecutor) -> None:
         assert relative(vectors, encoder.encode(image)) < BOUND
 
 
+def test_an_image_in_parts_has_the_bits_of_one_go(executor: TorchCpuExecutor) -> None:
+    sight = executor.decoder.sight
+    assert sight is not None
+    with torch.inference_mode():
+        whole = sight.encoder.encode(IMAGES[0])
+    sight.clear()
+    parts = 0
+    assert not executor.encoded(IMAGES[0], 0.0)
+    while not executor.encoded(IMAGES[0], 1e-9):
+        parts += 1
+    assert parts > 6 and torch.equal(sight._encoded.vectors(IMAGES[0]), whole)
+
+
 @pytest.mark.parametrize("cuts", [[], [1, 6, 7, 30]])
 def test_logits(folder: Path, executor: TorchCpuExecutor, cuts: list[int]) -> None:
     spec = spec_of(executor)

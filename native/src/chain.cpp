@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kSerialRows = 2;
 constexpr int64_t kChunkBytes = 32 << 10;  // of weights, at least: a chunk costs two atomic operations
+constexpr int64_t kPairs = 1 << 17;        // of a query and a key, for each thread: then a step in parts may pause
 constexpr int64_t kRowBytes = 192 << 10;   // activations that stay in the second-level cache while weights pass
 
 }  // namespace
@@ -78,9 +79,7 @@ void Chain::add(const pg_op& op, int64_t first) {
     items.back().attention = (int)cached.size() - 1;
     if (!joins.empty()) add_phase(kJoin, &op, rows, first, 1, (int64_t)joins.size() * c_.dims.kv_heads);
   } else if (op.kind == PG_ATTEND_ALL) {
-    std::vector<Tokens>& jobs = op.flags & PG_FRAMES ? frames : encoder;
-    if (jobs.empty()) jobs = op.flags & PG_FRAMES ? encoder_jobs(st_.frames, st_.frames_count) : encoder_jobs(st_.starts, st_.requests);
-    add_phase(op.kind, &op, rows, first, 1, (int64_t)jobs.size() * c_.dims.heads);
+    add_encoder_attention(op);
   } else if (op.kind == PG_EXPERTS_UP) {
     add_phase(op.kind, &op, rows, first, 1, up_chunks(rows, threads));
   } else if (op.kind == PG_EXPERTS_DOWN) {
@@ -120,6 +119,19 @@ void Chain::split_attention() {
     for (t.segment = 0; t.segment < segments; t.segment++, t.partials = parts += c_.dims.kv_heads) attention.push_back(t);
   }
   partials.resize(parts * partial_stride(c_.dims.head_dim));
+}
+
+// A phase takes some of the jobs, from its `first` on.
+void Chain::add_encoder_attention(const pg_op& op) {
+  const bool by_frame = op.flags & PG_FRAMES;
+  const int32_t* starts = by_frame ? st_.frames : st_.starts;
+  std::vector<Tokens>& jobs = by_frame ? frames : encoder;
+  if (jobs.empty()) jobs = encoder_jobs(starts, by_frame ? st_.frames_count : st_.requests);
+  for (size_t from = 0, to = 0; from < jobs.size(); from = to) {
+    for (int64_t pairs = 0; to < jobs.size() && pairs < kPairs * threads; to++)
+      pairs += (int64_t)jobs[to].count * (starts[jobs[to].request + 1] - starts[jobs[to].request]);
+    add_phase(op.kind, &op, rows_.size(), (int64_t)from, 1, (int64_t)(to - from) * c_.dims.heads);
+  }
 }
 
 // An encoder's attention is cut into some consecutive tokens of a request, or of a frame, times heads.

@@ -16,7 +16,7 @@ struct Task {
   int32_t kind;
   const pg_op* op;
   int64_t row, rows;  // of the buffers
-  int64_t first;      // row of logits that is row `row` of the buffers
+  int64_t first;      // row of logits that is row `row` of the buffers; or the first job of an encoder's attention
   int64_t step;       // rows of a chunk
 };
 
@@ -64,6 +64,7 @@ class Chain {
   void add_tokens(size_t end);
   void add(int32_t kind, const pg_op* op, int64_t rows, int64_t first);
   void add_phase(int32_t kind, const pg_op* op, int64_t rows, int64_t first, int64_t step, int64_t chunks);
+  void add_encoder_attention(const pg_op& op);
   void list_attention();
   void split_attention();
   static std::vector<Tokens> encoder_jobs(const int32_t* starts, int count);

@@ -76,5 +76,6 @@ struct pg_context {
   pagoda::KvCache kv{};
   std::vector<int32_t> writers;  // of each block of the cache, -1 between steps: see step.cpp
   std::vector<pagoda::SampleScratch> scratch;
+  std::shared_ptr<pagoda::Job> begun;  // a step that is run in parts
   std::vector<std::vector<float>> row_scratch;  // for attention, and for a row that is put in order
 };

@@ -33,7 +33,7 @@ enum pg_op_kind : int32_t {
                          // vector, their biases, if any): gate, up, gate, up, ...; CLAMPED: the other function instead of silu
   PG_EXPERTS_DOWN = 15,  // out += each row's shares of `in` * down^T (+ vector) by its experts
   PG_GATED = 16,         // out *= sigmoid(in * vector)
-  PG_PATCHES = 17,       // out = the step's vectors, row for row
+  PG_PATCHES = 17,       // out = the pixels of the step's picture that are each row's patch, normalized, and zeros behind them
   PG_QUICK_GELU = 18,    // out = in * sigmoid(1.702 in)
   PG_GELU_TANH = 19,     // out = gelu(in), by tanh
 };
@@ -84,6 +84,13 @@ struct pg_dims {
   int32_t rope_sections[3];  // of the pairs, how many turn by each of the step's three rope positions
 };
 
+struct pg_picture {
+  const uint8_t* pixels;  // [frames, height, width, 3]
+  int32_t frames, height, width;
+  int32_t patch_size, together;  // of a patch: pixels of a side, and frames; the last one is repeated where they are short
+  float mean[3], spread[3];      // a value is (pixel - mean) / spread of its channel; channel, frame, row, column
+};
+
 struct pg_step {
   int32_t requests, tokens_count, rows_count, table_width, top_width, mask_width;
   const int32_t *slots, *starts, *positions, *tokens, *block_tables;
@@ -102,6 +109,7 @@ struct pg_step {
   const int32_t* vector_of;       // [tokens_count] the vector that a token takes, -1 for its embedding; null: all do
   const int32_t* frames;          // [frames_count + 1] where frames of a picture begin, for PG_FRAMES
   int32_t frames_count;
+  const pg_picture* picture;  // for PG_PATCHES; rope_positions are the group of frames, row and column of each patch then
   // results
   int32_t* out_tokens;
   float* out_logprobs;
@@ -141,5 +149,10 @@ void pg_release(pg_context*);
 int32_t pg_start(pg_context*, const pg_step*);
 // Work on the step that was started, if there is one, until it is done.
 void pg_wait(pg_context*);
+// A step in parts: take it, in place of one that was begun; 0, or -1. What it points to must stay as it is.
+int32_t pg_begin(pg_context*, const pg_step*);
+// Go on with it for about so many seconds, by whole operations, at least one. 1 once all of it is done, else 0. How it
+// is cut changes no bit of what comes out.
+int32_t pg_continue(pg_context*, double seconds);
 }
 #pragma GCC visibility pop

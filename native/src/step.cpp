@@ -1,15 +1,19 @@
 // Running a step: chains of phases, each cut into chunks that threads take; a thread that comes late passes over what is
 // done.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <deque>
+#include <optional>
 
 #include "chain.h"
 
 using namespace pagoda;
 
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 class StepJob : public Job {
  public:
@@ -33,6 +37,14 @@ class StepJob : public Job {
       follow(chain, chains_[chain].items.size(), thread, done);
     }
   }
+
+  // The step pauses behind a phase of its only chain, when another as long as the longest would end later than this.
+  // A thread that comes late may find it going on again, and goes on with the others.
+  void go_on_until(Clock::time_point pause) {
+    pause_ = pause, last_ = Clock::now(), longest_ = {};
+    end_ = SIZE_MAX;
+  }
+  bool done() const { return chains_[0].items.back().phase.done(); }
 
  private:
   static Range share(int64_t total, int i, int count) { return {total * i / count, total * (i + 1) / count}; }
@@ -82,13 +94,22 @@ class StepJob : public Job {
   // The items of a chain up to `end`; `done` says how far this thread knows each chain to be done.
   void follow(int chain, size_t end, int thread, std::vector<size_t>& done) {
     Chain& each = chains_[chain];
-    for (size_t& i = done[chain]; i < end; i++) {
+    for (size_t& i = done[chain]; i < std::min(end, end_.load()); i++) {
       const Item& item = each.items[i];
       if (item.phase.done()) continue;
       for (int before = 0; in_order_ && item.attention >= 0 && before < chain; before++)
         follow(before, chains_[before].cached[item.attention], thread, done);
-      item.phase.share(thread, [&](int64_t chunk) { run(each, item.task, chunk, thread); }, [&] { run_tail(each, item, thread); });
+      item.phase.share(thread, [&](int64_t chunk) { run(each, item.task, chunk, thread); }, [&] {
+        run_tail(each, item, thread);
+        if (pause_ && pauses()) end_ = i + 1;
+      });
     }
+  }
+
+  bool pauses() {
+    const Clock::time_point now = Clock::now();
+    longest_ = std::max(longest_, now - last_), last_ = now;
+    return now + longest_ > *pause_;
   }
 
   void run(Chain& chain, const Task& task, int64_t chunk, int thread) {
@@ -98,7 +119,7 @@ class StepJob : public Job {
       case PG_HEAD: return multiply(chain, task, chunk, logits(task.row), c_.dims.vocab);
       case PG_ATTENTION: return attention(chain, *task.op, chunk, thread);
       case kJoin: return join(chain, *task.op, chunk, thread);
-      case PG_ATTEND_ALL: return attend_all(chain, *task.op, chunk, thread);
+      case PG_ATTEND_ALL: return attend_all(chain, task, chunk, thread);
       case PG_EXPERTS_UP:
         return experts_up(c_, chain.routing, *task.op, chunk, up_chunks(task.rows, chain.threads), c_.row_scratch[thread].data());
       case PG_EXPERTS_DOWN:
@@ -137,9 +158,7 @@ class StepJob : public Job {
       case PG_GATHER:
         memcpy(out, c_.buffers[op.in].row(st_.rows[logit]), c_.buffers[op.out].width * sizeof(float));
         break;
-      case PG_PATCHES:
-        memcpy(out, st_.vectors + row * c_.buffers[op.out].width, c_.buffers[op.out].width * sizeof(float));
-        break;
+      case PG_PATCHES: take_patch(row, out, c_.buffers[op.out].width); break;
       case PG_SILU: k.silu(in, in + c_.buffers[op.out].width, c_.buffers[op.out].width, out); break;
       case PG_ROPE: return rope(op, row);
       case PG_LAYER_NORM: k.layer_norm(in, vector(op.vector), vector(op.vector2), c_.buffers[op.in].width, op.f, out); break;
@@ -267,10 +286,25 @@ class StepJob : public Job {
     for (int64_t i = 0; i < width; i++) out[i] += type ? at[i] + type[i] : at[i];
   }
 
-  void attend_all(const Chain& chain, const pg_op& op, int64_t chunk, int thread) {
+  void take_patch(int64_t token, float* out, int64_t width) const {
+    const pg_picture& p = *st_.picture;
+    const int32_t* at = st_.rope_positions + token;
+    const int64_t group = at[0], top = at[st_.tokens_count] * p.patch_size, left = at[2 * (int64_t)st_.tokens_count] * p.patch_size;
+    float* const end = out + width;
+    for (int channel = 0; channel < 3; channel++)
+      for (int64_t f = group * p.together; f < (group + 1) * p.together; f++)
+        for (int64_t y = top; y < top + p.patch_size; y++) {
+          const uint8_t* from = p.pixels + ((std::min<int64_t>(f, p.frames - 1) * p.height + y) * p.width + left) * 3 + channel;
+          for (int x = 0; x < p.patch_size; x++) *out++ = (from[3 * x] - p.mean[channel]) / p.spread[channel];
+        }
+    std::fill(out, end, 0.0f);
+  }
+
+  void attend_all(const Chain& chain, const Task& task, int64_t chunk, int thread) {
     const pg_dims& d = c_.dims;
+    const pg_op& op = *task.op;
     const bool frames = op.flags & PG_FRAMES;
-    const Tokens& t = (frames ? chain.frames : chain.encoder)[chunk / d.heads];
+    const Tokens& t = (frames ? chain.frames : chain.encoder)[task.first + chunk / d.heads];
     const int32_t* starts = (frames ? st_.frames : st_.starts) + t.request;
     const Buffer &in = c_.buffers[op.in], &out = c_.buffers[op.out];
     const int64_t first = starts[0], column = chunk % d.heads * d.head_dim, hidden = (int64_t)d.heads * d.head_dim;
@@ -289,13 +323,28 @@ class StepJob : public Job {
   pg_context& c_;
   const pg_step st_;
   bool in_order_ = false;
+  std::optional<Clock::time_point> pause_;
+  Clock::time_point last_;
+  Clock::duration longest_{};
+  std::atomic<size_t> end_{SIZE_MAX};  // of the items that may be worked on, while it pauses
   std::deque<Chain> chains_;
 };
+
+// Whether its patches lie within a picture.
+bool holds_patches(const pg_step& st) {
+  const pg_picture& p = *st.picture;
+  const int64_t most[3] = {ceil_div(p.frames, p.together), p.height / p.patch_size, p.width / p.patch_size};
+  for (int axis = 0; axis < 3; axis++)
+    for (int64_t t = axis * (int64_t)st.tokens_count; t < (axis + 1) * (int64_t)st.tokens_count; t++)
+      if (st.rope_positions[t] < 0 || st.rope_positions[t] >= most[axis]) return false;
+  return true;
+}
 
 bool valid(const pg_context& c, const pg_step& st) {
   if (st.tokens_count < 1 || st.tokens_count > c.dims.max_tokens || st.starts[st.requests] != st.tokens_count) return false;
   for (int t = 0; t < st.tokens_count; t++)
     if (st.tokens[t] < 0 || st.tokens[t] >= c.dims.vocab) return false;
+  if (st.picture && !holds_patches(st)) return false;
   for (int l = 0; l < st.rows_count; l++)
     if (st.rows[l] < 0 || st.rows[l] >= st.tokens_count) return false;
   for (int r = 0; r < st.requests && c.dims.num_blocks > 0; r++) {
@@ -322,3 +371,22 @@ extern "C" int32_t pg_start(pg_context* c, const pg_step* st) {
 }
 
 extern "C" void pg_wait(pg_context* c) { c->team.wait(); }
+
+extern "C" int32_t pg_begin(pg_context* c, const pg_step* st) {
+  if (!valid(*c, *st)) {
+    c->error = "a step plan that does not fit the model";
+    return -1;
+  }
+  c->begun = std::make_shared<StepJob>(*c, *st);
+  return 0;
+}
+
+extern "C" int32_t pg_continue(pg_context* c, double seconds) {
+  if (!c->begun) return 1;
+  StepJob& job = static_cast<StepJob&>(*c->begun);
+  job.go_on_until(Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds)));
+  c->team.run(c->begun);
+  if (!job.done()) return 0;
+  c->begun.reset();
+  return 1;
+}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from pagoda.types import StepPlan, StepResult
+from pagoda.types import Image, StepPlan, StepResult
 
 Progress = Callable[[str, float], None]
 """Called while loading with a phase ("weights", ...) and the share of it that is done, 0 to 1."""
@@ -77,6 +77,13 @@ class Executor(Protocol):
         """Start a step, and return: what takes time comes beside, or in `wait`, since others are told meanwhile.
 
         The plan's arrays must stay unchanged until `wait` returns.
+        """
+        ...
+
+    def encoded(self, image: Image, most_s: float) -> bool:
+        """Whether a step can take an image's vectors at once, after encoding it for about so long if it could not.
+
+        With `most_s` 0 nothing is encoded. How an image is cut changes no bit; a step that finds no vectors makes them.
         """
         ...
 

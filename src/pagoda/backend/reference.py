@@ -19,7 +19,7 @@ from pagoda.backend.base import Capacity, Due, Limits, Progress
 from pagoda.backend.cpu.machine import free_memory_bytes
 from pagoda.backend.sampling import sample_rows
 from pagoda.errors import EngineError
-from pagoda.types import BLOCK_SIZE, Float32, StepPlan, StepResult
+from pagoda.types import BLOCK_SIZE, Float32, Image, StepPlan, StepResult
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.source import TensorSource
 
@@ -117,6 +117,9 @@ class ReferenceExecutor:
                 # numpy's own words are for the log: the text of an EngineError reaches clients
                 _log.exception("step %d failed", plan.step)
                 raise EngineError("the step failed") from error
+
+    def encoded(self, image: Image, most_s: float) -> bool:
+        return True
 
     def prepare(self) -> bool:
         return False

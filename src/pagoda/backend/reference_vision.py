@@ -11,7 +11,7 @@ from pagoda.arch.memory import KvType, encoded_bytes
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.reference import ReferenceExecutor, gelu, matmul, rotate_halves, silu, softmax
-from pagoda.backend.vision import Encoded, Layout, layout, patches
+from pagoda.backend.vision import Encoded, layout, patches
 from pagoda.types import Float32, Image, Int32, StepPlan
 
 
@@ -39,18 +39,23 @@ class ReferenceVision(ReferenceExecutor):
         if spec.vision is None:
             raise ValueError("this model has no vision encoder")
         self.encoder = ReferenceImages(spec.vision, weights)
-        self.encoded: Encoded[Float32] = Encoded(encoded_bytes(spec, max_model_len))
+        self._encoded: Encoded[Float32] = Encoded(
+            encoded_bytes(spec, max_model_len), lambda image: lambda _: self.encoder.encode(image)
+        )
 
     def embed(self, plan: StepPlan) -> Float32:
         x = super().embed(plan)
         for part in plan.images:
-            vectors = self.encoded.vectors(part.image, self.encoder.encode)
+            vectors = self._encoded.vectors(part.image)
             x[part.row : part.row + part.count] = vectors[part.first : part.first + part.count]
         return x
 
+    def encoded(self, image: Image, most_s: float) -> bool:
+        return self._encoded.ready(image, most_s)
+
     def close(self) -> None:
         super().close()
-        self.encoded.clear()
+        self._encoded.clear()
 
 
 class ReferenceImages:
@@ -63,12 +68,13 @@ class ReferenceImages:
     def encode(self, image: Image) -> Float32:
         """The vectors [tokens, hidden size of the model] that stand for an image."""
         v, place = self.vision, layout(image.grid, self.vision)
+        turns = place.turns(v)
         together = patches(image, v).reshape(len(place.order), -1)[place.order]
         x = matmul(together.reshape(-1, v.patch_values), self.weights["vision.patch"])
         for i in range(v.depth):
             name = f"vision.layers.{i}."
             segments = place.frames if v.sees_all(i) else place.windows
-            x = x + self.attention(name, self.norm(name + "attn_norm", x), place, segments)
+            x = x + self.attention(name, self.norm(name + "attn_norm", x), turns, segments)
             x = x + self.mlp(name, self.norm(name + "mlp_norm", x))
         merged = self.norm("vision.merge_norm", x).reshape(-1, v.merged_size)
         vectors = self.linear("vision.merge_down", gelu(self.linear("vision.merge_up", merged)))
@@ -76,11 +82,11 @@ class ReferenceImages:
         out[place.order] = vectors
         return out
 
-    def attention(self, name: str, x: Float32, place: Layout, segments: Int32) -> Float32:
+    def attention(self, name: str, x: Float32, turns: tuple[Float32, Float32], segments: Int32) -> Float32:
         """Every patch over all patches of its segment."""
         heads, size = self.vision.heads, self.vision.head_dim
         q, k, v = self.linear(name + "qkv", x).reshape(-1, 3, heads, size).transpose(1, 0, 2, 3)
-        q, k = rotate_halves(q, place.cos, place.sin), rotate_halves(k, place.cos, place.sin)
+        q, k = rotate_halves(q, *turns), rotate_halves(k, *turns)
         out = np.empty_like(q)
         for first, last in pairwise(segments):
             part = slice(first, last)

@@ -16,6 +16,8 @@ from pagoda.types import Float32, Image, Int32
 Index = npt.NDArray[np.intp]
 
 ROPE_BASE = 10000.0
+WHOLE_S = 1e6
+"""Longer than any image takes."""
 
 
 class Sized(Protocol):
@@ -32,23 +34,38 @@ class Layout:
 
     The patches that become one token are neighbours always; `order` [N / merge²] says which token's patches stand at
     each place. Patches attend to those of their segment: `frames` and `windows` are where segments begin, and the
-    end; without windows both are the same. `cos` and `sin` [N, head size / 2] turn the pairs (i, i + head size / 2)
-    of queries and keys: the first half of the pairs by the row of a patch, the second by its column.
+    end; without windows both are the same. `places` [3, N] are the group of frames, the row and the column of each
+    patch.
     """
 
     order: Index
     frames: Int32
     windows: Int32
-    cos: Float32
-    sin: Float32
+    places: Int32
+
+    def turns(self, vision: Vision) -> tuple[Float32, Float32]:
+        """cos and sin [N, head size / 2] of the pairs (i, i + head size / 2) of queries and keys.
+
+        The first half of the pairs turns by the row of a patch, the second by its column.
+        """
+        dim = vision.head_dim // 2
+        freq = np.power(ROPE_BASE, -np.arange(0, dim, 2, dtype=np.float64) / dim)
+        angles = np.concatenate([np.outer(self.places[1], freq), np.outer(self.places[2], freq)], axis=1)
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def patches(image: Image, vision: Vision) -> Float32:
     """The normalized patches [t * h * w, patch values] of an image, those of one token side by side."""
-    mean, std = (np.asarray(x, np.float32)[:, None] * np.float32(255) for x in (vision.mean, vision.std))
+    mean, spread = scaling(vision)
     cut = patch_bytes(image, vision)
-    normal = (cut.reshape(len(cut), 3, -1) - mean) / std
+    normal = (cut.reshape(len(cut), 3, -1) - mean[:, None]) / spread[:, None]
     return np.asarray(normal, np.float32).reshape(cut.shape)
+
+
+def scaling(vision: Vision) -> tuple[Float32, Float32]:
+    """Mean and spread [3] of the values of each channel, which are 0 to 255."""
+    mean, spread = (np.asarray(x, np.float32) * np.float32(255) for x in (vision.mean, vision.std))
+    return mean, spread
 
 
 def patch_bytes(image: Image, vision: Vision) -> npt.NDArray[np.uint8]:
@@ -75,35 +92,56 @@ def layout(grid: tuple[int, int, int], vision: Vision) -> Layout:
         window = (frame * down + row // side) * across + column // side
         order = np.argsort(window, kind="stable")
         windows = np.concatenate([[0], np.cumsum(np.bincount(window))]).astype(np.int32) * np.int32(merge**2)
-    angles = _angles(row[order], column[order], vision)
-    return Layout(order, frames, windows, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
+    return Layout(order, frames, windows, _places(frame[order], row[order], column[order], merge))
 
 
-def _angles(row: Index, column: Index, vision: Vision) -> npt.NDArray[np.float64]:
-    """[N, head size / 2] of the patches of tokens in a row and column of tokens."""
-    merge, dim = vision.merge_size, vision.head_dim // 2
+def _places(frame: Index, row: Index, column: Index, merge: int) -> Int32:
+    """[3, N] of the patches of tokens in a group of frames, a row and a column of tokens."""
+    out = np.empty((3, len(row), merge, merge), np.int32)
     inside = np.arange(merge)
-    rows = (row[:, None, None] * merge + inside[:, None]).repeat(merge, axis=2).ravel()
-    columns = (column[:, None, None] * merge + inside[None, :]).repeat(merge, axis=1).ravel()
-    freq = np.power(ROPE_BASE, -np.arange(0, dim, 2, dtype=np.float64) / dim)
-    return np.concatenate([np.outer(rows, freq), np.outer(columns, freq)], axis=1)
+    out[0] = frame[:, None, None]
+    out[1] = row[:, None, None] * merge + inside[:, None]
+    out[2] = column[:, None, None] * merge + inside
+    return out.reshape(3, -1)
 
 
 class Encoded(Generic[V]):
-    """The vectors of images that were encoded lately, by digest: at most so many bytes, but the last one always."""
+    """The vectors of images that were encoded lately, by digest: at most so many bytes, but the last one always.
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
+    `begin` takes an image and gives what goes on with encoding it, for about so many seconds: None, and in the end its
+    vectors. One image is encoded at a time; one that is begun in between makes it begin anew.
+    """
+
+    def __init__(self, most_bytes: int, begin: Callable[[Image], Callable[[float], V | None]]) -> None:
+        self._most_bytes, self._begin = most_bytes, begin
         self._held: OrderedDict[bytes, V] = OrderedDict()
+        self._begun: tuple[bytes, Callable[[float], V | None]] | None = None
 
-    def vectors(self, image: Image, encode: Callable[[Image], V]) -> V:
-        """What was kept of the image, else what `encode` makes of it."""
-        if image.digest not in self._held:
-            self._held[image.digest] = encode(image)
-        self._held.move_to_end(image.digest)
+    def ready(self, image: Image, most_s: float) -> bool:
+        """Whether the vectors of an image are here, after encoding it for about so long, if they were not."""
+        if image.digest in self._held or most_s <= 0:
+            return image.digest in self._held
+        begun, self._begun = self._begun, None  # nothing, should it fail
+        if begun is None or begun[0] != image.digest:
+            begun = image.digest, self._begin(image)
+        vectors = begun[1](most_s)
+        if vectors is None:
+            self._begun = begun
+            return False
+        self._held[image.digest] = vectors
         while len(self._held) > 1 and sum(held.nbytes for held in self._held.values()) > self._most_bytes:
             self._held.popitem(last=False)
+        return True
+
+    def vectors(self, image: Image) -> V:
+        self.ready(image, WHOLE_S)
+        self._held.move_to_end(image.digest)
         return self._held[image.digest]
+
+    def abandon(self) -> None:
+        """What was begun begins anew."""
+        self._begun = None
 
     def clear(self) -> None:
         self._held.clear()
+        self.abandon()

@@ -24,6 +24,7 @@ from pagoda.backend.select import load_executor, resolve_device
 from pagoda.config import EngineConfig
 from pagoda.engine.grammars import Grammars
 from pagoda.engine.images import check_images
+from pagoda.engine.looking import look
 from pagoda.engine.messages import EngineStats, ModelInfo
 from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
 from pagoda.formats import QUANTIZE_ON_LOAD_GPU
@@ -88,6 +89,7 @@ class EngineCore:
                 vision=self.spec.vision,
             ),
             self._drafts,
+            lambda image: self._executor.encoded(image, 0.0),
         )
         self._head = _head(self.spec, source)
         self._grammars = Grammars(
@@ -168,6 +170,7 @@ class EngineCore:
         if self._grammars:
             self._take_grammars()
         try:
+            self._refused += look(self._scheduler, self._executor)
             if self._flight is None:
                 self._flight = self._launch(self._scheduler.plan(), self._refused)
         except BaseException:

@@ -13,6 +13,7 @@ _SWEEPS = 40
 _SETTLED = 0.003
 _TRUSTED_AFTER = 4  # steps
 _OUTLIER = 3.0
+_ASIDE_S = 0.05  # where no target is set
 _STREAM_MEMORY, _PROMPT_MEMORY = 0.98, 0.9
 
 
@@ -103,6 +104,11 @@ class Pace:
         """What one token more costs in a step of streams, at position `context` of its request."""
         _, each, per_pair = self._of_streams.costs
         return each + per_pair * context
+
+    def aside_s(self, load: Load) -> float:
+        """How long something else may take between steps that have this load."""
+        streams_s = self.streams_s(load)
+        return max((self._target_s or _ASIDE_S) - streams_s, streams_s)
 
     def prompt_tokens(self, load: Load, context: int) -> int:
         """How many tokens of a prompt, the first at position `context`, may join a step that has this load so far.

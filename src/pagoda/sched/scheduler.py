@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 
 from pagoda.arch.vision_spec import Vision
@@ -16,13 +17,14 @@ from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
 from pagoda.sched.draft import Speculator
 from pagoda.sched.flights import Flight, Flights
+from pagoda.sched.images import Encoded, Images, at_once, needing
 from pagoda.sched.outcome import NO_LOGITS, Outcome
 from pagoda.sched.pace import Load, Pace
 from pagoda.sched.pooled import PoolKind
 from pagoda.sched.state import Grammar, Proposer, Sequence, Turn
 from pagoda.sched.stats import SchedulerStats
 from pagoda.speculation import Speculation
-from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan, StepResult
+from pagoda.types import BLOCK_SIZE, Delta, Image, Request, StepPlan, StepResult
 
 _ORDER = attrgetter("order")
 
@@ -49,8 +51,9 @@ class SchedulerConfig:
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig, proposer: Proposer | None = None) -> None:
+    def __init__(self, config: SchedulerConfig, proposer: Proposer | None = None, encoded: Encoded = at_once) -> None:
         self._config = config
+        self._images = Images(encoded, lambda seq: len(self._cached_prefix(seq)) * BLOCK_SIZE)
         self._proposer = proposer
         self._pool = BlockPool(config.num_blocks)
         self._batch = Batch(config.max_num_seqs, config.max_model_len, config.vocab_size)
@@ -140,13 +143,20 @@ class Scheduler:
         self._flights.add(Flight(plan, turns, published, self._load))
         return plan
 
+    def wanted_image(self) -> tuple[Image, float] | None:
+        """What to encode next, and how long that may take before the next step."""
+        image = None if self._config.vision is None else self._images.wanted(chain(self._running, self._waiting))
+        return None if image is None else (image, self._pace.aside_s(self._load))
+
+    def needing(self, image: Image) -> list[str]:
+        return needing(image, chain(self._running, self._waiting))
+
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """How long the last step took. It decides only how prompts are cut, so answers never depend on it."""
         if self._last is None or self._last.plan is not plan:
             raise ValueError("this is not the last step")
         self.learn()
-        if not plan.images:  # how long a picture takes says nothing about tokens
-            self._measured = self._last.load, seconds
+        self._measured = self._last.load, seconds
         self._last = None
 
     def learn(self) -> None:
@@ -232,7 +242,7 @@ class Scheduler:
         lacks_more = [seq for seq in self._running if len(seq.known) - seq.computed > 1]
         turns = []
         for seq in lacks_one:
-            if budget > 0 and seq.slot >= 0 and self._make_room(seq, 1):
+            if budget > 0 and seq.slot >= 0 and self._images.clear(seq, 1) and self._make_room(seq, 1):
                 turns.append(_turn(seq, 1))
                 self._load.add_stream(seq.computed)
                 budget -= 1
@@ -240,6 +250,7 @@ class Scheduler:
             self.learn()
         for seq in lacks_more:
             count = min(len(seq.known) - seq.computed, budget, self._pace.prompt_tokens(self._load, seq.computed))
+            count = self._images.clear(seq, count)
             if count > 0 and seq.slot >= 0 and self._make_room(seq, count):
                 turns.append(_turn(seq, count))
                 self._load.add_prompt(seq.computed, count)
@@ -273,8 +284,12 @@ class Scheduler:
         self.learn()
         # One block more than known for each running request: else it would soon push out who came in.
         promised = sum(max(0, _blocks(len(seq.known)) + 1 - len(seq.blocks)) for seq in self._running)
-        while self._waiting and budget > 0 and self._free_slots:
-            seq = self._waiting[0]
+        place = 0
+        while place < len(self._waiting) and budget > 0 and self._free_slots:
+            seq = self._waiting[place]
+            if self._images.waits(seq):
+                place += 1  # others go first; once it is encoded, its like find in the cache what it has computed
+                continue
             cached = self._cached_prefix(seq)
             most = min(budget, self._pace.prompt_tokens(self._load, len(cached) * BLOCK_SIZE))
             if self._config.whole_prompts:
@@ -282,9 +297,9 @@ class Scheduler:
             fresh = _blocks(len(seq.known)) - len(cached)
             if most == 0 or fresh + self._pool.free_among(cached) + promised > self._pool.free:
                 break
-            del self._waiting[0]
+            del self._waiting[place]
             self._seat(seq, cached)
-            count = min(len(seq.known) - seq.computed, most)
+            count = self._images.clear(seq, min(len(seq.known) - seq.computed, most))
             self._make_room(seq, count)
             self._load.add_prompt(seq.computed, count)
             turn = _turn(seq, count)

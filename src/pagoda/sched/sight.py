@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -35,6 +35,17 @@ class Sight:
             if begin < end:
                 found.append(PlannedImage(image, row + begin - first, begin - image.start, end - begin))
         return found
+
+    def next_image(self, first: int) -> Image | None:
+        """The first that tokens from place `first` on are part of."""
+        return next((image for image in self._images if image.start + image.tokens > first), None)
+
+    def clear(self, first: int, count: int, ready: Callable[[Image], bool]) -> int:
+        """How many of `count` tokens from place `first` on can be computed with the images that are encoded."""
+        for image in self._images:
+            if first < image.start + image.tokens and image.start < first + count and not ready(image):
+                return max(0, image.start - first)
+        return count
 
 
 def seen_in_blocks(images: Sequence[Image], first: int) -> dict[int, bytes]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 
 from pagoda.arch import memory
 from pagoda.arch.registry import bind
 from pagoda.arch.spec import ModelSpec
-from pagoda.backend.base import Capacity, Due, Limits, Pending, Progress
+from pagoda.backend.base import Capacity, Limits, Pending, Progress
 from pagoda.backend.cpu.encoder_program import EncoderProgram
 from pagoda.backend.cpu.library import Native, matrix_bytes
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
 from pagoda.backend.cpu.program import VECTORS, Program, buffer_bytes, check_spec, in_their_order, panel_type
 from pagoda.backend.cpu.vision import VisionEncoder, check_vision, split_tensors, vision_quantization
-from pagoda.types import StepPlan, StepResult
+from pagoda.types import Image, StepPlan
 from pagoda.weights.files import drop_pages
 from pagoda.weights.source import Tensor, TensorSource
 
@@ -71,13 +70,12 @@ class CpuExecutor:
         return cls(lib, capacity, vision)
 
     def launch(self, plan: StepPlan) -> Pending:
-        if self._vision is not None and plan.images:
-            return Due(partial(self._run_seeing, self._vision, plan))
-        self._lib.start(plan)
+        images = self._vision.rows(plan.images, len(plan.tokens)) if self._vision and plan.images else None
+        self._lib.start(plan, images=images)
         return self._lib
 
-    def _run_seeing(self, vision: VisionEncoder, plan: StepPlan) -> StepResult:
-        return self._lib.run(plan, images=vision.rows(plan.images, len(plan.tokens)))
+    def encoded(self, image: Image, most_s: float) -> bool:
+        return self._vision is None or self._vision.ready(image, most_s)
 
     def prepare(self) -> bool:
         return False

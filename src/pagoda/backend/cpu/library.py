@@ -65,6 +65,15 @@ class Dims(c.Structure):
     ]  # fmt: skip
 
 
+class Picture(c.Structure):
+    _fields_ = [
+        ("pixels", c.c_void_p),
+        *((name, c.c_int32) for name in ("frames", "height", "width", "patch_size", "together")),
+        ("mean", c.c_float * 3),
+        ("spread", c.c_float * 3),
+    ]
+
+
 _PLAN_ARRAYS = (
     "slots", "starts", "positions", "tokens", "block_tables", "rows", "row_request", "row_target", "row_top",
     "temperature", "top_k", "top_p", "min_p", "presence", "frequency", "repetition", "seed", "history_start",
@@ -80,6 +89,7 @@ class Step(c.Structure):
         ("mask_width", c.c_int32),
         *((name, c.c_void_p) for name in (*_PLAN_ARRAYS, "vectors", "vector_of", "frames")),
         ("frames_count", c.c_int32),
+        ("picture", c.POINTER(Picture)),
         *(("out_" + name, c.c_void_p) for name in _RESULT_ARRAYS),
         ("out_logits", c.c_void_p),
         ("out_hidden", c.c_void_p),
@@ -112,6 +122,8 @@ def _load() -> c.CDLL:
         "pg_release": (None, [c.c_void_p]),
         "pg_start": (c.c_int32, [c.c_void_p, c.POINTER(Step)]),
         "pg_wait": (None, [c.c_void_p]),
+        "pg_begin": (c.c_int32, [c.c_void_p, c.POINTER(Step)]),
+        "pg_continue": (c.c_int32, [c.c_void_p, c.c_double]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
@@ -161,6 +173,7 @@ class Native:
         self.isa, self.threads = isa, threads
         self._hidden = 0
         self._step = Step()
+        self._begun: object = None  # what a step in parts points to
         self._tops: object = None  # of the last plan, and the largest of them
         self._width = 0
         self._planned: list[object] = [None] * len(_PLAN_ARRAYS)  # the arrays that `_step` points to
@@ -274,28 +287,43 @@ class Native:
             result.ok[:] = np.isfinite(result.hidden).all(axis=1)
         return result
 
-    def encode(
-        self, patches: Float32, positions: Int32, windows: Int32, frames: Int32, rows: Int32, width: int
-    ) -> Float32:
-        """The vectors [len(rows), width] of a picture, by the program of a vision encoder.
+    def begin(
+        self,
+        picture: Picture,
+        pixels: npt.NDArray[np.uint8],
+        positions: Int32,
+        windows: Int32,
+        frames: Int32,
+        rows: Int32,
+        out: Float32,
+    ) -> None:
+        """Begin to make the vectors `out` [len(rows), ...] of a picture, by the program of a vision encoder.
 
-        `patches` [P, ...] stand in the order of their windows; `positions` [3, P] turn their heads; windows and frames
-        begin where these say, with the end behind the last; vector l is made of the patches from rows[l] on.
+        `positions` [3, P] are the group of frames, the row and the column of its patches, in the order of their
+        windows; windows and frames begin where these say, with the end behind the last; vector l is made of the patches
+        from rows[l] on.
         """
-        out = np.empty((len(rows), width), np.float32)
-        zeros = np.zeros(len(patches), np.int32)
-        step = Step(requests=len(windows) - 1, tokens_count=len(patches), rows_count=len(rows))
-        step.frames_count = len(frames) - 1
+        patches = positions.shape[1]
+        zeros = np.zeros(patches, np.int32)
+        step = Step(requests=len(windows) - 1, tokens_count=patches, rows_count=len(rows))
+        step.frames_count, step.picture = len(frames) - 1, c.pointer(picture)
         arrays = {
             "slots": zeros, "positions": zeros, "tokens": zeros, "starts": windows, "rows": rows,
-            "rope_positions": positions, "vectors": patches, "frames": frames, "out_hidden": out,
+            "rope_positions": positions, "frames": frames, "out_hidden": out,
         }  # fmt: skip
         for name, array in arrays.items():
             setattr(step, name, _address(array))
-        self._checked(self._lib.pg_start(self._handle, step), EngineError)
-        self._lib.pg_wait(self._handle)
+        picture.pixels = _address(pixels)
+        self._begun = (step, picture, pixels, arrays)
+        self._checked(self._lib.pg_begin(self._handle, step), EngineError)
+
+    def go_on(self, most_s: float) -> bool:
+        """Go on with what was begun for about so long; True once it is done."""
+        if not self._lib.pg_continue(self._handle, most_s):
+            return False
         self._lib.pg_release(self._handle)  # the next image may be hours away
-        return out
+        self._begun = None
+        return True
 
     def close(self) -> None:
         if self._handle:

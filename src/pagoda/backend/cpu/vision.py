@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,9 @@ from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.base import Limits, Progress
 from pagoda.backend.cpu import library as native
-from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
+from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Picture
 from pagoda.backend.cpu.program import ACTIVATIONS, FLOATS, Program
-from pagoda.backend.vision import ROPE_BASE, Encoded, Index, layout, patches
+from pagoda.backend.vision import ROPE_BASE, WHOLE_S, Encoded, layout, scaling
 from pagoda.errors import ModelError
 from pagoda.formats import QUANTIZE_ON_LOAD
 from pagoda.types import Float32, Image, Int32, PlannedImage
@@ -133,7 +134,7 @@ class VisionEncoder:
         limits: Limits,
     ) -> None:
         self._vision, self._width = vision_of(spec), spec.hidden_size
-        self._encoded: Encoded[Float32] = Encoded(memory.encoded_bytes(spec, limits.max_model_len))
+        self._encoded: Encoded[Float32] = Encoded(memory.encoded_bytes(spec, limits.max_model_len), self.begin)
         self._lib = Native(threads)
         try:
             self._program = VisionProgram(self._lib, spec, tensors, progress, vision_quantization(limits.quantization))
@@ -151,37 +152,47 @@ class VisionEncoder:
         """The vectors of a step, and for each of its tokens the one that it takes, or -1."""
         parts, vector_of, used = [], np.full(tokens, -1, np.int32), 0
         for part in images:
-            vectors = self._encoded.vectors(part.image, self.encode)
+            vectors = self._encoded.vectors(part.image)
             parts.append(vectors[part.first : part.first + part.count])
             vector_of[part.row : part.row + part.count] = used + np.arange(part.count)
             used += part.count
         return np.concatenate(parts), vector_of
 
-    def encode(self, image: Image) -> Float32:
+    def ready(self, image: Image, most_s: float) -> bool:
+        return self._encoded.ready(image, most_s)
+
+    def begin(self, image: Image) -> Callable[[float], Float32 | None]:
         """An image alone, so that its vectors depend on nothing else: [tokens, hidden size of the model]."""
         v, place = self._vision, layout(image.grid, self._vision)
-        together = patches(image, v).reshape(len(place.order), -1)[place.order].reshape(-1, v.patch_values)
-        if len(together) > self._most_patches:
-            self._most_patches = len(together)
-            self._program.finish(self._most_patches)
-        padded = np.pad(together, ((0, 0), (0, -v.patch_values % BLOCK)))
+        patches = place.places.shape[1]
+        if patches > self._most_patches:
+            self._most_patches = patches
+            self._program.finish(patches)
         first = (np.argsort(place.order) * v.merge_size**2).astype(np.int32)
-        positions = _positions(place.order, image.grid, v)
-        return self._lib.encode(padded, positions, place.windows, place.frames, first, self._width)
+        out = np.empty((len(first), self._width), np.float32)
+        pixels = np.frombuffer(image.pixels, np.uint8)
+        self._lib.begin(_picture(image, v), pixels, place.places, place.windows, place.frames, first, out)
+        return lambda most_s: out if self._lib.go_on(most_s) else None
+
+    def encode(self, image: Image) -> Float32:
+        """The same in one go."""
+        self._encoded.abandon()
+        out = self.begin(image)(WHOLE_S)
+        assert out is not None
+        return out
 
     def close(self) -> None:
         self._encoded.clear()
         self._lib.close()
 
 
-def _positions(order: Index, grid: tuple[int, int, int], vision: Vision) -> Int32:
-    """[3, patches] row and column of each patch, behind a zero."""
-    merge = vision.merge_size
-    rows, columns = grid[1] // merge, grid[2] // merge
-    down, across = np.indices((merge, merge))
-    row = (order // columns % rows)[:, None, None] * merge + down
-    column = (order % columns)[:, None, None] * merge + across
-    return np.stack([np.zeros(row.size), row.ravel(), column.ravel()]).astype(np.int32)
+def _picture(image: Image, vision: Vision) -> Picture:
+    height, width = (side * vision.patch_size for side in image.grid[1:])
+    frames = len(image.pixels) // (height * width * 3)
+    mean, spread = scaling(vision)
+    three = ctypes.c_float * 3
+    size, together = vision.patch_size, vision.temporal_patch_size
+    return Picture(None, frames, height, width, size, together, three(*mean.tolist()), three(*spread.tolist()))
 
 
 def vision_of(spec: ModelSpec) -> Vision:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Self
 
@@ -32,7 +33,7 @@ from pagoda.backend.torch.split import joined, middle, part
 from pagoda.backend.torch.upload import Rows, upload
 from pagoda.errors import EngineError
 from pagoda.formats import KV_EIGHT_BITS
-from pagoda.types import BLOCK_SIZE, StepPlan, StepResult
+from pagoda.types import BLOCK_SIZE, Image, StepPlan, StepResult
 from pagoda.weights.source import Tensor, TensorSource
 
 _log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Running:
         try:
             return self._returning.result(self._plan)
         except torch.AcceleratorError as error:
-            raise device_lost(self._plan) from error
+            raise device_lost(f"step {self._plan.step}") from error
 
 
 class Pooled:
@@ -147,23 +148,18 @@ class TorchExecutor:
         return cls(decoder, Capacity(blocks, stored, kv_bytes, work, name, at_once), device, graphs)
 
     def launch(self, plan: StepPlan) -> Pending:
-        try:
-            with torch.inference_mode():
-                pending = self._launch(plan)
-                if isinstance(pending, Running) and pending.sampled is not None:
-                    self._sampled = pending.sampled
-                elif isinstance(pending, Done):
-                    self._sampled = torch.from_numpy(pending.wait().tokens).to(self.device)
-                return pending
-        except torch.AcceleratorError as error:
-            raise device_lost(plan) from error
-        except torch.OutOfMemoryError as error:
-            _log.exception("step %d: no memory for the least that can be computed", plan.step)
-            raise EngineError("the GPU has no memory left for this step") from error
-        except (IndexError, ValueError, RuntimeError) as error:
-            # the libraries' own words are for the log: the text of an EngineError reaches clients
-            _log.exception("step %d failed", plan.step)
-            raise EngineError("the step failed") from error
+        with errors_told(f"step {plan.step}"), torch.inference_mode():
+            pending = self._launch(plan)
+            if isinstance(pending, Running) and pending.sampled is not None:
+                self._sampled = pending.sampled
+            elif isinstance(pending, Done):
+                self._sampled = torch.from_numpy(pending.wait().tokens).to(self.device)
+            return pending
+
+    def encoded(self, image: Image, most_s: float) -> bool:
+        sight = self.decoder.sight if isinstance(self.decoder, Decoder) else None
+        with errors_told("an image"):
+            return sight is None or sight.ready(image, most_s)
 
     def _launch(self, plan: StepPlan) -> Pending:
         """The step whole, or where the memory does not suffice in halves; steps are never that large again."""
@@ -224,9 +220,24 @@ class TorchCpuExecutor(TorchExecutor):
     cuda = False
 
 
-def device_lost(plan: StepPlan) -> SystemExit:
+@contextmanager
+def errors_told(work: str) -> Iterator[None]:
+    """The libraries' own words are for the log: the text of an EngineError reaches clients."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise device_lost(work) from error
+    except torch.OutOfMemoryError as error:
+        _log.exception("%s: no memory for the least that can be computed", work)
+        raise EngineError("the GPU has no memory left for this step") from error
+    except (IndexError, ValueError, RuntimeError) as error:
+        _log.exception("%s failed", work)
+        raise EngineError("the step failed") from error
+
+
+def device_lost(work: str) -> SystemExit:
     """After a fault the GPU serves this process no more: it ends, and the server starts another one."""
-    _log.critical("step %d broke the GPU's context; the engine ends", plan.step, exc_info=True)
+    _log.critical("%s broke the GPU's context; the engine ends", work, exc_info=True)
     return SystemExit(EngineError.exit_code)
 
 

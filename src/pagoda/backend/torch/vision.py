@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +17,13 @@ from pagoda.arch.memory import MOST_IMAGE_TOKENS, VISION_TILE
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.torch.batch import Seen
 from pagoda.backend.torch.norms import LayerNorm, RmsNorm
-from pagoda.backend.vision import Encoded, Layout, layout, patch_bytes
+from pagoda.backend.vision import WHOLE_S, Encoded, Layout, layout, patch_bytes
 from pagoda.types import Image, Int32, PlannedImage
 
 Norm = LayerNorm | RmsNorm
+T = TypeVar("T")
+Pieces = Generator[None, None, T]
+"""Work that can be left between its pieces, and what it gives in the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +47,13 @@ class VisionLayer:
     up: Product
     down: Product
 
-    def mlp(self, x: Tensor) -> Tensor:
+    def mlp(self, x: Tensor) -> Pieces[Tensor]:
         """By tiles: its inner values are the widest of all."""
-        return torch.cat([self._tile(tile) for tile in torch.split(x, VISION_TILE)])
+        out = []
+        for tile in torch.split(x, VISION_TILE):
+            yield
+            out.append(self._tile(tile))
+        return torch.cat(out)
 
     def _tile(self, x: Tensor) -> Tensor:
         x = self.mlp_norm(x)
@@ -90,39 +99,73 @@ class VisionEncoder:
 
     def encode(self, image: Image) -> Tensor:
         """The vectors [tokens, hidden size of the model] that stand for an image; they depend on it alone."""
+        out = self.begin(image)(WHOLE_S)
+        assert out is not None
+        return out
+
+    def begin(self, image: Image) -> Callable[[float], Tensor | None]:
+        """The same in pieces: what is given does some of them, for about so many seconds."""
+        pieces = self._pieces(image)
+
+        @torch.inference_mode()
+        def go_on(most_s: float) -> Tensor | None:
+            end = time.monotonic() + most_s
+            try:
+                while True:
+                    next(pieces)
+                    if self.device.type == "cuda" and most_s < WHOLE_S:
+                        torch.cuda.synchronize(self.device)  # else it is queued, and nobody knows for how long
+                    if time.monotonic() >= end:
+                        return None
+            except StopIteration as stop:
+                vectors: Tensor = stop.value
+                return vectors
+
+        return go_on
+
+    def _pieces(self, image: Image) -> Pieces[Tensor]:
         v, laid = self.vision, layout(image.grid, self.vision)
-        places = placed(laid, self.device)
-        x = self._embedded(image, laid)
+        places = placed(laid, v, self.device)
+        x = yield from self._embedded(image, laid)
         for i, layer in enumerate(self.layers):
-            x = x + layer.o(self._attend(layer, x, places, places.frames if v.sees_all(i) else places.windows))
-            x = x + layer.mlp(x)
+            seen = yield from self._attend(layer, x, places, places.frames if v.sees_all(i) else places.windows)
+            x = x + layer.o(seen)
+            yield
+            x = x + (yield from layer.mlp(x))
         merged = self.merge_norm(x).view(-1, v.merged_size)
         vectors = self.merge_down(F.gelu(self.merge_up(merged)))
         return torch.empty_like(vectors).index_copy_(0, torch.from_numpy(laid.order).to(self.device), vectors)
 
-    def _embedded(self, image: Image, laid: Layout) -> Tensor:
+    def _embedded(self, image: Image, laid: Layout) -> Pieces[Tensor]:
         """The patches in the order of the layout, normalized and multiplied; bytes travel, not floats."""
         v = self.vision
         stored = patch_bytes(image, v).reshape(len(laid.order), -1)[laid.order].reshape(-1, 3, v.patch_values // 3)
         mean, std = (torch.tensor(x, device=self.device).unsqueeze(-1) * 255 for x in (v.mean, v.std))
-        tiles = torch.split(torch.from_numpy(stored).to(self.device), VISION_TILE)
-        return torch.cat([self.patch(((tile.float() - mean) / std).flatten(1).to(self.dtype)) for tile in tiles])
+        out = []
+        for tile in torch.split(torch.from_numpy(stored).to(self.device), VISION_TILE):
+            yield
+            out.append(self.patch(((tile.float() - mean) / std).flatten(1).to(self.dtype)))
+        return torch.cat(out)
 
-    def _attend(self, layer: VisionLayer, x: Tensor, places: Places, segments: Iterable[Segments]) -> Tensor:
+    def _attend(self, layer: VisionLayer, x: Tensor, places: Places, segments: Iterable[Segments]) -> Pieces[Tensor]:
         """Each patch over those of its segment."""
-        qkv = self._heads(layer, x, places)
+        qkv = yield from self._heads(layer, x, places)
         out = torch.empty_like(qkv[0])
         for s in segments:
             q, k, v = (torch.unflatten(y[s.rows], 0, (s.count, s.length)).transpose(1, 2) for y in qkv)
-            seen = F.scaled_dot_product_attention(q, k, v, scale=self.vision.head_dim**-0.5)
-            out[s.rows] = seen.transpose(1, 2).flatten(0, 1)
+            seen = []
+            for tile in torch.split(q, VISION_TILE, dim=2):
+                yield
+                seen.append(F.scaled_dot_product_attention(tile, k, v, scale=self.vision.head_dim**-0.5))
+            out[s.rows] = torch.cat(seen, dim=2).transpose(1, 2).flatten(0, 1)
         return out.flatten(1)
 
-    def _heads(self, layer: VisionLayer, x: Tensor, places: Places) -> Tensor:
+    def _heads(self, layer: VisionLayer, x: Tensor, places: Places) -> Pieces[Tensor]:
         """Queries, keys and values [3, N, heads, head size], turned; by tiles, for what is in float32 on the way."""
         heads, size = self.vision.heads, self.vision.head_dim
         out = x.new_empty(3, len(x), heads, size)
         for first in range(0, len(x), VISION_TILE):
+            yield
             tile = slice(first, first + VISION_TILE)
             q, k, v = torch.unflatten(layer.qkv(layer.attn_norm(x[tile])), -1, (3, heads, size)).unbind(1)
             cos, sin = places.cos[tile], places.sin[tile]
@@ -136,8 +179,8 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def placed(laid: Layout, device: torch.device) -> Places:
-    cos, sin = (torch.from_numpy(table).to(device).unsqueeze(1) for table in (laid.cos, laid.sin))
+def placed(laid: Layout, vision: Vision, device: torch.device) -> Places:
+    cos, sin = (torch.from_numpy(table).to(device).unsqueeze(1) for table in laid.turns(vision))
     frames = tuple(by_length(laid.frames, device))
     return Places(cos, sin, frames, frames if laid.windows is laid.frames else tuple(by_length(laid.windows, device)))
 
@@ -159,13 +202,16 @@ class Sight:
 
     def __init__(self, encoder: VisionEncoder, most_bytes: int) -> None:
         self.encoder = encoder
-        self._encoded: Encoded[Tensor] = Encoded(most_bytes)
+        self._encoded: Encoded[Tensor] = Encoded(most_bytes, encoder.begin)
+
+    def ready(self, image: Image, most_s: float) -> bool:
+        return self._encoded.ready(image, most_s)
 
     def seen(self, parts: Iterable[PlannedImage]) -> Seen:
         """The vectors that take the place of embeddings in a step, and the first row of each run of them."""
         found = []
         for part in parts:
-            vectors = self._encoded.vectors(part.image, self.encoder.encode)
+            vectors = self._encoded.vectors(part.image)
             found.append((part.row, vectors[part.first : part.first + part.count]))
         return tuple(found)
 
