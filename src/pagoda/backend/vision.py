@@ -62,6 +62,21 @@ def patches(image: Image, vision: Vision) -> Float32:
     return np.asarray(normal, np.float32).reshape(cut.shape)
 
 
+def grid_taps(place: Layout, grid: tuple[int, int, int], side: int) -> tuple[Index, Float32]:
+    """Of a square table of positions with `side` rows and columns: the four that each patch [N, 4] is between, and what
+    share it has of each."""
+    ends, shares = [], []
+    for at, size in zip(place.places[1:], grid[1:], strict=True):
+        where = at.astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
+        low = np.minimum(where.astype(np.intp), side - 1)
+        share = (where - low).astype(np.float32)
+        ends.append(np.stack([low, np.minimum(low + 1, side - 1)], axis=1))
+        shares.append(np.stack([1 - share, share], axis=1))
+    taps = ends[0][:, :, None] * side + ends[1][:, None, :]
+    weights = shares[0][:, :, None] * shares[1][:, None, :]
+    return taps.reshape(-1, 4), weights.reshape(-1, 4)
+
+
 def scaling(vision: Vision) -> tuple[Float32, Float32]:
     """Mean and spread [3] of the values of each channel, which are 0 to 255."""
     mean, spread = (np.asarray(x, np.float32) * np.float32(255) for x in (vision.mean, vision.std))
@@ -103,6 +118,13 @@ def _places(frame: Index, row: Index, column: Index, merge: int) -> Int32:
     out[1] = row[:, None, None] * merge + inside[:, None]
     out[2] = column[:, None, None] * merge + inside
     return out.reshape(3, -1)
+
+
+def in_one_go(go_on: Callable[[float], V | None]) -> V:
+    """What comes of encoding an image that was begun."""
+    while (vectors := go_on(WHOLE_S)) is None:
+        pass
+    return vectors
 
 
 class Encoded(Generic[V]):

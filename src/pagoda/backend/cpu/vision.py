@@ -17,7 +17,7 @@ from pagoda.backend.base import Limits, Progress
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Picture
 from pagoda.backend.cpu.program import ACTIVATIONS, FLOATS, Program
-from pagoda.backend.vision import ROPE_BASE, WHOLE_S, Encoded, layout, scaling
+from pagoda.backend.vision import ROPE_BASE, Encoded, in_one_go, layout, scaling
 from pagoda.errors import ModelError
 from pagoda.formats import QUANTIZE_ON_LOAD
 from pagoda.types import Float32, Image, Int32, PlannedImage
@@ -177,9 +177,7 @@ class VisionEncoder:
     def encode(self, image: Image) -> Float32:
         """The same in one go."""
         self._encoded.abandon()
-        out = self.begin(image)(WHOLE_S)
-        assert out is not None
-        return out
+        return in_one_go(self.begin(image))
 
     def close(self) -> None:
         self._encoded.clear()

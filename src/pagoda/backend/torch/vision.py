@@ -17,7 +17,7 @@ from pagoda.arch.memory import MOST_IMAGE_TOKENS, VISION_TILE
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.torch.batch import Seen
 from pagoda.backend.torch.norms import LayerNorm, RmsNorm
-from pagoda.backend.vision import WHOLE_S, Encoded, Layout, layout, patch_bytes
+from pagoda.backend.vision import WHOLE_S, Encoded, Layout, in_one_go, layout, patch_bytes
 from pagoda.types import Image, Int32, PlannedImage
 
 Norm = LayerNorm | RmsNorm
@@ -99,9 +99,7 @@ class VisionEncoder:
 
     def encode(self, image: Image) -> Tensor:
         """The vectors [tokens, hidden size of the model] that stand for an image; they depend on it alone."""
-        out = self.begin(image)(WHOLE_S)
-        assert out is not None
-        return out
+        return in_one_go(self.begin(image))
 
     def begin(self, image: Image) -> Callable[[float], Tensor | None]:
         """The same in pieces: what is given does some of them, for about so many seconds."""
