@@ -245,9 +245,12 @@ class PlannedImage:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepPlan:
     """One step for an executor: R requests, T tokens, L rows of logits. All arrays are C-contiguous.
+
+    Once its step is done a plan may come again, for the next one, with another step, tokens and positions: whoever
+    keeps it copies it.
 
     Request r feeds tokens `tokens[starts[r]:starts[r + 1]]`, whose absolute positions are `positions[r]`,
     `positions[r] + 1`, ...; positions before that are already in the cache. Position p of request r lives in block

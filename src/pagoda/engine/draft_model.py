@@ -100,7 +100,7 @@ class DraftModel:
         while turns:
             self._steps += 1
             started = time.monotonic()
-            result = self._executor.launch(self._batch.plan(self._steps, turns)).wait()
+            result = self._executor.launch(self._batch.plan(self._steps, turns, alone=True)).wait()
             if all(turn.samples for turn in turns):  # else it reads what it has not followed
                 self.rounds.append((sum(turn.count for turn in turns), time.monotonic() - started))
             rows = zip(result.tokens.tolist(), result.ok.tolist(), strict=True)

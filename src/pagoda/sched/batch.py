@@ -48,15 +48,19 @@ class Batch:
         self.block_tables[seq.slot, held : held + len(blocks)] = blocks
         seq.blocks += blocks
 
-    def plan(self, step: int, turns: list[Turn]) -> StepPlan:
+    def plan(self, step: int, turns: list[Turn], alone: bool) -> StepPlan:
+        """`alone`: no step is in flight, so the plan before may be written anew."""
         seqs = [(turn.seq, turn.seq.slot) for turn in turns]
         steady = all(turn.steady for turn in turns)
         if steady and self._steady is not None and seqs == self._steady_seqs:
-            tokens = _ints([seq.known[-1] for seq, _ in seqs])
-            positions = _ints([seq.computed for seq, _ in seqs])
+            plan = self._steady
+            tokens, positions = [seq.known[-1] for seq, _ in seqs], [seq.computed for seq, _ in seqs]
+            if alone and plan.rope_positions is None:
+                plan.step, plan.tokens[:], plan.positions[:] = step, tokens, positions
+                return plan
             rope = _rope_positions(turns)
-            changed: dict[str, Any] = {"tokens": tokens, "positions": positions, "rope_positions": rope, "images": ()}
-            plan = replace(self._steady, step=step, **changed)
+            changed: dict[str, Any] = {"rope_positions": rope, "images": ()}
+            plan = replace(plan, step=step, tokens=_ints(tokens), positions=_ints(positions), **changed)
         else:
             plan = self._whole_plan(step, turns)
         self._steady, self._steady_seqs = (plan, seqs) if steady else (None, [])

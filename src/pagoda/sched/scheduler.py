@@ -139,7 +139,7 @@ class Scheduler:
         if self._speculator is not None and not self._load.prompts:
             self._speculate(self._speculator, turns, budget)
         self._steps += 1
-        plan = self._batch.plan(self._steps, turns)
+        plan = self._batch.plan(self._steps, turns, alone=not self._flights)
         self._flights.add(Flight(plan, turns, published, self._load))
         return plan
 

@@ -176,6 +176,7 @@ class Native:
         self._begun: object = None  # what a step in parts points to
         self._tops: object = None  # of the last plan, and the largest of them
         self._width = 0
+        self._plan: StepPlan | None = None
         self._planned: list[object] = [None] * len(_PLAN_ARRAYS)  # the arrays that `_step` points to
         self._started = False
         self._logits: Float32 | None = None
@@ -242,6 +243,17 @@ class Native:
             self.wait()
         step = self._step
         self._place_result(len(plan.rows), plan.row_top)
+        if plan is not self._plan:
+            self._point_to(plan)
+        if logits is not self._logits or images is not self._images:
+            self._logits, self._images = logits, images
+            step.out_logits = _address(logits)
+            step.vectors, step.vector_of = map(_address, images or (None, None))
+        self._checked(self._lib.pg_start(self._handle, step), EngineError)
+        self._started = True
+
+    def _point_to(self, plan: StepPlan) -> None:
+        step, self._plan = self._step, plan
         step.requests, step.tokens_count = len(plan.slots), len(plan.tokens)
         step.table_width, step.mask_width = plan.block_tables.shape[1], plan.masks.shape[1]
         for place, name in enumerate(_PLAN_ARRAYS):
@@ -249,12 +261,6 @@ class Native:
             if array is not self._planned[place]:  # most stay from step to step, and an address costs a microsecond
                 self._planned[place] = array
                 setattr(step, name, _address(array))
-        if logits is not self._logits or images is not self._images:
-            self._logits, self._images = logits, images
-            step.out_logits = _address(logits)
-            step.vectors, step.vector_of = map(_address, images or (None, None))
-        self._checked(self._lib.pg_start(self._handle, step), EngineError)
-        self._started = True
 
     def _place_result(self, rows: int, tops: Int32) -> None:
         """Where the result goes: the arrays of the step before, where each of their values is written anew."""
