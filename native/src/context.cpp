@@ -97,13 +97,34 @@ int32_t extend(pg_context* c, Weight& w, const pg_part* parts, int32_t n) {
   return 0;
 }
 
-Buffer make_buffer(const pg_buffer& from, const pg_dims& d, bool wide) {
+// What is read of buffer `i`.
+struct Reads {
+  bool floats, wide;
+};
+
+Reads reads_of(const pg_context& c, int i) {
+  Reads reads = {false, false};
+  bool codes = false;
+  for (const pg_op& op : c.ops) {
+    const bool by_row = op.kind == PG_NORM || op.kind == PG_LAYER_NORM || op.kind == PG_SILU || op.kind == PG_GELU ||
+                        op.kind == PG_QUICK_GELU || op.kind == PG_GELU_TANH;  // writes a row, and reads no other of `out`
+    const bool product = op.kind == PG_MATMUL || op.kind == PG_HEAD;
+    codes |= op.out == i && by_row && op.flags & PG_QUANTIZE;
+    reads.floats |= (op.out == i && !(by_row && op.flags & PG_QUANTIZE)) || (op.in == i && !product);
+    if (op.in != i || op.weight < 0) continue;
+    for (const Part& p : c.weights[op.weight].parts) reads.floats |= is_float(p.type), reads.wide |= is_signed(p.type);
+  }
+  return {reads.floats || !codes, reads.wide && c.kernels->wide};
+}
+
+Buffer make_buffer(const pg_buffer& from, const pg_dims& d, Reads reads) {
   const int64_t sizes[] = {d.max_tokens, d.max_rows, d.piece_rows}, rows = sizes[from.rows], blocks = from.width / kBlock;
-  Buffer b{from.width, rows, Pages(rows * from.width * 4 + 32), {}, {}, {}, {}, {}, {}};
+  Buffer b{from.width, rows, {}, {}, {}, {}, {}, {}, {}};
+  if (reads.floats) b.f = Pages(rows * from.width * 4 + 32);
   if (from.width % kBlock == 0) {
     b.q = Pages(rows * from.width), b.d = Pages(rows * blocks * 4);
     b.s = Pages(rows * blocks * 4), b.n = Pages(rows * blocks * 4), b.h = Pages(rows * blocks * 8);
-    if (wide) b.wide = Pages(rows * from.width * 2);
+    if (reads.wide) b.wide = Pages(rows * from.width * 2);
   }
   return b;
 }
@@ -167,9 +188,9 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
   return guarded(c, [&]() -> int32_t {
     c->dims = *d;
     c->inv_freq.assign(d->inv_freq, d->inv_freq + d->rope_dim / 2);
-    c->buffers.clear();
-    for (int i = 0; i < n_buffers; i++) c->buffers.push_back(make_buffer(buffers[i], *d, c->kernels->wide));
     c->ops.assign(ops, ops + n_ops);
+    c->buffers.clear();
+    for (int i = 0; i < n_buffers; i++) c->buffers.push_back(make_buffer(buffers[i], *d, reads_of(*c, i)));
     c->kv = {nullptr, d->layers, d->kv_heads, d->head_dim, d->kv_int8 != 0};
     c->kv_pages = Pages((int64_t)d->layers * d->num_blocks * d->kv_heads * c->kv.stride(), true);
     c->kv.data = c->kv_pages.data();
@@ -178,10 +199,13 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     const bool head = std::any_of(c->ops.begin(), c->ops.end(), [](const pg_op& op) { return op.kind == PG_HEAD; });
     c->logit_pages = head ? Pages((int64_t)d->max_rows * d->vocab * 4) : Pages();
     int64_t widest = std::max(attention_scratch(d->head_dim), encoder_scratch(d->head_dim));
-    for (auto& b : c->buffers) widest = std::max(widest, b.width);
+    int64_t row = 0;
+    for (auto& b : c->buffers) row = std::max(row, b.width);
+    widest = std::max(widest, row);
     for (auto& op : c->ops)
       if (op.kind == PG_EXPERTS_UP || op.kind == PG_EXPERTS_DOWN) widest = std::max(widest, experts_scratch(c->weights[op.weight]));
     for (auto& s : c->row_scratch) s.resize(widest);
+    for (auto& s : c->row_values) s.resize(row + kPanel);
     return 0;
   });
 }

@@ -46,7 +46,7 @@ struct Weight {
 struct Buffer {  // [rows][width] floats, and the 8-bit form of the same rows
   int64_t width;
   int64_t rows;  // as many as it has, after which it begins anew: of a piece
-  Pages f, q, d, s, n, h, wide;
+  Pages f, q, d, s, n, h, wide;  // f is empty where only the 8-bit form is read
   float* row(int64_t r) const { return reinterpret_cast<float*>(f.data()) + r % rows * width; }
   Codes codes(int64_t r) const { return codes_at(r % rows * width); }
   Codes codes_at(int64_t value) const {  // of the block that begins with a value
@@ -60,7 +60,7 @@ struct Buffer {  // [rows][width] floats, and the 8-bit form of the same rows
 }  // namespace pagoda
 
 struct pg_context {
-  pg_context(int threads, const pagoda::Kernels* k) : team(threads), kernels(k), scratch(threads), row_scratch(threads) {}
+  pg_context(int threads, const pagoda::Kernels* k) : team(threads), kernels(k), scratch(threads), row_scratch(threads), row_values(threads) {}
   pagoda::Team team;
   const pagoda::Kernels* kernels;
   std::string error;
@@ -78,4 +78,5 @@ struct pg_context {
   std::vector<pagoda::SampleScratch> scratch;
   std::shared_ptr<pagoda::Job> begun;  // a step that is run in parts
   std::vector<std::vector<float>> row_scratch;  // for attention, and for a row that is put in order
+  std::vector<std::vector<float>> row_values;   // of a buffer that has only the 8-bit form
 };

@@ -49,6 +49,8 @@ constexpr Layout layout_of(int32_t type) {
 }
 
 constexpr bool is_float(int32_t type) { return type == PG_F32 || type == PG_F16 || type == PG_BF16; }
+constexpr bool is_iq4(int32_t t) { return t == PG_IQ4_NL || t == PG_IQ4_XS; }
+constexpr bool is_signed(int32_t t) { return t == PG_Q8_0 || t == PG_U8G || is_iq4(t); }  // codes are signed bytes
 constexpr int float_bytes(int32_t type) { return type == PG_F32 ? 4 : 2; }
 
 constexpr int64_t panel_bytes(int32_t type, int64_t k) {

@@ -20,55 +20,59 @@ template <int Type> struct Packed {
   static constexpr int bytes = codes + scales * (has_min<Type>() ? 2 : 1);
 };
 
-// Blocks [from, to) of the pair of panels at w.
-template <int Type> void unpack(const uint8_t* w, int64_t from, int64_t to, uint8_t* out) {
-  using P = Packed<Type>;
-  constexpr Layout layout = layout_of(Type);
-  constexpr int super = 2 * (layout.header + kSuper * layout.block);
-  for (int64_t b = from; b < to; b++, out += P::bytes) {
-    const uint8_t* header = layout.header ? w + b / kSuper * super : w;
-    const uint8_t* block = layout.header ? header + 2 * (layout.header + b % kSuper * layout.block) : w + b * 2 * layout.block;
-    for (int p = 0; p < 2; p++, header += layout.header, block += layout.block) {
-      B* codes_to = (B*)out + p;
-      unroll<8>([&](auto v) __attribute__((always_inline)) {
-        const B c = codes<OnePanel, Type, v.value>(block);
-        codes_to[2 * v.value] = P::wide ? even_bytes(c) : c;
-        if (P::wide) codes_to[2 * v.value + 16] = odd_bytes(c);
-      });
-      F* scales_to = (F*)(out + P::codes) + p;
-      unroll<P::groups>([&](auto g) __attribute__((always_inline)) {
-        const auto scale = scales<OnePanel, Type, g.value>(block, header);
-        scales_to[2 * g.value] = scale.d;
-        if (has_min<Type>()) scales_to[2 * (P::groups + g.value)] = scale.m;
-      });
+// A pair of panels as it lies in memory.
+template <int Type> struct Stored {
+  static constexpr Layout layout = layout_of(Type);
+  const uint8_t *header, *block;  // of the first panel
+  Stored(const uint8_t* pair, int64_t b) : header(pair), block(pair + b * 2 * layout.block) {
+    if (layout.header) header += b / kSuper * 2 * (layout.header + kSuper * layout.block), block = header + 2 * (layout.header + b % kSuper * layout.block);
+  }
+  template <int V> PG_INLINE void unpack_codes(const Stored& from, uint8_t* to) {
+    for (int p = 0; p < 2; p++) {
+      const B c = codes<OnePanel, Type, V>(from.block + p * layout.block);
+      ((B*)to)[2 * V + p] = Packed<Type>::wide ? even_bytes(c) : c;
+      if (Packed<Type>::wide) ((B*)to)[2 * V + 16 + p] = odd_bytes(c);
     }
   }
-}
+  template <int G> PG_INLINE void unpack_scales(const Stored& from, uint8_t* to) {
+    using P = Packed<Type>;
+    for (int p = 0; p < 2; p++) {
+      const auto scale = scales<OnePanel, Type, G>(from.block + p * layout.block, from.header + p * layout.header);
+      ((F*)(to + P::codes))[2 * G + p] = scale.d;
+      if (has_min<Type>()) ((F*)(to + P::codes))[2 * (P::groups + G) + p] = scale.m;
+    }
+  }
+};
 
 // Where a tile stands: its first row, and blocks of K.
 struct Place {
   int64_t row, block, blocks;
 };
 
-// M rows times unpacked blocks, added to `sums`.
-template <int Type, int M> PG_INLINE void packed_tile(const uint8_t* w, const Rows& a, const Place& at, F (*sums)[2]) {
+// M rows times unpacked blocks, added to `sums`. The first tile unpacks them on its way, from `pair`: stores and
+// multiplications do not wait for each other.
+template <int Type, int M, bool First>
+PG_INLINE void packed_tile(const uint8_t* pair, uint8_t* w, const Rows& a, const Place& at, F (*sums)[2]) {
   using P = Packed<Type>;
   constexpr int offset = offset_of<Type>(), bytes = P::wide ? 2 : 1;  // of an activation
   const int64_t blocks = a.k / kBlock, first = at.row * blocks + at.block;
   const uint8_t* q = (P::wide ? (const uint8_t*)a.wide : (const uint8_t*)a.q) + first * kBlock * bytes;
   const float *d = a.d + first, *s = a.s + first;
   const int32_t* counts = (P::groups == 2 ? a.h : a.n) + first * P::groups;
-  for (int64_t b = 0; b < at.blocks; b++, q += kBlock * bytes, w += P::bytes)
+  for (int64_t b = 0; b < at.blocks; b++, q += kBlock * bytes, w += P::bytes) {
+    const Stored<Type> stored(pair, at.block + b);
     unroll<P::groups>([&](auto g) __attribute__((always_inline)) {
       std::conditional_t<P::wide, DotWide, Dot<period(Type)>> dot[M][2] = {};
       unroll<P::steps>([&](auto v) __attribute__((always_inline)) {
         constexpr int V = g.value * P::steps + v.value;
+        if constexpr (First && V < 8) Stored<Type>::template unpack_codes<V>(stored, w);
         const B c0 = ((const B*)w)[2 * V], c1 = ((const B*)w)[2 * V + 1];
         for (int i = 0; i < M; i++) {
           const auto x = shared_bytes(q + i * a.k * bytes + 4 * V);
           dot[i][0].template step<V>(c0, x), dot[i][1].template step<V>(c1, x);
         }
       });
+      if constexpr (First) Stored<Type>::template unpack_scales<g.value>(stored, w);
       const F* scale = (const F*)(w + P::codes) + 2 * g.value;
       for (int i = 0; i < M; i++) {
         const int64_t n = i * blocks + b;
@@ -82,6 +86,7 @@ template <int Type, int M> PG_INLINE void packed_tile(const uint8_t* w, const Ro
         }
       }
     });
+  }
 }
 
 // One or two panels of a pair, and where their results go.
@@ -92,17 +97,17 @@ struct Target {
 };
 
 // m = M or M - 1 rows, as more than 8 are always split; the first blocks begin with zeros, the last ones end in the output.
-template <int Type, int M>
-void packed_tile_of(int64_t m, const uint8_t* w, const Rows& a, const Place& at, F (*kept)[2], const Target& to) {
+template <int Type, int M, bool First>
+void packed_tile_of(int64_t m, const uint8_t* pair, uint8_t* w, const Rows& a, const Place& at, F (*kept)[2], const Target& to) {
   if constexpr (M > kPackedRows - 1)
-    if (m < M) return packed_tile_of<Type, M - 1>(m, w, a, at, kept, to);
+    if (m < M) return packed_tile_of<Type, M - 1, First>(m, pair, w, a, at, kept, to);
   F sums[M][2];
   for (int i = 0; i < M; i++)  // one by one: to clear them all at once would take a string instruction, 30 cycles
     for (int p = 0; p < 2; p++) sums[i][p] = at.block ? kept[i][p] : F{};
   const bool last = at.block + at.blocks == a.k / kBlock;
   if (last)
     for (int i = 0; i < M; i++) __builtin_prefetch(place_of(to.part, to.panel, at.row + i, to.out), 1);
-  packed_tile<Type, M>(w, a, at, sums);
+  packed_tile<Type, M, First>(pair, w, a, at, sums);
   if (last) {
     unroll<M>([&](auto i) __attribute__((always_inline)) {
       put(to.part, to.panel, at.row + i.value, to.out, sums[i.value][0]);
@@ -127,12 +132,13 @@ template <int Type> void packed_pair(const Target& to, const Rows& a, int64_t r0
   const int64_t rows = r1 - r0, tiles = (rows + kPackedRows - 1) / kPackedRows;
   for (int64_t pass = 0; pass < passes; pass++) {
     const int64_t block = blocks * pass / passes, end = blocks * (pass + 1) / passes;
-    unpack<Type>(pair, block, end, w);
     const int64_t next = bytes * end / blocks, size = bytes * (end - block) / blocks;  // what is unpacked after this
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t from = rows * t / tiles, m = rows * (t + 1) / tiles - from;
       fetch(pair + next + size * t / tiles, pair + next + size * (t + 1) / tiles, rows <= kPackedFew);
-      packed_tile_of<Type, kPackedRows>(m, w, a, {r0 + from, block, end - block}, kept + from, to);
+      const Place at = {r0 + from, block, end - block};
+      if (t == 0) packed_tile_of<Type, kPackedRows, true>(m, pair, w, a, at, kept + from, to);
+      else packed_tile_of<Type, kPackedRows, false>(m, pair, w, a, at, kept + from, to);
     }
   }
 }

@@ -17,8 +17,6 @@ template <int N, typename Body> PG_INLINE void unroll(Body&& body) {
 }
 
 constexpr bool is_five_bit(int t) { return t == PG_Q5_0 || t == PG_Q5_1 || t == PG_Q5_K; }
-constexpr bool is_iq4(int t) { return t == PG_IQ4_NL || t == PG_IQ4_XS; }
-constexpr bool is_signed(int t) { return t == PG_Q8_0 || t == PG_U8G || is_iq4(t); }  // codes are signed bytes
 constexpr bool has_halves(int t) { return t == PG_Q6_K || t == PG_Q2_K || t == PG_Q3_K; }  // a scale for each 16
 constexpr int plane_bytes(int t) {
   return t == PG_Q8_0 || t == PG_U8G ? 256 : t == PG_Q2_K ? 64 : t == PG_Q3_K ? 96 : is_five_bit(t) ? 160 : t == PG_Q6_K ? 192 : 128;

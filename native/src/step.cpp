@@ -147,6 +147,7 @@ class StepJob : public Job {
     const pg_op& op = *task.op;
     const Kernels& k = *c_.kernels;
     float *in = op.in >= 0 ? c_.buffers[op.in].row(row) : nullptr, *out = op.out >= 0 ? c_.buffers[op.out].row(row) : nullptr;
+    if (op.out >= 0 && !c_.buffers[op.out].f.data()) out = c_.row_values[thread].data();
     switch (task.kind) {
       case PG_EMBED: {
         const Weight& w = c_.weights[op.weight];
@@ -174,7 +175,7 @@ class StepJob : public Job {
       }
     }
     if (op.order > 0) put_in_order(c_.orders[op.order - 1], out, c_.row_scratch[thread].data());
-    if (op.flags & PG_QUANTIZE) quantize(c_.buffers[op.out], row);
+    if (op.flags & PG_QUANTIZE) c_.kernels->quantize(out, c_.buffers[op.out].width, c_.buffers[op.out].codes(row));
   }
 
   static void put_in_order(const std::vector<int32_t>& places, float* row, float* scratch) {
