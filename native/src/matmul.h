@@ -114,7 +114,7 @@ void product(const Part& part, int64_t first, int64_t last, const Rows& a, int64
   const int64_t rows = r1 - r0;
 #if defined(PG_PACKED)
   if constexpr (!is_float(Type))
-    if (rows > 8) return packed_panels<Type>(part, first, last, a, r0, r1, out);
+    if (rows > kTile + 1) return packed_panels<Type>(part, first, last, a, r0, r1, out);
 #endif
   const int64_t tiles = (rows + kTile - 1) / kTile, step = rows <= kTile ? last - first : 2;
   for (int64_t p = first; p < last; p += step) {

@@ -9,6 +9,7 @@ namespace PG_NS {
 constexpr int kPackedRows = 4;  // in a tile
 constexpr int kPackedBlocks = 18;   // unpacked at a time
 constexpr int kPackedFew = 24;      // rows that are soon done with what is unpacked
+constexpr int kPackedFewWide = 9;   // blocks for them, of codes in 16 bits: more push what comes next out of the cache
 constexpr int kPackedMany = 256;    // rows that keep sums while the blocks change
 
 // What a block of a pair of panels becomes: for each step the codes of both, then scales of both, then minima. Signed codes
@@ -96,7 +97,7 @@ struct Target {
   const Out& out;
 };
 
-// m = M or M - 1 rows, as more than 8 are always split; the first blocks begin with zeros, the last ones end in the output.
+// m = M or M - 1 rows, as more than 5 are always split; the first blocks begin with zeros, the last ones end in the output.
 template <int Type, int M, bool First>
 void packed_tile_of(int64_t m, const uint8_t* pair, uint8_t* w, const Rows& a, const Place& at, F (*kept)[2], const Target& to) {
   if constexpr (M > kPackedRows - 1)
@@ -128,8 +129,9 @@ template <int Type> void packed_pair(const Target& to, const Rows& a, int64_t r0
   alignas(64) uint8_t w[kPackedBlocks * Packed<Type>::bytes];
   alignas(64) F kept[kPackedMany][2];
   const uint8_t* pair = to.part.data + to.panel * to.part.stride;
-  const int64_t bytes = 2 * to.part.stride, blocks = a.k / kBlock, passes = (blocks + kPackedBlocks - 1) / kPackedBlocks;
   const int64_t rows = r1 - r0, tiles = (rows + kPackedRows - 1) / kPackedRows;
+  const int64_t most = Packed<Type>::wide && rows <= kPackedFew ? kPackedFewWide : kPackedBlocks;
+  const int64_t bytes = 2 * to.part.stride, blocks = a.k / kBlock, passes = (blocks + most - 1) / most;
   for (int64_t pass = 0; pass < passes; pass++) {
     const int64_t block = blocks * pass / passes, end = blocks * (pass + 1) / passes;
     const int64_t next = bytes * end / blocks, size = bytes * (end - block) / blocks;  // what is unpacked after this
