@@ -92,6 +92,15 @@ EXPERT_CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen3-experts-here-and-there": {**_EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": True},
         "qwen2-experts": {**_EXPERTS, **_SHARED},
         "qwen2-experts-here-and-there": {**_EXPERTS, **_SHARED, "mlp_only_layers": [1], "norm_topk_prob": True},
+        "gpt-oss": {
+            "model_type": "gpt_oss",
+            "head_dim": 32,
+            "intermediate_size": 64,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "sliding_window": 24,
+            **_rope(**{**_YARN, **_YARN_RAMP}, truncate=False),
+        },
         "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     }
 )

@@ -35,13 +35,19 @@ def case(
     return q, k, v, batch
 
 
-def check(requests: list[tuple[int, int]], shape: Heads, dtype: torch.dtype, cache: torch.dtype) -> None:
+def check(
+    requests: list[tuple[int, int]],
+    shape: Heads,
+    dtype: torch.dtype,
+    cache: torch.dtype,
+    sinks: torch.Tensor | None = None,
+) -> None:
     q, k, v, batch = case(requests, shape.heads, shape.kv_heads, shape.head_dim, dtype)
     k, v = k.to(cache), v.to(cache)
-    wanted = ops.paged_attention(q, k, v, batch, shape)
+    wanted = ops.paged_attention(q, k, v, batch, shape, sinks)
     tolerance = 2e-5 if dtype == torch.float32 else 3e-2
     for one in (batch, replace(batch, runs=attention.count_runs(batch.starts, batch.contexts))):
-        got = attention.paged_attention(q, k, v, one, shape)
+        got = attention.paged_attention(q, k, v, one, shape, sinks)
         torch.testing.assert_close(got.float(), wanted.float(), rtol=tolerance, atol=tolerance)
 
 
@@ -50,6 +56,14 @@ def check(requests: list[tuple[int, int]], shape: Heads, dtype: torch.dtype, cac
 def test_attention(name: str, heads: int, kv_heads: int, size: int) -> None:
     shape = Heads(heads, kv_heads, size, size**-0.5, None, 1e-6, False)
     check(BATCHES[name], shape, torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("window", [None, 20])
+def test_sinks(name: str, window: int | None) -> None:
+    shape = Heads(6, 2, 16, 0.25, window, 1e-6, False)
+    sinks = torch.tensor([-50.0, 0.0, 1.5, 4.0, 9.0, 60.0], device=DEVICE)
+    check(BATCHES[name], shape, torch.float32, torch.float32, sinks)
 
 
 @pytest.mark.parametrize("window", [1, 20, 130])

@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from pagoda.backend.torch.kernels import attention
 
-sizes = {"R": 64, "GROUP": 4, "GROUP2": 4, "M": int(sys.argv[2]), "HEAD": 128, "D": 128, "TILE": 64}
-kinds = {"q": "*bf16", "out": "*bf16", "parts": "*fp32", "stats": "*fp32", "scale": "fp32"}
+sizes = {"R": 64, "GROUP": 4, "GROUP2": 4, "M": int(sys.argv[2]), "HEAD": 128, "D": 128, "TILE": 64, "SINKS": True}
+kinds = {"q": "*bf16", "out": "*bf16", "parts": "*fp32", "stats": "*fp32", "sinks": "*fp32", "scale": "fp32"}
 kinds |= dict.fromkeys(("k_cache", "v_cache"), "*fp8e4nv")
 kinds |= dict.fromkeys(("starts", "contexts", "tables", "runs", "arrived"), "*i32")
 kernel = getattr(attention, sys.argv[1])

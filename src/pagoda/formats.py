@@ -23,6 +23,7 @@ QUANTIZATION_METHODS: Mapping[str, str] = MappingProxyType(
         "gptq": "gptq",
         "gptq_marlin": "gptq",
         "fp8": "fp8",
+        "mxfp4": "mxfp4",
         "compressed-tensors": "compressed-tensors",
     }
 )

@@ -20,6 +20,7 @@ from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
 from pagoda.tasks import Task
 from pagoda.weights.files import Checkpoint
+from pagoda.weights.ggml import BLOCKS, nbytes
 from pagoda.weights.grouped import Bytes, MadeTensor, group_size
 from pagoda.weights.open import open_source, unpacked
 from pagoda.weights.quantization import method_of
@@ -28,6 +29,7 @@ from pagoda.weights.source import Tensor, TensorSource
 _FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _NUMBERS = 262139
 """Random numbers that all tensors share, each from a place of its own. A prime: no two rows of a matrix are alike."""
+_SPREAD_OF_E2M1 = 2.9  # of 4-bit floats whose codes are evenly spread
 _STEP_OF_16, _STEP_OF_256 = 0.2, 0.0135  # scales with which evenly spread codes vary by 1
 
 
@@ -84,13 +86,16 @@ class Maker:
     numbers: npt.NDArray[np.float32]
 
     def tensors(self, slot: str, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
-        product = slot.startswith("layers.") and len(shape) == 2 and not slot.endswith("router")
+        product = slot.startswith("layers.") and len(shape) == 2 and not slot.endswith(("router", "_bias"))
+        product = product and (self.method != "mxfp4" or slot.endswith("_experts"))
         if self.method is None or not product:
             spread = shape[-1] ** -0.5 if len(shape) > 1 else 0.02
             ones = len(shape) == 1 and name.endswith("weight")
             yield self._floats(name, shape, self.kind, 0.0 if ones else spread, 1.0 if ones else 0.0)
         elif self.method in ("awq", "gptq"):
             yield from self._grouped(name.removesuffix(".weight"), (shape[0], shape[1]))
+        elif self.method == "mxfp4":
+            yield self._mxfp4(name, shape)
         else:
             yield from self._fp8(name, (shape[0], shape[1]))
 
@@ -127,6 +132,16 @@ class Maker:
         if not awq:
             group_of = np.minimum(np.arange(inputs) // (size if size > 0 else inputs), groups - 1).astype("<i4")
             yield Tensor(f"{stem}.g_idx", (inputs,), "I32", group_of.view(np.uint8))
+
+    def _mxfp4(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        exponent = 127 + round(math.log2(shape[-1] ** -0.5 / _SPREAD_OF_E2M1))
+
+        def make() -> Bytes:
+            data = _tiled(self._own(name).view(np.uint8)[::4], nbytes("MXFP4", shape))
+            data[:: BLOCKS["MXFP4"].bytes] = exponent
+            return data
+
+        return MadeTensor(name, shape, "MXFP4", make)
 
     def _fp8(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
         block = self.table.get("weight_block_size")

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from pagoda.arch.names_fused import cut_tensors
 from pagoda.arch.names_gpt2 import gpt2_tensors
+from pagoda.arch.names_gpt_oss import gpt_oss_tensors
 from pagoda.arch.names_pooled import encoder_name, plain_tensors, unused
 from pagoda.arch.names_visual import encoder_slot_name, hub_tensors
 from pagoda.arch.spec import ModelSpec
@@ -32,6 +33,7 @@ _LAYER_NAMES = {
     "v": ("self_attn.v_proj", "attn_v"),
     "o": ("self_attn.o_proj", "attn_output"),
     "attn_post_norm": ("post_attention_layernorm", "post_attention_norm"),
+    "sinks": ("self_attn.sinks", "attn_sinks"),
     "q_norm": ("self_attn.q_norm", "attn_q_norm"),
     "k_norm": ("self_attn.k_norm", "attn_k_norm"),
     "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
@@ -103,6 +105,8 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
     """The tensors under the one spelling that the slots are looked up by."""
     if spec.model_type == "gpt2":
         tensors = gpt2_tensors(tensors, gguf=gguf)
+    if spec.model_type == "gpt_oss":
+        tensors = gpt_oss_tensors(tensors)
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)
     tensors = hub_tensors(tensors) if spec.vision is not None else tensors
@@ -144,12 +148,14 @@ def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) 
 
 
 def with_stacked_experts(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors with those of the experts of a layer as one, under the name with the `*`."""
+    """The tensors with those of the experts of a layer as one, under the name with the `*`, if they are not already."""
     out = dict(tensors)
     for slot, shape in spec.slots().items():
         if not slot.endswith("_experts"):
             continue
         name = slot_name(spec, slot)
+        if name in out:
+            continue
         parts = [name.replace("*", str(expert)) for expert in range(shape[0])]
         if missing := [part for part in parts if part not in out]:
             raise _missing(missing, "")

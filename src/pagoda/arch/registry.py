@@ -33,6 +33,7 @@ _HELPERS = frozenset(
         "names",
         "names_fused",
         "names_gpt2",
+        "names_gpt_oss",
         "names_pooled",
         "names_visual",
         "pooling",

@@ -161,9 +161,18 @@ def _config_attention_factor(table: Fields, factor: float) -> float:
 
 
 def from_gguf(
-    metadata: Fields, tensors: Mapping[str, Tensor], head_dim: int, max_position: int, interleaved: bool
+    metadata: Fields,
+    tensors: Mapping[str, Tensor],
+    head_dim: int,
+    max_position: int,
+    interleaved: bool,
+    *,
+    truncate: bool = True,
 ) -> tuple[Rope, int]:
-    """The rope of a GGUF file: `rope.*` keys, and the tensor of frequency divisors that Llama 3.1 and later carry."""
+    """The rope of a GGUF file: `rope.*` keys, and the tensor of frequency divisors that Llama 3.1 and later carry.
+
+    `truncate` is the one of YaRN, which no key says.
+    """
     dim = metadata.integer("rope.dimension_count", head_dim)
     base = metadata.number("rope.freq_base", 10000.0)
     freq = frequencies(dim, base)
@@ -187,7 +196,7 @@ def from_gguf(
             original = metadata.integer("rope.scaling.original_context_length", max_position)
             fast = metadata.number("rope.scaling.yarn_beta_fast", 32.0)
             slow = metadata.number("rope.scaling.yarn_beta_slow", 1.0)
-            freq = yarn_frequencies(freq, base, Yarn(factor, original, fast, slow))
+            freq = yarn_frequencies(freq, base, Yarn(factor, original, fast, slow, truncate))
             attention_factor = yarn_attention_factor(factor) * metadata.number("rope.scaling.attn_factor", 1.0)
             max_position = max(max_position, int(original * factor))
         case kind:

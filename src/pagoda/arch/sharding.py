@@ -21,18 +21,19 @@ EXCHANGE_BYTES = 256 << 20
 _LOGITS_BYTES, _TABLE_BYTES = 2 * 4, 4  # logits in float32 and a copy to sample from; RoPE tables in float32
 _BY_VOCAB = ("embed", "head", "head_bias")
 _BY_KV_HEADS = ("k", "v", "k_bias", "v_bias")
-_BY_HEADS = ("q", "q_bias")
+_BY_HEADS = ("q", "q_bias", "sinks")
 _BY_MLP = ("gate", "up", "gate_bias", "up_bias", "gate_experts", "up_experts")
+_EXPERT_BIASES = ("gate_experts_bias", "up_experts_bias")
 _INPUTS_BY_HEADS, _INPUTS_BY_MLP = ("o",), ("down", "down_experts")
-_ONCE = ("o_bias", "down_bias")  # added to a sum over all GPUs
+_ONCE = ("o_bias", "down_bias", "down_experts_bias")  # added to a sum over all GPUs
 _MOST = 16
 _WHOLE = (
     *("norm", "attn_norm", "mlp_norm", "norm_bias", "attn_norm_bias", "mlp_norm_bias", "q_norm", "k_norm"),
     *("attn_post_norm", "mlp_post_norm", "attn_post_norm_bias", "mlp_post_norm_bias"),
-    *("positions", "o_bias", "down_bias", "router", "router_shared"),
+    *("positions", "o_bias", "down_bias", "down_experts_bias", "router", "router_bias", "router_shared"),
 )
 _BY_SHARED, _INPUTS_BY_SHARED = ("gate_shared", "up_shared"), ("down_shared",)
-_INPUTS_CUT = (*_INPUTS_BY_HEADS, *_INPUTS_BY_MLP, *_INPUTS_BY_SHARED)
+_LAST_AXIS_CUT = (*_INPUTS_BY_HEADS, *_INPUTS_BY_MLP, *_INPUTS_BY_SHARED, *_EXPERT_BIASES)
 
 
 def parallel_sizes(spec: ModelSpec, most: int, group: int = 1) -> list[int]:
@@ -95,7 +96,7 @@ def share(spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int, size: int) 
             continue
         layer = spec.layers[int(slot.split(".")[1])] if slot.startswith("layers.") else None
         cut = _cut_of(spec, layer, name, rank, size)
-        axis = INPUTS if len(tensor.shape) == 1 or name in _INPUTS_CUT else OUTPUTS
+        axis = INPUTS if len(tensor.shape) == 1 or name in _LAST_AXIS_CUT else OUTPUTS
         bound[slot] = tensor if cut is None else part(tensor, axis, *cut)
     layers = tuple(
         replace(
@@ -122,8 +123,8 @@ def _cut_of(spec: ModelSpec, layer: Layer | None, name: str, rank: int, size: in
         return vocab_range(spec, rank, size) if name in _BY_VOCAB else None
     a = layer.attention
     if name in (*_BY_HEADS, *_INPUTS_BY_HEADS):
-        each = a.heads // size * a.head_dim
-    elif name in (*_BY_MLP, *_INPUTS_BY_MLP):
+        each = a.heads // size * (1 if name == "sinks" else a.head_dim)
+    elif name in (*_BY_MLP, *_INPUTS_BY_MLP, *_EXPERT_BIASES):
         each = layer.mlp.size // size
     elif name in (*_BY_SHARED, *_INPUTS_BY_SHARED):
         each = _shared(layer.mlp) // size

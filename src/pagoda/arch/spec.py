@@ -67,6 +67,7 @@ class Attention:
     qk_norm: bool = False  # RMS norm over each head of q and k, before RoPE
     window: int | None = None  # sliding window in tokens
     soft_cap: float | None = None  # scaled scores s become soft_cap * tanh(s / soft_cap)
+    sinks: bool = False  # of each head a logit beside the scores, that takes a share of the softmax and has no value
     local: bool = False  # turned by the model's `local_rope`
     rope: bool = True  # False: this layer turns nothing
 
@@ -87,7 +88,11 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """Gated MLP: down(act(gate(x)) * up(x)); without the gate: down(act(up(x))). With `experts` each is one of them."""
+    """Gated MLP: down(act(gate(x)) * up(x)); without the gate: down(act(up(x))). With `experts` each is one of them.
+
+    `clamped_swiglu` (gpt-oss) is a function of both: g * sigmoid(1.702 g) * (u + 1), where g is the gate, at most 7,
+    and u is up, within -7 and 7. `bias`: of all products, and of the router.
+    """
 
     size: int
     activation: str = "silu"
@@ -199,12 +204,12 @@ class ModelSpec:
         `k`, `v`, `o`, `q_bias`, `k_bias`, `v_bias`, `o_bias`, `q_norm`, `k_norm`, `mlp_norm`, `gate`, `up`, `down`,
         `gate_bias`, `up_bias`, `down_bias`; with experts `router`, `gate_experts`, `up_experts`, `down_experts` in
         place of the last, the experts on the first axis, and of a shared one `gate_shared`, `up_shared`, `down_shared`
-        and its gate `router_shared`. The norms behind the halves of a layer are `attn_post_norm` and `mlp_post_norm`.
-        Learned `positions` are a table, layer norms may have a bias, encoders the table `types`; pooled models with
-        labels `score`, and `pool_dense` in front of it where they have it. Models that see have the slots of their
-        encoder behind `vision.`: `patch`, `merge_norm`, `merge_up`, `merge_down` and per layer `layers.{i}.` +
-        `attn_norm`, `qkv`, `o`, `mlp_norm`, `gate`, `up`, `down`; all products but the first have a bias, and so have
-        layer norms.
+        and its gate `router_shared`; with biases also `router_bias`, `gate_experts_bias`, ... . Heads with sinks have
+        `sinks`. The norms behind the halves of a layer are `attn_post_norm` and `mlp_post_norm`. Learned `positions`
+        are a table, layer norms may have a bias, encoders the table `types`; pooled models with labels `score`, and
+        `pool_dense` in front of it where they have it. Models that see have the slots of their encoder behind
+        `vision.`: `patch`, `merge_norm`, `merge_up`, `merge_down` and per layer `layers.{i}.` + `attn_norm`, `qkv`,
+        `o`, `mlp_norm`, `gate`, `up`, `down`; all products but the first have a bias, and so have layer norms.
         """
         h = self.hidden_size
         out: dict[str, tuple[int, ...]] = {"embed": (self.vocab_size, h), "norm": (h,)}
@@ -257,10 +262,15 @@ def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
         out["o_bias"] = (hidden,)
     if a.qk_norm:
         out |= {"q_norm": (a.head_dim,), "k_norm": (a.head_dim,)}
+    if a.sinks:
+        out["sinks"] = (a.heads,)
     if m.experts is not None:
         e = m.experts.count
         out |= {"router": (e, hidden), "gate_experts": (e, m.size, hidden), "up_experts": (e, m.size, hidden)}
         out["down_experts"] = (e, hidden, m.size)
+        if m.bias:
+            out |= {"router_bias": (e,), "gate_experts_bias": (e, m.size), "up_experts_bias": (e, m.size)}
+            out["down_experts_bias"] = (e, hidden)
         if s := m.experts.shared:
             out |= {"gate_shared": (s, hidden), "up_shared": (s, hidden), "down_shared": (hidden, s)}
             out["router_shared"] = (hidden,)

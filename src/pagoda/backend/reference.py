@@ -187,41 +187,47 @@ class ReferenceExecutor:
         if self.eight_bits:
             k, v = rounded_to_8_bits(k), rounded_to_8_bits(v)
         cache[0, cells], cache[1, cells] = k, v
-        out = np.empty_like(q)
+        out, sinks = np.empty_like(q), self.weights.get(name + "sinks")
         for r, slot in enumerate(plan.slots):
             first, last = plan.starts[r], plan.starts[r + 1]
             context = table_cells(plan.block_tables[slot], np.arange(plan.positions[r] + last - first))
             keys, values = cache[:, context].astype(np.float32, copy=False)
             for token in range(first, last):
-                out[token] = attend(q[token], keys, values, int(positions[token]), a)
+                out[token] = attend(q[token], keys, values, int(positions[token]), a, sinks)
         return self.linear(name + "o", out.reshape(len(x), a.heads * a.head_dim))
 
     def mlp(self, i: int, mlp: Mlp, x: Float32) -> Float32:
         name = f"layers.{i}."
-        if mlp.activation not in ACTIVATIONS:
+        if mlp.activation not in ACTIVATIONS and (mlp.activation != "clamped_swiglu" or mlp.experts is None):
             raise EngineError(f"the reference executor has no activation {mlp.activation!r}")
         if mlp.experts is not None:
-            return self.mixture(name, mlp.experts, x)
+            return self.mixture(name, mlp.experts, mlp.activation, x)
         act, up = ACTIVATIONS[mlp.activation], self.linear(name + "up", x)
         inner = act(self.linear(name + "gate", x)) * up if mlp.gated else act(up)
         return self.linear(name + "down", inner)
 
-    def mixture(self, name: str, experts: Experts, x: Float32) -> Float32:
+    def mixture(self, name: str, experts: Experts, activation: str, x: Float32) -> Float32:
         """Each token through the experts that its router likes best, ties by lower number."""
-        shares = softmax(matmul(x, self.weights[name + "router"]))
+        shares = softmax(self.linear(name + "router", x))
         chosen = np.argsort(-shares, axis=-1, kind="stable")[:, : experts.active]
         if experts.normalized:
             shares = shares / np.take_along_axis(shares, chosen, axis=-1).sum(axis=-1, keepdims=True)
         out = np.zeros_like(x)
         for e in np.unique(chosen):
             rows = np.flatnonzero((chosen == e).any(axis=-1))
-            gate, up = (matmul(x[rows], self.weights[f"{name}{part}_experts"][e]) for part in ("gate", "up"))
-            out[rows] += shares[rows, e, None] * matmul(silu(gate) * up, self.weights[name + "down_experts"][e])
+            gate, up = (self.expert(f"{name}{part}_experts", e, x[rows]) for part in ("gate", "up"))
+            inner = clamped_swiglu(gate, up) if activation == "clamped_swiglu" else ACTIVATIONS[activation](gate) * up
+            out[rows] += shares[rows, e, None] * self.expert(name + "down_experts", e, inner)
         if experts.shared:
             gate, up = (matmul(x, self.weights[f"{name}{part}_shared"]) for part in ("gate", "up"))
             share = 1 / (1 + np.exp(-matmul(x, self.weights[name + "router_shared"][None])))
             out += share * matmul(silu(gate) * up, self.weights[name + "down_shared"])
         return out
+
+    def expert(self, slot: str, number: int, x: Float32) -> Float32:
+        y = matmul(x, self.weights[slot][number])
+        bias = self.weights.get(slot + "_bias")
+        return y if bias is None else y + bias[number]
 
     def linear(self, slot: str, x: Float32) -> Float32:
         y = matmul(x, self.weights[slot])
@@ -261,9 +267,17 @@ def capped(x: Float32, cap: float | None) -> Float32:
     return x if cap is None else np.asarray(np.tanh(x / np.float32(cap)) * np.float32(cap))
 
 
-def softmax(x: Float32) -> Float32:
-    weights = np.exp(x - x.max(axis=-1, keepdims=True))
-    return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
+def softmax(x: Float32, others: Float32 | None = None) -> Float32:
+    """`others` [..., n] take part in the sum, and are not in the result."""
+    every = x if others is None else np.concatenate((x, others), axis=-1)
+    weights = np.exp(every - every.max(axis=-1, keepdims=True))
+    return np.asarray(weights[..., : x.shape[-1]] / weights.sum(axis=-1, keepdims=True))
+
+
+def clamped_swiglu(gate: Float32, up: Float32) -> Float32:
+    """The function of gpt-oss's experts."""
+    gate, up = np.minimum(gate, np.float32(7)), np.clip(up, np.float32(-7), np.float32(7))
+    return np.asarray(gate / (1 + np.exp(np.float32(-1.702) * gate)) * (up + 1))
 
 
 def rounded_to_8_bits(x: Float32) -> Float32:
@@ -305,13 +319,16 @@ def matmul(x: Float32, weight: Float32) -> Float32:
     return out[:rows]
 
 
-def attend(q: Float32, keys: Float32, values: Float32, position: int, a: Attention) -> Float32:
+def attend(
+    q: Float32, keys: Float32, values: Float32, position: int, a: Attention, sinks: Float32 | None = None
+) -> Float32:
     """One token over the keys and values [n, kv heads, head size] up to its own position. q: [heads, head size]."""
     first = 0 if a.window is None else max(0, position + 1 - a.window)
     k, v = keys[first : position + 1].transpose(1, 2, 0), values[first : position + 1].transpose(1, 0, 2)
     grouped = q.reshape(a.kv_heads, a.heads // a.kv_heads, a.head_dim)
     scores = capped((grouped @ k) * np.float32(a.scale), a.soft_cap)
-    return np.asarray(softmax(scores) @ v).reshape(a.heads, a.head_dim)
+    others = None if sinks is None else sinks.reshape(a.kv_heads, -1, 1)
+    return np.asarray(softmax(scores, others) @ v).reshape(a.heads, a.head_dim)
 
 
 def rotate(x: Float32, cos: Float32, sin: Float32, rope: Rope) -> Float32:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pagoda.errors import PagodaError
+from pagoda.text import harmony
 from pagoda.text.chat import ChatTemplate, load_chat_template
 from pagoda.text.files import declared_tokens, id_list, read_json, special_tokens
+from pagoda.text.reasoning import HARMONY, find_reasoning
 
 log = logging.getLogger(__name__)
 
@@ -67,19 +69,22 @@ def _end_ids(model_path: str, metadata: Mapping[str, Any], generation: Mapping[s
     ids += id_list(text_config.get("eos_token_id")) if isinstance(text_config, dict) else []
     for key in _GGUF_END_KEYS:
         ids += id_list(metadata.get("tokenizer.ggml." + key))
-    texts = [special_tokens(model_path, metadata).get("eos_token"), _turn_end(model_path, metadata)]
+    texts = [special_tokens(model_path, metadata).get("eos_token"), *_turn_ends(model_path, metadata)]
     ids += _find_ids(model_path, metadata, [text for text in texts if text])
     return tuple(dict.fromkeys(ids))
 
 
-def _turn_end(model_path: str, metadata: Mapping[str, Any]) -> str | None:
-    """The known token that the chat template writes behind an answer, if it does."""
+def _turn_ends(model_path: str, metadata: Mapping[str, Any]) -> Sequence[str | None]:
+    """The known tokens that the chat template writes behind an answer, if it does."""
     try:
         template = load_chat_template(model_path, metadata)
-        return None if template is None else find_turn_end(template)
+        if template is None:
+            return ()
+        # a GGUF file names one token alone, and a call would not end
+        return harmony.ENDS if find_reasoning(template.source) is HARMONY else (find_turn_end(template),)
     except PagodaError as e:  # whoever needs the template reports what is wrong with it
         log.info("no end of turn was read from the chat template: %s", e)
-        return None
+        return ()
 
 
 def find_turn_end(template: ChatTemplate) -> str | None:

@@ -7,6 +7,8 @@ import re
 from pagoda.text.parts import Kind, Markers, Part
 
 MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>")
+ENDS = ("<|return|>", "<|call|>")
+"""What an answer ends with: its last message, or a call."""
 
 _MESSAGE = "<|message|>"
 _HEADER_WORDS = ("<", "assistant", "to=")

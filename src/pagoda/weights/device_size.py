@@ -20,6 +20,7 @@ FORMS: Mapping[str, tuple[int, int, bool]] = MappingProxyType(
         "Q4_1": (4, 32, True),
         "Q8_0": (8, 32, False),
         "IQ4_NL": (8, 32, False),
+        "MXFP4": (8, 32, False),
         "Q4_K": (4, 32, True),
         "Q5_K": (8, 32, True),
         "Q6_K": (8, 16, False),
@@ -32,7 +33,7 @@ _SCALE_BYTES = 4
 
 def is_product(slot: str, tensor: Tensor) -> bool:
     """True of what a product takes in its own bits: the matrices of the layers, and the head of its own."""
-    other = slot in ("embed", "positions", "types") or slot.startswith("vision.") or slot.endswith(".router")
+    other = slot in ("embed", "positions", "types") or slot.startswith("vision.") or slot.endswith((".router", "_bias"))
     return len(tensor.shape) > 1 and not other
 
 

@@ -13,13 +13,20 @@ from pagoda.weights.files import Checkpoint, reading, sniff, wrong_kind
 from pagoda.weights.fp8 import fp8_tensors
 from pagoda.weights.gguf import SPLIT_NAME, open_gguf
 from pagoda.weights.gptq import gptq_tensors
+from pagoda.weights.mxfp4 import mxfp4_tensors
 from pagoda.weights.pytorch import PT_INDEX, TRAINING, open_pytorch
 from pagoda.weights.quantization import method_of
 from pagoda.weights.safetensors import INDEX, open_safetensors
 from pagoda.weights.source import TensorSource
 
 _UNPACK = MappingProxyType(
-    {"awq": awq_tensors, "gptq": gptq_tensors, "fp8": fp8_tensors, "compressed-tensors": fp8_tensors}
+    {
+        "awq": awq_tensors,
+        "gptq": gptq_tensors,
+        "fp8": fp8_tensors,
+        "compressed-tensors": fp8_tensors,
+        "mxfp4": mxfp4_tensors,
+    }
 )
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SIDECARS = ("mmproj", "mtp-", "imatrix")  # in names of GGUF files that go with a model and are none

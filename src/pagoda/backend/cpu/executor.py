@@ -95,7 +95,7 @@ def weight_bytes(tensors: Mapping[str, Tensor], quantization: str | None = None)
 def _repacked_bytes(tensors: Mapping[str, Tensor], quantization: str | None) -> int:
     total = 0
     for slot, t in in_their_order(tensors)[0].items():
-        if len(t.shape) > 1 and slot not in VECTORS:
+        if len(t.shape) > 1 and slot not in VECTORS and not slot.endswith("_bias"):
             total += math.prod(t.shape[:-2]) * matrix_bytes(panel_type(slot, t, quantization), *t.shape[-2:])
         else:
             total += math.prod(t.shape) * 4

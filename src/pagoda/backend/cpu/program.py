@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pagoda.arch.spec import Experts, Layer, ModelSpec
+from pagoda.arch.spec import Experts, Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
@@ -57,6 +57,9 @@ ACTIVATIONS = MappingProxyType(
     }
 )
 """The operation behind the first product of an MLP, by the function and whether there is a gate."""
+
+EXPERT_FLAGS = MappingProxyType({"silu": 0, "clamped_swiglu": native.CLAMPED})
+"""Of the first products of experts, by their function."""
 
 X, H, QKV, ATT, GATE_UP, MLP, LAST, LAST_NORMED, ROUTER, CHOSEN, LAST_ATT, LAST_GATE_UP, LAST_MLP = range(13)
 
@@ -116,18 +119,22 @@ class Program:
                 ids[p + "router"] = self._matrix(p + "router")
                 ids[p + "gate_up_experts"] = self._experts(p + "gate_experts", p + "up_experts")
                 ids[p + "down_experts"] = self._experts(p + "down_experts")
+                if layer.mlp.bias:
+                    ids[p + "router_bias"] = self._vector(p + "router_bias")
+                    ids[p + "gate_up_experts_bias"] = self._vector(p + "gate_experts_bias", p + "up_experts_bias")
+                    ids[p + "down_experts_bias"] = self._vector(p + "down_experts_bias")
                 if layer.mlp.experts.shared:
                     ids[p + "gate_up_shared"] = self._matrix(p + "gate_shared", p + "up_shared")
                     ids[p + "down_shared"] = self._matrix(p + "down_shared")
                     ids[p + "router_shared"] = self._vector(p + "router_shared")
-            for name in ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "q_norm", "k_norm"):
+            for name in ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "q_norm", "k_norm", "sinks"):
                 if p + name in self._tensors:
                     ids[p + name] = self._vector(p + name)
             if layer.attention.qkv_bias:
                 ids[p + "qkv_bias"] = self._vector(p + "q_bias", p + "k_bias", p + "v_bias")
             if layer.attention.out_bias:
                 ids[p + "o_bias"] = self._vector(p + "o_bias")
-            if layer.mlp.bias:
+            if layer.mlp.bias and layer.mlp.experts is None:
                 ids[p + "gate_up_bias"] = self._vector(*(p + s + "_bias" for s in _inner(layer)))
                 ids[p + "down_bias"] = self._vector(p + "down_bias")
             self._progress("weights", (i + 1) / len(self._spec.layers))
@@ -153,7 +160,8 @@ class Program:
         return weight
 
     def _vector(self, *slots: str, scale: float = 1.0) -> int:
-        values = np.concatenate([dequantize(self._tensors[s]).ravel() for s in slots]) * np.float32(scale)
+        """One behind the other; of experts those of the first, then those of the second, ..."""
+        values = np.concatenate([dequantize(self._tensors[s]) for s in slots], axis=-1).ravel() * np.float32(scale)
         return self._lib.vector(np.ascontiguousarray(values, dtype=np.float32))
 
     def finish(self, max_tokens: int, num_blocks: int, kv_int8: bool = False) -> None:
@@ -200,9 +208,9 @@ class Program:
         p, eps, a = f"layers.{i}.", self._spec.norm_eps, layer.attention
         self._norm(p + "attn_norm", X, H, order=p + "qkv")
         self._emit(native.MATMUL, in_=H, out=QKV, weight=p + "qkv", vector=p + "qkv_bias")
-        still = 0 if a.rope else native.STILL
+        still, sinks, window = 0 if a.rope else native.STILL, p + "sinks", a.window or 0
         self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=i, flags=still, f=eps)
-        self._emit(native.ATTENTION, in_=QKV, out=ATT, layer=i, f=a.scale, window=a.window or 0, order=order)
+        self._emit(native.ATTENTION, in_=QKV, out=ATT, vector=sinks, layer=i, f=a.scale, window=window, order=order)
 
     def _rest(self, i: int, layer: Layer, b: Buffers) -> None:
         """What a layer does behind its attention."""
@@ -213,18 +221,19 @@ class Program:
         if layer.norms != "one":
             self._norm(p + "mlp_norm", b.x, b.h, flags=b.flags, order=p + "gate_up")
         if layer.mlp.experts is not None:
-            return self._mixture(p, layer.mlp.experts)
+            return self._mixture(p, layer.mlp, layer.mlp.experts)
         bias = p + "gate_up_bias"
         self._emit(native.MATMUL, in_=b.h, out=b.gate_up, weight=p + "gate_up", vector=bias, flags=b.flags)
         kind = ACTIVATIONS[layer.mlp.activation, layer.mlp.gated]
         self._emit(kind, in_=b.gate_up, out=b.mlp, flags=b.flags, order=p + "down")
         self._emit(native.MATMUL, in_=b.mlp, out=b.x, weight=p + "down", vector=p + "down_bias", flags=add)
 
-    def _mixture(self, p: str, experts: Experts) -> None:
-        self._emit(native.MATMUL, in_=H, out=ROUTER, weight=p + "router")
+    def _mixture(self, p: str, mlp: Mlp, experts: Experts) -> None:
+        up, down, flags = p + "gate_up_experts", p + "down_experts", EXPERT_FLAGS[mlp.activation]
+        self._emit(native.MATMUL, in_=H, out=ROUTER, weight=p + "router", vector=p + "router_bias")
         self._emit(native.ROUTE, in_=ROUTER)
-        self._emit(native.EXPERTS_UP, in_=H, out=CHOSEN, weight=p + "gate_up_experts")
-        self._emit(native.EXPERTS_DOWN, in_=CHOSEN, out=X, weight=p + "down_experts")
+        self._emit(native.EXPERTS_UP, in_=H, out=CHOSEN, weight=up, vector=up + "_bias", flags=flags)
+        self._emit(native.EXPERTS_DOWN, in_=CHOSEN, out=X, weight=down, vector=down + "_bias")
         if experts.shared:
             self._emit(native.MATMUL, in_=H, out=GATE_UP, weight=p + "gate_up_shared")
             self._emit(native.SILU, in_=GATE_UP, out=MLP)
@@ -335,6 +344,10 @@ def _runnable(tensor: Tensor) -> Tensor:
     return Tensor(tensor.name, tensor.shape, "F32", values.view(np.uint8).ravel())
 
 
+def _has_activation(mlp: Mlp) -> bool:
+    return mlp.activation in EXPERT_FLAGS if mlp.experts else (mlp.activation, mlp.gated) in ACTIVATIONS
+
+
 def check_spec(spec: ModelSpec) -> None:
     """ModelError where the kernels lack something that the model needs."""
     first = spec.layers[0]
@@ -342,7 +355,7 @@ def check_spec(spec: ModelSpec) -> None:
     mixtures = {layer.mlp for layer in spec.layers if layer.mlp.experts is not None}
     if max(len(shapes), len(_dense_sizes(spec)), len(mixtures)) > 1:
         raise ModelError("the CPU backend needs all layers of one shape", remedy="Try --device reference")
-    if (first.mlp.activation, first.mlp.gated) not in ACTIVATIONS:
+    if any(not _has_activation(layer.mlp) for layer in spec.layers):
         raise ModelError(f"the CPU backend has no activation {first.mlp.activation!r} here")
     if first.attention.head_dim % 16 or first.attention.head_dim > 512:
         raise ModelError(

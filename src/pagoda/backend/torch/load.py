@@ -17,7 +17,17 @@ from pagoda.backend.torch.batch import Heads
 from pagoda.backend.torch.convert import FLOATS, Converter, Target
 from pagoda.backend.torch.join import side_by_side
 from pagoda.backend.torch.load_vision import VisionLoader
-from pagoda.backend.torch.model import Decoder, DecoderLayer, GatedMlp, GeluMlp, Linear, Mixture, Table, ThreePositions
+from pagoda.backend.torch.model import (
+    Decoder,
+    DecoderLayer,
+    ExpertBiases,
+    GatedMlp,
+    GeluMlp,
+    Linear,
+    Mixture,
+    Table,
+    ThreePositions,
+)
 from pagoda.backend.torch.norms import LayerNorm, Norm, RmsNorm
 from pagoda.backend.torch.packs import Dense, Weight
 from pagoda.backend.torch.vision import Sight
@@ -104,10 +114,12 @@ class Loader:
             o=self._linear(p + "o"),
             mlp_norm=None if layer.norms == "one" else self._norm(p + "mlp_norm"),
             mlp=self._mlp(p, layer.mlp),
+            sinks=self._vector(p + "sinks") if a.sinks else None,
         )
 
     def _mlp(self, p: str, mlp: Mlp) -> GatedMlp | GeluMlp | Mixture:
-        if mlp.activation not in (("silu",) if mlp.gated else ("gelu", "gelu_tanh")):
+        clamped = mlp.activation == "clamped_swiglu" and mlp.experts is not None and mlp.bias
+        if not clamped and mlp.activation not in (("silu",) if mlp.gated else ("gelu", "gelu_tanh")):
             raise ModelError(f"the PyTorch backend has no activation {mlp.activation!r} here")
         if not mlp.gated:
             return self._gelu_mlp(p, mlp)
@@ -117,10 +129,17 @@ class Loader:
         router = self._table(p + "router")
         stack = side_by_side([gate, up])
         if not mlp.experts.shared:
-            return Mixture(mlp.experts, router, stack, down)
+            return Mixture(mlp.experts, router, stack, down, biases=self._biases(p) if clamped else None)
         shared = GatedMlp(self._linear(p + "gate_shared", p + "up_shared"), self._linear(p + "down_shared"))
         own = self._table(p + "router_shared")
         return Mixture(mlp.experts, router, stack, down, shared, own[None])
+
+    def _biases(self, p: str) -> ExpertBiases:
+        router, *gate_up = (self._table(f"{p}{part}_bias") for part in ("router", "gate_experts", "up_experts"))
+        down = p + "down_experts_bias"
+        experts, hidden = len(router), self._spec.hidden_size
+        zeros = torch.zeros(experts, hidden, dtype=router.dtype, device=router.device)
+        return ExpertBiases(router, torch.cat(gate_up, -1), self._table(down) if down in self._tensors else zeros)
 
     def _gelu_mlp(self, p: str, mlp: Mlp) -> GeluMlp:
         return GeluMlp(self._linear(p + "up"), self._linear(p + "down"), mlp.activation == "gelu_tanh")

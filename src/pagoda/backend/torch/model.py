@@ -89,6 +89,15 @@ class GeluMlp:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertBiases:
+    """Of a mixture whose experts have them, and `clamped_swiglu` in place of silu."""
+
+    router: Tensor  # [experts]
+    gate_up: Tensor  # [experts, 2 * size]
+    down: Tensor  # [experts, hidden]; 0 but on the first of several GPUs
+
+
+@dataclass(frozen=True, slots=True)
 class Mixture:
     """The experts of a layer: tokens sorted by expert, one grouped product for each matrix."""
 
@@ -98,16 +107,23 @@ class Mixture:
     down: Weight  # [experts, hidden, size]
     shared: GatedMlp | None = None
     shared_router: Tensor | None = None  # [1, hidden]
+    biases: ExpertBiases | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         active = self.experts.active
-        shares, ids = ops.route(ops.matmul(x, Dense(self.router)), active, self.experts.normalized)
+        b = self.biases
+        logits = ops.matmul(x, Dense(self.router), None if b is None else b.router)
+        shares, ids = ops.route(logits, active, self.experts.normalized)
         sorted_ids, order = ids.flatten().sort(stable=True)
         ends = torch.arange(self.experts.count + 1, device=x.device)
         starts = torch.searchsorted(sorted_ids, ends).int()
         rows = x[order // active]
         hidden = torch.cat([ops.grouped_matmul(rows, part, starts) for part in self.gate_up], dim=-1)
-        y = ops.grouped_matmul(ops.silu_mul(hidden), self.down, starts)
+        if b is None:
+            y = ops.grouped_matmul(ops.silu_mul(hidden), self.down, starts)
+        else:
+            inner = ops.clamped_swiglu(hidden + b.gate_up[sorted_ids])
+            y = ops.grouped_matmul(inner, self.down, starts) + b.down[sorted_ids]
         each = torch.empty_like(y).index_copy_(0, order, y)
         weighted = torch.unflatten(each.float(), 0, (-1, active)) * shares.unsqueeze(-1)
         y = weighted.sum(1)
@@ -126,11 +142,12 @@ class DecoderLayer:
     o: Block
     mlp_norm: Norm | None  # None: the MLP has the attention's input
     mlp: Block
+    sinks: Tensor | None = None  # float32 [heads]
 
     def attention(self, qkv: Tensor, cos_sin: Tensor, batch: Batch, cache: KvCache) -> Tensor:
         turned = cos_sin if self.heads.rope else cos_sin[:, :0]
         q = ops.rope_and_cache(qkv, self.q_norm, self.k_norm, turned, batch, *cache, self.heads)
-        return self.o(ops.paged_attention(q, *cache, batch, self.heads).flatten(1))
+        return self.o(ops.paged_attention(q, *cache, batch, self.heads, self.sinks).flatten(1))
 
 
 @dataclass(frozen=True, slots=True)

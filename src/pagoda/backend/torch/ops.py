@@ -99,13 +99,17 @@ def prepared(batch: Batch) -> Batch:
     return replace(batch, runs=attention.count_runs(batch.starts, batch.contexts))
 
 
-def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, shape: Heads) -> Tensor:
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, shape: Heads, sinks: Tensor | None = None
+) -> Tensor:
     """Each token of q [T, heads, head_dim] over the keys of its request up to its own position (of `window` at most).
+
+    `sinks` float32 [heads]: logits beside the scores, that have no value.
 
     Scores and sums are float32. Returns q's shape and type. Keys and values of the step are in the cache already.
     """
     if on_gpu(q):
-        return attention.paged_attention(q, k_cache, v_cache, batch, shape)
+        return attention.paged_attention(q, k_cache, v_cache, batch, shape, sinks)
     out = torch.zeros_like(q)
     starts, contexts = batch.starts.tolist(), batch.contexts.tolist()
     for r, context in enumerate(contexts):
@@ -118,14 +122,17 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, s
         for token in range(first, last):
             end = context - (last - 1 - token)
             begin = 0 if shape.window is None else max(0, end - shape.window)
-            out[token] = _attend(q[token], keys[begin:end], values[begin:end], shape.scale)
+            out[token] = _attend(q[token], keys[begin:end], values[begin:end], shape.scale, sinks)
     return out
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
     kv_heads = keys.shape[1]
     grouped = torch.unflatten(q.float(), 0, (kv_heads, -1))
-    weights = torch.softmax(grouped @ keys.permute(1, 2, 0) * scale, dim=-1)
+    scores = grouped @ keys.permute(1, 2, 0) * scale
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(kv_heads, -1, 1)), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : len(keys)]
     return (weights @ values.transpose(0, 1)).flatten(0, 1).to(q.dtype)
 
 
@@ -135,6 +142,15 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         return activation.silu_mul(gate_up)
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def clamped_swiglu(gate_up: Tensor) -> Tensor:
+    """g * sigmoid(1.702 g) * (u + 1) of gate_up [T, 2 * size]: g at most 7, u within -7 and 7."""
+    if on_gpu(gate_up):
+        return activation.clamped_swiglu(gate_up)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    return (gate * torch.sigmoid(1.702 * gate) * (up + 1)).to(gate_up.dtype)
 
 
 def matmul(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

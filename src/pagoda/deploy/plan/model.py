@@ -21,8 +21,10 @@ from pagoda.weights.quantization import method_of
 from pagoda.weights.source import Tensor
 
 _FLOATS = MappingProxyType({"bfloat16": "BF16", "float16": "F16", "float32": "F32"})
-_PACKED = MappingProxyType({"awq": "U4G", "gptq": "U4G", "fp8": "F8_E4M3", "compressed-tensors": "F8_E4M3"})
-_SERVED = ("awq", "gptq", "gguf", "fp8", "compressed-tensors", None)
+_PACKED = MappingProxyType(
+    {"awq": "U4G", "gptq": "U4G", "fp8": "F8_E4M3", "compressed-tensors": "F8_E4M3", "mxfp4": "MXFP4"}
+)
+_SERVED = ("awq", "gptq", "gguf", "fp8", "compressed-tensors", "mxfp4", None)
 _LANGUAGE_PARTS = MappingProxyType({"qwen3_vl": "qwen3"})
 _GROUP = 128
 NO_IMAGES = "this is the language model alone: an image encoder of this kind cannot be planned, nor served yet"
@@ -112,14 +114,16 @@ def packed(model: PlannedModel, method: str, bits: int = 0) -> PlannedModel:
     if kind is None:
         raise ModelError(f"weights quantized with {method} cannot be planned", remedy=f"Known: {', '.join(_PACKED)}")
     tensors = {
-        slot: replace(tensor, type=kind) if _is_packed(slot, tensor) else tensor
-        for slot, tensor in _tensors(model.spec, "F16" if kind != "F8_E4M3" else "BF16").items()
+        slot: replace(tensor, type=kind) if _is_packed(slot, tensor, method) else tensor
+        for slot, tensor in _tensors(model.spec, "F16" if kind in ("U4G", "U8G") else "BF16").items()
     }
     return replace(model, tensors=tensors, method=method)
 
 
-def _is_packed(slot: str, tensor: Tensor) -> bool:
-    return slot.startswith("layers.") and len(tensor.shape) > 1 and not slot.endswith("router")
+def _is_packed(slot: str, tensor: Tensor, method: str) -> bool:
+    if method == "mxfp4":
+        return slot.endswith("_experts")
+    return slot.startswith("layers.") and len(tensor.shape) > 1 and not slot.endswith(("router", "_bias"))
 
 
 def _tensors(spec: ModelSpec, kind: str) -> dict[str, Tensor]:

@@ -11,21 +11,35 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul(gate_up: tl.tensor, out: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
+def _gated(gate_up: tl.tensor, out: tl.tensor, size: tl.tensor, CLAMPED: tl.constexpr, BLOCK: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     gate = tl.load(gate_up + row * 2 * size + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * size + size + at, mask=inside, other=0.0).to(tl.float32)
-    product = gate / (1.0 + tl.exp(-gate)) * up
+    if CLAMPED:
+        gate, up = tl.where(gate > 7.0, 7.0, gate), tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+        product = gate / (1.0 + tl.exp(-1.702 * gate)) * (up + 1.0)
+    else:
+        product = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out + row * size + at, product.to(out.dtype.element_ty), mask=inside)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See ops.silu_mul."""
+    return _run(gate_up, clamped=False)
+
+
+def clamped_swiglu(gate_up: Tensor) -> Tensor:
+    """See ops.clamped_swiglu."""
+    return _run(gate_up, clamped=True)
+
+
+def _run(gate_up: Tensor, *, clamped: bool) -> Tensor:
     size = gate_up.shape[-1] // 2
     flat = gate_up.contiguous().view(-1, 2 * size)
     out = torch.empty((*gate_up.shape[:-1], size), dtype=gate_up.dtype, device=gate_up.device)
     if len(flat):
-        _silu_mul[(len(flat), triton.cdiv(size, _BLOCK))](flat, out, size, BLOCK=_BLOCK, num_warps=4)
+        grid = (len(flat), triton.cdiv(size, _BLOCK))
+        _gated[grid](flat, out, size, CLAMPED=clamped, BLOCK=_BLOCK, num_warps=4)
     return out

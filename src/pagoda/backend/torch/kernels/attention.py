@@ -28,7 +28,8 @@ _LEAST_RUN = tl.constexpr(LEAST_RUN)
 _MOST_RUNS = tl.constexpr(MOST_RUNS)
 _DOUBLINGS = tl.constexpr(16)
 _CELLS = tl.constexpr(BLOCK_SIZE)
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -112,6 +113,8 @@ def _join(
     inside: tl.tensor,
     count: tl.tensor,
     step: tl.tensor,
+    sink: tl.tensor,
+    SINKS: tl.constexpr,
     HEAD: tl.constexpr,
     D: tl.constexpr,
 ) -> None:
@@ -135,6 +138,8 @@ def _join(
             total += tl.load(stats + at * 2 + 1, mask=inside, other=1.0, cache_modifier=".cg") * factor
             values = parts + at[:, None] * HEAD + d[None, :]
             acc += tl.load(values, mask=both, other=0.0, cache_modifier=".cg") * factor[:, None]
+        if SINKS:
+            total += tl.exp2(sink - top)
         tl.store(out, (acc / total[:, None]).to(out.dtype.element_ty), mask=both)
         tl.store(arrived, 0)
 
@@ -144,6 +149,7 @@ def _decode(
     q: tl.tensor,
     k_cache: tl.tensor,
     v_cache: tl.tensor,
+    sinks: tl.tensor,
     starts: tl.tensor,
     contexts: tl.tensor,
     tables: tl.tensor,
@@ -157,6 +163,7 @@ def _decode(
     kv_heads: tl.tensor,
     scale: tl.tensor,
     window: tl.tensor,
+    SINKS: tl.constexpr,
     R: tl.constexpr,
     GROUP: tl.constexpr,
     M: tl.constexpr,
@@ -187,7 +194,11 @@ def _decode(
             )  # fmt: skip
         begun, count = tl.load(runs + r), tl.load(runs + r + 1) - tl.load(runs + r)
         place = out + q_at[:, None] * HEAD + d[None, :]
+        # a sink takes part in the softmax, and has no value; scores are logarithms to base 2
+        sink = tl.load(sinks + head * GROUP + row, mask=row < GROUP, other=0.0) * _LOG2_E if SINKS else most
         if count == 1:
+            if SINKS:
+                total += tl.exp2(sink - most)
             tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
         else:
             line = (number * kv_heads + head) * GROUP + row
@@ -195,7 +206,7 @@ def _decode(
             tl.store(stats + line * 2, most, mask=row < GROUP)
             tl.store(stats + line * 2 + 1, total, mask=row < GROUP)
             first, counter = (begun * kv_heads + head) * GROUP + row, arrived + r * kv_heads + head
-            _join(parts, stats, place, counter, first, row < GROUP, count, kv_heads * GROUP, HEAD, D)
+            _join(parts, stats, place, counter, first, row < GROUP, count, kv_heads * GROUP, sink, SINKS, HEAD, D)
 
 
 @triton.jit
@@ -216,6 +227,7 @@ def _prefill(
     q: tl.tensor,
     k_cache: tl.tensor,
     v_cache: tl.tensor,
+    sinks: tl.tensor,
     starts: tl.tensor,
     contexts: tl.tensor,
     tables: tl.tensor,
@@ -225,6 +237,7 @@ def _prefill(
     kv_heads: tl.tensor,
     scale: tl.tensor,
     window: tl.tensor,
+    SINKS: tl.constexpr,
     R: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP2: tl.constexpr,
@@ -264,6 +277,9 @@ def _prefill(
                 rows, most, total, acc, k_head, v_head, table, key, limit, begins, ends, kv_heads * HEAD, scale,
                 True, HEAD, D, TILE,
             )  # fmt: skip
+        if SINKS:
+            sink = tl.load(sinks + head * GROUP + member, mask=member < GROUP, other=0.0) * _LOG2_E
+            total += tl.where(total > 0, tl.exp2(sink - most), 0.0)
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + q_at[:, None] * HEAD + d[None, :], result.to(out.dtype.element_ty), mask=inside)
 
@@ -276,36 +292,55 @@ def count_runs(starts: Tensor, contexts: Tensor) -> Tensor:
     return runs
 
 
-def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, shape: Heads) -> Tensor:
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, shape: Heads, sinks: Tensor | None = None
+) -> Tensor:
     """See ops.paged_attention."""
     out = torch.empty_like(q)
     if not len(q) or not len(batch.contexts):
         return out.zero_()
     if batch.max_query > 1:
-        _run_prefill(q, k_cache, v_cache, batch, shape, out)
+        _run_prefill(q, k_cache, v_cache, batch, shape, out, sinks=sinks)
     # a batch of one prompt has no single tokens
     if batch.max_query == 1 or len(batch.contexts) > 1:
-        _run_decode(q, k_cache, v_cache, batch, shape, out)
+        _run_decode(q, k_cache, v_cache, batch, shape, out, sinks=sinks)
     return out
 
 
 def _run_prefill(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, shape: Heads, out: Tensor, tile: Tile | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: Batch,
+    shape: Heads,
+    out: Tensor,
+    tile: Tile | None = None,
+    *,
+    sinks: Tensor | None = None,
 ) -> None:
     tile = tile or choose("prefill")
     group = shape.heads // shape.kv_heads
     rows = max(tile.m, block_of(group, 1))
     tiles = len(q) // (rows // block_of(group, 1)) + len(batch.contexts)
     _prefill[(tiles, shape.kv_heads)](
-        q.contiguous(), k_cache, v_cache, batch.starts, batch.contexts, batch.block_tables,
-        batch.block_tables.stride(0), out, len(batch.contexts), shape.kv_heads, shape.scale * _LOG2_E,
-        shape.window or NO_WINDOW, R=block_of(len(batch.contexts)), GROUP=group, GROUP2=block_of(group, 1), M=rows,
-        HEAD=shape.head_dim, D=block_of(shape.head_dim), TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages,
+        q.contiguous(), k_cache, v_cache, q if sinks is None else sinks, batch.starts, batch.contexts,
+        batch.block_tables, batch.block_tables.stride(0), out, len(batch.contexts), shape.kv_heads,
+        shape.scale * LOG2_E, shape.window or NO_WINDOW, SINKS=sinks is not None, R=block_of(len(batch.contexts)),
+        GROUP=group, GROUP2=block_of(group, 1), M=rows, HEAD=shape.head_dim, D=block_of(shape.head_dim),
+        TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def _run_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, shape: Heads, out: Tensor, tile: Tile | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: Batch,
+    shape: Heads,
+    out: Tensor,
+    tile: Tile | None = None,
+    *,
+    sinks: Tensor | None = None,
 ) -> None:
     tile = tile or choose("decode")
     requests, group = len(batch.contexts), shape.heads // shape.kv_heads
@@ -315,8 +350,9 @@ def _run_decode(
     stats = torch.empty(most, shape.heads, 2, dtype=torch.float32, device=q.device)
     size = block_of(shape.head_dim)
     _decode[(min(most * shape.kv_heads, processors(q.device) * _PROGRAMS),)](
-        q.contiguous(), k_cache, v_cache, batch.starts, batch.contexts, batch.block_tables,
-        batch.block_tables.stride(0), runs, parts, stats, out, arrivals(q.device), requests, shape.kv_heads,
-        shape.scale * _LOG2_E, shape.window or NO_WINDOW, R=block_of(requests), GROUP=group, M=block_of(group),
-        HEAD=shape.head_dim, D=size, TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages,
+        q.contiguous(), k_cache, v_cache, q if sinks is None else sinks, batch.starts, batch.contexts,
+        batch.block_tables, batch.block_tables.stride(0), runs, parts, stats, out, arrivals(q.device), requests,
+        shape.kv_heads, shape.scale * LOG2_E, shape.window or NO_WINDOW, SINKS=sinks is not None,
+        R=block_of(requests), GROUP=group, M=block_of(group), HEAD=shape.head_dim, D=size, TILE=tile.n,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
