@@ -100,7 +100,7 @@ def _architecture(name: object, where: str) -> Architecture:
 
 def _with_own_head(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ModelSpec:
     """A config may say "tied" of a checkpoint whose head differs from its embedding; then the head counts."""
-    if not spec.tied:
+    if not spec.tied or spec.encoder is not None:
         return spec
     tensors = plainly_named(spec, tensors, gguf=False)
     embed, head = (tensors.get(slot_name(spec, slot)) for slot in ("embed", "head"))
