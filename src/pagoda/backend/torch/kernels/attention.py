@@ -114,7 +114,6 @@ def _join(
     count: tl.tensor,
     step: tl.tensor,
     sink: tl.tensor,
-    SINKS: tl.constexpr,
     HEAD: tl.constexpr,
     D: tl.constexpr,
 ) -> None:
@@ -138,8 +137,7 @@ def _join(
             total += tl.load(stats + at * 2 + 1, mask=inside, other=1.0, cache_modifier=".cg") * factor
             values = parts + at[:, None] * HEAD + d[None, :]
             acc += tl.load(values, mask=both, other=0.0, cache_modifier=".cg") * factor[:, None]
-        if SINKS:
-            total += tl.exp2(sink - top)
+        total += tl.exp2(sink - top)
         tl.store(out, (acc / total[:, None]).to(out.dtype.element_ty), mask=both)
         tl.store(arrived, 0)
 
@@ -195,18 +193,18 @@ def _decode(
         begun, count = tl.load(runs + r), tl.load(runs + r + 1) - tl.load(runs + r)
         place = out + q_at[:, None] * HEAD + d[None, :]
         # a sink takes part in the softmax, and has no value; scores are logarithms to base 2
-        sink = tl.load(sinks + head * GROUP + row, mask=row < GROUP, other=0.0) * _LOG2_E if SINKS else most
+        sink = tl.full((M,), float("-inf"), tl.float32)
+        if SINKS:
+            sink = tl.load(sinks + head * GROUP + row, mask=row < GROUP, other=0.0) * _LOG2_E
         if count == 1:
-            if SINKS:
-                total += tl.exp2(sink - most)
-            tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
+            tl.store(place, (acc / (total + tl.exp2(sink - most))[:, None]).to(out.dtype.element_ty), mask=inside)
         else:
             line = (number * kv_heads + head) * GROUP + row
             tl.store(parts + line[:, None] * HEAD + d[None, :], acc, mask=inside)
             tl.store(stats + line * 2, most, mask=row < GROUP)
             tl.store(stats + line * 2 + 1, total, mask=row < GROUP)
             first, counter = (begun * kv_heads + head) * GROUP + row, arrived + r * kv_heads + head
-            _join(parts, stats, place, counter, first, row < GROUP, count, kv_heads * GROUP, sink, SINKS, HEAD, D)
+            _join(parts, stats, place, counter, first, row < GROUP, count, kv_heads * GROUP, sink, HEAD, D)
 
 
 @triton.jit
