@@ -30,6 +30,7 @@ _DOUBLINGS = tl.constexpr(16)
 _CELLS = tl.constexpr(BLOCK_SIZE)
 LOG2_E = 1.4426950408889634
 _LOG2_E = tl.constexpr(LOG2_E)
+"""Of scores and sinks, so that their powers are of two. A sink takes part in the softmax, and has no value."""
 
 
 @triton.jit
@@ -192,10 +193,8 @@ def _decode(
             )  # fmt: skip
         begun, count = tl.load(runs + r), tl.load(runs + r + 1) - tl.load(runs + r)
         place = out + q_at[:, None] * HEAD + d[None, :]
-        # a sink takes part in the softmax, and has no value; scores are logarithms to base 2
-        sink = tl.full((M,), float("-inf"), tl.float32)
-        if SINKS:
-            sink = tl.load(sinks + head * GROUP + row, mask=row < GROUP, other=0.0) * _LOG2_E
+        sink = tl.load(sinks + head * GROUP + row, mask=(row < GROUP) & SINKS, other=float("-inf")).to(tl.float32)
+        sink *= _LOG2_E
         if count == 1:
             tl.store(place, (acc / (total + tl.exp2(sink - most))[:, None]).to(out.dtype.element_ty), mask=inside)
         else:
