@@ -22,6 +22,7 @@ from api_fake import on_port
 from checkpoints import VOCAB, make_model, write_checkpoint, write_gguf_checkpoint
 from packed_checkpoints import write
 from reference_plans import Feed, make_plan
+from test_gpt_oss import write_mxfp4
 from test_torch_formats import write_fp8
 
 from pagoda.arch.registry import bind, load_spec
@@ -77,11 +78,15 @@ def _gpt2(folder: Path) -> None:
     write_checkpoint(folder, "gpt2")
 
 
+def _gpt_oss(folder: Path) -> None:
+    write_mxfp4(folder)
+
+
 MODELS: dict[str, Callable[[Path], object]] = {
     f.__name__.strip("_"): f
-    for f in (_awq, _gptq, _gptq_in_order_of_activations, _fp8, _experts, _gguf, _biases, _gpt2)
+    for f in (_awq, _gptq, _gptq_in_order_of_activations, _fp8, _experts, _gguf, _biases, _gpt2, _gpt_oss)
 }
-_SUMMED = ("o_bias", "down_bias")
+_SUMMED = ("o_bias", "down_bias", "down_experts_bias")
 
 
 def _joined(slot: str, parts: list[np.ndarray], whole: np.ndarray) -> np.ndarray:
@@ -232,7 +237,9 @@ def test_two_ranks_with_a_tied_head_of_uneven_parts(tmp_path: Path) -> None:
     _same(tmp_path, 2, 2)
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq", "gptq_in_order_of_activations", "fp8", "experts", "biases", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["awq", "gptq", "gptq_in_order_of_activations", "fp8", "experts", "biases", "gpt2", "gpt_oss"]
+)
 def test_two_ranks(name: str, tmp_path: Path) -> None:
     MODELS[name](tmp_path)
     _same(tmp_path, 2, 2)

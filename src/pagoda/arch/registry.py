@@ -94,7 +94,10 @@ def _architecture(name: object, where: str) -> Architecture:
     module = _GGUF_NAMES.get(name, name.replace("-", "_")) if isinstance(name, str) else name
     if module not in known:
         said = f"the architecture {name!r} is not supported" if name else f"{where} is missing"
-        raise ModelError(f"{said} (supported: {', '.join(known)})", remedy="Take another model, or a newer Pagoda")
+        remedy = "Take another model, or a newer Pagoda"
+        if name == "gptoss":  # another form, that no other program reads
+            remedy = "It is Ollama's own form of gpt-oss: take the safetensors, or llama.cpp's GGUF file"
+        raise ModelError(f"{said} (supported: {', '.join(known)})", remedy=remedy)
     return cast(Architecture, importlib.import_module(f"pagoda.arch.{module}"))
 
 
