@@ -26,6 +26,7 @@ from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.sharding import check_size, share
 from pagoda.backend.cpu.executor import CpuExecutor
 from pagoda.backend.reference import ReferenceExecutor
+from pagoda.backend.torch import ops
 from pagoda.config import EngineConfig
 from pagoda.deploy.check.check import check_model
 from pagoda.deploy.plan.model import model_of_config
@@ -422,3 +423,12 @@ def test_a_gguf_file_is_served_with_its_channels_by_itself(tmp_path: Path) -> No
         ("look", "{}")
     ]
     assert choice["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_mxfp4_experts_through_the_kernels(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mxfp4(tmp_path)
+    plain = logits(load(tmp_path, "torch", dtype=dtype), LAST)
+    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+    fused = logits(load(tmp_path, "torch", dtype=dtype), LAST)
+    assert relative(fused, plain) < (1e-4 if dtype == "float32" else 0.02)
