@@ -108,8 +108,8 @@ class Options:
     quantization: str | None = _option(
         None,
         "int8, int4 or (on a GPU) fp8: make 8 or 4 bits of float weights while they are loaded. awq, gptq, fp8, "
-        "compressed-tensors, mxfp4, gguf (and awq_marlin, gptq_marlin): how the model is quantized; read from the model, so "
-        "it need not be given",
+        "compressed-tensors, mxfp4, gguf (and awq_marlin, gptq_marlin): how the model is quantized; read from the "
+        "model, so it need not be given",
         "Model",
         aliases=("-q",),
     )
