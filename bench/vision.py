@@ -66,7 +66,7 @@ def picture(side: int) -> Image:
 
 def pagoda(spec: ModelSpec, image: Image, threads: int, quantization: str | None) -> Callable[[], object]:
     limits = Limits(max_model_len=image.tokens, max_num_seqs=1, max_num_batched_tokens=64, quantization=quantization)
-    encoder = VisionEncoder(spec, split_tensors(tensors(spec))[1], None, threads, limits)
+    encoder = VisionEncoder(spec, split_tensors(tensors(spec), spec.vision)[1], None, threads, limits)
     return lambda: encoder.encode(image)
 
 

@@ -65,7 +65,7 @@ PROMPT = prompt()
 BLOCKS = (9, 2, 5, 3, 30, 0, 7, 11, 12, 20)
 
 
-@pytest.fixture(scope="module", params=vl_tiny.KINDS)
+@pytest.fixture(scope="module", params=vl_tiny.ALL_KINDS)
 def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     return vl_tiny.write(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -197,6 +197,6 @@ def test_an_encoder_is_quantized_to_8_bits_on_load(folder: str, quantization: st
 
 
 def test_what_cannot_run_is_refused(tmp_path: Path) -> None:
-    vision = {**vl_tiny.config()["vision_config"], "num_heads": 8}
-    with pytest.raises(ModelError, match="head size is a multiple of 16, not 8"):
+    vision = {**vl_tiny.config()["vision_config"], "hidden_size": 72, "num_heads": 9, "out_hidden_size": 64}
+    with pytest.raises(ModelError, match="no image encoder with 9 heads of 8 values"):
         load(vl_tiny.write(tmp_path, vision_config=vision))

@@ -394,3 +394,8 @@ def test_limits_are_told_of_each_kind(model: str) -> None:
     seeing = find_seeing(Options(limit_mm_per_prompt={"image": {"count": 2}, "audio": 0}), model, vl_tiny.spec().vision)
     assert seeing is not None and seeing.limits == {"image": 2, "audio": 0}
     assert module.MAX_SOURCE_PIXELS == 400_000_000 and isinstance(Image, type)
+
+
+def test_the_list_of_models_says_that_it_sees(eyes: tuple[Client, FakeEngine]) -> None:
+    (card,) = eyes[0].get("/v1/models").json()["data"]
+    assert card["architecture"] == {"input_modalities": ["text", "image"], "output_modalities": ["text"]}

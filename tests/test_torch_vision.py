@@ -36,7 +36,7 @@ BOUND = 1e-4
 NEXT = [*TOKENS, 50]
 
 
-@pytest.fixture(scope="module", params=vl_tiny.KINDS)
+@pytest.fixture(scope="module", params=vl_tiny.ALL_KINDS)
 def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(vl_tiny.write(tmp_path_factory.mktemp(request.param), request.param))
 
@@ -168,8 +168,9 @@ def generated(folder: Path, size: int) -> list[list[int]]:
     return [told["0"], told["1"]]
 
 
-def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
-    vl_tiny.write(tmp_path)
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_two_ranks_give_the_tokens_of_one(tmp_path: Path, kind: str) -> None:
+    vl_tiny.write(tmp_path, kind)
     source = open_source(str(tmp_path))
     spec = load_spec(source)
     tensors = bind(spec, source)
@@ -209,9 +210,9 @@ def test_weights_take_what_is_counted(tmp_path: Path) -> None:
     seeing = {k: t for k, t in bind(load_spec(source), source).items() if k.startswith("vision.")}
     layers = sight.encoder.layers
     products = [p for layer in layers for p in (layer.qkv, layer.o, layer.up, layer.down, layer.gate) if p]
-    products += [sight.encoder.patch, sight.encoder.merge_up, sight.encoder.merge_down]
+    products += [sight.encoder.patch, sight.encoder.merger.up, sight.encoder.merger.down]
     held = sum(t.nbytes for p in products for t in (p.weight, p.bias) if t is not None)
-    norms = [n for layer in layers for n in (layer.attn_norm, layer.mlp_norm)] + [sight.encoder.merge_norm]
+    norms = [n for layer in layers for n in (layer.attn_norm, layer.mlp_norm)] + [sight.encoder.merger.norm]
     held += sum(n.weight.nbytes for n in norms)
     assert held == sum(tensor_bytes(slot, tensor, "int8", 2) for slot, tensor in seeing.items())
 

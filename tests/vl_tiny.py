@@ -16,10 +16,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from pagoda.arch.names import slot_name
 from pagoda.arch.qwen2_5_vl import from_config as qwen2_5_vl
 from pagoda.arch.qwen2_vl import from_config as qwen2_vl
+from pagoda.arch.qwen3_vl import from_config as qwen3_vl
+from pagoda.arch.qwen3_vl_moe import from_config as qwen3_vl_moe
 from pagoda.arch.spec import ModelSpec
 from pagoda.types import Image
 
+SPECS = MappingProxyType(
+    {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "qwen3_vl_moe": qwen3_vl_moe}
+)
 KINDS = ("qwen2_vl", "qwen2_5_vl")
+ALL_KINDS = tuple(SPECS)
 CONTEXT = 512
 SPECIAL = (
     "<|endoftext|>",
@@ -85,9 +91,34 @@ _VISION: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "fullatt_block_indexes": [1],
             "tokens_per_second": 2,
         },
+        "qwen3_vl": {
+            **_SHAPE,
+            "depth": 3,
+            "hidden_size": 96,  # heads of 24 values, no multiple of 16, as the larger of Qwen's have
+            "intermediate_size": 100,
+            "out_hidden_size": 64,
+            "hidden_act": "gelu_pytorch_tanh",
+            "num_position_embeddings": 25,
+            "deepstack_visual_indexes": [0, 1],
+        },
     }
 )
-_CLASSES = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}
+_LAYERS_3: Mapping[str, Any] = MappingProxyType(
+    {
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+    }
+)
+_EXPERTS: Mapping[str, Any] = MappingProxyType(
+    {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "decoder_sparse_step": 1}
+)
+_CLASSES = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}
 _PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "min_pixels": 28 * 28,
@@ -101,13 +132,18 @@ _PREPROCESSOR = {
 
 
 def config(kind: str = "qwen2_5_vl", **changes: Any) -> dict[str, Any]:
-    """The config.json, flat as on the hub."""
-    vision = {**_VISION[kind], "model_type": kind}
-    return {"model_type": kind, "architectures": [_CLASSES[kind]], **_LANGUAGE, "vision_config": vision, **changes}
+    """The config.json as on the hub: flat, or since Qwen3 with the language model's settings in `text_config`."""
+    about = {"model_type": kind, "architectures": [_CLASSES[kind]]}
+    if kind in ("qwen2_vl", "qwen2_5_vl"):
+        return {**about, **_LANGUAGE, "vision_config": {**_VISION[kind], "model_type": kind}, **changes}
+    text = {**_LANGUAGE, **_LAYERS_3, **(_EXPERTS if kind == "qwen3_vl_moe" else {}), "model_type": f"{kind}_text"}
+    outside = {name: _LANGUAGE[name] for name in _LANGUAGE if name.endswith("_token_id") or name.startswith("tie_")}
+    vision = {**_VISION["qwen3_vl"], "model_type": f"{kind}_vision"}
+    return {**about, **outside, "text_config": text, "vision_config": vision, **changes}
 
 
 def spec(kind: str = "qwen2_5_vl", **changes: Any) -> ModelSpec:
-    return (qwen2_vl if kind == "qwen2_vl" else qwen2_5_vl)(config(kind, **changes))
+    return SPECS[kind](config(kind, **changes))
 
 
 def write(folder: Path, kind: str = "qwen2_5_vl", **changes: Any) -> str:
@@ -172,4 +208,11 @@ def _weights(spec: ModelSpec) -> dict[str, np.ndarray]:
         else:
             noise = 0.2 * noise + (0 if slot.endswith("bias") else 1)
         out[slot_name(spec, slot)] = noise.reshape(-1, 3, 2, PATCH, PATCH) if slot == "vision.patch" else noise
-    return out
+    for i in range(len(spec.layers) if spec.model_type == "qwen3_vl_moe" else 0):  # stored turned, gate beside up
+        stem = f"model.layers.{i}.mlp.experts."
+        gate, up, down = (out.pop(f"{stem}*.{part}_proj.weight") for part in ("gate", "up", "down"))
+        out[stem + "gate_up_proj"] = np.ascontiguousarray(np.concatenate([gate, up], axis=1).transpose(0, 2, 1))
+        out[stem + "down_proj"] = np.ascontiguousarray(down.transpose(0, 2, 1))
+    if spec.model_type in KINDS:
+        return out
+    return {f"model.{n}" if n[0] == "v" else n.replace("model.", "model.language_model."): w for n, w in out.items()}

@@ -29,17 +29,19 @@ Chain::Chain(const pg_context& c, const pg_step& st, int threads, Range tokens, 
   if (c.kv.data) list_attention();
   add_phase(kStart, nullptr, 0, 0, 1, 1);
   add(kRopeTables, nullptr, tokens.size(), 0);
-  const auto at = std::find_if(c.ops.begin(), c.ops.end(), [](const pg_op& op) { return op.kind == PG_GATHER; });
-  const size_t gather = at - c.ops.begin();
-  add_tokens(gather);
-  for (int64_t first = logits.begin; first < logits.end; first += room.size())  // as many as there is room for
-    for (size_t i = gather; i < c.ops.size(); i++) add(c.ops[i], first);
+  const auto of_logits = [&](size_t i) { return (c.ops[i].flags & PG_LOGIT_ROWS) != 0; };
+  for (size_t i = 0, next; i < c.ops.size(); i = next) {
+    for (next = i + 1; next < c.ops.size() && of_logits(next) == of_logits(i);) next++;
+    if (!of_logits(i)) { add_tokens(i, next); continue; }
+    for (int64_t first = logits.begin; first < logits.end; first += room.size())  // as many as there is room for
+      for (size_t j = i; j < next; j++) add(c.ops[j], first);
+  }
 }
 
-// Operations in front of `end`: those that go by pieces, as long as they stand in a row, piece by piece.
-void Chain::add_tokens(size_t end) {
+// Operations over tokens: those that go by pieces, as long as they stand in a row, piece by piece.
+void Chain::add_tokens(size_t begin, size_t end) {
   const auto pieces = [&](size_t i) { return (c_.ops[i].flags & PG_PIECES) != 0; };
-  for (size_t i = 0, next; i < end; i = next) {
+  for (size_t i = begin, next; i < end; i = next) {
     for (next = i + 1; next < end && pieces(i) && pieces(next);) next++;
     const int64_t step = pieces(i) ? c_.dims.piece_rows : tokens_.size();
     for (int64_t row = tokens_.begin; row < tokens_.end; row += step) {

@@ -61,7 +61,7 @@ class Chain {
 
  private:
   void add(const pg_op& op, int64_t first);
-  void add_tokens(size_t end);
+  void add_tokens(size_t begin, size_t end);
   void add(int32_t kind, const pg_op* op, int64_t rows, int64_t first);
   void add_phase(int32_t kind, const pg_op* op, int64_t rows, int64_t first, int64_t step, int64_t chunks);
   void add_encoder_attention(const pg_op& op);

@@ -188,6 +188,8 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
   return guarded(c, [&]() -> int32_t {
     c->dims = *d;
     c->inv_freq.assign(d->inv_freq, d->inv_freq + d->rope_dim / 2);
+    c->rope_axes.assign(d->rope_dim / 2, 0);
+    if (d->rope_axes) c->rope_axes.assign(d->rope_axes, d->rope_axes + d->rope_dim / 2);
     c->ops.assign(ops, ops + n_ops);
     c->buffers.clear();
     for (int i = 0; i < n_buffers; i++) c->buffers.push_back(make_buffer(buffers[i], *d, reads_of(*c, i)));

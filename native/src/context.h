@@ -72,6 +72,7 @@ struct pg_context {
   std::vector<pg_op> ops;
   pg_dims dims{};
   std::vector<double> inv_freq;
+  std::vector<int32_t> rope_axes;
   pagoda::Pages kv_pages, rope_pages, logit_pages;
   pagoda::KvCache kv{};
   std::vector<int32_t> writers;  // of each block of the cache, -1 between steps: see step.cpp

@@ -15,7 +15,7 @@ enum pg_type : int32_t {
 
 enum pg_op_kind : int32_t {
   PG_EMBED = 0,      // out = rows of weight for the step's tokens, or the step's vectors where it gives them
-  PG_NORM = 1,       // out = rmsnorm(in) * vector; eps in f
+  PG_NORM = 1,       // out = rmsnorm(in) * vector, of each of `layer` parts of a row, if any; eps in f
   PG_GATHER = 2,     // out (rows of logits) = the rows of `in` that want logits; a wider out takes those behind them too
   PG_MATMUL = 3,     // out = in * weight^T (+ vector); ADD adds to out
   PG_ROPE = 4,       // qkv in place: norms (vector, vector2, eps in f), rotation; keys and values go to the cache, if any
@@ -23,9 +23,9 @@ enum pg_op_kind : int32_t {
                      // a logit for each head that takes a share of its attention, if any
   PG_SILU = 6,       // out = silu(in[:, :n]) * in[:, n:]
   PG_HEAD = 7,       // logits of `in` by weight, then the rows are scored or sampled
-  PG_HIDDEN = 8,     // the rows of logits of `in` are the step's hidden states
+  PG_HIDDEN = 8,     // the rows of logits of `in` are the step's hidden states, of which a row may have several: the `layer`-th
   PG_POSITIONS = 9,  // out += row (position + layer) of the table `vector`, and row 0 or 1 of the table `vector2`, if any
-  PG_LAYER_NORM = 10,  // out = layernorm(in) * vector (+ vector2); eps in f
+  PG_LAYER_NORM = 10,  // out = layernorm(in) * vector (+ vector2), by parts as PG_NORM; eps in f
   PG_GELU = 11,        // out = gelu(in)
   PG_ATTEND_ALL = 12,  // out = attention of the queries in `in` over all tokens of their request; scale in f
   PG_ROUTE = 13,         // `in` holds the router's logits: chooses the experts of each row, for what follows in the layer
@@ -36,6 +36,8 @@ enum pg_op_kind : int32_t {
   PG_PATCHES = 17,       // out = the pixels of the step's picture that are each row's patch, normalized, and zeros behind them
   PG_QUICK_GELU = 18,    // out = in * sigmoid(1.702 in)
   PG_GELU_TANH = 19,     // out = gelu(in), by tanh
+  PG_ADD_VECTORS = 26,   // out += the `layer`-th of the step's vectors of a token, where it has such
+  PG_GRID = 27,          // out += the positions of the table `vector` with `layer` rows and columns, spread over the picture
 };
 
 enum pg_op_flags : int32_t {
@@ -81,7 +83,7 @@ struct pg_dims {
   int32_t kv_int8;         // the cache is kept in 8 bits instead of f16
   int32_t experts, active, normalized;  // of a mixture; normalized: the shares of the chosen ones add up to 1
   int32_t piece_rows;      // tokens of a piece
-  int32_t rope_sections[3];  // of the pairs, how many turn by each of the step's three rope positions
+  const int32_t* rope_axes;  // [rope_dim / 2] by which of the step's three rope positions each pair turns, or null
 };
 
 struct pg_picture {
@@ -105,10 +107,10 @@ struct pg_step {
   const uint32_t* masks;
   const int32_t* second_texts;  // [requests] the position where a second text begins, or null
   const int32_t* rope_positions;  // [3, tokens_count], or null: a token turns by its position
-  const float* vectors;           // rows as wide as what they are put into, or null
+  const float* vectors;           // rows of vectors_width values: vectors as wide as what they are put into; or null
   const int32_t* vector_of;       // [tokens_count] the vector that a token takes, -1 for its embedding; null: all do
   const int32_t* frames;          // [frames_count + 1] where frames of a picture begin, for PG_FRAMES
-  int32_t frames_count;
+  int32_t frames_count, vectors_width, hidden_width;  // hidden_width: of a row of out_hidden
   const pg_picture* picture;  // for PG_PATCHES; rope_positions are the group of frames, row and column of each patch then
   // results
   int32_t* out_tokens;
@@ -117,7 +119,7 @@ struct pg_step {
   float* out_top_logprobs;
   uint8_t* out_ok;
   float* out_logits;  // [rows_count, vocab] or null; raw logits, for tests
-  float* out_hidden;  // [rows_count, hidden] or null
+  float* out_hidden;  // [rows_count, hidden_width] or null
 };
 
 struct pg_context;

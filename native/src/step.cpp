@@ -151,18 +151,26 @@ class StepJob : public Job {
     switch (task.kind) {
       case PG_EMBED: {
         const Weight& w = c_.weights[op.weight];
-        if (st_.vector_of && st_.vector_of[row] >= 0) memcpy(out, st_.vectors + st_.vector_of[row] * w.k, w.k * sizeof(float));
+        if (st_.vector_of && st_.vector_of[row] >= 0) memcpy(out, vectors_of(row), w.k * sizeof(float));
         else k.dequantize_row(w.parts[0], w.k, st_.tokens[row], out);
         break;
       }
-      case PG_NORM: k.norm(in, vector(op.vector), c_.buffers[op.in].width, op.f, out); break;
+      case PG_NORM:
+        in_parts(op, [&](int64_t at, int64_t n) { k.norm(in + at, vector(op.vector), n, op.f, out + at); });
+        break;
       case PG_GATHER:
         memcpy(out, c_.buffers[op.in].row(st_.rows[logit]), c_.buffers[op.out].width * sizeof(float));
         break;
       case PG_PATCHES: take_patch(row, out, c_.buffers[op.out].width); break;
       case PG_SILU: k.silu(in, in + c_.buffers[op.out].width, c_.buffers[op.out].width, out); break;
       case PG_ROPE: return rope(op, row);
-      case PG_LAYER_NORM: k.layer_norm(in, vector(op.vector), vector(op.vector2), c_.buffers[op.in].width, op.f, out); break;
+      case PG_LAYER_NORM:
+        in_parts(op, [&](int64_t at, int64_t n) { k.layer_norm(in + at, vector(op.vector), vector(op.vector2), n, op.f, out + at); });
+        break;
+      case PG_ADD_VECTORS:
+        if (st_.vector_of && st_.vector_of[row] >= 0) add_to(out, vectors_of(row) + op.layer * c_.buffers[op.out].width, c_.buffers[op.out].width);
+        break;
+      case PG_GRID: add_grid_position(op, row, out); break;
       case PG_GELU: k.gelu(in, c_.buffers[op.out].width, out); break;
       case PG_QUICK_GELU: k.quick_gelu(in, c_.buffers[op.out].width, out); break;
       case PG_GELU_TANH: k.gelu_tanh(in, c_.buffers[op.out].width, out); break;
@@ -170,7 +178,7 @@ class StepJob : public Job {
       case PG_GATED: gate(in, vector(op.vector), c_.buffers[op.in].width, out, c_.buffers[op.out].width); break;
       case PG_HIDDEN: {
         const int64_t width = c_.buffers[op.in].width;
-        if (st_.out_hidden) memcpy(st_.out_hidden + logit * width, in, width * sizeof(float));
+        if (st_.out_hidden) memcpy(st_.out_hidden + logit * st_.hidden_width + op.layer * width, in, width * sizeof(float));
         return;
       }
     }
@@ -181,6 +189,36 @@ class StepJob : public Job {
   static void put_in_order(const std::vector<int32_t>& places, float* row, float* scratch) {
     memcpy(scratch, row, places.size() * sizeof(float));
     for (size_t i = 0; i < places.size(); i++) row[i] = scratch[places[i]];
+  }
+
+  const float* vectors_of(int64_t token) const { return st_.vectors + (int64_t)st_.vector_of[token] * st_.vectors_width; }
+  static void add_to(float* out, const float* x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) out[i] += x[i];
+  }
+  // Body(begin, size) of each part of a row of the operation's input.
+  template <typename Body> void in_parts(const pg_op& op, Body body) const {
+    const int64_t parts = std::max(1, op.layer), n = c_.buffers[op.in].width / parts;
+    for (int64_t i = 0; i < parts; i++) body(i * n, n);
+  }
+
+  // A patch lies between two rows and two columns of the table.
+  void add_grid_position(const pg_op& op, int64_t token, float* out) const {
+    const pg_picture& p = *st_.picture;
+    const int sizes[2] = {p.height / p.patch_size, p.width / p.patch_size};
+    const int64_t side = op.layer, width = c_.buffers[op.out].width;
+    int64_t low[2], high[2];
+    float share[2];
+    for (int axis = 0; axis < 2; axis++) {
+      const float at = st_.rope_positions[(int64_t)(axis + 1) * st_.tokens_count + token];
+      const float where = at * (float)(side - 1) / (float)std::max(sizes[axis] - 1, 1);
+      low[axis] = std::min<int64_t>((int64_t)where, side - 1), high[axis] = std::min(low[axis] + 1, side - 1);
+      share[axis] = where - (float)low[axis];
+    }
+    const float down = share[0], right = share[1];
+    const auto row = [&](int64_t y, int64_t x) { return vector(op.vector) + (y * side + x) * width; };
+    const float *a = row(low[0], low[1]), *b = row(low[0], high[1]), *c = row(high[0], low[1]), *d = row(high[0], high[1]);
+    const float wa = (1 - down) * (1 - right), wb = (1 - down) * right, wc = down * (1 - right), wd = down * right;
+    for (int64_t i = 0; i < width; i++) out[i] += wa * a[i] + wb * b[i] + wc * c[i] + wd * d[i];
   }
 
   const float* vector(int32_t id) const { return id >= 0 ? c_.vectors[id].data() : nullptr; }
@@ -201,9 +239,7 @@ class StepJob : public Job {
   // What pair i of a token's heads turns by.
   int rope_position(int64_t token, int i) const {
     if (!st_.rope_positions) return position_of(token);
-    const int32_t* sections = c_.dims.rope_sections;
-    const int axis = i < sections[0] ? 0 : i < sections[0] + sections[1] ? 1 : 2;
-    return st_.rope_positions[(int64_t)axis * st_.tokens_count + token];
+    return st_.rope_positions[(int64_t)c_.rope_axes[i] * st_.tokens_count + token];
   }
 
   void rope_table(int64_t token) {

@@ -165,7 +165,7 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     them. `grid` is t, h, w in patches; t counts groups of `temporal_patch_size` frames. `pixels` are uint8 RGB
     [frames, h * patch, w * patch, 3], not normalized; a picture has one frame, which the encoder repeats. `digest` is
     16 bytes over kind, shape and pixels: what is encoded once is known by it. `second_per_grid` is the time between
-    groups of frames of a video, in seconds.
+    groups of frames of a video, in seconds; `repeated` of its last frames only fill up their group.
     """
 
     start: int
@@ -175,6 +175,7 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     digest: bytes
     video: bool = False
     second_per_grid: float = 1.0
+    repeated: int = 0
 
 
 class Request(msgspec.Struct, kw_only=True):

@@ -99,7 +99,8 @@ def _layer_values(layer: Layer) -> int:
 
 def encoded_bytes(spec: ModelSpec, max_model_len: int, itemsize: int = FLOAT32_BYTES) -> int:
     """The vectors of images that are kept for steps to come: as many as one of the largest has."""
-    return min(max_model_len, MOST_IMAGE_TOKENS) * spec.hidden_size * itemsize
+    vectors = 1 if spec.vision is None else spec.vision.vectors
+    return min(max_model_len, MOST_IMAGE_TOKENS) * vectors * spec.hidden_size * itemsize
 
 
 def most_patches(vision: Vision, max_model_len: int) -> int:

@@ -12,7 +12,7 @@ from pagoda.arch.names_fused import cut_tensors
 from pagoda.arch.names_gpt2 import gpt2_tensors
 from pagoda.arch.names_gpt_oss import gpt_oss_tensors
 from pagoda.arch.names_pooled import encoder_name, plain_tensors, unused
-from pagoda.arch.names_visual import encoder_slot_name, hub_tensors
+from pagoda.arch.names_visual import apart_experts, encoder_slot_name, hub_tensors
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
 from pagoda.weights.grouped import Stacked
@@ -92,7 +92,7 @@ def checkpoint_name(slot: str, *, gguf: bool, family: str = "") -> str:
 def slot_name(spec: ModelSpec, slot: str, *, gguf: bool = False) -> str:
     """The name of the tensor that fills a slot of this model; `*` stands for the experts of a layer."""
     if spec.vision is not None and slot.startswith("vision."):
-        return encoder_slot_name(slot, gated=spec.vision.gated)
+        return encoder_slot_name(slot, spec.vision)
     if spec.encoder is not None:
         return encoder_name(spec, slot)
     prefix, _, part = slot.rpartition(".")
@@ -110,6 +110,7 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)
     tensors = hub_tensors(tensors) if spec.vision is not None else tensors
+    tensors = apart_experts(tensors) if spec.model_type == "qwen3_vl_moe" else tensors
     return cut_tensors(spec, tensors) if spec.encoder is None else tensors
 
 

@@ -100,7 +100,10 @@ def from_config(config: Fields, head_dim: int, max_position: int) -> tuple[Rope,
             return _longrope(config, table, freq, max_position), max_position
         case kind:
             raise ModelError(f"{config.where}: rope type {kind!r} is not supported (supported: {', '.join(SUPPORTED)})")
-    return Rope(dim, tuple(freq.tolist()), attention_factor, sections=_sections(table, dim)), max_position
+    cyclic = table.flag("mrope_interleaved", False)
+    return Rope(
+        dim, tuple(freq.tolist()), attention_factor, sections=_sections(table, dim), cyclic=cyclic
+    ), max_position
 
 
 def _sections(table: Fields, dim: int) -> tuple[int, ...]:

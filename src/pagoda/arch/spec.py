@@ -24,6 +24,7 @@ class Rope:
     `interleaved` False rotates pairs (i, i + dim / 2) (Hugging Face, NEOX); True pairs (2i, 2i + 1) (GGUF llama).
     `dim` may be smaller than the head size: the rest of the head is not rotated. `sections` (arXiv 2409.12191, 3.1):
     how many pairs, one after the other, turn by a token's temporal, height and width position; () means by its place.
+    With `cyclic` the pairs take these in turn, and by time once the others have theirs.
     `long_inv_freq` (LongRoPE, arXiv 2402.13753) take the place of `inv_freq` where contexts longer than `short_length`
     are served.
     """
@@ -33,11 +34,17 @@ class Rope:
     attention_factor: float = 1.0
     interleaved: bool = False
     sections: tuple[int, ...] = ()
+    cyclic: bool = False
     long_inv_freq: tuple[float, ...] = ()
     short_length: int = 0
 
     def axes(self) -> npt.NDArray[np.intp]:
         """[dim // 2] which of a token's three positions turns each pair."""
+        if self.cyclic:
+            axes = np.zeros(self.dim // 2, np.intp)
+            for axis in (1, 2):
+                axes[axis : 3 * self.sections[axis] : 3] = axis
+            return axes
         return np.repeat(np.arange(len(self.sections)), self.sections)
 
     def tables(self, length: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

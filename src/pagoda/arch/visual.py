@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,20 @@ from pagoda.arch.vision_spec import Vision
 from pagoda.errors import ModelError
 
 PREPROCESSOR = "preprocessor_config.json"
-_SECTIONS = (16, 24, 24)
-_THETA = 1e6
 _OF_BOTH = ("eos_token_id", "bos_token_id", "rope_theta")
 _RECIPES = ("rope_parameters", "rope_scaling")
 
 
 def language_model(model_type: str, config: Mapping[str, Any]) -> ModelSpec:
     """Qwen2's layers, turned by three positions."""
-    fields = Fields(_language(config), "config.json")
+    fields = Fields(language(config, sections=(16, 24, 24), theta=1e6), "config.json")
     parts = decoder.Parts(qkv_bias=True)
     return decoder.from_config(model_type, fields, parts, windows=decoder.sliding_windows(fields))
 
 
-def _language(config: Mapping[str, Any]) -> dict[str, Any]:
+def language(
+    config: Mapping[str, Any], *, sections: Sequence[int], theta: float, cyclic: bool = False
+) -> dict[str, Any]:
     """The settings of the language model, which stand beside the encoder's or, in newer files, in `text_config`."""
     inner = config.get("text_config")
     inner = inner if isinstance(inner, Mapping) else config
@@ -37,9 +37,10 @@ def _language(config: Mapping[str, Any]) -> dict[str, Any]:
     recipe: Any = next((found[name] for name in _RECIPES if found.get(name)), {})
     if isinstance(recipe, Mapping):
         found["rope_parameters"] = {
-            "mrope_section": _SECTIONS,
-            "rope_theta": found.get("rope_theta") or _THETA,
+            "mrope_section": sections,
+            "rope_theta": found.get("rope_theta") or theta,
             **recipe,
+            "mrope_interleaved": cyclic,
         }
     return found
 
@@ -65,17 +66,19 @@ def with_encoder(spec: ModelSpec, vision: Vision, output_size: int) -> ModelSpec
         raise ModelError(f"config.json: {vision.heads} heads of a row and a column do not fit {vision.hidden_size}")
     if vision.window_size % (vision.patch_size * vision.merge_size):
         raise ModelError(f"config.json: window_size {vision.window_size} does not hold whole tokens")
+    if len(vision.deep_layers) >= len(spec.layers):
+        raise ModelError(f"config.json: {len(spec.layers)} layers are too few for {vision.deep_layers} to be added to")
     return replace(spec, vision=vision)
 
 
-def shape(fields: Fields) -> dict[str, Any]:
+def shape(fields: Fields, *, patch_size: int = 14, depth: int = 32) -> dict[str, Any]:
     """The fields that all encoders name alike."""
     return {
-        "patch_size": fields.integer("patch_size", 14),
+        "patch_size": fields.integer("patch_size", patch_size),
         "temporal_patch_size": fields.integer("temporal_patch_size", 2),
         "merge_size": fields.integer("spatial_merge_size", 2),
         "heads": fields.integer("num_heads", 16),
-        "depth": fields.integer("depth", 32, most=MOST_LAYERS),
+        "depth": fields.integer("depth", depth, most=MOST_LAYERS),
     }
 
 

@@ -145,6 +145,7 @@ class ReferenceExecutor:
         x = self.embed(plan)
         for i, layer in enumerate(self.spec.layers):
             p = f"layers.{i}."
+            x = self.added(i, x, plan)
             normed = self.norm(p + "attn_norm", x)
             y = self.attention(i, layer.attention, normed, plan, positions, cells)
             if layer.norms == "one":
@@ -154,6 +155,10 @@ class ReferenceExecutor:
             y = self.mlp(i, layer.mlp, self.norm(p + "mlp_norm", x))
             x = x + self.norm(p + "mlp_post_norm", y)
         return self.norm("norm", x[plan.rows])
+
+    def added(self, i: int, x: Float32, plan: StepPlan) -> Float32:
+        """What goes into layer i, with what is added there to what comes out of the layers before."""
+        return x
 
     def embed(self, plan: StepPlan) -> Float32:
         """What each token brings into the first layer."""

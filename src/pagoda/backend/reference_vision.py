@@ -10,9 +10,9 @@ import numpy as np
 from pagoda.arch.memory import KvType, encoded_bytes
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
-from pagoda.backend.reference import ReferenceExecutor, gelu, matmul, rotate_halves, silu, softmax
-from pagoda.backend.vision import Encoded, layout, patches
-from pagoda.types import Float32, Image, Int32, StepPlan
+from pagoda.backend.reference import ReferenceExecutor, gelu, gelu_tanh, matmul, rotate_halves, silu, softmax
+from pagoda.backend.vision import Encoded, grid_taps, layout, patches
+from pagoda.types import Float32, Image, Int32, PlannedImage, StepPlan
 
 
 class ReferenceVision(ReferenceExecutor):
@@ -46,9 +46,20 @@ class ReferenceVision(ReferenceExecutor):
     def embed(self, plan: StepPlan) -> Float32:
         x = super().embed(plan)
         for part in plan.images:
-            vectors = self._encoded.vectors(part.image)
-            x[part.row : part.row + part.count] = vectors[part.first : part.first + part.count]
+            x[part.row : part.row + part.count] = self.vectors(part, 0)
         return x
+
+    def added(self, i: int, x: Float32, plan: StepPlan) -> Float32:
+        if 0 < i < self.encoder.vision.vectors:
+            x = x.copy()
+            for part in plan.images:
+                x[part.row : part.row + part.count] += self.vectors(part, i)
+        return x
+
+    def vectors(self, part: PlannedImage, place: int) -> Float32:
+        """Of those that each token has the one at a place."""
+        all_of_them = self._encoded.vectors(part.image)[part.first : part.first + part.count]
+        return np.split(all_of_them, self.encoder.vision.vectors, axis=1)[place]
 
     def encoded(self, image: Image, most_s: float) -> bool:
         return self._encoded.ready(image, most_s)
@@ -66,21 +77,33 @@ class ReferenceImages:
         self.weights = weights
 
     def encode(self, image: Image) -> Float32:
-        """The vectors [tokens, hidden size of the model] that stand for an image."""
+        """The vectors that stand for an image, those of a token [tokens, ...] side by side."""
         v, place = self.vision, layout(image.grid, self.vision)
         turns = place.turns(v)
         together = patches(image, v).reshape(len(place.order), -1)[place.order]
         x = matmul(together.reshape(-1, v.patch_values), self.weights["vision.patch"])
+        x += self.weights.get("vision.patch_bias", 0)
+        if v.grid_side:
+            taps, shares = grid_taps(place, image.grid, v.grid_side)
+            x += (self.weights["vision.positions"][taps] * shares[:, :, None]).sum(axis=1)
+        deep: list[Float32] = []
         for i in range(v.depth):
             name = f"vision.layers.{i}."
             segments = place.frames if v.sees_all(i) else place.windows
             x = x + self.attention(name, self.norm(name + "attn_norm", x), turns, segments)
             x = x + self.mlp(name, self.norm(name + "mlp_norm", x))
-        merged = self.norm("vision.merge_norm", x).reshape(-1, v.merged_size)
-        vectors = self.linear("vision.merge_down", gelu(self.linear("vision.merge_up", merged)))
+            if i in v.deep_layers:
+                name = f"vision.deep.{len(deep)}."
+                deep.append(self.merged(name, self.norm(name + "merge_norm", x.reshape(-1, v.merged_size))))
+        last = self.merged("vision.", self.norm("vision.merge_norm", x).reshape(-1, v.merged_size))
+        vectors = np.concatenate([last, *deep], axis=1)
         out = np.empty_like(vectors)
         out[place.order] = vectors
         return out
+
+    def merged(self, name: str, x: Float32) -> Float32:
+        """Of the patches of each token, side by side, its vector."""
+        return self.linear(name + "merge_down", gelu(self.linear(name + "merge_up", x)))
 
     def attention(self, name: str, x: Float32, turns: tuple[Float32, Float32], segments: Int32) -> Float32:
         """Every patch over all patches of its segment."""
@@ -98,7 +121,8 @@ class ReferenceImages:
         up = self.linear(name + "up", x)
         if self.vision.gated:
             return self.linear(name + "down", silu(self.linear(name + "gate", x)) * up)
-        return self.linear(name + "down", up / (1 + np.exp(np.float32(-1.702) * up)))
+        inner = gelu_tanh(up) if self.vision.activation == "gelu_tanh" else up / (1 + np.exp(np.float32(-1.702) * up))
+        return self.linear(name + "down", inner)
 
     def linear(self, slot: str, x: Float32) -> Float32:
         return matmul(x, self.weights[slot]) + self.weights[slot + "_bias"]

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -263,7 +264,8 @@ class LLM:
     def _placed(self, text: str | None, ids: list[int], images: list[Image]) -> Encoded:
         if self._pictures is None or not images:
             return Encoded(text, ids)
-        ids, images = self._pictures.place(ids, images, self.info.max_model_len)
+        encode = partial(self._tokenizer.encode, add_special_tokens=False)
+        ids, images = self._pictures.place(ids, images, self.info.max_model_len, encode)
         return Encoded(text, ids, images)
 
     def _encode(self, prompt: Prompt) -> Encoded:

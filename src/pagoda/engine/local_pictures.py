@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -51,8 +51,10 @@ class LocalPictures:
             raise BadRequest("multi_modal_data holds more than the prompt has placeholders for", param="prompts")
         return self._read(sources, asked)
 
-    def place(self, ids: list[int], images: Sequence[Image], limit: int) -> tuple[list[int], list[Image]]:
-        ids, placed = self._seeing.place(ids, images)
+    def place(
+        self, ids: list[int], images: Sequence[Image], limit: int, encode: Callable[[str], list[int]]
+    ) -> tuple[list[int], list[Image]]:
+        ids, placed = self._seeing.place(ids, images, encode)
         self._seeing.check_length(ids, placed, limit)
         return ids, placed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from pagoda.arch.vision_spec import Vision
 from pagoda.config import Options
 from pagoda.errors import BadRequest, ConfigError, ContextLengthExceeded
 from pagoda.media.fetch import Permission
-from pagoda.media.place import image_of, place
+from pagoda.media.place import Times, image_of, place
 from pagoda.media.size import Sizing, find_sizing
 from pagoda.media.sources import Source
 from pagoda.media.task import Pixels, Task, need_pillow
@@ -48,8 +48,12 @@ class Seeing:
     def image(self, source: Source, pixels: Pixels) -> Image:
         return image_of(pixels, self.sizing, video=source.video)
 
-    def place(self, ids: list[int], images: Sequence[Image]) -> tuple[list[int], list[Image]]:
-        return place(ids, images, self.vision.image_token_id, self.vision.video_token_id)
+    def place(
+        self, ids: list[int], images: Sequence[Image], encode: Callable[[str], list[int]]
+    ) -> tuple[list[int], list[Image]]:
+        v = self.vision
+        times = None if v.frame_tokens is None else Times(v.temporal_patch_size, *v.frame_tokens, encode)
+        return place(ids, images, v.image_token_id, v.video_token_id, times)
 
     def check_taken(self, images: Sequence[Image], count: int, limit: int) -> None:
         """ContextLengthExceeded where the first of `count` pictures alone are too many: the others need no decoding."""
@@ -104,6 +108,7 @@ def find_seeing(options: Options, path: str, vision: Vision | None) -> Seeing | 
         vision.merge_size,
         (files[0], files[1]),
         options.mm_processor_kwargs,
+        whole_videos=vision.frame_tokens is not None,
     )
     return Seeing(vision, sizing, Permission(options.allowed_media_domains, folder), limits)
 

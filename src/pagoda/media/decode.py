@@ -38,16 +38,24 @@ def decode(task: Task) -> Pixels:
 
 def pixels_of(frames: Sequence[Picture], sizing: Sizing, *, video: bool, source_pixels: int = 0) -> Pixels:
     """Decoded pictures in the model's size; all frames of a video get that of the first."""
-    width, height = sizing.fit(frames[0].width, frames[0].height, video=video)
+    width, height = sizing.fit(frames[0].width, frames[0].height, video=video, frames=len(frames))
     if len(frames) * width * height * 3 > MAX_BYTES:
         raise BadRequest(f"its {len(frames)} frames of {width} x {height} are too much: send fewer, or smaller ones")
     sized = [np.asarray(to_rgb(frame).resize((width, height), pil.Resampling.BICUBIC)) for frame in frames]
-    if video:  # the model looks at groups of frames; the last one fills up its group
-        sized += [sized[-1]] * (-len(sized) % sizing.temporal_patch_size)
+    repeated = -len(sized) % sizing.temporal_patch_size if video else 0  # the model looks at whole groups of frames
+    sized += [sized[-1]] * repeated
     data = b"".join(frame.tobytes() for frame in sized)
     shape = len(sized), height, width
     digest = hashlib.blake2b(f"{video} {shape} ".encode() + data, digest_size=16).digest()
-    return Pixels(data=data, digest=digest, frames=len(sized), height=height, width=width, source_pixels=source_pixels)
+    return Pixels(
+        data=data,
+        digest=digest,
+        frames=len(sized),
+        height=height,
+        width=width,
+        source_pixels=source_pixels,
+        repeated=repeated,
+    )
 
 
 def to_rgb(picture: Picture) -> Picture:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -23,11 +25,21 @@ def image_of(pixels: Pixels, sizing: Sizing, *, video: bool) -> Image:
         digest=pixels.digest,
         video=video,
         second_per_grid=sizing.temporal_patch_size / FRAMES_PER_S if video else 1.0,
+        repeated=pixels.repeated,
     )
 
 
+class Times(NamedTuple):
+    """How a model is shown a video: groups of so many frames between two tokens, each behind its time as text."""
+
+    together: int
+    begin: int
+    end: int
+    encode: Callable[[str], list[int]]
+
+
 def place(
-    ids: Sequence[int], images: Sequence[Image], image_token_id: int, video_token_id: int
+    ids: Sequence[int], images: Sequence[Image], image_token_id: int, video_token_id: int, times: Times | None = None
 ) -> tuple[list[int], list[Image]]:
     """The prompt with room for each picture, and the pictures with their places.
 
@@ -45,10 +57,34 @@ def place(
     placed = []
     left = iter(images)
     for token in ids:
-        if token in kinds:
-            image = next(left)
+        if token not in kinds:
+            out.append(token)
+            continue
+        image = next(left)
+        if not image.video or times is None:
             placed.append(msgspec.structs.replace(image, start=len(out)))
             out += [token] * image.tokens
-        else:
-            out.append(token)
+            continue
+        for time_s, group in _groups(image, times.together):
+            out += [*times.encode(f"<{time_s:.1f} seconds>"), times.begin]
+            placed.append(msgspec.structs.replace(group, start=len(out)))
+            out += [token] * group.tokens + [times.end]
     return out, placed
+
+
+def _groups(video: Image, together: int) -> Iterator[tuple[float, Image]]:
+    """Each group of frames as a video of its own, and the middle of the times that it is shown at."""
+    count, rows, columns = video.grid
+    each, last = len(video.pixels) // count, count * together - 1 - video.repeated
+    for i in range(count):
+        first = i * together
+        middle = (first + min(first + together - 1, last)) / 2
+        group = msgspec.structs.replace(
+            video,
+            tokens=video.tokens // count,
+            grid=(1, rows, columns),
+            pixels=video.pixels[i * each : (i + 1) * each],
+            digest=hashlib.blake2b(video.digest + i.to_bytes(4, "little"), digest_size=16).digest(),
+            repeated=0,
+        )
+        yield middle * video.second_per_grid / together, group

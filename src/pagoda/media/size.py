@@ -17,7 +17,10 @@ _NAMES = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
 
 
 class Sizing(msgspec.Struct, frozen=True, kw_only=True):
-    """What the model takes, and between how many pixels a picture, or a frame of a video, is brought."""
+    """What the model takes, and between how many pixels a picture, or a frame of a video, is brought.
+
+    `whole_videos`: those of all frames of a video together are counted.
+    """
 
     patch_size: int = 14
     temporal_patch_size: int = 2
@@ -26,13 +29,14 @@ class Sizing(msgspec.Struct, frozen=True, kw_only=True):
     max_pixels: int = _MAX_PIXELS
     min_frame_pixels: int = _MIN_PIXELS
     max_frame_pixels: int = _MAX_PIXELS
+    whole_videos: bool = False
 
     @property
     def factor(self) -> int:
         """Pixels along a side of what becomes one token."""
         return self.patch_size * self.merge_size
 
-    def fit(self, width: int, height: int, *, video: bool = False) -> tuple[int, int]:
+    def fit(self, width: int, height: int, *, video: bool = False, frames: int = 1) -> tuple[int, int]:
         """Width and height in the model: multiples of `factor`, as near to the picture's own as the limits allow."""
         if max(height, width) > MAX_RATIO * min(height, width):
             raise BadRequest(f"its long side is more than {MAX_RATIO} times its short one ({width} x {height})")
@@ -40,12 +44,15 @@ class Sizing(msgspec.Struct, frozen=True, kw_only=True):
         least = self.min_frame_pixels if video else self.min_pixels
         most = self.max_frame_pixels if video else self.max_pixels
         rows, columns = round(height / factor), round(width / factor)
-        if rows * columns * factor**2 > most:
-            shrink = math.sqrt(height * width / most)
+        count = frames if self.whole_videos and video else 1
+        groups = round(count / self.temporal_patch_size)
+        pixels = rows * columns * factor**2 * max(groups * self.temporal_patch_size, 1)
+        if pixels > most:
+            shrink = math.sqrt(count * height * width / most)
             rows = max(1, math.floor(height / shrink / factor))
             columns = max(1, math.floor(width / shrink / factor))
-        elif rows * columns * factor**2 < least:
-            grow = math.sqrt(least / (height * width))
+        elif pixels < least:
+            grow = math.sqrt(least / (count * height * width))
             rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
         return columns * factor, rows * factor
 
@@ -102,6 +109,8 @@ def find_sizing(
     merge_size: int,
     files: tuple[Mapping[str, Any], Mapping[str, Any]],
     given: Mapping[str, Any],
+    *,
+    whole_videos: bool = False,
 ) -> Sizing:
     """From the model's preprocessor_config.json and video_preprocessor_config.json, and --mm-processor-kwargs."""
     factor = patch_size * merge_size
@@ -116,6 +125,7 @@ def find_sizing(
         patch_size=patch_size,
         temporal_patch_size=temporal_patch_size,
         merge_size=merge_size,
+        whole_videos=whole_videos,
         **picture,
         **{name.replace("_", "_frame_"): value for name, value in video.items()},
     )

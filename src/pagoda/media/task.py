@@ -27,7 +27,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 class Pixels(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """RGB, uint8, [frames, height, width, 3]. `source_pixels`: how many were decoded to make them.
 
-    `digest` is over the kind, the shape and the pixels.
+    `digest` is over the kind, the shape and the pixels. `repeated`: of the last frames, how many only fill up a group.
     """
 
     data: bytes
@@ -36,6 +36,7 @@ class Pixels(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     height: int
     width: int
     source_pixels: int
+    repeated: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from pagoda.api.http.errors import JSON, to_json
-from pagoda.api.openai.replies import ModelCard, ModelList, Permission
+from pagoda.api.openai.replies import Modalities, ModelCard, ModelList, Permission
 from pagoda.api.serving.server import Server
+
+_SEES = Modalities(input_modalities=["text", "image"], output_modalities=["text"])
 
 
 async def list_models(server: Server, request: Request) -> Response:
@@ -35,4 +38,5 @@ def _card(server: Server, name: str) -> ModelCard:
         permission=[Permission(id=f"modelperm-{digest[:32]}", created=server.created)],
         context_length=server.max_model_len,
         max_tokens=server.max_model_len,
+        architecture=_SEES if server.pictures is not None else msgspec.UNSET,
     )

@@ -88,8 +88,16 @@ class Permission(msgspec.Struct, kw_only=True):
     is_blocking: bool = False
 
 
+class Modalities(msgspec.Struct, kw_only=True):
+    input_modalities: list[str]
+    output_modalities: list[str]
+
+
 class ModelCard(msgspec.Struct, kw_only=True):
-    """`context_length` and `max_tokens` repeat `max_model_len` under the names that other clients read."""
+    """`context_length` and `max_tokens` repeat `max_model_len` under the names that other clients read.
+
+    `architecture`, of models that see, is where clients of OpenRouter and of llama.cpp's router look for that.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -101,6 +109,7 @@ class ModelCard(msgspec.Struct, kw_only=True):
     permission: list[Permission]
     context_length: int
     max_tokens: int
+    architecture: Modalities | msgspec.UnsetType = msgspec.UNSET
 
 
 class ModelList(msgspec.Struct, kw_only=True):

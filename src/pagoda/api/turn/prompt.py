@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pagoda.api.serving.server import INLINE_CHARS, Server
@@ -60,7 +61,7 @@ async def chat_prompt(server: Server, body: ChatBody | TokenizeBody) -> Prompt:
     ids = encode() if sum(map(len, texts)) < INLINE_CHARS else await asyncio.to_thread(encode)
     if server.pictures is None or not images:
         return Prompt(ids)
-    ids, images = server.pictures.seeing.place(ids, images)
+    ids, images = server.pictures.seeing.place(ids, images, partial(server.tokenizer.encode, add_special_tokens=False))
     server.pictures.seeing.check_length(ids, images, server.max_model_len)
     return Prompt(ids, images)
 

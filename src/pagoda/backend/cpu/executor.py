@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pagoda.arch import memory
 from pagoda.arch.registry import bind
 from pagoda.arch.spec import ModelSpec
+from pagoda.arch.vision_spec import Vision
 from pagoda.backend.base import Capacity, Limits, Pending, Progress
 from pagoda.backend.cpu.encoder_program import EncoderProgram
 from pagoda.backend.cpu.library import Native, matrix_bytes
@@ -37,7 +38,7 @@ class CpuExecutor:
         if spec.vision is not None:
             check_vision(spec.vision)
         tensors = bind(spec, source)
-        text, seeing = split_tensors(tensors)
+        text, seeing = split_tensors(tensors, spec.vision)
         kv_type = memory.kv_type(limits.kv_cache_dtype)
         threads = limits.threads or usable_cores()
         image_bytes = memory.vision_bytes(spec, limits.max_model_len)
@@ -45,7 +46,7 @@ class CpuExecutor:
             spec,
             limits,
             free_bytes=max(0, free_memory_bytes() - limits.reserved_bytes),
-            weight_bytes=weight_bytes(tensors, limits.quantization),
+            weight_bytes=weight_bytes(tensors, limits.quantization, spec.vision),
             activation_bytes=buffer_bytes(spec, limits.max_num_batched_tokens) + image_bytes,
             kv_type=kv_type,
         )
@@ -86,9 +87,9 @@ class CpuExecutor:
             self._vision.close()
 
 
-def weight_bytes(tensors: Mapping[str, Tensor], quantization: str | None = None) -> int:
+def weight_bytes(tensors: Mapping[str, Tensor], quantization: str | None = None, vision: Vision | None = None) -> int:
     """What the tensors take once they are repacked; vectors are kept in float32."""
-    text, seeing = split_tensors(tensors)
+    text, seeing = split_tensors(tensors, vision)
     return _repacked_bytes(text, quantization) + _repacked_bytes(seeing, vision_quantization(quantization))
 
 

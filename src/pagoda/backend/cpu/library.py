@@ -24,6 +24,7 @@ TYPES = {
 EMBED, NORM, GATHER, MATMUL, ROPE, ATTENTION, SILU, HEAD, HIDDEN, POSITIONS, LAYER_NORM, GELU, ATTEND_ALL = range(13)
 ROUTE, EXPERTS_UP, EXPERTS_DOWN, GATED = range(13, 17)
 PATCHES, QUICK_GELU, GELU_TANH = range(17, 20)
+ADD_VECTORS, GRID = 26, 27
 ADD, QUANTIZE, LOGIT_ROWS, FRAMES, PIECES, CLAMPED, STILL = 1, 2, 4, 8, 16, 32, 64
 TOKENS, LOGITS, PIECE = range(3)
 
@@ -61,7 +62,7 @@ class Dims(c.Structure):
         ("kv_int8", c.c_int32),
         *((name, c.c_int32) for name in ("experts", "active", "normalized")),
         ("piece_rows", c.c_int32),
-        ("rope_sections", c.c_int32 * 3),
+        ("rope_axes", c.c_void_p),
     ]  # fmt: skip
 
 
@@ -88,7 +89,7 @@ class Step(c.Structure):
         *((name, c.c_int32) for name in ("requests", "tokens_count", "rows_count", "table_width", "top_width")),
         ("mask_width", c.c_int32),
         *((name, c.c_void_p) for name in (*_PLAN_ARRAYS, "vectors", "vector_of", "frames")),
-        ("frames_count", c.c_int32),
+        *((name, c.c_int32) for name in ("frames_count", "vectors_width", "hidden_width")),
         ("picture", c.POINTER(Picture)),
         *(("out_" + name, c.c_void_p) for name in _RESULT_ARRAYS),
         ("out_logits", c.c_void_p),
@@ -249,6 +250,7 @@ class Native:
             self._logits, self._images = logits, images
             step.out_logits = _address(logits)
             step.vectors, step.vector_of = map(_address, images or (None, None))
+            step.vectors_width = images[0].shape[1] if images else 0
         self._checked(self._lib.pg_start(self._handle, step), EngineError)
         self._started = True
 
@@ -281,7 +283,7 @@ class Native:
         step.rows_count, step.top_width = rows, width
         for name in _RESULT_ARRAYS:
             setattr(step, "out_" + name, _address(getattr(result, name)))
-        step.out_hidden = _address(result.hidden)
+        step.out_hidden, step.hidden_width = _address(result.hidden), self._hidden
 
     def wait(self) -> StepResult:
         """Work on the step until it is done, without the GIL. Its result is good until the next one is started."""
@@ -312,7 +314,7 @@ class Native:
         patches = positions.shape[1]
         zeros = np.zeros(patches, np.int32)
         step = Step(requests=len(windows) - 1, tokens_count=patches, rows_count=len(rows))
-        step.frames_count, step.picture = len(frames) - 1, c.pointer(picture)
+        step.frames_count, step.hidden_width, step.picture = len(frames) - 1, out.shape[1], c.pointer(picture)
         arrays = {
             "slots": zeros, "positions": zeros, "tokens": zeros, "starts": windows, "rows": rows,
             "rope_positions": positions, "frames": frames, "out_hidden": out,

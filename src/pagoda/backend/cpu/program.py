@@ -169,11 +169,12 @@ class Program:
         spec = self._spec
         attention = spec.layers[0].attention
         inv_freq: npt.NDArray[np.float64] = np.asarray(spec.rope.inv_freq, dtype=np.float64)
+        axes = spec.rope.axes().astype(np.int32)
         layers = 0 if spec.encoder is not None else len(spec.layers)  # that have a cache
         dims = Dims(
             layers, attention.heads, attention.kv_heads, attention.head_dim, spec.vocab_size, max_tokens,
             MAX_ROWS, num_blocks, spec.rope.dim, int(spec.rope.interleaved), spec.rope.attention_factor,
-            inv_freq.ctypes.data, int(kv_int8), *_mixture(spec), 0, spec.rope.sections,
+            inv_freq.ctypes.data, int(kv_int8), *_mixture(spec), 0, axes.ctypes.data if spec.rope.sections else None,
         )  # fmt: skip
         hidden = spec.hidden_size if spec.pooling is not None else 0
         self._lib.program(dims, buffer_shapes(spec), self._operations(), hidden)
@@ -185,6 +186,8 @@ class Program:
         if self._spec.positions:
             self._emit(native.POSITIONS, out=X, vector="positions")
         for i, layer in enumerate(self._spec.layers):
+            if self._spec.vision is not None and 0 < i < self._spec.vision.vectors:
+                self._emit(native.ADD_VECTORS, out=X, layer=i)
             if i + 1 < len(self._spec.layers) or not narrow_end(self._spec):
                 self._attention(i, layer, f"layers.{i}.o")
                 self._rest(i, layer, TOKENS)

@@ -25,6 +25,7 @@ from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import MadeTensor
 from pagoda.weights.source import Tensor
 
+HEAD_BLOCK = 16
 BLOCK = 32
 """Values that share a scale in 8 bits: matrices are padded to whole blocks, so that they can be quantized."""
 
@@ -36,7 +37,7 @@ PIECE_ROWS = 512
 
 PREFIX = "vision."
 
-PATCHES, X, H, QKV, ATT, GATE_UP, MLP, MERGED, MERGED_UP, OUT = range(10)
+PATCHES, X, H, QKV, ATT, GATE_UP, MLP, JOINED, MERGED, MERGED_UP, OUT = range(11)
 
 
 class VisionProgram(Program):
@@ -57,8 +58,10 @@ class VisionProgram(Program):
     def _weights(self) -> None:
         v, biased = self._vision, self._vision.norm == "layer"
         self._ids = {"patch": self._matrix("patch")}
-        norms = ["merge_norm"]
-        products: dict[str, tuple[str, ...]] = {"merge_up": ("merge_up",), "merge_down": ("merge_down",)}
+        self._ids |= {name: self._vector(name) for name in ("patch_bias", "positions") if name in self._tensors}
+        mergers = ["", *(f"deep.{k}." for k in range(len(v.deep_layers)))]
+        norms = [p + "merge_norm" for p in mergers]
+        products: dict[str, tuple[str, ...]] = {p + n: (p + n,) for p in mergers for n in ("merge_up", "merge_down")}
         for i in range(v.depth):
             p = f"layers.{i}."
             norms += [p + "attn_norm", p + "mlp_norm"]
@@ -78,45 +81,56 @@ class VisionProgram(Program):
         v = self._vision
         pairs = v.head_dim // 4  # of each of row and column
         inv_freq = np.tile(ROPE_BASE ** (-np.arange(pairs, dtype=np.float64) / pairs), 2)
+        axes = np.repeat(np.array([1, 2], np.int32), pairs)
         dims = Dims(
-            0, v.heads, v.heads, v.head_dim, 1, max_tokens, MERGED_ROWS, 0, v.head_dim, 0, 1.0,
-            inv_freq.ctypes.data, 0, 0, 0, 0, PIECE_ROWS, (0, pairs, pairs),
+            0, v.heads, v.heads, padded_head(v), 1, max_tokens, MERGED_ROWS, 0, v.head_dim, 0, 1.0,
+            inv_freq.ctypes.data, 0, 0, 0, 0, PIECE_ROWS, axes.ctypes.data,
         )  # fmt: skip
         self._lib.program(dims, buffer_shapes(self._spec), self._operations(), self._spec.hidden_size)
 
     def _operations(self) -> list[Op]:
         self._ops = []
         self._emit(native.PATCHES, out=PATCHES, flags=native.PIECES)
-        self._emit(native.MATMUL, in_=PATCHES, out=X, weight="patch", flags=native.PIECES)
-        for i in range(self._vision.depth):
+        v = self._vision
+        self._emit(native.MATMUL, in_=PATCHES, out=X, weight="patch", vector="patch_bias", flags=native.PIECES)
+        if v.grid_side:
+            self._emit(native.GRID, out=X, vector="positions", layer=v.grid_side, flags=native.PIECES)
+        for i in range(v.depth):
             self._vision_layer(i)
-        rows = native.LOGIT_ROWS
-        self._piece_norm("merge_norm", ATT)
-        self._emit(native.GATHER, in_=ATT, out=MERGED, flags=rows)
-        self._product("merge_up", MERGED, MERGED_UP, rows)
-        self._emit(native.GELU, in_=MERGED_UP, out=MERGED_UP, flags=rows)
-        self._product("merge_down", MERGED_UP, OUT, rows)
-        self._emit(native.HIDDEN, in_=OUT, flags=rows)
+            if i in v.deep_layers:
+                place = v.deep_layers.index(i)
+                self._merge(f"deep.{place}.", place + 1, parts=1)
+        self._merge("", 0, parts=v.merge_size**2)
         self._quantize_inputs()
         return self._ops
 
+    def _merge(self, p: str, place: int, parts: int) -> None:
+        """Make vector `place` of each token; a norm is of each of the `parts` that are joined, or of them all."""
+        rows = native.LOGIT_ROWS
+        self._emit(native.GATHER, in_=X, out=JOINED, flags=rows)
+        self._vision_norm(p + "merge_norm", JOINED, MERGED, rows, parts)
+        self._product(p + "merge_up", MERGED, MERGED_UP, rows)
+        self._emit(native.GELU, in_=MERGED_UP, out=MERGED_UP, flags=rows)
+        self._product(p + "merge_down", MERGED_UP, OUT, rows)
+        self._emit(native.HIDDEN, in_=OUT, layer=place, flags=rows)
+
     def _vision_layer(self, i: int) -> None:
         v, p, pieces = self._vision, f"layers.{i}.", native.PIECES
-        self._piece_norm(p + "attn_norm", H)
+        self._vision_norm(p + "attn_norm", X, H, pieces)
         self._product(p + "qkv", H, QKV, pieces)
         self._emit(native.ROPE, in_=QKV, flags=pieces)
         whole = native.FRAMES if v.sees_all(i) else 0
         self._emit(native.ATTEND_ALL, in_=QKV, out=ATT, f=v.head_dim**-0.5, flags=whole)
         self._product(p + "o", ATT, X, native.ADD | pieces)
-        self._piece_norm(p + "mlp_norm", H)
+        self._vision_norm(p + "mlp_norm", X, H, pieces)
         self._product(p + "gate_up", H, GATE_UP, pieces)
         self._emit(ACTIVATIONS[v.activation, v.gated], in_=GATE_UP, out=MLP, flags=pieces)
         self._product(p + "down", MLP, X, native.ADD | pieces)
 
-    def _piece_norm(self, name: str, out: int) -> None:
+    def _vision_norm(self, name: str, in_: int, out: int, flags: int, parts: int = 1) -> None:
         kind = native.LAYER_NORM if self._vision.norm == "layer" else native.NORM
-        bias = name + "_bias"
-        self._emit(kind, in_=X, out=out, vector=name, vector2=bias, f=self._vision.norm_eps, flags=native.PIECES)
+        bias, eps = name + "_bias", self._vision.norm_eps
+        self._emit(kind, in_=in_, out=out, vector=name, vector2=bias, f=eps, flags=flags, layer=parts)
 
     def _product(self, name: str, in_: int, out: int, flags: int) -> None:
         self._emit(native.MATMUL, in_=in_, out=out, weight=name, vector=name + "_bias", flags=flags)
@@ -133,7 +147,8 @@ class VisionEncoder:
         threads: int,
         limits: Limits,
     ) -> None:
-        self._vision, self._width = vision_of(spec), spec.hidden_size
+        self._vision = vision_of(spec)
+        self._width = spec.hidden_size * self._vision.vectors
         self._encoded: Encoded[Float32] = Encoded(memory.encoded_bytes(spec, limits.max_model_len), self.begin)
         self._lib = Native(threads)
         try:
@@ -162,7 +177,7 @@ class VisionEncoder:
         return self._encoded.ready(image, most_s)
 
     def begin(self, image: Image) -> Callable[[float], Float32 | None]:
-        """An image alone, so that its vectors depend on nothing else: [tokens, hidden size of the model]."""
+        """An image alone, so that its vectors depend on nothing else: those of a token [tokens, ...] side by side."""
         v, place = self._vision, layout(image.grid, self._vision)
         patches = place.places.shape[1]
         if patches > self._most_patches:
@@ -204,32 +219,48 @@ def vision_quantization(quantization: str | None) -> str | None:
     return "int8" if quantization in QUANTIZE_ON_LOAD else quantization
 
 
-def split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_tensors(tensors: Mapping[str, Tensor], vision: Vision | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of the text model; and those of the encoder, without their prefix and padded to whole blocks."""
     text = {slot: tensor for slot, tensor in tensors.items() if not slot.startswith(PREFIX)}
     seen = {slot.removeprefix(PREFIX): tensor for slot, tensor in tensors.items() if slot.startswith(PREFIX)}
-    return text, {slot: _padded(slot, tensor) for slot, tensor in seen.items()}
+    return text, {slot: _padded(slot, tensor, vision) for slot, tensor in seen.items()}
 
 
-def _padded(slot: str, tensor: Tensor) -> Tensor:
-    """With zeros behind, which change nothing, where the size of a patch or of the MLP is no multiple of BLOCK."""
-    axis = {"gate": 0, "up": 0, "gate_bias": 0, "up_bias": 0, "down": 1, "patch": 1}.get(slot.rpartition(".")[2])
-    if axis is None or tensor.shape[axis] % BLOCK == 0:
+def padded_head(vision: Vision) -> int:
+    """The head size that the kernels take."""
+    return -(-vision.head_dim // HEAD_BLOCK) * HEAD_BLOCK
+
+
+def _padded(slot: str, tensor: Tensor, vision: Vision | None) -> Tensor:
+    """With zeros behind, which change nothing, where a head, a patch or the inside of the MLP is no whole blocks."""
+    name = slot.rpartition(".")[2]
+    axis = {"gate": 0, "up": 0, "gate_bias": 0, "up_bias": 0, "qkv": 0, "qkv_bias": 0, "down": 1, "patch": 1, "o": 1}
+    if vision is None or name not in axis:
         return tensor
-    shape = list(tensor.shape)
-    shape[axis] += -shape[axis] % BLOCK
+    place, size, parts = axis[name], tensor.shape[axis[name]], 1
+    whole = -(-size // BLOCK) * BLOCK
+    if name in ("qkv", "qkv_bias", "o"):
+        parts = size // vision.head_dim  # heads, each of which is padded
+        whole = parts * padded_head(vision)
+    if whole == size:
+        return tensor
+    shape = (*tensor.shape[:place], whole, *tensor.shape[place + 1 :])
     kind = tensor.type if tensor.type in FLOATS else "F32"
-    return MadeTensor(tensor.name, tuple(shape), kind, partial(_pad, tensor, tuple(shape)), tensor)
+    return MadeTensor(tensor.name, shape, kind, partial(_pad, tensor, shape, place, parts), tensor)
 
 
-def _pad(tensor: Tensor, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+def _pad(tensor: Tensor, shape: tuple[int, ...], axis: int, parts: int) -> npt.NDArray[np.uint8]:
+    """Each of the `parts` of an axis with zeros behind."""
     values: npt.NDArray[Any]
     if tensor.type in FLOATS:
-        values = tensor.data.view(np.uint32 if tensor.type == "F32" else np.uint16).reshape(tensor.shape)
+        values = tensor.data.view(np.uint32 if tensor.type == "F32" else np.uint16)
     else:
         values = dequantize(tensor)
-    out = np.zeros(shape, values.dtype)
-    out[tuple(slice(size) for size in tensor.shape)] = values
+    before = (*shape[:axis], parts)
+    rest = shape[axis + 1 :]
+    out = np.zeros((*before, shape[axis] // parts, *rest), values.dtype)
+    each = tensor.shape[axis] // parts
+    out[(slice(None),) * len(before) + (slice(each),)] = values.reshape(*before, each, *rest)
     return out.view(np.uint8).ravel()
 
 
@@ -237,21 +268,20 @@ def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
     """Width of each buffer, in the order of the constants."""
     v = vision_of(spec)
     patch, inner = (-(-size // BLOCK) * BLOCK for size in (v.patch_values, v.intermediate_size))
-    wide, gates = v.hidden_size, 2 if v.gated else 1
+    wide, heads, gates = v.hidden_size, v.heads * padded_head(v), 2 if v.gated else 1
     all_rows, piece, merged = native.TOKENS, native.PIECE, native.LOGITS
     return [
         BufferShape(patch, piece), BufferShape(wide, all_rows), BufferShape(wide, piece),
-        BufferShape(3 * wide, all_rows), BufferShape(wide, all_rows), BufferShape(gates * inner, piece),
-        BufferShape(inner, piece), BufferShape(v.merged_size, merged), BufferShape(v.merged_size, merged),
-        BufferShape(spec.hidden_size, merged),
+        BufferShape(3 * heads, all_rows), BufferShape(heads, all_rows), BufferShape(gates * inner, piece),
+        BufferShape(inner, piece), *[BufferShape(v.merged_size, merged)] * 3, BufferShape(spec.hidden_size, merged),
     ]  # fmt: skip
 
 
 def check_vision(vision: Vision) -> None:
     """ModelError where the kernels lack something that the encoder needs."""
-    if vision.head_dim % 16 or vision.head_dim > 512:
+    if vision.head_dim % 4 or vision.head_dim > 512 or vision.heads * padded_head(vision) % BLOCK:
         raise ModelError(
-            f"the CPU backend needs an image encoder whose head size is a multiple of 16, not {vision.head_dim}",
+            f"the CPU backend has no image encoder with {vision.heads} heads of {vision.head_dim} values",
             remedy="Try --device reference",
         )
     if (vision.activation, vision.gated) not in ACTIVATIONS:

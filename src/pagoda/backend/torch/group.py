@@ -63,7 +63,10 @@ class SplitEmbedding:
         """Tokens below 0 are nobody's: rank 0 has the vectors of images for them, and gives them to all in the sum."""
         there = (tokens < self.first) | (tokens >= self.last)
         rows = self.own.data[(tokens - self.first).clamp(0, self.last - self.first - 1)]
-        return self.group.sum(with_seen(rows.masked_fill(there.unsqueeze(-1), 0), seen))
+        rows = rows.masked_fill(there.unsqueeze(-1), 0)
+        if self.group.vectors > 1 and bool((tokens < 0).any()):
+            rows = F.pad(rows, (0, (self.group.vectors - 1) * rows.shape[1]))
+        return self.group.sum(with_seen(rows, seen))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +97,14 @@ class Group(Team):
         place = {"init_method": meeting} if isinstance(meeting, str) else {"store": meeting}
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=_FOREVER, **place)
         self._sums = self._gathers = 0  # done in this step
+        self.vectors = 1  # of a token that stands for a part of an image
         self._spare, self._widths, self._sums_of_step = torch.empty(0), (0, 0), 0
 
     def close(self) -> None:
         dist.destroy_process_group()
 
     def share(self, spec: ModelSpec, tensors: dict[str, Stored]) -> tuple[ModelSpec, dict[str, Stored]]:
+        self.vectors = 1 if spec.vision is None else spec.vision.vectors
         return share(spec, tensors, self.rank, self.size)
 
     def sum(self, x: Tensor) -> Tensor:

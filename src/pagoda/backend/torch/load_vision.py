@@ -9,7 +9,7 @@ from torch import Tensor
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.torch.convert import Converter, Target
 from pagoda.backend.torch.norms import LayerNorm, RmsNorm
-from pagoda.backend.torch.vision import Norm, Product, VisionEncoder, VisionLayer
+from pagoda.backend.torch.vision import Merger, Norm, Product, VisionEncoder, VisionLayer
 from pagoda.weights.source import Tensor as Stored
 
 
@@ -23,10 +23,14 @@ class VisionLoader:
             vision=self._vision,
             patch=self._product("patch"),
             layers=tuple(self._layer(f"layers.{i}.") for i in range(self._vision.depth)),
-            merge_norm=self._norm("merge_norm"),
-            merge_up=self._product("merge_up"),
-            merge_down=self._product("merge_down"),
+            positions=self._floats("positions") if self._vision.grid_side else None,
+            merger=self._merger(""),
+            deep=tuple(self._merger(f"deep.{i}.") for i in range(len(self._vision.deep_layers))),
         )
+
+    def _merger(self, p: str) -> Merger:
+        up, down = self._product(p + "merge_up"), self._product(p + "merge_down")
+        return Merger(self._norm(p + "merge_norm"), up, down, self._vision.merged_size)
 
     def _layer(self, p: str) -> VisionLayer:
         return VisionLayer(
@@ -37,6 +41,7 @@ class VisionLoader:
             gate=self._product(p + "gate") if self._vision.gated else None,
             up=self._product(p + "up"),
             down=self._product(p + "down"),
+            by_tanh=self._vision.activation == "gelu_tanh",
         )
 
     def _product(self, slot: str) -> Product:

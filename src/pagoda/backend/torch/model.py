@@ -37,6 +37,9 @@ class Table:
 
 
 def with_seen(rows: Tensor, seen: Seen) -> Tensor:
+    """With the vectors of images in their places; where a token has several, wide enough for all."""
+    if seen:
+        rows = F.pad(rows, (0, seen[0][1].shape[1] - rows.shape[1]))
     for first, vectors in seen:
         rows[first : first + len(vectors)] = vectors
     return rows
@@ -186,8 +189,12 @@ class Decoder:
         if self.positions is not None:
             total = total + self.positions[batch.positions]
         cos_sin, batch = self._turns(batch)
+        total, *deep = torch.split(total, self.spec.hidden_size, dim=-1)
+        total = total.contiguous()
         x = torch.zeros_like(total)
-        for layer, cache in zip(self.layers, self.caches, strict=True):
+        for i, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
+            if 0 < i <= len(deep):
+                x = x + deep[i - 1]
             if layer.mlp_norm is None:
                 normed, total = layer.attn_norm.of_sum(x, total)
                 x = layer.attention(layer.qkv(normed), cos_sin, batch, cache) + layer.mlp(normed)

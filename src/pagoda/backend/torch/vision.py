@@ -17,7 +17,7 @@ from pagoda.arch.memory import MOST_IMAGE_TOKENS, VISION_TILE
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.torch.batch import Seen
 from pagoda.backend.torch.norms import LayerNorm, RmsNorm
-from pagoda.backend.vision import WHOLE_S, Encoded, Layout, in_one_go, layout, patch_bytes
+from pagoda.backend.vision import WHOLE_S, Encoded, Layout, grid_taps, in_one_go, layout, patch_bytes
 from pagoda.types import Image, Int32, PlannedImage
 
 Norm = LayerNorm | RmsNorm
@@ -46,6 +46,7 @@ class VisionLayer:
     gate: Product | None
     up: Product
     down: Product
+    by_tanh: bool
 
     def mlp(self, x: Tensor) -> Pieces[Tensor]:
         """By tiles: its inner values are the widest of all."""
@@ -58,7 +59,24 @@ class VisionLayer:
     def _tile(self, x: Tensor) -> Tensor:
         x = self.mlp_norm(x)
         up = self.up(x)
-        return self.down(up * torch.sigmoid(1.702 * up) if self.gate is None else F.silu(self.gate(x)) * up)
+        if self.gate is not None:
+            return self.down(F.silu(self.gate(x)) * up)
+        return self.down(F.gelu(up, approximate="tanh") if self.by_tanh else up * torch.sigmoid(1.702 * up))
+
+
+@dataclass(frozen=True, slots=True)
+class Merger:
+    """Patches [N, hidden] to the vectors of tokens; the norm is of each patch, or of all that become a token."""
+
+    norm: Norm
+    up: Product
+    down: Product
+    size: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = self.norm.weight.shape[0] == self.size
+        x = self.norm(x.view(-1, self.size)) if wide else self.norm(x).view(-1, self.size)
+        return self.down(F.gelu(self.up(x)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +103,9 @@ class VisionEncoder:
     vision: Vision
     patch: Product
     layers: tuple[VisionLayer, ...]
-    merge_norm: Norm
-    merge_up: Product
-    merge_down: Product
+    positions: Tensor | None  # [side²,  hidden] of a table that is spread over the picture
+    merger: Merger
+    deep: tuple[Merger, ...]
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +116,7 @@ class VisionEncoder:
         return self.patch.weight.dtype
 
     def encode(self, image: Image) -> Tensor:
-        """The vectors [tokens, hidden size of the model] that stand for an image; they depend on it alone."""
+        """The vectors that stand for an image, those of a token [tokens, ...] side by side; they depend on it alone."""
         return in_one_go(self.begin(image))
 
     def begin(self, image: Image) -> Callable[[float], Tensor | None]:
@@ -125,13 +143,17 @@ class VisionEncoder:
         v, laid = self.vision, layout(image.grid, self.vision)
         places = placed(laid, v, self.device)
         x = yield from self._embedded(image, laid)
+        deep: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             seen = yield from self._attend(layer, x, places, places.frames if v.sees_all(i) else places.windows)
             x = x + layer.o(seen)
             yield
             x = x + (yield from layer.mlp(x))
-        merged = self.merge_norm(x).view(-1, v.merged_size)
-        vectors = self.merge_down(F.gelu(self.merge_up(merged)))
+            if i in v.deep_layers:
+                yield
+                deep.append(self.deep[len(deep)](x))
+        yield
+        vectors = torch.cat([self.merger(x), *deep], dim=-1)
         return torch.empty_like(vectors).index_copy_(0, torch.from_numpy(laid.order).to(self.device), vectors)
 
     def _embedded(self, image: Image, laid: Layout) -> Pieces[Tensor]:
@@ -139,11 +161,23 @@ class VisionEncoder:
         v = self.vision
         stored = patch_bytes(image, v).reshape(len(laid.order), -1)[laid.order].reshape(-1, 3, v.patch_values // 3)
         mean, std = (torch.tensor(x, device=self.device).unsqueeze(-1) * 255 for x in (v.mean, v.std))
+        taps, shares = self._taps(image, laid)
         out = []
-        for tile in torch.split(torch.from_numpy(stored).to(self.device), VISION_TILE):
+        for i, tile in enumerate(torch.split(torch.from_numpy(stored).to(self.device), VISION_TILE)):
             yield
-            out.append(self.patch(((tile.float() - mean) / std).flatten(1).to(self.dtype)))
+            x = self.patch(((tile.float() - mean) / std).flatten(1).to(self.dtype))
+            if self.positions is not None:
+                x = x + (self.positions[taps[i]].float() * shares[i].unsqueeze(-1)).sum(1).to(self.dtype)
+            out.append(x)
         return torch.cat(out)
+
+    def _taps(self, image: Image, laid: Layout) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """See grid_taps, by tiles."""
+        if self.positions is None:
+            return (), ()
+        both = (torch.from_numpy(each).to(self.device) for each in grid_taps(laid, image.grid, self.vision.grid_side))
+        taps, shares = (torch.split(each, VISION_TILE) for each in both)
+        return taps, shares
 
     def _attend(self, layer: VisionLayer, x: Tensor, places: Places, segments: Iterable[Segments]) -> Pieces[Tensor]:
         """Each patch over those of its segment."""

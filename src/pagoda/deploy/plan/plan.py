@@ -114,7 +114,9 @@ def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Pl
     work = program.buffer_bytes(model.spec, limits.max_num_batched_tokens)
     draft = _draft_bytes(config, limits, machine)
     processes = _PROCESS_BYTES + LIBRARY_BYTES + _TOKEN_BYTES * model.spec.vocab_size + _table_bytes(model)
-    images = executor.weight_bytes(seeing, asked) + memory.vision_bytes(model.spec, limits.max_model_len)
+    images = executor.weight_bytes(seeing, asked, model.spec.vision) + memory.vision_bytes(
+        model.spec, limits.max_model_len
+    )
     try:
         blocks = memory.fit(
             model.spec,
