@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "chain.h"
+#include "picture.h"
 
 using namespace pagoda;
 
@@ -161,7 +162,7 @@ class StepJob : public Job {
       case PG_GATHER:
         memcpy(out, c_.buffers[op.in].row(st_.rows[logit]), c_.buffers[op.out].width * sizeof(float));
         break;
-      case PG_PATCHES: take_patch(row, out, c_.buffers[op.out].width); break;
+      case PG_PATCHES: take_patch(st_, row, out, c_.buffers[op.out].width); break;
       case PG_SILU: k.silu(in, in + c_.buffers[op.out].width, c_.buffers[op.out].width, out); break;
       case PG_ROPE: return rope(op, row);
       case PG_LAYER_NORM:
@@ -170,7 +171,7 @@ class StepJob : public Job {
       case PG_ADD_VECTORS:
         if (st_.vector_of && st_.vector_of[row] >= 0) add_to(out, vectors_of(row) + op.layer * c_.buffers[op.out].width, c_.buffers[op.out].width);
         break;
-      case PG_GRID: add_grid_position(op, row, out); break;
+      case PG_GRID: add_grid_position(st_, row, vector(op.vector), op.layer, c_.buffers[op.out].width, out); break;
       case PG_GELU: k.gelu(in, c_.buffers[op.out].width, out); break;
       case PG_QUICK_GELU: k.quick_gelu(in, c_.buffers[op.out].width, out); break;
       case PG_GELU_TANH: k.gelu_tanh(in, c_.buffers[op.out].width, out); break;
@@ -199,26 +200,6 @@ class StepJob : public Job {
   template <typename Body> void in_parts(const pg_op& op, Body body) const {
     const int64_t parts = std::max(1, op.layer), n = c_.buffers[op.in].width / parts;
     for (int64_t i = 0; i < parts; i++) body(i * n, n);
-  }
-
-  // A patch lies between two rows and two columns of the table.
-  void add_grid_position(const pg_op& op, int64_t token, float* out) const {
-    const pg_picture& p = *st_.picture;
-    const int sizes[2] = {p.height / p.patch_size, p.width / p.patch_size};
-    const int64_t side = op.layer, width = c_.buffers[op.out].width;
-    int64_t low[2], high[2];
-    float share[2];
-    for (int axis = 0; axis < 2; axis++) {
-      const float at = st_.rope_positions[(int64_t)(axis + 1) * st_.tokens_count + token];
-      const float where = at * (float)(side - 1) / (float)std::max(sizes[axis] - 1, 1);
-      low[axis] = std::min<int64_t>((int64_t)where, side - 1), high[axis] = std::min(low[axis] + 1, side - 1);
-      share[axis] = where - (float)low[axis];
-    }
-    const float down = share[0], right = share[1];
-    const auto row = [&](int64_t y, int64_t x) { return vector(op.vector) + (y * side + x) * width; };
-    const float *a = row(low[0], low[1]), *b = row(low[0], high[1]), *c = row(high[0], low[1]), *d = row(high[0], high[1]);
-    const float wa = (1 - down) * (1 - right), wb = (1 - down) * right, wc = down * (1 - right), wd = down * right;
-    for (int64_t i = 0; i < width; i++) out[i] += wa * a[i] + wb * b[i] + wc * c[i] + wd * d[i];
   }
 
   const float* vector(int32_t id) const { return id >= 0 ? c_.vectors[id].data() : nullptr; }
@@ -323,20 +304,6 @@ class StepJob : public Job {
     for (int64_t i = 0; i < width; i++) out[i] += type ? at[i] + type[i] : at[i];
   }
 
-  void take_patch(int64_t token, float* out, int64_t width) const {
-    const pg_picture& p = *st_.picture;
-    const int32_t* at = st_.rope_positions + token;
-    const int64_t group = at[0], top = at[st_.tokens_count] * p.patch_size, left = at[2 * (int64_t)st_.tokens_count] * p.patch_size;
-    float* const end = out + width;
-    for (int channel = 0; channel < 3; channel++)
-      for (int64_t f = group * p.together; f < (group + 1) * p.together; f++)
-        for (int64_t y = top; y < top + p.patch_size; y++) {
-          const uint8_t* from = p.pixels + ((std::min<int64_t>(f, p.frames - 1) * p.height + y) * p.width + left) * 3 + channel;
-          for (int x = 0; x < p.patch_size; x++) *out++ = (from[3 * x] - p.mean[channel]) / p.spread[channel];
-        }
-    std::fill(out, end, 0.0f);
-  }
-
   void attend_all(const Chain& chain, const Task& task, int64_t chunk, int thread) {
     const pg_dims& d = c_.dims;
     const pg_op& op = *task.op;
@@ -366,16 +333,6 @@ class StepJob : public Job {
   std::atomic<size_t> end_{SIZE_MAX};  // of the items that may be worked on, while it pauses
   std::deque<Chain> chains_;
 };
-
-// Whether its patches lie within a picture.
-bool holds_patches(const pg_step& st) {
-  const pg_picture& p = *st.picture;
-  const int64_t most[3] = {ceil_div(p.frames, p.together), p.height / p.patch_size, p.width / p.patch_size};
-  for (int axis = 0; axis < 3; axis++)
-    for (int64_t t = axis * (int64_t)st.tokens_count; t < (axis + 1) * (int64_t)st.tokens_count; t++)
-      if (st.rope_positions[t] < 0 || st.rope_positions[t] >= most[axis]) return false;
-  return true;
-}
 
 bool valid(const pg_context& c, const pg_step& st) {
   if (st.tokens_count < 1 || st.tokens_count > c.dims.max_tokens || st.starts[st.requests] != st.tokens_count) return false;
