@@ -70,9 +70,8 @@ def _as_blocks(m: Microscaled) -> Bytes:
     codes, scales = m.codes[m.first :: m.step], m.scales[m.first :: m.step]
     words = np.ascontiguousarray(codes).view(np.uint64)
     first, second = words[..., 0], words[..., 1]
-    out = np.empty((*scales.shape, BLOCKS["MXFP4"].bytes), np.uint8)
-    out[..., 0] = scales
     even, odd = first & _LOW | (second & _LOW) << _FOUR, first >> _FOUR & _LOW | second & ~_LOW
-    out[..., 1::2] = even.view(np.uint8).reshape(*scales.shape, 8)
-    out[..., 2::2] = odd.view(np.uint8).reshape(*scales.shape, 8)
+    pairs = odd.view(np.uint8).astype("<u2") << np.uint16(8) | even.view(np.uint8)
+    out = np.empty((*scales.shape, BLOCKS["MXFP4"].bytes), np.uint8)
+    out[..., 0], out[..., 1:] = scales, pairs.view(np.uint8).reshape(*scales.shape, -1)
     return out.reshape(-1)
