@@ -192,11 +192,12 @@ def test_which_gguf() -> None:
     assert pick_gguf(names, "m-Q4_K_S.gguf", REPO) == ["m-Q4_K_S.gguf"]
     with pytest.raises(ModelError, match="no GGUF file Q2_K"):
         pick_gguf(names, "Q2_K", REPO)
-    assert chosen(["config.json", *names], "Q4_K_S") == {"config.json", "m-Q4_K_S.gguf"}
+    assert chosen(["config.json", *names], "Q4_K_S") == {"config.json", "m-Q4_K_S.gguf", "mmproj-F16.gguf"}
+    assert chosen(["config.json", *names, "mmproj-Q8_0.gguf"], "Q8_0") == {"config.json", *split}
 
 
 def test_found_after_it_was_pulled(tmp_path: Path) -> None:
-    names = {"m-Q4_K_M.gguf": b"GGUF4", "m-Q8_0.gguf": b"GGUF8"}
+    names = {"m-Q4_K_M.gguf": b"GGUF4", "m-Q8_0.gguf": b"GGUF8", "a-mmproj-F16.gguf": b"GGUFM"}
     with running(names) as hub:
         variables = environ(hub, tmp_path)
         assert cached_model(f"{REPO}:Q8_0", variables) is None

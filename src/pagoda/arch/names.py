@@ -12,7 +12,7 @@ from pagoda.arch.names_fused import cut_tensors
 from pagoda.arch.names_gpt2 import gpt2_tensors
 from pagoda.arch.names_gpt_oss import gpt_oss_tensors
 from pagoda.arch.names_pooled import encoder_name, plain_tensors, unused
-from pagoda.arch.names_visual import apart_experts, encoder_slot_name, hub_tensors
+from pagoda.arch.names_visual import apart_experts, encoder_slot_name, from_mmproj, hub_tensors
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
 from pagoda.weights.grouped import Stacked
@@ -109,7 +109,8 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
         tensors = gpt_oss_tensors(tensors)
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)
-    tensors = hub_tensors(tensors) if spec.vision is not None else tensors
+    if spec.vision is not None:
+        tensors = from_mmproj(tensors, spec.vision) if gguf else hub_tensors(tensors)
     tensors = apart_experts(tensors) if spec.model_type == "qwen3_vl_moe" else tensors
     return cut_tensors(spec, tensors) if spec.encoder is None else tensors
 

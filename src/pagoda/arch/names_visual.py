@@ -38,6 +38,27 @@ _NAMES_3 = MappingProxyType(
     }
 )
 """Qwen3-VL's; those of what joins patches stand below its name."""
+_MMPROJ = MappingProxyType(
+    {
+        "patch": "v.patch_embd",
+        "positions": "v.position_embd",
+        "merge_norm": "v.post_ln",
+        "merge_up": "mm.0",
+        "merge_down": "mm.2",
+    }
+)
+_MMPROJ_LAYER = MappingProxyType(
+    {
+        "attn_norm": "ln1",
+        "qkv": "attn_qkv",
+        "o": "attn_out",
+        "mlp_norm": "ln2",
+        "gate": "ffn_gate",
+        "up": "ffn_up",
+        "down": "ffn_down",
+    }
+)
+_MMPROJ_DEEP = MappingProxyType({"merge_norm": "norm", "merge_up": "fc1", "merge_down": "fc2"})
 _PLAIN_MLP = MappingProxyType({"up": "mlp.fc1", "down": "mlp.fc2"})
 _GATED_MLP = MappingProxyType({"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"})
 
@@ -57,6 +78,52 @@ def encoder_slot_name(slot: str, vision: Vision) -> str:
         return f"visual.{place}{merger}{_NAMES_3[stem]}.{suffix}"
     name = _NAMES.get(stem) or (_GATED_MLP if vision.gated else _PLAIN_MLP)[stem]
     return f"visual.{place}{name}.{suffix}"
+
+
+def from_mmproj(tensors: Mapping[str, Tensor], vision: Vision) -> dict[str, Tensor]:
+    """The tensors of a GGUF model and of its encoder's own file, those of the encoder under the hub's names."""
+    out = dict(tensors)
+    for slot in vision.slots(1):
+        stored = _mmproj_name(slot, vision)
+        ours = encoder_slot_name(f"vision.{slot}", vision)
+        if slot == "patch" and f"{stored}.1" in out:  # a matrix for each frame of a group
+            out[ours] = _frames_joined(out.pop(stored), out.pop(f"{stored}.1"))
+        elif stored in out:
+            out[ours] = out.pop(stored)
+        elif all(stored.replace("qkv", part) in out for part in "qkv"):
+            out[ours] = _stacked_rows([out.pop(stored.replace("qkv", part)) for part in "qkv"])
+    return out
+
+
+def _mmproj_name(slot: str, vision: Vision) -> str:
+    prefix, _, part = slot.rpartition(".")
+    stem = part.removesuffix("_bias")
+    suffix = "bias" if part.endswith("_bias") else "weight"
+    kind, _, number = prefix.partition(".")
+    if kind == "layers":
+        return f"v.blk.{number}.{_MMPROJ_LAYER[stem]}.{suffix}"
+    if kind == "deep":
+        return f"v.deepstack.{vision.deep_layers[int(number)]}.{_MMPROJ_DEEP[stem]}.{suffix}"
+    return f"{_MMPROJ[stem]}.{suffix}"
+
+
+def _frames_joined(first: Tensor, second: Tensor) -> Tensor:
+    if first.type not in FLOATS or second.type != first.type or first.shape != second.shape:
+        raise ModelError(f"the tensor {first.name} of the mmproj file is stored as {first.type}, must be floats")
+
+    def make() -> Bytes:
+        each = [t.data.view("u4" if t.type == "F32" else "u2").reshape(t.shape) for t in (first, second)]
+        return np.ascontiguousarray(np.stack(each, axis=2)).reshape(-1).view(np.uint8)
+
+    return MadeTensor(first.name, (*first.shape[:2], 2, *first.shape[2:]), first.type, make)
+
+
+def _stacked_rows(parts: list[Tensor]) -> Tensor:
+    first = parts[0]
+    if len({(part.type, part.shape) for part in parts}) > 1:
+        raise ModelError(f"the tensor {first.name} of the mmproj file is not stored like its neighbours")
+    shape = (3 * first.shape[0], *first.shape[1:])
+    return MadeTensor(first.name, shape, first.type, lambda: np.concatenate([part.data for part in parts]))
 
 
 def apart_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from pagoda.arch import visual
+from pagoda.arch import decoder, visual, visual_gguf
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
-from pagoda.errors import ModelError
 from pagoda.weights.source import Tensor
 
 
@@ -33,4 +33,7 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
-    raise ModelError("vision models in GGUF are not supported", remedy="Take the model's safetensors version")
+    """Of Qwen2.5-VL too: only the encoder tells which of the two it is."""
+    kind = "qwen2_5_vl" if visual_gguf.projector(metadata) == "qwen2.5vl_merger" else "qwen2_vl"
+    spec = replace(decoder.from_gguf("qwen2vl", metadata, tensors), model_type=kind)
+    return visual_gguf.seeing(spec, metadata, tensors)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from pagoda.arch import decoder, visual
+from pagoda.arch import decoder, visual, visual_gguf
 from pagoda.arch.fields import Fields
-from pagoda.arch.qwen2_vl import from_gguf as from_gguf
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
 from pagoda.errors import ModelError
+from pagoda.weights.source import Tensor
 
 _HALF = (0.5, 0.5, 0.5)
 _DEEP_LAYERS = (8, 16, 24)
@@ -22,6 +23,11 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
     parts = decoder.Parts(qkv_bias=bias, out_bias=bias, qk_norm=True)
     spec = decoder.from_config("qwen3_vl", fields, parts, head_dim=128)
     return visual.with_encoder(spec, encoder(config), visual.encoder_fields(config).integer("out_hidden_size", 3584))
+
+
+def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
+    spec = replace(decoder.from_gguf("qwen3vl", metadata, tensors, qk_norm=True), model_type="qwen3_vl")
+    return visual_gguf.seeing(spec, metadata, tensors)
 
 
 def language_fields(config: Mapping[str, Any]) -> Fields:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pagoda.arch import mixture, qwen3_vl
+from pagoda.arch import mixture, qwen3_vl, visual_gguf
 from pagoda.arch.fields import Fields
-from pagoda.arch.qwen2_vl import from_gguf as from_gguf
 from pagoda.arch.spec import ModelSpec
+from pagoda.weights.source import Tensor
 
 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
@@ -17,3 +17,8 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
     fields = qwen3_vl.language_fields(config)
     # its router always divides by the sum of the shares that it has chosen, whatever the file says
     return mixture.from_config(spec, Fields({**fields.values, "norm_topk_prob": True}, fields.where))
+
+
+def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
+    spec = mixture.from_gguf("qwen3vlmoe", metadata, tensors, normalized=True, qk_norm=True)
+    return visual_gguf.seeing(replace(spec, model_type="qwen3_vl_moe"), metadata, tensors)

@@ -43,6 +43,7 @@ _HELPERS = frozenset(
         "spec",
         "vision_spec",
         "visual",
+        "visual_gguf",
     }
 )
 _GGUF_NAMES = MappingProxyType(
@@ -50,6 +51,9 @@ _GGUF_NAMES = MappingProxyType(
         "chatglm": "glm",
         "command-r": "cohere",
         "phi2": "phi",
+        "qwen2vl": "qwen2_vl",
+        "qwen3vl": "qwen3_vl",
+        "qwen3vlmoe": "qwen3_vl_moe",
         "qwen2moe": "qwen2_moe",
         "qwen3moe": "qwen3_moe",
     }

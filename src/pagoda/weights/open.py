@@ -13,6 +13,7 @@ from pagoda.weights.files import Checkpoint, reading, sniff, wrong_kind
 from pagoda.weights.fp8 import fp8_tensors
 from pagoda.weights.gguf import SPLIT_NAME, open_gguf
 from pagoda.weights.gptq import gptq_tensors
+from pagoda.weights.mmproj import MARK, with_mmproj
 from pagoda.weights.mxfp4 import mxfp4_tensors
 from pagoda.weights.pytorch import PT_INDEX, TRAINING, open_pytorch
 from pagoda.weights.quantization import method_of
@@ -29,7 +30,7 @@ _UNPACK = MappingProxyType(
     }
 )
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_SIDECARS = ("mmproj", "mtp-", "imatrix")  # in names of GGUF files that go with a model and are none
+_SIDECARS = (MARK, "mtp-", "imatrix")  # in names of GGUF files that go with a model and are none
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
 
@@ -48,7 +49,7 @@ def open_source(path: str) -> TensorSource:
         return unpacked(open_safetensors(place))
     kind = sniff(place)
     if kind == "gguf":
-        return open_gguf(place)
+        return with_mmproj(open_gguf(place))
     if kind == "safetensors":
         return unpacked(open_safetensors(place))
     if kind == "torch" or place.name == PT_INDEX:
@@ -87,7 +88,7 @@ def _open_directory(folder: Path) -> TensorSource:
         return unpacked(open_safetensors(folder))
     ggufs = [name for name, kind in kinds.items() if kind == "gguf"]
     if ggufs:
-        return open_gguf(folder / _choose(folder, ggufs))
+        return with_mmproj(open_gguf(folder / _choose(folder, ggufs)))
     if PT_INDEX in kinds or any(kind == "torch" and name.endswith(".bin") for name, kind in kinds.items()):
         return unpacked(open_pytorch(folder))
     for name, kind in kinds.items():

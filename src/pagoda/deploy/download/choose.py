@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from pagoda.deploy.download.hub import Listing, RemoteFile
 from pagoda.errors import ModelError
+from pagoda.weights.mmproj import preferred
 
 # Tried in this order where a repository has several GGUF files and none was named.
 PREFERRED_QUANTS = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "IQ4_XS", "Q5_K_M", "Q8_0", "Q6_K", "F16", "BF16")
@@ -51,7 +52,11 @@ def _weights(listing: Listing, part: str | None) -> list[RemoteFile]:
         pytorch = [file for file in top if fnmatchcase(file.path, _PYTORCH)]
         if pytorch:
             return pytorch
-    paths = pick_gguf([file.path for file in listing.files], part, listing.repo)
+    every = [file.path for file in listing.files]
+    paths = pick_gguf(every, part, listing.repo)
+    folder = paths[0].rpartition("/")[0]
+    eyes = preferred([path for path in every if path.rpartition("/")[0] == folder])
+    paths = [*paths, eyes] if eyes is not None else paths
     return [file for file in listing.files if file.path in paths]
 
 

@@ -15,6 +15,7 @@ from pagoda.deploy.download.layout import Layout, adopt, adopt_complete, hf_fold
 from pagoda.deploy.download.lock import owned
 from pagoda.deploy.download.transfer import Pace, Progress, Show, Transfer
 from pagoda.errors import ConfigError
+from pagoda.weights.mmproj import MARK
 
 _REVISION = re.compile(r"(?!.*\.\.)(?!.*//)[\w][\w./-]*(?<!/)")
 
@@ -46,7 +47,7 @@ class Pulled:
     @property
     def model(self) -> Path:
         """What an engine opens: the folder, or the GGUF file where the weights are one."""
-        gguf = sorted(path for path in self.files if path.endswith(".gguf"))
+        gguf = sorted(path for path in self.files if path.endswith(".gguf") and MARK not in path.lower())
         tensors = any(path.endswith(".safetensors") for path in self.files)
         return self.folder / gguf[0] if gguf and not tensors else self.folder
 

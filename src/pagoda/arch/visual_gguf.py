@@ -1,0 +1,96 @@
+"""A vision model in GGUF: its language model, and the encoder that its mmproj file describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from pagoda.arch import visual
+from pagoda.arch.fields import MOST_LAYERS, Fields
+from pagoda.arch.spec import ModelSpec
+from pagoda.arch.vision_spec import Vision
+from pagoda.errors import ModelError
+from pagoda.weights.source import Tensor
+
+_KINDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "qwen2vl_merger": {"activation": "quick_gelu", "gated": False, "norm": "layer"},
+        "qwen2.5vl_merger": {"activation": "silu", "gated": True, "norm": "rms", "tokens_per_second": 2.0},
+        "qwen3vl_merger": {"activation": "gelu_tanh", "gated": False, "norm": "layer", "patch_bias": True},
+    }
+)
+POSITIONS = "v.position_embd.weight"
+
+
+def projector(metadata: Mapping[str, Any]) -> str | None:
+    """What joins encoder and language model; None without an encoder."""
+    kind = metadata.get("clip.projector_type") or metadata.get("clip.vision.projector_type")
+    if kind is not None and kind not in _KINDS:
+        raise ModelError(
+            f"the mmproj file beside the model has the projector {kind!r} (supported: {', '.join(_KINDS)})",
+            remedy="Take it out of the model's folder to serve the model for text alone",
+        )
+    return None if kind is None else str(kind)
+
+
+def seeing(spec: ModelSpec, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
+    """The language model with its encoder; without one it takes text, whose tokens have one position."""
+    kind = projector(metadata)
+    if kind is None:
+        return spec
+    if (kind == "qwen3vl_merger") != spec.model_type.startswith("qwen3"):
+        raise ModelError(f"the mmproj file beside the model, with a {kind}, is of another model", remedy="Take it away")
+    clip = Fields(metadata, "GGUF metadata of the mmproj file", "clip.vision.")
+    depth, patch = clip.integer("block_count", most=MOST_LAYERS), clip.integer("patch_size")
+    about = dict(_KINDS[kind])
+    if kind == "qwen2.5vl_merger":
+        every = clip.integer("n_wa_pattern", 8)
+        about["window_size"] = clip.integer("window_size", 112)
+        about["full_layers"] = tuple(range(every - 1, depth, every))
+    if kind == "qwen3vl_merger":
+        if POSITIONS not in tensors:
+            raise ModelError(f"the mmproj file lacks the tensor {POSITIONS}", remedy="Fetch it again")
+        about["grid_side"] = int(tensors[POSITIONS].shape[0] ** 0.5)
+        flags = clip.get("is_deepstack_layers")
+        about["deep_layers"] = tuple(i for i, deep in enumerate([] if flags is None else flags) if deep)
+        about["frame_tokens"] = (_token(metadata, "<|vision_start|>"), _token(metadata, "<|vision_end|>"))
+    vision = Vision(
+        patch_size=patch,
+        temporal_patch_size=2,
+        merge_size=clip.integer("spatial_merge_size", 2),
+        hidden_size=clip.integer("embedding_length"),
+        heads=clip.integer("attention.head_count"),
+        depth=depth,
+        intermediate_size=clip.integer("feed_forward_length"),
+        norm_eps=1e-6,
+        image_token_id=_token(metadata, "<|image_pad|>"),
+        video_token_id=_token(metadata, "<|video_pad|>"),
+        mean=_three(clip, "image_mean"),
+        std=_three(clip, "image_std"),
+        **about,
+    )
+    fields = Fields(metadata, "GGUF metadata", f"{metadata['general.architecture']}.")
+    sections = fields.token_ids("rope.dimension_sections")[:3]
+    if len(sections) != 3 or sum(sections) != spec.rope.dim // 2:
+        raise fields.error("rope.dimension_sections", f"is {list(sections)}, must add up to {spec.rope.dim // 2}")
+    rope = replace(spec.rope, sections=sections, cyclic=kind == "qwen3vl_merger")
+    merged = tensors.get("mm.2.weight")
+    return visual.with_encoder(replace(spec, rope=rope), vision, merged.shape[0] if merged else spec.hidden_size)
+
+
+def _three(clip: Fields, name: str) -> tuple[float, float, float]:
+    given = clip.get(name)
+    values = [] if given is None else [float(value) for value in given]
+    if len(values) != 3 or not all(0 < value <= 1 for value in values):
+        raise clip.error(name, f"is {values}, must be three numbers above 0, at most 1")
+    return values[0], values[1], values[2]
+
+
+def _token(metadata: Mapping[str, Any], text: str) -> int:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    for i, token in enumerate([] if tokens is None else tokens):
+        if token == text:
+            return i
+    raise ModelError(f"the model's vocabulary has no {text}, and so no place for pictures")
