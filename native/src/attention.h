@@ -16,9 +16,31 @@ template <bool Int8> struct KvBlock {  // of one head
   const uint16_t *key_scales, *value_scales;  // in 8 bits only
 };
 
-template <bool Int8> PG_INLINE W load_kv(const uint8_t* p, int i) {
-  if constexpr (Int8) return load_wide_i8(p + i);
-  else return load_wide_f16((const uint16_t*)p + i);
+template <bool Int8> PG_INLINE Part16 load_kv(const uint8_t* p, int i, int part) {
+  if constexpr (Int8) return load_part_i8(p + i, part);
+  else return load_part_f16((const uint16_t*)p + i, part);
+}
+
+// sums[n][b] += x(n) * k(b, part of 16). Only the fewer of both are held, and registers are left for all sums.
+template <int N, int B, typename X, typename K> PG_INLINE void multiply_add(X x, K k, W (&sums)[N][B]) {
+  if constexpr (N < B * kParts) {
+    Part16 held[N];
+    for (int n = 0; n < N; n++) held[n] = splat_part(x(n));
+    for (int b = 0; b < B; b++)
+      for (int i = 0; i < kParts; i++) {
+        const Part16 each = k(b, i);
+        for (int n = 0; n < N; n++) part(sums[n][b], i) = fma(held[n], each, part(sums[n][b], i));
+      }
+  } else {
+    Part16 held[B][kParts];
+    for (int b = 0; b < B; b++)
+      for (int i = 0; i < kParts; i++) held[b][i] = k(b, i);
+    for (int n = 0; n < N; n++) {
+      const Part16 each = splat_part(x(n));
+      for (int b = 0; b < B; b++)
+        for (int i = 0; i < kParts; i++) part(sums[n][b], i) = fma(each, held[b][i], part(sums[n][b], i));
+    }
+  }
 }
 
 // Scores of N queries [N][dim] against the 16 keys [dim][16] of each of B blocks. Meanwhile the first bytes of `next` are
@@ -34,14 +56,9 @@ PG_INLINE void block_scores(const float* q, const KvBlock<Int8> (&blocks)[B], in
       for (int n = 0; n < N; n++)
         for (int b = 0; b < B; b++) whole[n][b] = acc[n][b], acc[n][b] = W{};
     for (int d = from; d < end; d++) {
-      W k[B];
-      for (int b = 0; b < B; b++) k[b] = load_kv<Int8>(blocks[b].keys, d * kTokens);
       if (d * 64 < bytes)
         for (int b = 0; b < B; b++) __builtin_prefetch(next[b] + d * 64, 0, 2);
-      for (int n = 0; n < N; n++) {
-        const W x = splat_wide(q[n * dim + d]);
-        for (int b = 0; b < B; b++) acc[n][b] = fma(x, k[b], acc[n][b]);
-      }
+      multiply_add<N, B>([&](int n) { return q[n * dim + d]; }, [&](int b, int i) { return load_kv<Int8>(blocks[b].keys, d * kTokens, i); }, acc);
     }
     if constexpr (Int8)
       for (int b = 0; b < B; b++) {
@@ -64,12 +81,7 @@ PG_INLINE void block_values(const float* weights, const KvBlock<Int8>& block, in
   }
   const float* w = Int8 ? scaled : weights;
   for (int t = 0; t < count; t++) {
-    W v[C];
-    for (int c = 0; c < C; c++) v[c] = load_kv<Int8>(block.values, t * dim + d + 16 * c);
-    for (int n = 0; n < N; n++) {
-      const W x = splat_wide(w[n * stride + t]);
-      for (int c = 0; c < C; c++) sums[n][c] = fma(x, v[c], sums[n][c]);
-    }
+    multiply_add<N, C>([&](int n) { return w[n * stride + t]; }, [&](int c, int i) { return load_kv<Int8>(block.values, t * dim + d + 16 * c, i); }, sums);
   }
 }
 

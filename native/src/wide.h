@@ -12,10 +12,24 @@ PG_INLINE void store_wide(float* p, W v) { *reinterpret_cast<W*>(p) = v; }
 PG_INLINE W splat_wide(float x) { return (W)_mm512_set1_ps(x); }
 PG_INLINE W load_wide_f16(const uint16_t* p) { return (W)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 PG_INLINE W load_wide_i8(const uint8_t* p) { return to_float((I16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+// The registers of a W: one.
+constexpr int kParts = 1;
+using Part16 = W;
+PG_INLINE W& part(W& w, int) { return w; }
+PG_INLINE W load_part_f16(const uint16_t* p, int) { return load_wide_f16(p); }
+PG_INLINE W load_part_i8(const uint8_t* p, int) { return load_wide_i8(p); }
+PG_INLINE W splat_part(float x) { return splat_wide(x); }
 #else
 struct W {
   F low, high;
 };
+// The registers of a W: two, that a loop need not hold at the same time.
+constexpr int kParts = 2;
+using Part16 = F;
+PG_INLINE F& part(W& w, int i) { return i ? w.high : w.low; }
+PG_INLINE F load_part_f16(const uint16_t* p, int i) { return load_f16(p + 8 * i); }
+PG_INLINE F load_part_i8(const uint8_t* p, int i) { return load_i8(p + 8 * i); }
+PG_INLINE F splat_part(float x) { return splat(x); }
 PG_INLINE W load_wide(const float* p) { return {load(p), load(p + 8)}; }
 PG_INLINE void store_wide(float* p, W v) { store(p, v.low), store(p + 8, v.high); }
 PG_INLINE W splat_wide(float x) { return {splat(x), splat(x)}; }
