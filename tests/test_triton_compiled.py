@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from pagoda.backend.torch.kernels import attention
 
 sizes = {"R": 64, "GROUP": 4, "GROUP2": 4, "M": int(sys.argv[2]), "HEAD": 128, "D": 128, "TILE": 64, "SINKS": True}
+sizes["CHAINED"] = True
 kinds = {"q": "*bf16", "out": "*bf16", "parts": "*fp32", "stats": "*fp32", "sinks": "*fp32", "scale": "fp32"}
 kinds |= dict.fromkeys(("k_cache", "v_cache"), "*fp8e4nv")
 kinds |= dict.fromkeys(("starts", "contexts", "tables", "runs", "arrived"), "*i32")
@@ -43,4 +44,5 @@ def test_an_fp8_cache_is_not_read_byte_by_byte(kernel: tuple[str, int, int, int]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "F2FP.F16.E4M3" in done.stdout and "LDS.U8" not in done.stdout
+    assert "ACQBULK" in done.stdout  # it waits for the kernel before it
     assert int(done.stdout.split()[1]) <= SHARED_BYTES

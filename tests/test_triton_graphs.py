@@ -32,7 +32,8 @@ def test_sizes() -> None:
 def tokens(*, contexts: list[int], width: int = 4) -> Batch:
     batch = make_batch([(1, c - 1) for c in contexts], device=str(DEVICE))
     tables = torch.nn.functional.pad(batch.block_tables, (0, width - batch.block_tables.shape[1]))
-    return replace(batch, block_tables=tables, rows=torch.arange(len(contexts), dtype=torch.int32, device=DEVICE))
+    rows = torch.arange(len(contexts), dtype=torch.int32, device=DEVICE)
+    return replace(batch, block_tables=tables, rows=rows, whole=True)
 
 
 class Model:
@@ -92,7 +93,7 @@ def test_other_batches_are_left_to_the_caller(why: str) -> None:
     if why == "a prompt":
         batch = make_batch([(2, 0)], device=str(DEVICE))
     if why == "fewer rows":
-        batch = replace(batch, rows=batch.rows[:1])
+        batch = replace(batch, rows=batch.rows[:1], whole=False)
     assert runner.run(batch) is None
 
 

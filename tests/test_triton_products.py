@@ -84,7 +84,7 @@ def test_four_bits_in_groups_of_any_size(group: int, dtype: torch.dtype) -> None
         wanted = x.float() @ weight.floats().t()
         error = float((got.float() - wanted).norm() / wanted.norm())
         assert error < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
-    assert not launch.arrivals(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)).any()
+    assert not launch.arrivals(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE), 1).any()
 
 
 @pytest.mark.parametrize("k", [96, 768])

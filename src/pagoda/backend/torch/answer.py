@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pagoda.backend.torch import ops, sampling
+from pagoda.backend.torch.kernels.draw import drawn
 from pagoda.backend.torch.kernels.greedy import greedy
 from pagoda.backend.torch.split import empty_result
 from pagoda.backend.torch.upload import Rows
@@ -40,12 +41,30 @@ class Chosen:
 
 def choose(logits: Tensor, rows: Rows, plan: StepPlan) -> Chosen:
     """Sample or score rows of raw logits [n, vocab] of any float type."""
-    found = greedy(logits, rows.targets) if ops.on_gpu(logits) and rows.sampling.plain else _found(logits, rows)
+    found = _found_there(logits, rows) if ops.on_gpu(logits) else _found(logits, rows)
     tops = plan.row_top[rows.first : rows.last]
     wanted, width = np.flatnonzero(tops >= 0), max(0, int(tops.max(initial=0)))
     pieces = [wanted[i : i + _LOGPROB_ROWS] for i in range(0, len(wanted), _LOGPROB_ROWS)]
     logged = [_log(logits, found[0], piece.tolist(), rows.first, width) for piece in pieces]
     return Chosen(rows.first, rows.last, found, logged)
+
+
+def _found_there(logits: Tensor, rows: Rows) -> Tensor:
+    """See kernels.greedy, for rows of any kind, by the kernels."""
+    how = rows.sampling
+    if how.plain:
+        return greedy(logits, rows.targets)
+    values = sampling.adjusted(logits if how.raw else logits.float(), how)
+    if not how.random:
+        found = greedy(values, rows.targets)
+    else:
+        exact = values.float() if how.near or how.sorted else values
+        cuts = sampling.cuts(exact, sampling.ranks(exact), how) if how.near or how.sorted else None
+        found = drawn(exact, rows.targets, how, cuts)
+    if how.raw:
+        return found
+    usable = found[1].bool() & logits.amax(-1).isfinite()
+    return torch.stack((torch.where(usable | (rows.targets >= 0), found[0], sampling.NO_TOKEN), usable.long()))
 
 
 def _found(logits: Tensor, rows: Rows) -> Tensor:
@@ -57,11 +76,17 @@ def _found(logits: Tensor, rows: Rows) -> Tensor:
 
 
 def _log(logits: Tensor, tokens: Tensor, piece: list[int], first: int, width: int) -> Logged:
-    own = logits[piece].float()
+    places = sent(torch.tensor(piece), logits.device)
+    own = logits.index_select(0, places).float()
     logprobs = sampling.log_softmax(own)
-    chosen = logprobs.gather(-1, tokens[piece].clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    chosen = logprobs.gather(-1, tokens.index_select(0, places).clamp_min(0).unsqueeze(-1)).squeeze(-1)
     ids, top = sampling.top_logprobs(own, logprobs, min(width, own.shape[1]))
     return Logged([first + row for row in piece], chosen, ids, top)
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for what is under way there."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 class Returning:

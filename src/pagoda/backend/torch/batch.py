@@ -30,7 +30,19 @@ class Batch:
     types: Tensor | None = None  # int32 [T], 1 from where the second text of a pair begins; for encoders
     rope_positions: Tensor | None = None  # int32 [3, T], where they are not `positions`
     seen: Seen = ()
+    whole: bool = False  # `rows` are all tokens, in their order
     runs: Tensor | None = None  # what `prepared` adds for the kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Which experts the T tokens of a step go to, A for each. Their rows are sorted by expert, then by token."""
+
+    shares: Tensor  # float32 [T, A]
+    starts: Tensor  # int32 [experts + 1]: expert e has the rows starts[e]:starts[e + 1]
+    tokens: Tensor  # int32 [T * A], of each row
+    owners: Tensor  # int32 [T * A], the expert of each row
+    places: Tensor  # int32 [T, A], the rows of each token
 
 
 @dataclass(frozen=True, slots=True)

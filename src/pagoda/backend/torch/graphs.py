@@ -83,7 +83,7 @@ class DecodeGraphs:
     def run(self, batch: Batch) -> Tensor | None:
         """The forward pass of a batch, [L, hidden], good until the next one; None where no graph is for it."""
         requests = len(batch.contexts)
-        if batch.seen or batch.max_query != 1 or not requests == len(batch.tokens) == len(batch.rows) <= self._most:
+        if batch.seen or batch.max_query != 1 or not batch.whole or not requests == len(batch.tokens) <= self._most:
             return None
         size = self._sizes[bisect_left(self._sizes, requests)]
         recorded = self._recorded.get(size)
@@ -158,6 +158,7 @@ def padding(requests: int, context: int, device: torch.device, *, three: bool) -
         block_tables=zeros(requests, -(-context // BLOCK_SIZE)),
         rows=zeros(requests),
         max_query=1,
+        whole=True,
         max_context=context,
         rope_positions=zeros(3, requests) if three else None,
     )

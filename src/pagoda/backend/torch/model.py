@@ -116,23 +116,18 @@ class Mixture:
         active = self.experts.active
         b = self.biases
         logits = ops.matmul(x, Dense(self.router), None if b is None else b.router)
-        shares, ids = ops.route(logits, active, self.experts.normalized)
-        sorted_ids, order = ids.flatten().sort(stable=True)
-        ends = torch.arange(self.experts.count + 1, device=x.device)
-        starts = torch.searchsorted(sorted_ids, ends).int()
-        rows = x[order // active]
-        hidden = torch.cat([ops.grouped_matmul(rows, part, starts) for part in self.gate_up], dim=-1)
+        to = ops.routed(logits, active, self.experts.normalized)
+        parts = [ops.grouped_matmul(x, part, to.starts, to.tokens) for part in self.gate_up]
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         if b is None:
-            y = ops.grouped_matmul(ops.silu_mul(hidden), self.down, starts)
+            y = ops.grouped_matmul(ops.silu_mul(hidden), self.down, to.starts)
         else:
-            inner = ops.clamped_swiglu(hidden + b.gate_up[sorted_ids])
-            y = ops.grouped_matmul(inner, self.down, starts) + b.down[sorted_ids]
-        each = torch.empty_like(y).index_copy_(0, order, y)
-        weighted = torch.unflatten(each.float(), 0, (-1, active)) * shares.unsqueeze(-1)
-        y = weighted.sum(1)
-        if self.shared is not None and self.shared_router is not None:
-            y += self.shared(x).float() * torch.sigmoid(ops.matmul(x, Dense(self.shared_router)).float())
-        return y.to(x.dtype)
+            inner = ops.clamped_swiglu(hidden + b.gate_up.index_select(0, to.owners))
+            y = ops.grouped_matmul(inner, self.down, to.starts) + b.down.index_select(0, to.owners)
+        if self.shared is None or self.shared_router is None:
+            return ops.combined(y, to, x.dtype)
+        share = torch.sigmoid(ops.matmul(x, Dense(self.shared_router)).float())
+        return (ops.combined(y, to, torch.float32) + self.shared(x).float() * share).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +201,9 @@ class Decoder:
             else:
                 x, total = layer.mlp_norm.of_sum(x, total)
                 x = layer.mlp(x)
-        return self.norm.of_sum(x[batch.rows], total[batch.rows])[0]
+        if not batch.whole:
+            x, total = x[batch.rows], total[batch.rows]
+        return self.norm.of_sum(x, total)[0]
 
     def _turns(self, batch: Batch) -> tuple[Tensor, Batch]:
         """The table of angles, and the batch whose positions are rows of it."""

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagoda.backend.torch.batch import Batch, Heads
-from pagoda.backend.torch.kernels import activation, attention, norm, rope, stage
+from pagoda.backend.torch.batch import Batch, Heads, Routed
+from pagoda.backend.torch.kernels import activation, attention, experts, norm, rope, stage
 from pagoda.backend.torch.kernels import matmul as products
 from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight
 from pagoda.types import BLOCK_SIZE
@@ -230,16 +230,38 @@ def quantize_f8(x: Tensor, size: int, scale: Tensor | None = None) -> tuple[Tens
     return codes[..., : x.shape[-1]], scales
 
 
-def grouped_matmul(x: Tensor, weight: Weight, starts: Tensor) -> Tensor:
-    """Rows starts[e]:starts[e + 1] of x [M, in] times expert e of a weight [experts, out, in]; starts int32 [E + 1]."""
+def grouped_matmul(x: Tensor, weight: Weight, starts: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Rows starts[e]:starts[e + 1] of x [M, in] times expert e of a weight [experts, out, in]; starts int32 [E + 1].
+
+    `tokens` int32 [M]: the rows are x[tokens].
+    """
     if on_gpu(x):
-        return products.grouped(x, weight, starts)
+        return products.grouped(x, weight, starts, tokens)
+    x = x if tokens is None else x[tokens]
     bounds = starts.tolist()
     out = x.new_zeros(len(x), weight.rows)
     for e in range(len(bounds) - 1):
         if bounds[e] < bounds[e + 1]:
             out[bounds[e] : bounds[e + 1]] = matmul(x[bounds[e] : bounds[e + 1]], weight.expert(e))
     return out
+
+
+def routed(logits: Tensor, active: int, normalized: bool) -> Routed:
+    """Where each token goes; see `route`."""
+    if on_gpu(logits) and experts.fits(logits):
+        return experts.route(logits, active, normalized)
+    shares, ids = route(logits, active, normalized)
+    owners, order = ids.flatten().sort(stable=True)
+    starts = torch.searchsorted(owners, torch.arange(logits.shape[1] + 1, device=logits.device)).int()
+    places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    return Routed(shares, starts, (order // active).int(), owners.int(), places.view(ids.shape).int())
+
+
+def combined(rows: Tensor, routed: Routed, dtype: torch.dtype) -> Tensor:
+    """What each token gets of its experts' rows [M, n], by its shares; summed in float32."""
+    if on_gpu(rows):
+        return experts.combine(rows, routed, dtype)
+    return (rows.float()[routed.places] * routed.shares.unsqueeze(-1)).sum(1).to(dtype)
 
 
 def route(logits: Tensor, count: int, normalized: bool) -> tuple[Tensor, Tensor]:

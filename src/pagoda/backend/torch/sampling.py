@@ -43,9 +43,14 @@ class Sampling:
     sorted: bool  # any other top-k, or a top-p without one
 
     @property
+    def raw(self) -> bool:
+        """The logits count as they are."""
+        return self.history is None and self.bias is None and self.mask is None
+
+    @property
     def plain(self) -> bool:
         """The largest logit of each row is the answer."""
-        return not self.random and self.history is None and self.bias is None and self.mask is None
+        return not self.random and self.raw
 
 
 def philox(seed: Tensor, position: Tensor) -> Tensor:
@@ -80,7 +85,7 @@ def sample(logits: Tensor, how: Sampling) -> Tensor:
 
 def adjusted(logits: Tensor, how: Sampling) -> Tensor:
     """The logits after penalties, biases and masks; the same float32 operations as in backend/sampling.py."""
-    if how.history is None and how.bias is None and how.mask is None:
+    if how.raw:
         return logits
     out = logits.clone()
     if how.history is not None:
@@ -102,8 +107,7 @@ def adjusted(logits: Tensor, how: Sampling) -> Tensor:
 def _drawn(values: Tensor, how: Sampling) -> Tensor:
     """The first id, in ascending order, whose cumulative weight exceeds the row's draw; float64 throughout."""
     exact = values.double()
-    temperature = how.temperature.double().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    weights = torch.exp((exact - exact.amax(-1, keepdim=True)) / temperature)
+    weights = torch.exp((exact - exact.amax(-1, keepdim=True)) / _heat(how))
     if how.near or how.sorted:
         weights = _shortened(values, weights, how)
     likely = weights >= how.min_p.double().unsqueeze(-1) * weights.amax(-1, keepdim=True)
@@ -113,34 +117,42 @@ def _drawn(values: Tensor, how: Sampling) -> Tensor:
 
 
 def _shortened(values: Tensor, weights: Tensor, how: Sampling) -> Tensor:
-    """The weights with 0 for what top-k and top-p leave out. Ties go by lower id.
+    """The weights with 0 for what top-k and top-p leave out."""
+    keys = ranks(values)
+    return torch.where(keys >= cuts(values, keys, how).unsqueeze(-1), weights, 0.0)
+
+
+def cuts(values: Tensor, keys: Tensor, how: Sampling) -> Tensor:
+    """int64 [L]: of the keys (see `ranks`) of each row the least that top-k and top-p keep. Ties go by lower id.
 
     Which way a row goes follows from its own parameters, so its sums do not depend on the others.
     """
-    keys = ranks(values)
-    is_near = ((how.top_k > 0) & (how.top_k <= NEAREST)).unsqueeze(-1)
-    far = ~is_near & ((how.top_k > 0) | (how.top_p < 1)).unsqueeze(-1)
-    out = weights
+    is_near = (how.top_k > 0) & (how.top_k <= NEAREST)
+    far = ~is_near & ((how.top_k > 0) | (how.top_p < 1))
+    out = torch.full_like(keys[:, 0], torch.iinfo(torch.int64).min)
     if how.near:  # what is further back than a top-k weighs nothing
-        order = keys.topk(min(NEAREST, values.shape[1]), dim=-1).indices
-        out = torch.where(is_near, _kept(weights, order, how), out)
+        best = keys.topk(min(NEAREST, values.shape[1]), dim=-1).values
+        out = torch.where(is_near, _least(best, values, how), out)
     if how.sorted:
-        order = torch.sort(keys, dim=-1, descending=True).indices
-        out = torch.where(far, _kept(weights, order, how), out)
+        best = torch.sort(keys, dim=-1, descending=True).values
+        out = torch.where(far, _least(best, values, how), out)
     return out
 
 
-def _kept(weights: Tensor, order: Tensor, how: Sampling) -> Tensor:
-    """The weights that top-k and top-p keep of the tokens of `order` [L, n], the likeliest first; 0 elsewhere."""
-    ordered = weights.gather(-1, order)
-    place = torch.arange(order.shape[1], device=weights.device)
-    k = torch.where(how.top_k > 0, how.top_k, weights.shape[1]).unsqueeze(-1)
-    ordered = torch.where(place < k, ordered, 0.0)
-    cumulative = ordered.cumsum(-1)
+def _least(best: Tensor, values: Tensor, how: Sampling) -> Tensor:
+    """The last of the keys [L, n], the likeliest first, that top-k and top-p keep."""
+    exact = values.gather(-1, _WORD - (best & _WORD)).double()
+    ordered = torch.exp((exact - exact[:, :1]) / _heat(how))
+    place = torch.arange(best.shape[1], device=best.device)
+    k = torch.where(how.top_k > 0, how.top_k, best.shape[1]).clamp_max(best.shape[1]).unsqueeze(-1)
+    cumulative = torch.where(place < k, ordered, 0.0).cumsum(-1)
     target = how.top_p.double().unsqueeze(-1) * cumulative[:, -1:]
-    count = torch.searchsorted(cumulative, target) + 1
-    kept = (place < count) | (how.top_p >= 1).unsqueeze(-1)
-    return torch.zeros_like(weights).scatter_(-1, order, torch.where(kept, ordered, 0.0))
+    count = torch.minimum(torch.searchsorted(cumulative, target) + 1, k)
+    return best.gather(-1, torch.where(how.top_p.unsqueeze(-1) >= 1, k, count) - 1).squeeze(-1)
+
+
+def _heat(how: Sampling) -> Tensor:
+    return how.temperature.double().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
 
 
 def ranks(values: Tensor) -> Tensor:

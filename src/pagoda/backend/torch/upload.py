@@ -116,6 +116,7 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
         block_tables=parcel["tables"],
         rows=parcel["rows"],
         max_query=int(lengths.max(initial=0)),
+        whole=np.array_equal(plan.rows, np.arange(len(plan.tokens))),
         max_context=max_context,
         types=None if second is None else parcel["types"],
         rope_positions=None if plan.rope_positions is None else parcel["rope_positions"],

@@ -7,11 +7,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagoda.backend.torch.kernels import launch
+from pagoda.backend.torch.kernels.launch import await_others
+
 _BLOCK = 1024
 
 
 @triton.jit
-def _gated(gate_up: tl.tensor, out: tl.tensor, size: tl.tensor, CLAMPED: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _gated(
+    gate_up: tl.tensor,
+    out: tl.tensor,
+    size: tl.tensor,
+    CLAMPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
+) -> None:
+    await_others(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -41,5 +52,5 @@ def _run(gate_up: Tensor, *, clamped: bool) -> Tensor:
     out = torch.empty((*gate_up.shape[:-1], size), dtype=gate_up.dtype, device=gate_up.device)
     if len(flat):
         grid = (len(flat), triton.cdiv(size, _BLOCK))
-        _gated[grid](flat, out, size, CLAMPED=clamped, BLOCK=_BLOCK, num_warps=4)
+        _gated[grid](flat, out, size, CLAMPED=clamped, BLOCK=_BLOCK, num_warps=4, **launch.chained(flat.device))
     return out

@@ -7,6 +7,7 @@ the answer does not depend on the rest of the batch.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pagoda.backend.torch.batch import Batch, Heads
-from pagoda.backend.torch.kernels.launch import arrivals, block_of, processors
+from pagoda.backend.torch.kernels import fp8, launch
+from pagoda.backend.torch.kernels.launch import arrivals, await_others, block_of
 from pagoda.backend.torch.kernels.tuning import Tile, choose
 from pagoda.types import BLOCK_SIZE
 
@@ -43,7 +45,10 @@ def _run_length(context: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _count_runs(starts: tl.tensor, contexts: tl.tensor, runs: tl.tensor, requests: tl.tensor, R: tl.constexpr) -> None:
+def _count_runs(
+    starts: tl.tensor, contexts: tl.tensor, runs: tl.tensor, requests: tl.tensor, R: tl.constexpr, CHAINED: tl.constexpr
+) -> None:
+    await_others(CHAINED)
     r = tl.arange(0, R)
     here = r < requests
     first, end = tl.load(starts + r, mask=here, other=0), tl.load(starts + r + 1, mask=here, other=0)
@@ -88,7 +93,7 @@ def _fold(
     block = tl.load(table + at // _CELLS, mask=known, other=0).to(tl.int64)
     cell = (block * _CELLS + at % _CELLS) * row_stride
     k = tl.load(k_cache + cell[None, :] + d[:, None], mask=known[None, :] & (d < HEAD)[:, None], other=0.0)
-    scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+    scores = tl.dot(q, fp8.floats(k, q.dtype), input_precision="ieee") * scale
     if MASK:
         seen = (at[None, :] < ends[:, None]) & (at[None, :] >= begins[:, None])
         scores = tl.where(seen, scores, float("-inf"))
@@ -96,7 +101,7 @@ def _fold(
     base = tl.where(new == float("-inf"), 0.0, new)
     weights, keep = tl.exp2(scores - base[:, None]), tl.exp2(most - base)
     v = tl.load(v_cache + cell[:, None] + d[None, :], mask=known[:, None] & (d < HEAD)[None, :], other=0.0)
-    v = v.to(q.dtype)
+    v = fp8.floats(v, q.dtype)
     if v_cache.dtype.element_ty.primitive_bitwidth == 8:
         # changes no value; it keeps the compiler from moving bytes as the matrix units want them, one at a time
         v = tl.where(known[:, None], v, 0.0)
@@ -169,8 +174,10 @@ def _decode(
     HEAD: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
     """One run of one request under one KV head at a time, until none is left for this program."""
+    await_others(CHAINED)
     row, d = tl.arange(0, M), tl.arange(0, D)
     for item in range(tl.program_id(0), tl.load(runs + requests) * kv_heads, tl.num_programs(0)):
         number, head = item // kv_heads, item % kv_heads
@@ -242,8 +249,10 @@ def _prefill(
     HEAD: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
     """A tile of the tokens of one request under one KV head; single tokens are left to `_decode`."""
+    await_others(CHAINED)
     TOKENS: tl.constexpr = M // GROUP2
     # the last tiles of a prompt see the most keys: they go first
     tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -285,7 +294,9 @@ def count_runs(starts: Tensor, contexts: Tensor) -> Tensor:
     """int32 [R + 1]: how many runs of keys the requests before each one have; those of one token only have any."""
     requests = len(contexts)
     runs = torch.empty(requests + 1, dtype=torch.int32, device=contexts.device)
-    _count_runs[(1,)](starts, contexts, runs, requests, R=block_of(requests), num_warps=4)
+    _count_runs[(1,)](
+        starts, contexts, runs, requests, R=block_of(requests), num_warps=4, **launch.chained(contexts.device)
+    )
     return runs
 
 
@@ -304,6 +315,23 @@ def paged_attention(
     return out
 
 
+def fitted(tile: Tile, size: int, q: Tensor) -> Tile:
+    """The tile cut down until its queries and the keys and values under way fit the shared memory of the GPU."""
+    if q.dtype == torch.float32:  # it would not fit the registers
+        tile = replace(tile, m=min(tile.m, 32), n=min(tile.n, 32))
+    room = launch.gpu_of(q.device).shared_bytes // (size * q.element_size())
+    while tile.m + 2 * tile.n * tile.stages > room:
+        if tile.n > 32:
+            tile = replace(tile, n=tile.n // 2)
+        elif tile.m > 32:
+            tile = replace(tile, m=tile.m // 2)
+        elif tile.stages > 1:
+            tile = replace(tile, stages=tile.stages - 1)
+        else:
+            break
+    return tile
+
+
 def _run_prefill(
     q: Tensor,
     k_cache: Tensor,
@@ -315,16 +343,16 @@ def _run_prefill(
     *,
     sinks: Tensor | None = None,
 ) -> None:
-    tile = tile or choose("prefill")
+    tile = tile or fitted(choose("prefill"), block_of(shape.head_dim), q)
     group = shape.heads // shape.kv_heads
     rows = max(tile.m, block_of(group, 1))
     tiles = len(q) // (rows // block_of(group, 1)) + len(batch.contexts)
     _prefill[(tiles, shape.kv_heads)](
-        q.contiguous(), k_cache, v_cache, q if sinks is None else sinks, batch.starts, batch.contexts,
-        batch.block_tables, batch.block_tables.stride(0), out, len(batch.contexts), shape.kv_heads,
+        q.contiguous(), fp8.known(k_cache), fp8.known(v_cache), q if sinks is None else sinks, batch.starts,
+        batch.contexts, batch.block_tables, batch.block_tables.stride(0), out, len(batch.contexts), shape.kv_heads,
         shape.scale * LOG2_E, shape.window or NO_WINDOW, SINKS=sinks is not None, R=block_of(len(batch.contexts)),
         GROUP=group, GROUP2=block_of(group, 1), M=rows, HEAD=shape.head_dim, D=block_of(shape.head_dim),
-        TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages,
+        TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages, **launch.chained(q.device),
     )  # fmt: skip
 
 
@@ -339,17 +367,18 @@ def _run_decode(
     *,
     sinks: Tensor | None = None,
 ) -> None:
-    tile = tile or choose("decode")
+    tile = tile or fitted(choose("decode"), block_of(shape.head_dim), q)
     requests, group = len(batch.contexts), shape.heads // shape.kv_heads
     runs = count_runs(batch.starts, batch.contexts) if batch.runs is None else batch.runs
     most = requests * min(MOST_RUNS, triton.cdiv(batch.max_context, LEAST_RUN))
     parts = torch.empty(most, shape.heads, shape.head_dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(most, shape.heads, 2, dtype=torch.float32, device=q.device)
     size = block_of(shape.head_dim)
-    _decode[(min(most * shape.kv_heads, processors(q.device) * _PROGRAMS),)](
-        q.contiguous(), k_cache, v_cache, q if sinks is None else sinks, batch.starts, batch.contexts,
-        batch.block_tables, batch.block_tables.stride(0), runs, parts, stats, out, arrivals(q.device), requests,
-        shape.kv_heads, shape.scale * LOG2_E, shape.window or NO_WINDOW, SINKS=sinks is not None,
-        R=block_of(requests), GROUP=group, M=block_of(group), HEAD=shape.head_dim, D=size, TILE=tile.n,
-        num_warps=tile.warps, num_stages=tile.stages,
+    _decode[(min(most * shape.kv_heads, launch.gpu_of(q.device).processors * _PROGRAMS),)](
+        q.contiguous(), fp8.known(k_cache), fp8.known(v_cache), q if sinks is None else sinks, batch.starts,
+        batch.contexts, batch.block_tables, batch.block_tables.stride(0), runs, parts, stats, out,
+        arrivals(q.device, requests * shape.kv_heads), requests, shape.kv_heads, shape.scale * LOG2_E,
+        shape.window or NO_WINDOW, SINKS=sinks is not None, R=block_of(requests), GROUP=group, M=block_of(group),
+        HEAD=shape.head_dim, D=size, TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages,
+        **launch.chained(q.device),
     )  # fmt: skip

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pagoda.backend.torch.kernels import fp8
+from pagoda.backend.torch.kernels.launch import await_others
 from pagoda.backend.torch.kernels.product import DENSE, F8, W8
 
 _UNIT = tl.constexpr(16)
@@ -41,7 +43,7 @@ def _part(
     if KIND == W8:
         # or'ed into the bits of 2^23, and that taken off again
         codes = (((codes.to(tl.int32) & 255) ^ 128) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
-    codes = tl.reshape(codes.to(tl.float32), (BN, UNITS, _UNIT))
+    codes = tl.reshape(fp8.floats(codes, tl.float32), (BN, UNITS, _UNIT))
     units = tl.reshape(values, (1, UNITS, _UNIT))
     part = tl.sum(codes * units, axis=2)
     if GROUP:
@@ -79,11 +81,10 @@ def _gemv(
     BK: tl.constexpr,
     WHOLE: tl.constexpr,
     ALL: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
     """out [N] = weight times x [K]; GROUP inputs share a scale (0: all), which is by output where BY_ROW.
-    NORM: total = x + residual, which is normed and then multiplied. GATED: the weight has 2 * N rows, and of the
-    products silu(first half) * second half is stored.
-    """
+    NORM: total = x + residual, which is normed first. GATED: silu(first half) * second half of 2 * N products."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     line = tl.minimum(n, N - 1).to(tl.int64)[:, None]
     each = tl.arange(0, BK)
@@ -94,6 +95,7 @@ def _gemv(
     if AHEAD:
         codes = _load(own, each[None, :], K, WHOLE)
         more = _load(other, each[None, :], K, WHOLE) if GATED else codes
+    await_others(CHAINED)
     scale = _root(x, residual, total, K, eps, kind, ALL) if NORM else 1.0
     acc, up = tl.zeros((BN, BK // _UNIT), tl.float32), tl.zeros((BN, BK // _UNIT), tl.float32)
     for begin in range(0, K, BK):

@@ -1,10 +1,32 @@
-"""What launching a kernel needs: block sizes that are powers of two, warps to match, the size of the GPU."""
+"""What launching a kernel needs: block sizes that are powers of two, warps to match, the limits of the GPU, and that
+a kernel may get ready while the one before still runs.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime import driver
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What a GPU has of what kernels are cut to."""
+
+    processors: int
+    shared_bytes: int
+    """Of shared memory, that one program may have."""
+    capability: tuple[int, int]
+
+
+CHAINS_SINCE = (9, 0)
+H200 = Gpu(132, 227 << 10, (9, 0))
+INTERPRETER = Gpu(1, 1 << 30, (9, 0))
 
 
 def block_of(n: int, least: int = 16) -> int:
@@ -18,12 +40,38 @@ def warps_for(values: int) -> int:
 
 
 @cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def gpu_of(device: torch.device) -> Gpu:
+    if device.type != "cuda":
+        return INTERPRETER
+    found = torch.cuda.get_device_properties(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    # what the compiler itself refuses a kernel by
+    shared_bytes = int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
+    return Gpu(found.multi_processor_count, shared_bytes, (found.major, found.minor))
+
+
+def chained(device: torch.device) -> dict[str, bool]:
+    """Options with which a kernel is started as soon as there is room, ahead of the end of the one before it."""
+    if device.type == "cpu" or gpu_of(device).capability < CHAINS_SINCE:
+        return {"CHAINED": False}
+    return {"CHAINED": True, "launch_pdl": True}
+
+
+@triton.jit
+def await_others(CHAINED: tl.constexpr) -> None:
+    """Every program of a kernel waits here, before it reads what others write and before it writes anything itself:
+    what the kernels before have written is there now. Then the kernel behind may get ready.
+    """
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+def arrivals(device: torch.device, count: int) -> torch.Tensor:
+    """So many counters of programs that share a result: 0 before and after each kernel, which run one by one."""
+    return _counters(device, block_of(count, 1 << 16))
 
 
 @cache
-def arrivals(device: torch.device) -> torch.Tensor:
-    """Counters of programs that share a result: 0 before and after each kernel, which run one after the other."""
-    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+def _counters(device: torch.device, count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from pagoda.backend.torch.kernels import product
+from pagoda.backend.torch.kernels import fp8, launch, product
 from pagoda.backend.torch.kernels.gemv import _gemv
-from pagoda.backend.torch.kernels.launch import arrivals, block_of, processors
-from pagoda.backend.torch.kernels.norm import FP8, quantize_f8, quantize_rows
+from pagoda.backend.torch.kernels.launch import arrivals, block_of
+from pagoda.backend.torch.kernels.norm import quantize_f8, quantize_rows
 from pagoda.backend.torch.kernels.tuning import Tile, bucket, measured
 from pagoda.backend.torch.kernels.unpack import _unpack
 from pagoda.backend.torch.kernels.w4 import _w4
@@ -62,7 +62,7 @@ def operand(weight: Weight) -> Operand | None:
             n, k = codes.shape[-2], codes.shape[-1]
             if block is not None and (block[0] != block[1] or block[0] % 32):
                 return None
-            return Operand(3, name, codes, scales, None, block[1] if block else 0, n, k)
+            return Operand(3, name, fp8.known(codes), scales, None, block[1] if block else 0, n, k)
     n, k = weight.rows, weight.inputs if isinstance(weight, W4) else weight.codes.shape[-1]
     groups = weight.scales.shape[-2]
     least = 32 if isinstance(weight, W4) else 16
@@ -90,7 +90,8 @@ def matmul(x: Tensor, weight: Weight) -> Tensor | None:
     if isinstance(weight, I8):
         codes, scales = quantize_rows(x)
         return tiled(codes, parts, x.dtype, x_scales=scales)
-    if isinstance(weight, F8) and weight.quantize_input and len(x) > FEW_ROWS_F8:
+    both = isinstance(weight, F8) and weight.quantize_input and launch.gpu_of(x.device).capability >= fp8.SINCE
+    if isinstance(weight, F8) and both and len(x) > FEW_ROWS_F8:
         return _both_f8(x, weight, parts)
     if len(x) == 1 and not isinstance(weight, W4):
         return gemv(x, parts)[0]
@@ -100,9 +101,10 @@ def matmul(x: Tensor, weight: Weight) -> Tensor | None:
 
 
 def _dense(x: Tensor, parts: Operand) -> Tensor:
-    """cuBLAS, but where a measurement found a kernel of ours faster."""
-    if len(x) == 1 and (tile := measured("gemv_dense", parts.n, parts.k, 1)):
-        return gemv(x, parts, tile)[0]
+    """cuBLAS, but for a single row, whose kernel reads its weights before the one ahead of it has ended, and where a
+    measurement found a kernel of ours faster."""
+    if len(x) == 1 and parts.k % 16 == 0 and x.dtype != torch.float32:
+        return gemv(x, parts)[0]
     if len(x) and (tile := measured("dense", parts.n, parts.k, bucket(len(x)))):
         return tiled(x, parts, x.dtype, tile=tile)
     return F.linear(x, parts.codes)
@@ -146,6 +148,7 @@ def gemv(
         norm.eps if norm else 0.0, KIND=parts.kind, ZERO=parts.zeros is not None, BY_ROW=int(parts.by_row),
         GROUP=parts.group, NORM=norm is not None, GATED=gated, BN=tile.n, BK=depth, WHOLE=parts.k % depth == 0,
         ALL=block_of(parts.k), num_warps=tile.warps, num_stages=1,
+        **launch.chained(x.device),
     )  # fmt: skip
     return out, total
 
@@ -153,7 +156,7 @@ def gemv(
 def gemv_tile(n: int, parts: Operand, device: torch.device) -> Tile:
     """Rows enough for each program to be worth its start, and programs enough for each multiprocessor to have eight."""
     rows = 4
-    while rows > 1 and n < rows * 8 * processors(device):
+    while rows > 1 and n < rows * 8 * launch.gpu_of(device).processors:
         rows //= 2
     return Tile(n=rows, k=1024 if parts.codes.element_size() > 1 else 2048, warps=4)
 
@@ -168,7 +171,9 @@ def fused(x: Tensor, weight: Weight, norm: Norm, *, gated: bool) -> tuple[Tensor
     return gemv(x, parts, norm=norm, gated=gated)
 
 
-def default_tile(rows: int) -> Tile:
+def default_tile(rows: int, dtype: torch.dtype) -> Tile:
+    if dtype == torch.float32:  # more would not fit the registers
+        return Tile(m=16, n=32, k=32, warps=4, stages=2)
     if rows <= 16:
         return Tile(m=16, n=32, k=128, warps=4, stages=4)
     if rows <= 64:
@@ -183,58 +188,69 @@ def tiled(
     *,
     x_scales: Tensor | None = None,
     starts: Tensor | None = None,
+    tokens: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Rows of x against a weight, or against those of their experts (`starts`)."""
+    """Rows of x (`tokens`: x[tokens]) against a weight, or against those of their experts (`starts`)."""
     if parts.kind == product.W4.value:
-        return _four_bits(x, parts, starts, tile)
-    rows, experts = len(x), 0 if starts is None else len(starts) - 1
+        return _four_bits(x, parts, starts, tokens, tile)
+    rows, experts = len(x if tokens is None else tokens), 0 if starts is None else len(starts) - 1
     each = rows if not experts else -(-rows // experts)
-    tile = tile or measured(parts.name, parts.n, parts.k, bucket(max(1, each))) or default_tile(each)
+    tile = tile or measured(parts.name, parts.n, parts.k, bucket(max(1, each))) or default_tile(each, dtype)
     split = 1 if experts else tile.split
-    kind = product.F8_BOTH.value if x.dtype == FP8 else parts.kind
+    kind = product.F8_BOTH.value if x.dtype == fp8.FP8 else parts.kind
     # a step along the inputs stays within one group
     step = min(tile.k, block_of(parts.k, 32), parts.group & -parts.group or tile.k)
     out = torch.empty(split, rows, parts.n, dtype=torch.float32 if split > 1 else dtype, device=x.device)
-    grid = (rows // tile.m + experts if experts else triton.cdiv(rows, tile.m), triton.cdiv(parts.n, tile.n), split)
+    grid = (_tiles(rows, experts, tile.m), triton.cdiv(parts.n, tile.n), split)
     if rows:
         product._product[grid](
             x, parts.codes, parts.scales, parts.scales if parts.zeros is None else parts.zeros,
-            parts.scales if x_scales is None else x_scales, parts.codes if starts is None else starts, out, rows,
+            parts.scales if x_scales is None else x_scales, parts.codes if starts is None else starts,
+            parts.codes if tokens is None else tokens, out, rows,
             parts.n, parts.k, parts.codes.shape[-1], *parts.scale_shape, experts, KIND=kind,
-            ZERO=parts.zeros is not None, GROUP=parts.group, EXPERTS=block_of(experts) if experts else 0, SPLIT=split,
-            BM=tile.m, BN=tile.n, BK=step, num_warps=tile.warps, num_stages=tile.stages,
+            ZERO=parts.zeros is not None, GROUP=parts.group, EXPERTS=block_of(experts) if experts else 0,
+            GATHER=tokens is not None, SPLIT=split, BM=tile.m, BN=tile.n, BK=step, num_warps=tile.warps,
+            num_stages=tile.stages, **launch.chained(x.device),
         )  # fmt: skip
     return _joined(out, dtype) if split > 1 else out[0]
 
 
-def _four_bits(x: Tensor, parts: Operand, starts: Tensor | None, tile: Tile | None) -> Tensor:
-    rows, experts = len(x), 0 if starts is None else len(starts) - 1
+def _tiles(rows: int, experts: int, height: int) -> int:
+    """Tiles that surely hold the rows of all experts, each of which begins one of its own."""
+    return min(rows, rows // height + experts) if experts else triton.cdiv(rows, height)
+
+
+def _four_bits(x: Tensor, parts: Operand, starts: Tensor | None, tokens: Tensor | None, tile: Tile | None) -> Tensor:
+    rows, experts = len(x if tokens is None else tokens), 0 if starts is None else len(starts) - 1
     each = rows if not experts else -(-rows // experts)
-    tile = tile or measured("w4", parts.n, parts.k, bucket(max(1, each))) or w4_tile(each, parts, x.device)
+    tile = tile or measured("w4", parts.n, parts.k, bucket(max(1, each))) or w4_tile(each, parts, x)
     split = 1 if experts else tile.split
     out = torch.empty(rows, parts.n, dtype=x.dtype, device=x.device)
     sums = torch.empty(split, rows, parts.n, dtype=torch.float32, device=x.device) if split > 1 else out
-    grid = (rows // tile.m + experts if experts else triton.cdiv(rows, tile.m), triton.cdiv(parts.n, tile.n), split)
+    grid = (_tiles(rows, experts, tile.m), triton.cdiv(parts.n, tile.n), split)
     # slices of 32 inputs that share a scale: all 8 of a chunk, some, or none for sure
     run = 8 if parts.group % W4_CHUNK == 0 else parts.group // 32 if W4_CHUNK % parts.group == 0 else 1
     if rows:
         _w4[grid](
-            x, parts.codes, parts.scales, parts.zeros, parts.codes if starts is None else starts, out, sums,
-            arrivals(x.device), rows, parts.n, parts.k, parts.codes.shape[-1], parts.scale_shape[0], experts,
+            x, parts.codes, parts.scales, parts.zeros, parts.codes if starts is None else starts,
+            parts.codes if tokens is None else tokens, out, sums,
+            arrivals(x.device, grid[0] * grid[1]), rows, parts.n, parts.k, parts.codes.shape[-1],
+            parts.scale_shape[0], experts,
             GROUP=parts.group, RUN=run, SINGLE=rows == 1 and not experts,
             WHOLE=parts.k % W4_CHUNK == 0, EXPERTS=block_of(experts) if experts else 0,
-            SPLIT=split, BM=tile.m, BN=tile.n, STAGES=tile.stages, num_warps=tile.warps,
+            GATHER=tokens is not None, SPLIT=split, BM=tile.m, BN=tile.n, STAGES=tile.stages, num_warps=tile.warps,
+            **launch.chained(x.device),
         )  # fmt: skip
     return out
 
 
-def w4_tile(rows: int, parts: Operand, device: torch.device) -> Tile:
+def w4_tile(rows: int, parts: Operand, x: Tensor) -> Tile:
     """So many programs share the depth that each multiprocessor has two or three, and each of them enough to do."""
-    m = min(64, block_of(rows))
+    m = min(16 if x.dtype == torch.float32 else 64, block_of(rows))
     programs, chunks = triton.cdiv(parts.n, 64) * triton.cdiv(rows, m), triton.cdiv(parts.k, W4_CHUNK)
     split = 1
-    while split < 8 and programs * split * 2 <= processors(device) * 3 and chunks >= 8 * split:
+    while split < 8 and programs * split * 2 <= launch.gpu_of(x.device).processors * 3 and chunks >= 8 * split:
         split *= 2
     return Tile(m=m, n=64, split=split, warps=4, stages=3)
 
@@ -242,7 +258,13 @@ def w4_tile(rows: int, parts: Operand, device: torch.device) -> Tile:
 def _joined(parts: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     product._add_parts[(triton.cdiv(out.numel(), 1024),)](
-        parts, out, out.numel(), SPLIT=len(parts), BLOCK=1024, num_warps=4
+        parts,
+        out,
+        out.numel(),
+        SPLIT=len(parts),
+        BLOCK=1024,
+        num_warps=4,
+        **launch.chained(out.device),
     )
     return out
 
@@ -254,17 +276,19 @@ def unpacked(parts: Operand, dtype: torch.dtype) -> Tensor:
         parts.codes, parts.scales, parts.scales if parts.zeros is None else parts.zeros, out, parts.k,
         parts.codes.shape[-1], parts.scale_shape[1], KIND=parts.kind, ZERO=parts.zeros is not None,
         BY_ROW=parts.by_row, GROUP=parts.group, BLOCK=_UNPACK_BLOCK, num_warps=4,
+        **launch.chained(out.device),
     )  # fmt: skip
     return out
 
 
-def grouped(x: Tensor, weight: Weight, starts: Tensor) -> Tensor:
+def grouped(x: Tensor, weight: Weight, starts: Tensor, tokens: Tensor | None = None) -> Tensor:
     """See ops.grouped_matmul. Nothing is read back from the device, so that it can be recorded in a graph."""
     parts = operand(weight) or _dense_operand(weight.floats().to(x.dtype))
     if isinstance(weight, W4 | W8) and weight.order is not None:
+        x, tokens = x if tokens is None else x[tokens], None
         rows = torch.arange(len(x), dtype=starts.dtype, device=x.device)
         x = x.gather(1, weight.order[torch.searchsorted(starts, rows, right=True) - 1])
     if isinstance(weight, I8):
         codes, scales = quantize_rows(x)
-        return tiled(codes, parts, x.dtype, x_scales=scales, starts=starts)
-    return tiled(x.contiguous(), parts, x.dtype, starts=starts)
+        return tiled(codes, parts, x.dtype, x_scales=scales, starts=starts, tokens=tokens)
+    return tiled(x.contiguous(), parts, x.dtype, starts=starts, tokens=tokens)

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagoda.backend.torch.kernels.launch import block_of, warps_for
+from pagoda.backend.torch.kernels import fp8, launch
+from pagoda.backend.torch.kernels.launch import await_others, block_of, warps_for
 
-FP8 = torch.float8_e4m3fn
 _LEAST = tl.constexpr(1e-10)
 
 
@@ -27,11 +27,13 @@ def _norm(
     SUM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     at = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (at < n)
     factor = tl.load(weight + at, mask=at < n, other=0.0).to(tl.float32)
+    await_others(CHAINED)
     values = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
     if SUM:
         more = tl.load(residual + row * n + at, mask=inside, other=0.0).to(tl.float32)
@@ -64,6 +66,7 @@ def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tupl
         _norm[grid](
             flat, residual if residual is not None else flat, weight, out, total, len(flat), n, flat.stride(0), eps,
             SUM=residual is not None, ROWS=rows_at_once, BLOCK=block, num_warps=warps_for(block * rows_at_once),
+            **launch.chained(x.device),
         )  # fmt: skip
     return out, total
 
@@ -80,7 +83,9 @@ def _quantize(
     GIVEN: tl.constexpr,
     INT8: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    await_others(CHAINED)
     row, run = tl.program_id(0).to(tl.int64), tl.program_id(1)
     within = tl.arange(0, BLOCK)
     at = run * SIZE + within
@@ -98,7 +103,7 @@ def _quantize(
         values = (values + 12582912.0) - 12582912.0
         tl.store(codes + row * n + at, values.to(tl.int8), mask=inside)
     else:
-        tl.store(codes + row * n + at, values.to(tl.float8e4nv), mask=inside)
+        tl.store(codes + row * n + at, fp8.codes(values, codes.dtype.element_ty), mask=inside)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +114,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_f8(x: Tensor, size: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See ops.quantize_f8."""
-    codes = torch.empty(x.shape, dtype=FP8, device=x.device)
+    codes = torch.empty(x.shape, dtype=fp8.FP8, device=x.device)
     return codes, _launch_quantize(x, codes, size, scale)
 
 
@@ -119,7 +124,8 @@ def _launch_quantize(x: Tensor, codes: Tensor, size: int, scale: Tensor | None) 
     scales = torch.empty(len(x), runs, dtype=torch.float32, device=x.device)
     if len(x):
         _quantize[(len(x), runs)](
-            x, scale if scale is not None else scales, codes, scales, x.shape[1], runs,
+            x, scale if scale is not None else scales, fp8.known(codes), scales, x.shape[1], runs,
             SIZE=size, GIVEN=scale is not None, INT8=codes.dtype == torch.int8, BLOCK=block, num_warps=warps_for(block),
+            **launch.chained(x.device),
         )  # fmt: skip
     return scales

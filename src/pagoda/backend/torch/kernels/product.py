@@ -11,6 +11,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from pagoda.backend.torch.kernels import fp8
+from pagoda.backend.torch.kernels.launch import await_others
+
 DENSE = tl.constexpr(0)
 W4 = tl.constexpr(1)  # see w4.py
 W8 = tl.constexpr(2)  # int8; scale by group, zero point where there is one
@@ -45,7 +48,7 @@ def _depth(
         acc = tl.dot(values, codes, acc)
     else:
         if KIND != DENSE:
-            codes = codes.to(values.dtype)
+            codes = fp8.floats(codes, values.dtype)
         if ZERO:
             codes = codes - zero.to(values.dtype)[None, :]
         acc = tl.dot(values, codes, acc, input_precision="ieee")
@@ -58,15 +61,18 @@ def _rows_of(
 ) -> Any:
     """The expert of a tile of rows (0 where there is one matrix), its first row, and where its rows end.
 
-    Expert e owns the tiles from starts[e] // BM + e on: enough of them, however the rows fall.
+    Tiles go by expert, none to one without rows; those behind the last have no rows.
     """
     expert, begin, end = tile * 0, tile * BM, rows
     if EXPERTS:
         each = tl.arange(0, EXPERTS)
-        bounds = tl.load(starts + each, mask=each < experts, other=1 << 30) // BM + each
-        expert = tl.sum((bounds <= tile).to(tl.int32), axis=0) - 1
-        start = tl.load(starts + expert)
-        begin, end = start + (tile - start // BM - expert) * BM, tl.load(starts + expert + 1)
+        first = tl.load(starts + each, mask=each < experts, other=0)
+        tiles = (tl.load(starts + each + 1, mask=each < experts, other=0) - first + BM - 1) // BM
+        ends = tl.cumsum(tiles, axis=0)
+        expert = tl.sum((ends <= tile).to(tl.int32), axis=0)
+        before = tl.sum(tl.where(each == expert, ends - tiles, 0), axis=0)
+        begin = tl.load(starts + expert, mask=expert < experts, other=0) + (tile - before) * BM
+        end = tl.load(starts + expert + 1, mask=expert < experts, other=0)
     return expert.to(tl.int64), begin, end
 
 
@@ -90,6 +96,7 @@ def _product(
     zeros: tl.tensor,
     x_scales: tl.tensor,
     starts: tl.tensor,
+    tokens: tl.tensor,
     out: tl.tensor,
     rows: tl.tensor,
     N: tl.tensor,
@@ -102,20 +109,26 @@ def _product(
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
     EXPERTS: tl.constexpr,
+    GATHER: tl.constexpr,
     SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
     """out[part, rows, N] = x [rows, K] times the transpose of weight [experts, N, K], whose rows are `pitch` long.
 
     `scales` is [experts, table_rows, columns]. GROUP is how many inputs share a scale: 0 means all of them.
+    GATHER: row m of x is that of tokens[m].
     """
+    await_others(CHAINED)
     part = tl.program_id(2)
     expert, begin, end = _rows_of(starts, tl.program_id(0), rows, experts, EXPERTS, BM)
     if begin < end:
         m, n = begin + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
         row, line = tl.minimum(m, end - 1).to(tl.int64), tl.minimum(n, N - 1).to(tl.int64)
+        if GATHER:
+            row = tl.load(tokens + row).to(tl.int64)
         matrix, table = weight + expert * N * pitch, scales + expert * table_rows * columns
         points, zero = zeros + expert * table_rows * columns, tl.zeros((BN,), tl.float32)
         total = tl.zeros((BM, BN), tl.int32 if KIND == I8 else tl.float32)
@@ -142,7 +155,10 @@ def _product(
 
 
 @triton.jit
-def _add_parts(parts: tl.tensor, out: tl.tensor, size: tl.tensor, SPLIT: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _add_parts(
+    parts: tl.tensor, out: tl.tensor, size: tl.tensor, SPLIT: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr
+) -> None:
+    await_others(CHAINED)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(SPLIT):

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pagoda.backend.torch.batch import Batch, Heads
-from pagoda.backend.torch.kernels.launch import block_of
+from pagoda.backend.torch.kernels import fp8, launch
+from pagoda.backend.torch.kernels.launch import await_others, block_of
 
 _HEADS = 8
 """Heads of one token that a program takes."""
@@ -16,9 +17,11 @@ _HEADS = 8
 
 @triton.jit
 def _cached(values: tl.tensor, cache: tl.tensor) -> tl.tensor:
-    if cache.dtype.element_ty == tl.float8e4nv:
-        values = tl.clamp(values.to(tl.float32), -448.0, 448.0)
-    return values.to(cache.dtype.element_ty)
+    kind: tl.constexpr = cache.dtype.element_ty
+    if kind.primitive_bitwidth == 8:
+        return fp8.codes(values, kind)
+    else:
+        return values.to(kind)
 
 
 @triton.jit
@@ -56,7 +59,9 @@ def _rope(
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    await_others(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     at = tl.arange(0, BLOCK)[None, :]
@@ -74,7 +79,8 @@ def _rope(
     turned = inside & (at < DIM) & (head < q_heads + kv_heads)
     values, others = raw.to(tl.float32), tl.load(source + partner, mask=turned, other=0.0).to(tl.float32)
     if NORM:
-        is_q, kind = head < q_heads, qkv.dtype.element_ty
+        is_q = head < q_heads
+        kind: tl.constexpr = qkv.dtype.element_ty
         scale = tl.rsqrt(tl.sum(values * values, axis=1)[:, None] / HEAD + eps)
         values = _scaled(values, scale, q_norm, k_norm, is_q, at, HEAD).to(kind).to(tl.float32)
         others = _scaled(others, scale, q_norm, k_norm, is_q, partner, DIM).to(kind).to(tl.float32)
@@ -108,8 +114,9 @@ def rope_and_cache(
     norms = (q_norm, k_norm) if q_norm is not None and k_norm is not None else (qkv, qkv)
     if tokens:
         _rope[(tokens, triton.cdiv(a.heads + 2 * a.kv_heads, _HEADS))](
-            qkv.contiguous(), *norms, cos_sin, batch.positions, batch.cells, k_cache, v_cache, q, a.heads, a.kv_heads,
-            a.eps, NORM=q_norm is not None, INTERLEAVED=a.interleaved, DIM=cos_sin.shape[1], HEAD=a.head_dim,
-            BLOCK=block_of(a.head_dim), HEADS=_HEADS, num_warps=2,
+            qkv.contiguous(), *norms, cos_sin, batch.positions, batch.cells, fp8.known(k_cache), fp8.known(v_cache), q,
+            a.heads, a.kv_heads, a.eps, NORM=q_norm is not None, INTERLEAVED=a.interleaved, DIM=cos_sin.shape[1],
+            HEAD=a.head_dim, BLOCK=block_of(a.head_dim), HEADS=_HEADS, num_warps=2,
+            **launch.chained(qkv.device),
         )  # fmt: skip
     return q

@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pagoda.backend.torch.batch import Batch
+from pagoda.backend.torch.kernels import launch
+from pagoda.backend.torch.kernels.launch import await_others
 
 
 @triton.jit
@@ -30,7 +32,9 @@ def _stage(
     pitch: tl.tensor,
     to_pitch: tl.tensor,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    await_others(CHAINED)
     r = tl.program_id(0)
     here = r < requests
     tl.store(to_tokens + r, tl.load(tokens + r, mask=here, other=0))
@@ -54,11 +58,15 @@ def stage(batch: Batch, fixed: Batch) -> None:
         batch.tokens, batch.positions, batch.cells, batch.contexts, batch.rows, tables, fixed.tokens, fixed.positions,
         fixed.cells, fixed.starts, fixed.contexts, fixed.rows, to_tables, len(batch.contexts), tables.shape[1],
         tables.stride(0), to_tables.stride(0), BLOCK=256, num_warps=4,
+        **launch.chained(batch.tokens.device),
     )  # fmt: skip
 
 
 @triton.jit
-def _told(tokens: tl.tensor, sampled: tl.tensor, out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
+def _told(
+    tokens: tl.tensor, sampled: tl.tensor, out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr, CHAINED: tl.constexpr
+) -> None:
+    await_others(CHAINED)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(tokens + at, mask=at < count, other=0)
     found = tl.load(sampled - 1 - token, mask=(at < count) & (token < 0), other=0)
@@ -69,5 +77,7 @@ def _told(tokens: tl.tensor, sampled: tl.tensor, out: tl.tensor, count: tl.tenso
 def told(tokens: Tensor, sampled: Tensor) -> Tensor:
     """See ops.told."""
     out = torch.empty_like(tokens)
-    _told[(triton.cdiv(len(tokens), 1024),)](tokens, sampled, out, len(tokens), BLOCK=1024, num_warps=4)
+    _told[(triton.cdiv(len(tokens), 1024),)](
+        tokens, sampled, out, len(tokens), BLOCK=1024, num_warps=4, **launch.chained(tokens.device)
+    )
     return out

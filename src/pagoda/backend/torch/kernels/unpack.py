@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pagoda.backend.torch.kernels import fp8
+from pagoda.backend.torch.kernels.launch import await_others
 from pagoda.backend.torch.kernels.product import F8, W4
 from pagoda.weights.device_size import W4_CHUNK
 
@@ -25,7 +27,9 @@ def _unpack(
     BY_ROW: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    await_others(CHAINED)
     n = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = k < K
@@ -34,7 +38,7 @@ def _unpack(
         word = k // _CHUNK * (_CHUNK // 8) + k % 32
         codes = (tl.load(weight + n * pitch + word, mask=inside, other=0) >> (k % _CHUNK // 32 * 4) & 15).to(tl.float32)
     else:
-        codes = tl.load(weight + n * K + k, mask=inside, other=0.0).to(tl.float32)
+        codes = fp8.floats(tl.load(weight + n * K + k, mask=inside, other=0.0), tl.float32)
     if KIND == F8:
         row = (n // GROUP if GROUP else n) if BY_ROW else n * 0
         scale = tl.load(scales + row * scale_columns + group, mask=inside, other=0.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pagoda.backend.torch.kernels.launch import await_others
 from pagoda.backend.torch.kernels.product import _rows_of
 from pagoda.weights.device_size import W4_CHUNK
 
@@ -125,6 +126,7 @@ def _w4(
     scales: tl.tensor,
     zeros: tl.tensor,
     starts: tl.tensor,
+    tokens: tl.tensor,
     out: tl.tensor,
     parts: tl.tensor,
     arrived: tl.tensor,
@@ -139,21 +141,27 @@ def _w4(
     SINGLE: tl.constexpr,
     WHOLE: tl.constexpr,
     EXPERTS: tl.constexpr,
+    GATHER: tl.constexpr,
     SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
     """out [rows, N] = x [rows, K] times the transpose of a weight; see packs.W4 for the order of its codes.
 
     GROUP inputs share a scale (0: all); RUN slices of 32 inputs are summed before it is applied. SINGLE: rows is 1.
-    WHOLE: the last chunk is full. Of SPLIT programs that share the depth the last to arrive adds all parts, in order.
+    GATHER: row m of x is that of tokens[m]. WHOLE: the last chunk is full. Of SPLIT programs that share the depth the
+    last to arrive adds all parts, in order.
     """
+    await_others(CHAINED)
     part = tl.program_id(2)
     expert, begin, stop = _rows_of(starts, tl.program_id(0), rows, experts, EXPERTS, BM)
     if begin < stop:
         m, n = begin + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
         row, line = tl.minimum(m, stop - 1).to(tl.int64), tl.minimum(n, N - 1)
+        if GATHER:
+            row = tl.load(tokens + row).to(tl.int64)
         codes = weight + (expert * N + line)[:, None] * pitch + tl.arange(0, _WORDS)[None, :]
         scales += expert * groups * N
         zeros += expert * groups * N

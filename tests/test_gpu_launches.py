@@ -1,0 +1,40 @@
+"""Without a GPU: what a step launches there, and that each of these kernels compiles and fits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+MOST = {
+    "Qwen3-0.6B": {1: 176, 8: 260},
+    "Qwen3-8B-FP8": {1: 224, 8: 332, 64: 476},
+    "Qwen3-32B-AWQ": {1: 584, 64: 584},
+    "Qwen3-30B-A3B": {1: 536, 64: 584},
+}
+"""Launches of a greedy decode step."""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+
+
+def test_a_step_launches_no_more_than_it_did() -> None:
+    command = [sys.executable, str(BENCH / "gpu_launches.py"), "--json", "--models", ",".join(MOST)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    found = {name: {row["batch"]: row["step"] for row in rows if row["model"] == name} for name in MOST}
+    assert all(found[name][batch] <= most for name, batches in MOST.items() for batch, most in batches.items()), found
+
+
+@pytest.mark.parametrize("gpu", [86, 90])
+def test_kernels_compile_and_fit(gpu: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(BENCH / "gpu_compile.py"), "--quick", "--jobs", "1", "--gpus", str(gpu)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert all(f"`{name}`" in done.stdout for name in ("_rope", "_decode", "_prefill", "_gemv", "_w4", "_product"))
