@@ -176,7 +176,7 @@ def lines(report: Report) -> Iterator[str]:
         yield f"{row['model']:14} batch {row['batch']}: kernels {row['busy_us']:.0f} us a step"
         yield from (f"    {top['us']:8.1f} us {top['calls']:6.1f}x {top['kernel']}" for top in row["top"][:8])
     for row in report.of("time"):
-        yield "time: {what:12} {seconds:6.1f} s of {limit_s} s".format(**row)
+        yield "time: {what:12} {seconds:6.1f} s of {limit_s:.0f} s".format(**row)
     yield from (f"FAILED {row['what']}: {row['error']}" for row in report.of("failed"))
     yield from (f"cut: {row.get('model', '')} {row['what']}" for row in report.of("cut"))
 
@@ -188,12 +188,14 @@ def main() -> None:
     parser.add_argument("--phases", default=",".join(PHASES_S))
     parser.add_argument("--models", default="", help="only these, by name, separated by commas")
     parser.add_argument("--unit-limit", type=float, help="seconds after which a kernel or a measurement counts as hung")
+    parser.add_argument("--seconds", type=float, default=TOTAL_S, help="end after so long; phases have their shares")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     report, scratch = Report(args.out), args.out / "scratch"
     job: Row = {
-        "quick": args.quick, "phases": {name: PHASES_S[name] for name in args.phases.split(",")}, "begun": {},
-        "started": STARTED, "end": STARTED + TOTAL_S, "over": [], "roof": None, "folder": str(scratch),
+        "quick": args.quick,
+        "phases": {name: PHASES_S[name] * args.seconds / TOTAL_S for name in args.phases.split(",")}, "begun": {},
+        "started": STARTED, "end": STARTED + args.seconds, "over": [], "roof": None, "folder": str(scratch),
         "models": [name for name in args.models.split(",") if name],
     }  # fmt: skip
     try:

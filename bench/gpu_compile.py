@@ -5,7 +5,7 @@
     python bench/gpu_compile.py --gpus 90,120 --quick    # a decode step and a prompt of small shapes
 
 What is compiled is what models of public shapes launch (see gpu_launches.py), as the limits of each GPU make them
-choose their tiles, and with --all the tiles that bench/gpu.py tries. Ends with 1 where a kernel does not compile or
+choose their tiles, and with --tiles those that bench/gpu.py tries. Ends with 1 where a kernel does not compile or
 wants more shared memory than the GPU has for one program.
 """
 
@@ -26,6 +26,7 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
+import gpu_cases
 import gpu_kernels as kernels
 import torch
 import triton
@@ -36,6 +37,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.batch import Heads
+from pagoda.backend.torch.kernels import matmul
 from pagoda.backend.torch.kernels.launch import Gpu
 from pagoda.backend.torch.packs import FP8
 
@@ -122,7 +124,7 @@ def of_models(models: Iterable[str], gpu: Gpu, batches: Iterable[int], prompts: 
 def of_cases(gpu: Gpu) -> Iterator[Launch]:
     """What the first phase of bench/gpu.py launches: every kernel, every kind of weight."""
     with noted(gpu) as notes:
-        for _, call in kernels.cases(torch.bfloat16, META, small=False):
+        for _, call in gpu_cases.cases(torch.bfloat16, META, small=False):
             call()
     yield from notes
 
@@ -155,6 +157,23 @@ def of_shapes(gpu: Gpu) -> Iterator[Launch]:
     yield from notes
 
 
+def of_tiles(gpu: Gpu) -> Iterator[Launch]:
+    """The tiles of products that bench/gpu.py tries. It passes over those that do not fit."""
+    with noted(gpu) as notes:
+        for name in ("w4", "f8 block", "dense"):
+            parts = matmul.operand(kernels.weights(4096, 4096, BF16, META)[name])
+            for rows, tiles in ((1, kernels.GEMV_TILES), (8, kernels.FEW_TILES), (64, kernels.MANY_TILES)):
+                if name == "w4":
+                    tiles = kernels.W4_MANY if rows > 16 else kernels.W4_TILES
+                x = torch.empty(rows, 4096, dtype=BF16, device=META)
+                for tile in tiles:
+                    if rows == 1 and name != "w4":
+                        matmul.gemv(x, parts, tile)
+                    else:
+                        matmul.tiled(x, parts, BF16, tile=tile)
+    yield from notes
+
+
 def _eight(part: Any) -> Any:
     return part.expand(8, *part.shape).contiguous() if isinstance(part, torch.Tensor) else part
 
@@ -165,6 +184,7 @@ def sources(numbers: Iterable[int], *, quick: bool, tiles: bool) -> list[Source]
         gpu = GPUS[number][1]
         sizes: tuple[Any, ...] = (TINY, (1, 3), (20,)) if quick else (MODELS, (1, 8, 16, 64, 256), (128, 4096))
         launches = [*of_models(sizes[0], gpu, *sizes[1:]), *(() if quick else (*of_cases(gpu), *of_shapes(gpu)))]
+        launches += of_tiles(gpu) if tiles else ()
         found |= dict.fromkeys(source(note, number) for note in launches if note.kernel is not None)
     return list(found)
 
@@ -173,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", default=",".join(map(str, GPUS)), help="compute capabilities, such as 90,120")
     parser.add_argument("--quick", action="store_true", help="small shapes, a few kernels")
-    parser.add_argument("--tiles", action="store_true", help="the tiles that bench/gpu.py tries, too")
+    parser.add_argument("--tiles", action="store_true", help="the tiles that bench/gpu.py tries, too; some may not fit")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--only", default="", help="kernels whose name has this")
     parser.add_argument("--out", type=Path, help="a file for one line of JSON for each kernel")

@@ -1,4 +1,4 @@
-"""Each kernel of the CUDA backend alone: is it right, how near is it to the roof, which tiles are best for it."""
+"""Each kernel of the CUDA backend alone: how near is it to the roof, which tiles are best for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.batch import Batch, Heads
 from pagoda.backend.torch.kernels import attention, matmul
-from pagoda.backend.torch.kernels.greedy import greedy
 from pagoda.backend.torch.kernels.tuning import DEFAULTS, Tile, bucket
 from pagoda.backend.torch.packs import F8, FP8, I8, W4, W4_CHUNK, W8, Dense, Weight
 
@@ -107,84 +106,6 @@ def weights(n: int, k: int, dtype: torch.dtype, device: torch.device) -> dict[st
         "f8 row": F8(fp8, (by_row * 50)[:, None]),
         "f8 block": F8(fp8, torch.full((-(-n // GROUP), groups), size, device=device), block=(GROUP, GROUP)),
     }
-
-
-def cases(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Calls of ops, by name; every one is made twice, with and without the kernels."""
-    hidden, size = (64, 16) if small else (4096, 128)
-    x, residual = (torch.randn(5, hidden, device=device).to(dtype) for _ in range(2))
-    norm = torch.rand(hidden, device=device)
-    picked, free = torch.tensor([40, 41], device=device), torch.full((5,), -1, device=device)
-    logits = torch.randn(5, 9000, device=device).to(dtype)
-    yield "rms_norm", lambda: ops.rms_norm(x, norm, 1e-6)
-    yield "add_rms_norm", lambda: ops.add_rms_norm(x, residual, norm, 1e-6)[0]
-    yield "silu_mul", lambda: ops.silu_mul(x)
-    yield "told", lambda: ops.told(torch.tensor([7, -2, -1, 3], dtype=torch.int32, device=device), picked)
-    yield "greedy", lambda: greedy(logits, free)[0] if ops.on_gpu(logits) else logits.argmax(-1)
-    yield "quantize_rows", lambda: ops.quantize_rows(x)[0]
-    yield "quantize_f8", lambda: ops.quantize_f8(x, 16 if small else 128)[0]
-    for name, requests in {
-        "prompt": [(70, 0), (33, 50)],
-        "decode": [(1, 700), (1, 30), (1, 255)],
-        "mixed": [(1, 300), (40, 7)],
-    }.items():
-        for kind in (dtype, FP8):
-            for heads, kv_heads in ((8, 2), (7, 1)):
-                shape = Heads(heads, kv_heads, size, size**-0.5, None, 1e-6, False)
-                batch = batch_of(requests, device)
-                caches = [
-                    torch.randn(int(batch.block_tables.numel()), 16, kv_heads, size, device=device).to(kind)
-                    for _ in range(2)
-                ]
-                q = torch.randn(len(batch.tokens), heads, size, device=device).to(dtype)
-                label = f"attention {name} {heads}/{kv_heads} {str(kind)[6:]}"
-                yield label, lambda q=q, c=caches, b=batch, s=shape: ops.paged_attention(q, *c, b, s)  # type: ignore[misc]
-    batch, table = batch_of([(5, 3), (1, 40)], device), torch.randn(64, size, device=device)
-    shape = Heads(8, 2, size, 1.0, None, 1e-6, False)
-    qkv, unit = torch.randn(6, 12 * size, device=device).to(dtype), torch.rand(size, device=device)
-
-    def rope() -> torch.Tensor:
-        caches = [torch.zeros(16, 16, 2, size, dtype=dtype, device=device) for _ in range(2)]
-        q = ops.rope_and_cache(qkv, unit, unit, table, batch, *caches, shape)
-        return torch.cat([q.flatten(), *(cache.flatten() for cache in caches)])
-
-    yield "rope_and_cache", rope
-    n, k = (48, 128) if small else (1024, 4096)
-    for name, weight in weights(n, k, dtype, device).items():
-        for rows in (1, 3, 17) if small else (1, 3, 16, 17, 100):
-            inputs = torch.randn(rows, k, device=device).to(dtype)
-            yield f"matmul {name} {rows}", lambda x=inputs, w=weight: product(x, w)  # type: ignore[misc]
-    row, before, factor = (torch.randn(1, k, device=device).to(dtype) for _ in range(3))
-    for name, weight in weights(n, k, dtype, device).items():
-        if isinstance(weight, Dense | F8):
-            for gated in (False, True):
-                label = f"norm_matmul {name}{' gated' * gated}"
-                yield (
-                    label,
-                    lambda w=weight, g=gated: ops.norm_matmul(row, before, factor.float()[0], 1e-6, w, gated=g)[0],
-                )  # type: ignore[misc]
-    experts = Dense(torch.randn(4, n, k, device=device).to(dtype))
-    rows_of = torch.tensor([0, 3, 3, 24, 30], dtype=torch.int32, device=device)
-    sorted_rows = torch.randn(30, k, device=device).to(dtype)
-    yield "grouped dense 30", lambda: ops.grouped_matmul(sorted_rows, experts, rows_of)
-
-
-def product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    if isinstance(weight, I8) and not ops.on_gpu(x):
-        codes, scales = ops.quantize_rows(x)  # PyTorch's own product of whole numbers takes no few rows on a GPU
-        return (codes.double() @ weight.codes.double().t()).float() * scales * weight.scales
-    return ops.matmul(x, weight)
-
-
-def compared(name: str, call: Callable[[], Any], device: torch.device) -> Row:
-    with dispatch(False):
-        wanted = call().float()
-    with dispatch(True):
-        got = call().float()
-    error = float((got - wanted).norm() / wanted.norm())
-    # FP8 on both sides is compared with FP8 on one side only, up to 16 rows; the interpreter cuts, not rounds
-    bound = (0.06 if device.type == "cuda" else 0.15) if "f8" in name else 0.02
-    return {"kernel": name, "error": error, "ok": bool(error < bound and got.isfinite().all())}
 
 
 def roofs(dtype: torch.dtype, device: torch.device, small: bool) -> Row:

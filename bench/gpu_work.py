@@ -23,6 +23,7 @@ os.dup2(2, 1)  # what a library prints is no event
 if JOB["quick"] and not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
+import gpu_cases  # noqa: E402
 import gpu_kernels as kernels  # noqa: E402
 import gpu_models  # noqa: E402
 import torch  # noqa: E402
@@ -75,8 +76,8 @@ def free() -> None:
 
 
 def correctness(end: float) -> Iterator[bool]:
-    for name, call in kernels.cases(DTYPE, DEVICE, SMALL):
-        yield unit(name, "correctness", lambda n=name, c=call: [("correctness", kernels.compared(n, c, DEVICE))])  # type: ignore[misc]
+    for name, call in gpu_cases.cases(DTYPE, DEVICE, SMALL):
+        yield unit(name, "correctness", lambda n=name, c=call: [("correctness", gpu_cases.compared(n, c, DEVICE))])  # type: ignore[misc]
 
 
 def micro(end: float) -> Iterator[bool]:

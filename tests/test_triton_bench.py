@@ -34,6 +34,19 @@ def test_what_was_measured_outlives_the_end_of_the_run(phase: str, count: int, t
         assert "kernels: " in (tmp_path / "table.txt").read_text()
 
 
+@pytest.mark.parametrize("seconds", [3, 14])
+def test_the_run_ends_when_its_time_is_up(seconds: int, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--quick", "--out", str(tmp_path), "--seconds", str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    # a unit that is under way then has ten seconds more
+    assert all(row["at_s"] < seconds + 12 for row in rows)
+    checked = sum(row["phase"] == "correctness" for row in rows)
+    assert f"kernels: {checked} cases" in (tmp_path / "table.txt").read_text()
+    assert done.returncode in (0, 1) and not any(row["phase"] == "tile" for row in rows)
+    assert not (tmp_path / "scratch").exists()
+
+
 FAULTS = """
 import os, sys, time
 if any(word.endswith("gpu_work.py") for word in sys.orig_argv):
