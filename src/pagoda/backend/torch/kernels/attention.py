@@ -186,12 +186,10 @@ def _decode(
         length = _run_length(context)
         run = (number - tl.load(runs + r)) * length
         end, begin = tl.minimum(run + length, context), tl.maximum(context - window, 0)
-        q_at = (token * kv_heads + head) * GROUP + row
-        inside = (row < GROUP)[:, None] & (d < HEAD)[None, :]
+        q_at, inside = (token * kv_heads + head) * GROUP + row, (row < GROUP)[:, None] & (d < HEAD)[None, :]
         rows = tl.load(q + q_at[:, None] * HEAD + d[None, :], mask=inside, other=0.0)
         most, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
-        acc = tl.zeros((M, D), tl.float32)
-        begins, ends = tl.zeros((M,), tl.int32) + begin, tl.zeros((M,), tl.int32) + end
+        acc, begins, ends = tl.zeros((M, D), tl.float32), row * 0 + begin, row * 0 + end
         k_head, v_head, table = k_cache + head * HEAD, v_cache + head * HEAD, tables + r.to(tl.int64) * table_width
         for key in range(tl.maximum(run, begin // TILE * TILE), end, TILE):
             most, total, acc = _fold(

@@ -77,6 +77,13 @@ def _rows_of(
 
 
 @triton.jit
+def _row(tokens: tl.tensor, m: tl.tensor, end: tl.tensor, GATHER: tl.constexpr) -> tl.tensor:
+    """Rows of x, up to the last one before `end`; GATHER: those of tokens[m]."""
+    row = tl.minimum(m, end - 1).to(tl.int64)
+    return tl.load(tokens + row).to(tl.int64) if GATHER else row
+
+
+@triton.jit
 def _scale_of(
     table: tl.tensor, line: tl.tensor, at: tl.tensor, columns: tl.tensor, KIND: tl.constexpr, GROUP: tl.constexpr
 ) -> tl.tensor:
@@ -119,16 +126,13 @@ def _product(
     """out[part, rows, N] = x [rows, K] times the transpose of weight [experts, N, K], whose rows are `pitch` long.
 
     `scales` is [experts, table_rows, columns]. GROUP is how many inputs share a scale: 0 means all of them.
-    GATHER: row m of x is that of tokens[m].
     """
     await_others(CHAINED)
     part = tl.program_id(2)
     expert, begin, end = _rows_of(starts, tl.program_id(0), rows, experts, EXPERTS, BM)
     if begin < end:
         m, n = begin + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
-        row, line = tl.minimum(m, end - 1).to(tl.int64), tl.minimum(n, N - 1).to(tl.int64)
-        if GATHER:
-            row = tl.load(tokens + row).to(tl.int64)
+        row, line = _row(tokens, m, end, GATHER), tl.minimum(n, N - 1).to(tl.int64)
         matrix, table = weight + expert * N * pitch, scales + expert * table_rows * columns
         points, zero = zeros + expert * table_rows * columns, tl.zeros((BN,), tl.float32)
         total = tl.zeros((BM, BN), tl.int32 if KIND == I8 else tl.float32)

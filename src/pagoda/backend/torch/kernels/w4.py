@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pagoda.backend.torch.kernels.launch import await_others
-from pagoda.backend.torch.kernels.product import _rows_of
+from pagoda.backend.torch.kernels.product import _row, _rows_of
 from pagoda.weights.device_size import W4_CHUNK
 
 _CHUNK = tl.constexpr(W4_CHUNK)
@@ -149,19 +149,14 @@ def _w4(
     CHAINED: tl.constexpr,
 ) -> None:
     """out [rows, N] = x [rows, K] times the transpose of a weight; see packs.W4 for the order of its codes.
-
-    GROUP inputs share a scale (0: all); RUN slices of 32 inputs are summed before it is applied. SINGLE: rows is 1.
-    GATHER: row m of x is that of tokens[m]. WHOLE: the last chunk is full. Of SPLIT programs that share the depth the
-    last to arrive adds all parts, in order.
-    """
+    GROUP inputs share a scale (0: all), applied to sums of RUN slices of 32. SINGLE: rows is 1. WHOLE: the last chunk
+    is full. Of SPLIT programs that share the depth the last to arrive adds all parts, in order."""
     await_others(CHAINED)
     part = tl.program_id(2)
     expert, begin, stop = _rows_of(starts, tl.program_id(0), rows, experts, EXPERTS, BM)
     if begin < stop:
         m, n = begin + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
-        row, line = tl.minimum(m, stop - 1).to(tl.int64), tl.minimum(n, N - 1)
-        if GATHER:
-            row = tl.load(tokens + row).to(tl.int64)
+        row, line = _row(tokens, m, stop, GATHER), tl.minimum(n, N - 1)
         codes = weight + (expert * N + line)[:, None] * pitch + tl.arange(0, _WORDS)[None, :]
         scales += expert * groups * N
         zeros += expert * groups * N
