@@ -263,8 +263,7 @@ def _prefill(
         inside = ((token < count) & (member < GROUP))[:, None] & (d < HEAD)[None, :]
         rows = tl.load(q + q_at[:, None] * HEAD + d[None, :], mask=inside, other=0.0)
         most, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
-        acc = tl.zeros((M, D), tl.float32)
-        ends = tl.minimum(context - count + token + 1, context)
+        acc, ends = tl.zeros((M, D), tl.float32), tl.minimum(context - count + token + 1, context)
         begins = tl.maximum(ends - window, 0)
         lowest, limit = context - count + first + 1, tl.minimum(context - count + first + TOKENS, context)
         begin = tl.maximum(lowest - window, 0) // TILE * TILE
