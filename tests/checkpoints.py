@@ -105,10 +105,34 @@ EXPERT_CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
+_HYBRID = {
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
+_HYBRID_EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+}
+HYBRID_CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "qwen3-next": {"model_type": "qwen3_next", **_HYBRID, **_HYBRID_EXPERTS},
+        "qwen3.5": {"model_type": "qwen3_5_text", **_HYBRID, "tie_word_embeddings": True},
+        "qwen3.5-experts": {"model_type": "qwen3_5_moe_text", **_HYBRID, **_HYBRID_EXPERTS},
+    }
+)
+
 
 def make_model(case: str, **changes: Any) -> Any:
     """The transformers model (float32, CPU) of a case, with random weights that depend on nothing but the case."""
-    return random_model({**TINY, **{**CASES, **EXPERT_CASES}[case], **changes}, len(case))
+    return random_model({**TINY, **{**CASES, **EXPERT_CASES, **HYBRID_CASES}[case], **changes}, len(case))
 
 
 def random_model(settings: dict[str, Any], seed: int) -> Any:

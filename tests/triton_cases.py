@@ -34,6 +34,7 @@ def make_batch(requests: Sequence[tuple[int, int]], *, device: str = "cpu", pad_
         starts=ints(starts),
         contexts=ints(contexts),
         block_tables=ints(tables),
+        slots=ints(range(len(counts))),
         rows=ints([]),
         max_query=max(counts),
         max_context=max(contexts),

@@ -80,6 +80,8 @@ void Chain::add(const pg_op& op, int64_t first) {
     add_phase(op.kind, &op, rows, first, 1, (int64_t)attention.size() * c_.dims.kv_heads);
     items.back().attention = (int)cached.size() - 1;
     if (!joins.empty()) add_phase(kJoin, &op, rows, first, 1, (int64_t)joins.size() * c_.dims.kv_heads);
+  } else if (op.kind == PG_DELTA) {
+    add_phase(op.kind, &op, rows, first, 1, (int64_t)st_.requests * c_.dims.delta.key_heads);
   } else if (op.kind == PG_ATTEND_ALL) {
     add_encoder_attention(op);
   } else if (op.kind == PG_EXPERTS_UP) {
@@ -92,7 +94,7 @@ void Chain::add(const pg_op& op, int64_t first) {
   }
   if (op.kind == PG_ROUTE) add(kGroup, &op, 1, first);
   if (op.kind == PG_ROPE) cached.push_back(items.size());
-  if ((op.kind == PG_ATTENTION || op.kind == PG_ATTEND_ALL) && op.flags & PG_QUANTIZE) add(kFinishRows, &op, rows, first);
+  if ((op.kind == PG_ATTENTION || op.kind == PG_ATTEND_ALL || op.kind == PG_DELTA) && op.flags & PG_QUANTIZE) add(kFinishRows, &op, rows, first);
   if (op.kind == PG_HEAD) add(kSample, &op, rows, first);
 }
 

@@ -75,6 +75,7 @@ struct pg_context {
   std::vector<int32_t> rope_axes;
   pagoda::Pages kv_pages, rope_pages, logit_pages;
   pagoda::KvCache kv{};
+  pagoda::Pages state_pages;  // [slot][delta net][key head], of delta_state floats each
   std::vector<int32_t> writers;  // of each block of the cache, -1 between steps: see step.cpp
   std::vector<pagoda::SampleScratch> scratch;
   std::shared_ptr<pagoda::Job> begun;  // a step that is run in parts

@@ -76,6 +76,25 @@ struct EncoderJob {  // consecutive tokens of one request, one head, over all it
   int64_t out_stride;
 };
 
+struct DeltaJob {  // consecutive tokens of one request, one key head of a gated delta net and its value heads
+  const float* in;  // first token: q, k, v, z of all heads, then of each value head beta, then decay
+  int64_t in_stride;
+  float* out;  // first token, first value head
+  int64_t out_stride;
+  int tokens, key_head, key_heads, value_heads, key_dim, value_dim, kernel;
+  bool tiled, fresh;   // value heads take key heads in turns; the state is to be zero first
+  const float* taps;   // [kernel][width]
+  int64_t width;       // channels of the convolution
+  const float *rate, *dt, *norm;  // of each value head; of all
+  float eps;
+  float* state;  // see delta_state
+};
+
+// Floats that a key head keeps of a request: inputs of the convolution, then S of its `shared` value heads.
+constexpr int64_t delta_state(int64_t key_dim, int64_t value_dim, int64_t shared, int64_t kernel) {
+  return (kernel - 1) * (2 * key_dim + shared * value_dim) + shared * key_dim * value_dim;
+}
+
 struct Kernels {
   const char* name;
   bool wide;  // products read Rows::wide
@@ -102,6 +121,8 @@ struct Kernels {
   void (*quick_gelu)(const float* x, int64_t n, float* out);
   void (*gelu_tanh)(const float* x, int64_t n, float* out);
   void (*attend_all)(const EncoderJob&, float* scratch);
+  void (*delta)(const DeltaJob&, float* scratch);
+  void (*sigmoid_gate)(const float* gate, int64_t n, float* x);
 };
 
 // Floats of scratch that `attention` needs.

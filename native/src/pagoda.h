@@ -36,6 +36,10 @@ enum pg_op_kind : int32_t {
   PG_PATCHES = 17,       // out = the pixels of the step's picture that are each row's patch, normalized, and zeros behind them
   PG_QUICK_GELU = 18,    // out = in * sigmoid(1.702 in)
   PG_GELU_TANH = 19,     // out = gelu(in), by tanh
+  PG_DELTA = 20,         // out = gated delta net of q, k, v, z, beta, decay in `in`, with the state `layer` of each request;
+                         // vector: taps of the convolution [kernel][channels]; vector2: rate and dt of each value head,
+                         // then the norm; eps in f
+  PG_OUT_GATE = 21,      // out *= sigmoid(in from column `layer` on)
   PG_ADD_VECTORS = 26,   // out += the `layer`-th of the step's vectors of a token, where it has such
   PG_GRID = 27,          // out += the positions of the table `vector` with `layer` rows and columns, spread over the picture
 };
@@ -75,6 +79,11 @@ struct pg_op {
   int32_t order;   // out is put in this order, before it is quantized, for a weight whose k are in it; 0 for none
 };
 
+struct pg_delta {  // of gated delta nets; layers 0: there is none
+  int32_t layers, key_heads, value_heads, key_dim, value_dim, kernel, tiled;
+  int32_t slots;  // requests that have a state at once
+};
+
 struct pg_dims {
   int32_t layers, heads, kv_heads, head_dim, vocab, max_tokens, max_rows, num_blocks;
   int32_t rope_dim, rope_interleaved;
@@ -84,6 +93,7 @@ struct pg_dims {
   int32_t experts, active, normalized;  // of a mixture; normalized: the shares of the chosen ones add up to 1
   int32_t piece_rows;      // tokens of a piece
   const int32_t* rope_axes;  // [rope_dim / 2] by which of the step's three rope positions each pair turns, or null
+  pg_delta delta;
 };
 
 struct pg_picture {

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "chain.h"
+#include "delta_step.h"
 #include "picture.h"
 
 using namespace pagoda;
@@ -56,10 +57,11 @@ class StepJob : public Job {
   }
 
   // Threads that each take rows of their own through the whole step need not wait for each other, but each chain reads
-  // all weights: there must be rows enough to make that cheap. Of the experts each has but a few rows.
+  // all weights: there must be rows enough to make that cheap. Of the experts each has but a few rows;
+  // and in a delta net a token waits for the one before it.
   int most_chains() const {
     int count = 1;
-    while (c_.kv.data && !c_.dims.experts && 2 * count <= c_.team.size() && c_.kernels->chain_rows * 4 * count * count <= st_.tokens_count) count *= 2;
+    while (c_.kv.data && !c_.dims.experts && !c_.dims.delta.layers && 2 * count <= c_.team.size() && c_.kernels->chain_rows * 4 * count * count <= st_.tokens_count) count *= 2;
     return std::is_sorted(st_.rows, st_.rows + st_.rows_count) ? count : 1;
   }
 
@@ -119,6 +121,7 @@ class StepJob : public Job {
       case PG_MATMUL: return multiply(chain, task, chunk, c_.buffers[task.op->out].row(task.row), c_.buffers[task.op->out].width);
       case PG_HEAD: return multiply(chain, task, chunk, logits(task.row), c_.dims.vocab);
       case PG_ATTENTION: return attention(chain, *task.op, chunk, thread);
+      case PG_DELTA: return run_delta(c_, st_, *task.op, chunk, c_.row_scratch[thread].data());
       case kJoin: return join(chain, *task.op, chunk, thread);
       case PG_ATTEND_ALL: return attend_all(chain, task, chunk, thread);
       case PG_EXPERTS_UP:
@@ -176,6 +179,7 @@ class StepJob : public Job {
       case PG_QUICK_GELU: k.quick_gelu(in, c_.buffers[op.out].width, out); break;
       case PG_GELU_TANH: k.gelu_tanh(in, c_.buffers[op.out].width, out); break;
       case PG_POSITIONS: add_positions(op, row, out); break;
+      case PG_OUT_GATE: k.sigmoid_gate(in + op.layer, c_.buffers[op.out].width, out); break;
       case PG_GATED: gate(in, vector(op.vector), c_.buffers[op.in].width, out, c_.buffers[op.out].width); break;
       case PG_HIDDEN: {
         const int64_t width = c_.buffers[op.in].width;
@@ -341,6 +345,7 @@ bool valid(const pg_context& c, const pg_step& st) {
   if (st.picture && !holds_patches(st)) return false;
   for (int l = 0; l < st.rows_count; l++)
     if (st.rows[l] < 0 || st.rows[l] >= st.tokens_count) return false;
+  if (!has_slots(c, st)) return false;
   for (int r = 0; r < st.requests && c.dims.num_blocks > 0; r++) {
     const int last = (st.positions[r] + st.starts[r + 1] - st.starts[r] - 1) / kTokens;
     if (last >= st.table_width) return false;

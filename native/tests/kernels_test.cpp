@@ -87,6 +87,27 @@ void test_attention(const Kernels& t, bool int8, int window, bool has_sinks) {
   }
 }
 
+// Two steps of a request: the state goes on from the first.
+void test_delta(const Kernels& t, bool tiled) {
+  const int keys = 2, heads = 4, dk = 24, dv = 40, kernel = 4, tokens = 5;
+  const int64_t channels = 2 * keys * dk + heads * dv, width = channels + heads * dv + 2 * heads;
+  const std::vector<float> in = normal(tokens * width), taps = normal(kernel * channels), norm = normal(dv), dt = normal(heads);
+  const std::vector<float> rate(heads, 0.5f);
+  std::vector<float> results[2];
+  for (const Kernels* k : {&t, kernels_generic()}) {
+    std::vector<float> state(delta_state(dk, dv, heads / keys, kernel), NAN), scratch(2 * (dk + dv)), out(tokens * heads * dv);
+    for (int head = 0; head < keys; head++)
+      for (auto [from, to] : {std::pair<int, int>{0, 2}, {2, tokens}})
+        k->delta({in.data() + from * width, width, out.data() + from * heads * dv, heads * dv, to - from, head, keys, heads, dk, dv,
+                  kernel, tiled, from == 0, taps.data(), channels, rate.data(), dt.data(), norm.data(), 1e-6f, state.data()}, scratch.data());
+    results[k != &t] = out;
+    results[k != &t].insert(results[k != &t].end(), state.begin(), state.end());
+  }
+  double top = 0;
+  for (float v : results[1]) top = std::max(top, (double)std::abs(v));
+  for (size_t i = 0; i < results[0].size(); i++) check(close(results[0][i], results[1][i], top), t.name, "delta");
+}
+
 void test_rows(const Kernels& t) {
   const Kernels& g = *kernels_generic();
   const int64_t n = 1056;
@@ -149,7 +170,7 @@ int main(int count, char** arguments) {
       if (is_float(type) || layout_of(type).block) test_product(t, type);
     for (int window : {1 << 20, 600, 20, 1})
       for (bool int8 : {false, true}) test_attention(t, int8, window, false), test_attention(t, int8, window, true);
-    test_rows(t), test_halves(t);
+    test_rows(t), test_halves(t), test_delta(t, false), test_delta(t, true);
     std::printf("%s: checked\n", t.name);
     pg_destroy(c);
   }

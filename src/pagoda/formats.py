@@ -32,13 +32,16 @@ QUANTIZATION_METHODS: Mapping[str, str] = MappingProxyType(
 EIGHT_BITS_OF_INT4 = ("v", "down", "down_experts", "down_shared")
 """Slots that suffer most from rounding: --quantization int4 makes 8 bits of them."""
 
+EXACT = ("router", "beta", "decay")
+"""Slots of small matrices that decide much: they stay as they are stored."""
+
 INT4_GROUP = 32
 """Inputs that share a scale in what int4 makes on a GPU."""
 
 
 def on_load_gpu(quantization: str | None, slot: str, inputs: int) -> str | None:
     """What is made of a matrix in floats: int8, fp8, int4, "w8" (8 bits with a scale for each group), or None."""
-    if slot == "head" or (quantization == "int4" and inputs % INT4_GROUP):
+    if slot == "head" or slot.rpartition(".")[2] in EXACT or (quantization == "int4" and inputs % INT4_GROUP):
         return None  # rounding a head costs more than it saves
     if quantization == "int4" and slot.rpartition(".")[2] in EIGHT_BITS_OF_INT4:
         return "w8"

@@ -18,6 +18,7 @@ from pagoda.arch.names import slot_name
 from pagoda.arch.registry import load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
+from pagoda.formats import EXACT
 from pagoda.tasks import Task
 from pagoda.weights.files import Checkpoint
 from pagoda.weights.ggml import BLOCKS, nbytes
@@ -86,7 +87,8 @@ class Maker:
     numbers: npt.NDArray[np.float32]
 
     def tensors(self, slot: str, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
-        product = slot.startswith("layers.") and len(shape) == 2 and not slot.endswith(("router", "_bias"))
+        exact = slot.endswith((*EXACT, "_conv", "_bias"))
+        product = slot.startswith("layers.") and len(shape) == 2 and not exact
         product = product and (self.method != "mxfp4" or slot.endswith("_experts"))
         if self.method is None or not product:
             spread = shape[-1] ** -0.5 if len(shape) > 1 else 0.02

@@ -19,6 +19,7 @@ KvType = Literal["float32", "float16", "int8", "fp8"]
 
 KV_GROUP = 32
 AUTO_CACHE_BYTES = 4 << 30
+AUTO_STATES_BYTES = 4 << 30
 FLOAT32_BYTES = 4
 MOST_IMAGE_TOKENS = 16384
 """Tokens of the largest picture that memory is set aside for: 3584 x 3584 pixels with patches of 14."""
@@ -59,8 +60,20 @@ def kv_bytes_per_block(spec: ModelSpec, kv_type: KvType = "float16") -> int:
     """Keys and values of BLOCK_SIZE tokens in all layers; encoders keep none."""
     if spec.encoder is not None:
         return 0
-    heads = sum(2 * layer.attention.kv_heads * _head_bytes(layer.attention.head_dim, kv_type) for layer in spec.layers)
+    attentions = [layer.attention for layer in spec.layers if layer.delta is None]
+    heads = sum(2 * a.kv_heads * _head_bytes(a.head_dim, kv_type) for a in attentions)
     return heads * BLOCK_SIZE
+
+
+def state_bytes(spec: ModelSpec) -> int:
+    """What one running request keeps beside the cache, whatever its length: the states of its linear attention."""
+    return sum(layer.delta.state_bytes for layer in spec.layers if layer.delta is not None)
+
+
+def usual_requests(spec: ModelSpec, most: int) -> int:
+    """How many run at once where nobody says: as many as have room for their states."""
+    each = state_bytes(spec)
+    return max(1, min(most, AUTO_STATES_BYTES // each)) if each else most
 
 
 def _head_bytes(head_dim: int, kv_type: KvType) -> int:
@@ -93,8 +106,10 @@ def activation_bytes(spec: ModelSpec, limits: Limits) -> int:
 
 
 def _layer_values(layer: Layer) -> int:
-    a = layer.attention
-    return 2 * (a.heads + a.kv_heads) * a.head_dim + 2 * layer.mlp.width
+    a, d = layer.attention, layer.delta
+    if d is not None:
+        return d.width + 2 * (d.value_width + d.value_heads + layer.mlp.width)
+    return (2 * (a.heads + a.kv_heads) + a.heads * a.out_gate) * a.head_dim + 2 * layer.mlp.width
 
 
 def encoded_bytes(spec: ModelSpec, max_model_len: int, itemsize: int = FLOAT32_BYTES) -> int:
@@ -151,7 +166,8 @@ def fit(
     """
     share = DEFAULT_SHARE if limits.memory_share is None else limits.memory_share
     pool = _Pool(free_bytes, share, used_bytes, used_by)
-    left_bytes = pool.usable_bytes - weight_bytes - activation_bytes
+    states = limits.max_num_seqs * state_bytes(spec)
+    left_bytes = pool.usable_bytes - weight_bytes - activation_bytes - states
     fitting = blocks_that_fit(spec, left_bytes, kv_type)
     one, everyone = blocks_for(limits.max_model_len), limits.max_num_seqs * blocks_for(limits.max_model_len)
     if spec.encoder is not None:
@@ -178,6 +194,8 @@ def fit(
         "weights": weight_bytes,
         "activations": activation_bytes,
     }
+    if states:
+        need[f"the states of {limits.max_num_seqs} requests"] = states
     if spec.encoder is None:
         need[f"a KV cache of {blocks * BLOCK_SIZE} tokens"] = blocks * kv_bytes_per_block(spec, kv_type)
     raise _short(limits, need, pool, fitting)
@@ -216,6 +234,8 @@ def _short(limits: Limits, need: Mapping[str, int], pool: _Pool, fitting: int) -
     needed_share = math.ceil(100 * held / pool.total_bytes) / 100 if pool.total_bytes else math.inf
     if pool.share < needed_share <= MOST_SHARE:
         cures.append(f"--gpu-memory-utilization {needed_share:.2f}")
+    if limits.max_num_seqs > 1 and any("states" in name for name in need):
+        cures.append("fewer --max-num-seqs")
     hopeless = ["a smaller model", "a smaller quantization of this one", "fewer --max-num-batched-tokens"]
     return MemoryShort(message, remedy=_any_of(cures or hopeless))
 

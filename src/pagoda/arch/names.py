@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from pagoda.arch.names_delta import delta_slot_name, delta_tensors
 from pagoda.arch.names_fused import cut_tensors
 from pagoda.arch.names_gpt2 import gpt2_tensors
 from pagoda.arch.names_gpt_oss import gpt_oss_tensors
@@ -29,6 +30,7 @@ _MODEL_NAMES = {
 _LAYER_NAMES = {
     "attn_norm": ("input_layernorm", "attn_norm"),
     "q": ("self_attn.q_proj", "attn_q"),
+    "q_gate": ("self_attn.q_gate", "attn_q_gate"),
     "k": ("self_attn.k_proj", "attn_k"),
     "v": ("self_attn.v_proj", "attn_v"),
     "o": ("self_attn.o_proj", "attn_output"),
@@ -96,6 +98,9 @@ def slot_name(spec: ModelSpec, slot: str, *, gguf: bool = False) -> str:
     if spec.encoder is not None:
         return encoder_name(spec, slot)
     prefix, _, part = slot.rpartition(".")
+    if slot.startswith("layers.") and (delta := spec.layers[int(slot.split(".")[1])].delta) is not None:
+        if part in delta.slots(spec.hidden_size):
+            return delta_slot_name(slot, gguf=gguf)
     if part == "mlp_norm" and spec.layers[0].norms == "both" and not gguf:
         return f"model.{prefix}.pre_feedforward_layernorm.weight"
     return checkpoint_name(slot, gguf=gguf, family=spec.model_type)
@@ -107,6 +112,8 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
         tensors = gpt2_tensors(tensors, gguf=gguf)
     if spec.model_type == "gpt_oss":
         tensors = gpt_oss_tensors(tensors)
+    if spec.recurrent:
+        tensors = delta_tensors(spec, tensors, gguf=gguf)
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)
     if spec.vision is not None:

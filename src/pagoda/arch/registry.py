@@ -24,13 +24,16 @@ from pagoda.weights.source import Tensor, TensorSource
 _HELPERS = frozenset(
     {
         "decoder",
+        "delta",
         "dummy",
         "encoder",
         "fields",
+        "hybrid",
         "memory",
         "mixture",
         "mrope",
         "names",
+        "names_delta",
         "names_fused",
         "names_gpt2",
         "names_gpt_oss",
@@ -46,7 +49,7 @@ _HELPERS = frozenset(
         "visual_gguf",
     }
 )
-_GGUF_NAMES = MappingProxyType(
+_OTHER_NAMES = MappingProxyType(
     {
         "chatglm": "glm",
         "command-r": "cohere",
@@ -56,6 +59,11 @@ _GGUF_NAMES = MappingProxyType(
         "qwen3vlmoe": "qwen3_vl_moe",
         "qwen2moe": "qwen2_moe",
         "qwen3moe": "qwen3_moe",
+        "qwen3next": "qwen3_next",
+        "qwen35": "qwen3_5",
+        "qwen35moe": "qwen3_5_moe",
+        "qwen3_5_text": "qwen3_5",
+        "qwen3_5_moe_text": "qwen3_5_moe",
     }
 )
 
@@ -95,7 +103,7 @@ def bind(spec: ModelSpec, source: TensorSource) -> dict[str, Tensor]:
 def _architecture(name: object, where: str) -> Architecture:
     # only names of files that are here are ever imported, whatever the checkpoint says
     known = supported()
-    module = _GGUF_NAMES.get(name, name.replace("-", "_")) if isinstance(name, str) else name
+    module = _OTHER_NAMES.get(name, name.replace("-", "_")) if isinstance(name, str) else name
     if module not in known:
         said = f"the architecture {name!r} is not supported" if name else f"{where} is missing"
         remedy = "Take another model, or a newer Pagoda"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from pagoda.arch.delta import DeltaNet
 from pagoda.arch.memory import Limits, vision_bytes
 from pagoda.arch.spec import Attention, Layer, Mlp, ModelSpec
 from pagoda.errors import ConfigError, ModelError
@@ -21,14 +22,14 @@ EXCHANGE_BYTES = 256 << 20
 _LOGITS_BYTES, _TABLE_BYTES = 2 * 4, 4  # logits in float32 and a copy to sample from; RoPE tables in float32
 _BY_VOCAB = ("embed", "head", "head_bias")
 _BY_KV_HEADS = ("k", "v", "k_bias", "v_bias")
-_BY_HEADS = ("q", "q_bias", "sinks")
+_BY_HEADS = ("q", "q_bias", "q_gate", "sinks")
 _BY_MLP = ("gate", "up", "gate_bias", "up_bias", "gate_experts", "up_experts")
 _EXPERT_BIASES = ("gate_experts_bias", "up_experts_bias")
 _INPUTS_BY_HEADS, _INPUTS_BY_MLP = ("o",), ("down", "down_experts")
 _ONCE = ("o_bias", "down_bias", "down_experts_bias")  # added to a sum over all GPUs
 _MOST = 16
 _WHOLE = (
-    *("norm", "attn_norm", "mlp_norm", "norm_bias", "attn_norm_bias", "mlp_norm_bias", "q_norm", "k_norm"),
+    *("norm", "attn_norm", "mlp_norm", "norm_bias", "attn_norm_bias", "mlp_norm_bias", "q_norm", "k_norm", "z_norm"),
     *("attn_post_norm", "mlp_post_norm", "attn_post_norm_bias", "mlp_post_norm_bias"),
     *("positions", "o_bias", "down_bias", "down_experts_bias", "router", "router_bias", "router_shared"),
 )
@@ -47,7 +48,7 @@ def _last_has_some(spec: ModelSpec, size: int) -> bool:
 
 
 def _divides(spec: ModelSpec, size: int, group: int) -> list[bool]:
-    return [
+    return [_divides_delta(layer.delta, size, group) for layer in spec.layers if layer.delta is not None] + [
         layer.attention.heads % size == 0
         and (layer.attention.kv_heads % size == 0 or size % layer.attention.kv_heads == 0)
         and layer.attention.heads * layer.attention.head_dim // group % size == 0
@@ -55,6 +56,12 @@ def _divides(spec: ModelSpec, size: int, group: int) -> list[bool]:
         and _shared(layer.mlp) // group % size == 0
         for layer in spec.layers
     ]
+
+
+def _divides_delta(d: DeltaNet, size: int, group: int) -> bool:
+    """Each takes some key heads, and the value heads that share them; tiled, these do not lie together."""
+    together = size == 1 or not d.tiled or d.key_heads == d.value_heads
+    return together and d.key_heads % size == 0 and d.value_width // group % size == 0
 
 
 def check_size(spec: ModelSpec, tensors: Mapping[str, Tensor], size: int) -> None:
@@ -105,6 +112,7 @@ def share(spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int, size: int) 
                 layer.attention, heads=layer.attention.heads // size, kv_heads=_kv_heads(layer.attention, size)
             ),
             mlp=_mlp_share(layer.mlp, size),
+            delta=_delta_share(layer.delta, size),
         )
         for layer in spec.layers
     )
@@ -122,6 +130,8 @@ def _cut_of(spec: ModelSpec, layer: Layer | None, name: str, rank: int, size: in
     if layer is None:
         return vocab_range(spec, rank, size) if name in _BY_VOCAB else None
     a = layer.attention
+    if layer.delta is not None and (width := _delta_width(layer.delta, name)):
+        return rank * width // size, (rank + 1) * width // size
     if name in (*_BY_HEADS, *_INPUTS_BY_HEADS):
         each = a.heads // size * (1 if name == "sinks" else a.head_dim)
     elif name in (*_BY_MLP, *_INPUTS_BY_MLP, *_EXPERT_BIASES):
@@ -134,6 +144,25 @@ def _cut_of(spec: ModelSpec, layer: Layer | None, name: str, rank: int, size: in
     else:
         return None
     return rank * each, (rank + 1) * each
+
+
+def _delta_width(d: DeltaNet, name: str) -> int:
+    """Places of a tensor of a delta net that lie head by head; 0 for other tensors."""
+    if name in ("q", "k", "q_conv", "k_conv"):
+        return d.key_width
+    if name in ("v", "z", "v_conv", "o"):
+        return d.value_width
+    return d.value_heads if name in ("beta", "decay", "rate", "dt") else 0
+
+
+def _delta_share(d: DeltaNet | None, size: int) -> DeltaNet | None:
+    return d and replace(d, key_heads=d.key_heads // size, value_heads=d.value_heads // size)
+
+
+def state_bytes(spec: ModelSpec, size: int) -> int:
+    """What one running request keeps beside the cache on each GPU."""
+    found = (_delta_share(layer.delta, size) for layer in spec.layers)
+    return sum(d.state_bytes for d in found if d is not None)
 
 
 def _shared(mlp: Mlp) -> int:
@@ -160,7 +189,7 @@ def weight_bytes(spec: ModelSpec, stored: Mapping[str, int], size: int) -> int:
             total += count_bytes
         elif part in _BY_VOCAB:
             total += count_bytes * (last - first) // spec.vocab_size
-        elif part in _BY_KV_HEADS:
+        elif part in _BY_KV_HEADS and spec.layers[int(slot.split(".")[1])].delta is None:
             total += count_bytes // min(size, kv_heads)  # more GPUs than KV heads: each head is on several
         else:
             total += count_bytes if part in _WHOLE else count_bytes // size
@@ -169,20 +198,27 @@ def weight_bytes(spec: ModelSpec, stored: Mapping[str, int], size: int) -> int:
 
 def kv_bytes_per_block(spec: ModelSpec, size: int, kv_itemsize: int = 2) -> int:
     """Keys and values of BLOCK_SIZE tokens on each GPU."""
-    values = sum(2 * _kv_heads(a, size) * a.head_dim for a in (layer.attention for layer in spec.layers))
+    attentions = [layer.attention for layer in spec.layers if layer.delta is None]
+    values = sum(2 * _kv_heads(a, size) * a.head_dim for a in attentions)
     return values * BLOCK_SIZE * kv_itemsize
 
 
 def activation_bytes(spec: ModelSpec, limits: Limits, size: int, itemsize: int = 2) -> int:
     """The largest step on each GPU: the widest layer's buffers once, the logits of every request, RoPE tables."""
-    widest = max(
-        2 * (a.heads // size + _kv_heads(a, size)) * a.head_dim + 3 * m.width // size
-        for a, m in ((layer.attention, layer.mlp) for layer in spec.layers)
-    )
+    widest = max(_mixer_values(layer, size) + 3 * layer.mlp.width // size for layer in spec.layers)
     tokens = limits.max_num_batched_tokens * (2 * spec.hidden_size + widest) * itemsize
     logits = limits.max_num_seqs * spec.vocab_size * _LOGITS_BYTES
     tables = limits.max_model_len * sum(rope.dim for rope in spec.ropes) * _TABLE_BYTES
     return tokens + logits + tables + vision_bytes(spec, limits.max_model_len, itemsize)
+
+
+def _mixer_values(layer: Layer, size: int) -> int:
+    """Of a token, what the layer's attention works in, or its delta net: in float32 between its kernels."""
+    a, d = layer.attention, layer.delta
+    if d is not None:
+        return (d.width + 5 * d.value_width + 2 * d.value_heads) // size
+    q = a.heads // size * a.head_dim
+    return (5 if a.out_gate else 2) * q + 2 * _kv_heads(a, size) * a.head_dim
 
 
 def overhead_bytes(size: int) -> int:

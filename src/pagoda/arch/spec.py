@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from pagoda.arch.delta import DeltaNet
 from pagoda.arch.vision_spec import Vision
 
 
@@ -77,6 +78,7 @@ class Attention:
     sinks: bool = False  # of each head a logit beside the scores, that takes a share of the softmax and has no value
     local: bool = False  # turned by the model's `local_rope`
     rope: bool = True  # False: this layer turns nothing
+    out_gate: bool = False  # what a head gives is multiplied by the sigmoid of another projection, `q_gate`
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +125,13 @@ class Layer:
     Before each half as above; or behind it, x += norm(attention(x)); or both, x += norm(attention(norm(x))); or there
     is one in front of both halves, x += attention(norm(x)) + mlp(norm(x)).
     In an encoder they follow the sum: x = norm(x + attention(x)); x = norm(x + mlp(x)).
+    With `delta` the layer has that in place of its attention, and `attention` is the one of the model's other layers.
     """
 
     attention: Attention
     mlp: Mlp
     norms: Norms = "before"
+    delta: DeltaNet | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +201,11 @@ class ModelSpec:
     def ropes(self) -> tuple[Rope, ...]:
         return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether a request has a state that goes from token to token, and cannot be entered in the middle."""
+        return any(layer.delta is not None for layer in self.layers)
+
     def served(self, max_model_len: int) -> ModelSpec:
         """The model as it is run for contexts up to this length."""
         rope = self.rope
@@ -212,7 +221,8 @@ class ModelSpec:
         `gate_bias`, `up_bias`, `down_bias`; with experts `router`, `gate_experts`, `up_experts`, `down_experts` in
         place of the last, the experts on the first axis, and of a shared one `gate_shared`, `up_shared`, `down_shared`
         and its gate `router_shared`; with biases also `router_bias`, `gate_experts_bias`, ... . Heads with sinks have
-        `sinks`. The norms behind the halves of a layer are `attn_post_norm` and `mlp_post_norm`. Learned `positions`
+        `sinks`, those with an output gate `q_gate`; layers with a `delta` have its slots in place of an attention's.
+        The norms behind the halves of a layer are `attn_post_norm` and `mlp_post_norm`. Learned `positions`
         are a table, layer norms may have a bias, encoders the table `types`; pooled models with labels `score`, and
         `pool_dense` in front of it where they have it. Models that see have the slots of their encoder behind
         `vision.`: `patch`, `merge_norm`, `merge_up`, `merge_down` and per layer `layers.{i}.` + `attn_norm`, `qkv`,
@@ -262,7 +272,11 @@ def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
     a, m = layer.attention, layer.mlp
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
     out: dict[str, tuple[int, ...]] = dict.fromkeys(_norms(layer), (hidden,))
+    if layer.delta is not None:
+        return out | layer.delta.slots(hidden) | _mlp_slots(m, hidden)
     out |= {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
+    if a.out_gate:
+        out["q_gate"] = (q, hidden)
     if a.qkv_bias:
         out |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
     if a.out_bias:
@@ -271,6 +285,11 @@ def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
         out |= {"q_norm": (a.head_dim,), "k_norm": (a.head_dim,)}
     if a.sinks:
         out["sinks"] = (a.heads,)
+    return out | _mlp_slots(m, hidden)
+
+
+def _mlp_slots(m: Mlp, hidden: int) -> dict[str, tuple[int, ...]]:
+    out: dict[str, tuple[int, ...]] = {}
     if m.experts is not None:
         e = m.experts.count
         out |= {"router": (e, hidden), "gate_experts": (e, m.size, hidden), "up_experts": (e, m.size, hidden)}

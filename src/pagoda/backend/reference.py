@@ -12,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pagoda.arch import memory
+from pagoda.arch.delta import DeltaNet
 from pagoda.arch.memory import KV_GROUP, KvType
 from pagoda.arch.registry import bind
 from pagoda.arch.spec import Attention, Experts, Mlp, ModelSpec, Rope
 from pagoda.backend.base import Capacity, Due, Limits, Progress
 from pagoda.backend.cpu.machine import free_memory_bytes
+from pagoda.backend.reference_delta import PRODUCTS, WEIGHTS, advance, new_states
 from pagoda.backend.sampling import sample_rows
 from pagoda.errors import EngineError
 from pagoda.types import BLOCK_SIZE, Float32, Image, StepPlan, StepResult
@@ -46,6 +48,7 @@ class ReferenceExecutor:
         *,
         num_blocks: int,
         max_model_len: int,
+        max_num_seqs: int = 0,
         activation_bytes: int = 0,
         kv_type: KvType = "float32",
     ) -> None:
@@ -53,13 +56,17 @@ class ReferenceExecutor:
         self.weights = weights
         cells, dtype = num_blocks * BLOCK_SIZE, np.dtype("float16" if kv_type == "float16" else "float32")
         self.eight_bits = kv_type == "int8"
-        heads = [] if spec.encoder is not None else [layer.attention for layer in spec.layers]
-        self.caches: list[Cache] = [np.zeros((2, cells, a.kv_heads, a.head_dim), dtype) for a in heads]
+        shapes = [
+            (2, 0 if layer.delta else cells, layer.attention.kv_heads, layer.attention.head_dim)
+            for layer in (() if spec.encoder is not None else spec.layers)
+        ]
+        self.caches: list[Cache] = [np.zeros(shape, dtype) for shape in shapes]
+        self.states = {i: new_states(d, max_num_seqs) for i, layer in enumerate(spec.layers) if (d := layer.delta)}
         self.tables = [rope.tables(max_model_len) for rope in spec.ropes]
         self.capacity = Capacity(
             num_blocks=num_blocks,
             weight_bytes=sum(w.nbytes for w in weights.values()),
-            kv_bytes=sum(cache.nbytes for cache in self.caches),
+            kv_bytes=sum(cache.nbytes for cache in self.caches) + max_num_seqs * memory.state_bytes(spec),
             activation_bytes=activation_bytes,
             device="reference (numpy, float32)",
         )
@@ -101,6 +108,7 @@ class ReferenceExecutor:
             weights,
             num_blocks=num_blocks,
             max_model_len=limits.max_model_len,
+            max_num_seqs=limits.max_num_seqs,
             activation_bytes=activations,
             kv_type=kv_type,
         )
@@ -147,7 +155,10 @@ class ReferenceExecutor:
             p = f"layers.{i}."
             x = self.added(i, x, plan)
             normed = self.norm(p + "attn_norm", x)
-            y = self.attention(i, layer.attention, normed, plan, positions, cells)
+            if layer.delta is not None:
+                y = self.delta(i, layer.delta, normed, plan)
+            else:
+                y = self.attention(i, layer.attention, normed, plan, positions, cells)
             if layer.norms == "one":
                 x = x + y + self.mlp(i, layer.mlp, normed)
                 continue
@@ -199,7 +210,17 @@ class ReferenceExecutor:
             keys, values = cache[:, context].astype(np.float32, copy=False)
             for token in range(first, last):
                 out[token] = attend(q[token], keys, values, int(positions[token]), a, sinks)
-        return self.linear(name + "o", out.reshape(len(x), a.heads * a.head_dim))
+        heads = out.reshape(len(x), a.heads * a.head_dim)
+        if a.out_gate:
+            heads = np.asarray(heads / (1 + np.exp(-self.linear(name + "q_gate", x))))
+        return self.linear(name + "o", heads)
+
+    def delta(self, i: int, d: DeltaNet, x: Float32, plan: StepPlan) -> Float32:
+        name = f"layers.{i}."
+        products = {part: self.linear(name + part, x) for part in PRODUCTS}
+        own = {part: self.weights[name + part] for part in WEIGHTS}
+        out = self.norm(name + "z_norm", advance(d, products, own, self.states[i], plan))
+        return self.linear(name + "o", silu(products["z"]) * out.reshape(len(x), d.value_width))
 
     def mlp(self, i: int, mlp: Mlp, x: Float32) -> Float32:
         name = f"layers.{i}."

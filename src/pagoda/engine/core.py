@@ -16,12 +16,14 @@ import msgspec
 import numpy as np
 
 from pagoda.arch.dummy import open_model
+from pagoda.arch.memory import usual_requests
 from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Executor, Limits, Pending, Progress
 from pagoda.backend.pooler import Head
 from pagoda.backend.select import load_executor, resolve_device
 from pagoda.config import EngineConfig
+from pagoda.engine.draft_limits import check_speculation, speculation_of
 from pagoda.engine.grammars import Grammars
 from pagoda.engine.images import check_images
 from pagoda.engine.looking import look
@@ -30,7 +32,6 @@ from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
 from pagoda.formats import QUANTIZE_ON_LOAD_GPU
 from pagoda.sched.scheduler import Scheduler, SchedulerConfig
 from pagoda.sched.state import Grammar
-from pagoda.speculation import Speculation
 from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan
 from pagoda.weights.grouped import OrderedTensor
 from pagoda.weights.quantization import check_quantization
@@ -63,6 +64,7 @@ class EngineCore:
         self.spec = load_spec(source, config.task)
         config = msgspec.structs.replace(config, device=resolve_device(config.device, self.spec))
         check_quantization(source, config.quantization, gpu=config.device in ("cuda", "torch-cpu"))
+        check_speculation(config.speculation, self.spec)
         limits = resolve_limits(config, self.spec)
         self._drafts: DraftModel | None = None
         if config.speculation is not None and config.speculation.model is not None:
@@ -81,9 +83,9 @@ class EngineCore:
                 max_num_batched_tokens=_step_tokens(config, limits, self.spec),
                 max_model_len=max_model_len,
                 vocab_size=self.spec.vocab_size,
-                prefix_caching=config.prefix_caching and self.spec.encoder is None,
+                prefix_caching=config.prefix_caching and self.spec.encoder is None and not self.spec.recurrent,
                 step_time_target_s=step_time_target_s(config),
-                speculation=_speculation(config, capacity),
+                speculation=speculation_of(config.speculation, self.spec, capacity.steps_in_flight),
                 pooling=None if self.spec.pooling is None else self.spec.pooling.kind,
                 whole_prompts=self.spec.encoder is not None,
                 vision=self.spec.vision,
@@ -258,12 +260,6 @@ def _both(executor: Executor, drafts: DraftModel) -> Capacity:
     )
 
 
-def _speculation(config: EngineConfig, capacity: Capacity) -> Speculation | None:
-    """Drafts need the tokens before them: where steps are launched ahead, only who asks for drafts gets them."""
-    asked = config.speculation is not None and config.speculation.asked_for
-    return config.speculation if asked or capacity.steps_in_flight == 1 else None
-
-
 def default_length(spec: ModelSpec) -> int:
     """The longest context that the model was made for."""
     trained = None if spec.pooling is None else spec.pooling.max_len
@@ -279,7 +275,7 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
             remedy=f"use --max-model-len {spec.max_position} or less",
             param="max_model_len",
         )
-    max_num_seqs = config.max_num_seqs or (_CUDA_SEQS if cuda else _CPU_SEQS)
+    max_num_seqs = config.max_num_seqs or usual_requests(spec, _CUDA_SEQS if cuda else _CPU_SEQS)
     step_tokens = config.max_num_batched_tokens or max(_CUDA_STEP_TOKENS if cuda else _CPU_STEP_TOKENS, max_num_seqs)
     if step_tokens < max_num_seqs:
         if config.max_num_seqs is not None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pagoda.arch.memory import blocks_for
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Limits
+from pagoda.errors import ConfigError
 from pagoda.speculation import Speculation
 from pagoda.types import BLOCK_SIZE
 
@@ -29,3 +30,20 @@ def draft_limits(speculation: Speculation, limits: Limits, spec: ModelSpec) -> t
         tensor_parallel_size=1,
     )
     return own, blocks
+
+
+def check_speculation(speculation: Speculation | None, spec: ModelSpec) -> None:
+    """ConfigError where drafts are asked for of a model that cannot try them."""
+    if spec.recurrent and speculation is not None and speculation.asked_for:
+        raise ConfigError(
+            f"--speculative-config cannot work with {spec.model_type}: what its linear attention keeps of a request "
+            "cannot be taken back where a draft is wrong",
+            remedy="Leave --speculative-config out",
+            param="speculative_config",
+        )
+
+
+def speculation_of(speculation: Speculation | None, spec: ModelSpec, steps_in_flight: int) -> Speculation | None:
+    """Drafts need the tokens before them: where steps are launched ahead, only who asks for drafts gets them."""
+    asked = speculation is not None and speculation.asked_for
+    return speculation if asked or (steps_in_flight == 1 and not spec.recurrent) else None

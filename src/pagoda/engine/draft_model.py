@@ -52,6 +52,8 @@ class DraftModel:
         self._source = open_source(path)
         check_quantization(self._source, speculation.quantization)
         own = load_spec(self._source)
+        if own.recurrent:
+            raise ConfigError(f"a model of the kind {own.model_type} cannot make drafts", remedy=_REMEDY)
         _check_vocabulary(self._source, own, source, spec)
         limits, _ = draft_limits(speculation, limits, own)
         self._length = limits.max_model_len

@@ -33,7 +33,8 @@ _SCALE_BYTES = 4
 
 def is_product(slot: str, tensor: Tensor) -> bool:
     """True of what a product takes in its own bits: the matrices of the layers, and the head of its own."""
-    other = slot in ("embed", "positions", "types") or slot.startswith("vision.") or slot.endswith((".router", "_bias"))
+    exact = slot.endswith((".router", "_bias", "_conv"))
+    other = slot in ("embed", "positions", "types") or slot.startswith("vision.") or exact
     return len(tensor.shape) > 1 and not other
 
 
@@ -41,7 +42,7 @@ def tensor_bytes(slot: str, tensor: Tensor, quantization: str | None, itemsize: 
     """`itemsize`: bytes of a number of the type that is computed in."""
     if is_product(slot, tensor):
         return _product_bytes(tensor, on_load_gpu(quantization, slot, tensor.shape[-1]), itemsize)
-    vector = len(tensor.shape) == 1 and not slot.endswith("_bias")
+    vector = (len(tensor.shape) == 1 and not slot.endswith("_bias")) or slot.endswith("_conv")
     return math.prod(tensor.shape) * (4 if vector else itemsize)
 
 

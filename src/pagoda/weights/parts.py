@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from pagoda.errors import ModelError
 from pagoda.weights.fp8 import Scaled
@@ -30,6 +31,16 @@ def part(tensor: Tensor, axis: int, first: int, last: int) -> Tensor:
         case Scaled() as m:
             return _scaled(m, axis, first, last).tensor()
     return _stored(tensor, axis, first, last)
+
+
+def rows(tensor: Tensor, places: npt.NDArray[np.intp]) -> Tensor:
+    """These rows of a matrix, in this order. What it was made from does not go with it."""
+    shape = (len(places), *tensor.shape[1:])
+    return MadeTensor(tensor.name, shape, tensor.type, partial(_rows, tensor, places))
+
+
+def _rows(tensor: Tensor, places: npt.NDArray[np.intp]) -> Bytes:
+    return np.ascontiguousarray(tensor.data.reshape(tensor.shape[0], -1)[places]).reshape(-1)
 
 
 def _stored(tensor: Tensor, axis: int, first: int, last: int) -> Tensor:

@@ -54,7 +54,9 @@ class CpuExecutor:
         try:
             kind = Program if spec.encoder is None else EncoderProgram
             program = kind(lib, spec, text, progress, limits.quantization)
-            program.finish(limits.max_num_batched_tokens, blocks, kv_int8=kv_type == "int8")
+            program.finish(
+                limits.max_num_batched_tokens, blocks, kv_int8=kv_type == "int8", requests=limits.max_num_seqs
+            )
             if spec.vision is not None:
                 vision = VisionEncoder(spec, seeing, progress, threads, limits)
         except BaseException:
@@ -64,7 +66,7 @@ class CpuExecutor:
         capacity = Capacity(
             num_blocks=blocks,
             weight_bytes=lib.weight_bytes + (vision.weight_bytes if vision else 0),
-            kv_bytes=blocks * memory.kv_bytes_per_block(spec, kv_type),
+            kv_bytes=blocks * memory.kv_bytes_per_block(spec, kv_type) + limits.max_num_seqs * memory.state_bytes(spec),
             activation_bytes=lib.activation_bytes + image_bytes,
             device=f"cpu ({lib.isa}, {threads} thread{'s' if threads > 1 else ''})",
         )
@@ -96,7 +98,7 @@ def weight_bytes(tensors: Mapping[str, Tensor], quantization: str | None = None,
 def _repacked_bytes(tensors: Mapping[str, Tensor], quantization: str | None) -> int:
     total = 0
     for slot, t in in_their_order(tensors)[0].items():
-        if len(t.shape) > 1 and slot not in VECTORS and not slot.endswith("_bias"):
+        if len(t.shape) > 1 and slot not in VECTORS and not slot.endswith(("_bias", "_conv")):
             total += math.prod(t.shape[:-2]) * matrix_bytes(panel_type(slot, t, quantization), *t.shape[-2:])
         else:
             total += math.prod(t.shape) * 4

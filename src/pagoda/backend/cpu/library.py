@@ -23,7 +23,7 @@ TYPES = {
 
 EMBED, NORM, GATHER, MATMUL, ROPE, ATTENTION, SILU, HEAD, HIDDEN, POSITIONS, LAYER_NORM, GELU, ATTEND_ALL = range(13)
 ROUTE, EXPERTS_UP, EXPERTS_DOWN, GATED = range(13, 17)
-PATCHES, QUICK_GELU, GELU_TANH = range(17, 20)
+PATCHES, QUICK_GELU, GELU_TANH, DELTA, OUT_GATE = range(17, 22)
 ADD_VECTORS, GRID = 26, 27
 ADD, QUANTIZE, LOGIT_ROWS, FRAMES, PIECES, CLAMPED, STILL = 1, 2, 4, 8, 16, 32, 64
 TOKENS, LOGITS, PIECE = range(3)
@@ -51,6 +51,13 @@ class Op(c.Structure):
     ]  # fmt: skip
 
 
+class Delta(c.Structure):
+    _fields_ = [
+        (name, c.c_int32)
+        for name in ("layers", "key_heads", "value_heads", "key_dim", "value_dim", "kernel", "tiled", "slots")
+    ]
+
+
 class Dims(c.Structure):
     _fields_ = [
         *((name, c.c_int32) for name in (
@@ -63,6 +70,7 @@ class Dims(c.Structure):
         *((name, c.c_int32) for name in ("experts", "active", "normalized")),
         ("piece_rows", c.c_int32),
         ("rope_axes", c.c_void_p),
+        ("delta", Delta),
     ]  # fmt: skip
 
 

@@ -13,9 +13,10 @@ import numpy.typing as npt
 from pagoda.arch.spec import Experts, Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.cpu import library as native
+from pagoda.backend.cpu.delta_program import check_delta, delta_dims, delta_of, of_heads, product_width, taps
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
 from pagoda.errors import ModelError
-from pagoda.formats import EIGHT_BITS_OF_INT4, QUANTIZE_ON_LOAD
+from pagoda.formats import EIGHT_BITS_OF_INT4, EXACT, QUANTIZE_ON_LOAD
 from pagoda.weights.files import drop_pages
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import OrderedTensor, part_of_stack
@@ -38,7 +39,7 @@ VECTORS = ("positions", "types", "score", "pool_dense")
 
 FUSED = MappingProxyType(
     {
-        "qkv": ("q", "k", "v"),
+        "qkv": ("q", "k", "v", "q_gate", "z", "beta", "decay"),
         "o": ("o",),
         "gate_up": ("gate", "up"),
         "down": ("down",),
@@ -46,7 +47,7 @@ FUSED = MappingProxyType(
         "gate_up_shared": ("gate_shared", "up_shared"),
     }
 )
-"""The products of a layer, and the slots that each is stacked from."""
+"""The products of a layer, and the slots that each is stacked from, where the layer has them."""
 
 ACTIVATIONS = MappingProxyType(
     {
@@ -61,7 +62,7 @@ ACTIVATIONS = MappingProxyType(
 EXPERT_FLAGS = MappingProxyType({"silu": 0, "clamped_swiglu": native.CLAMPED})
 """Of the first products of experts, by their function."""
 
-X, H, QKV, ATT, GATE_UP, MLP, LAST, LAST_NORMED, ROUTER, CHOSEN, LAST_ATT, LAST_GATE_UP, LAST_MLP = range(13)
+X, H, QKV, ATT, GATE_UP, MLP, LAST, LAST_NORMED, ROUTER, CHOSEN, LAST_ATT, LAST_GATE_UP, LAST_MLP, MIXED = range(14)
 
 
 class Buffers(NamedTuple):
@@ -110,8 +111,11 @@ class Program:
             ids["head"] = ids["embed"] if self._spec.tied else self._matrix("head")
         for i, layer in enumerate(self._spec.layers):
             p = f"layers.{i}."
-            for name, slots in (("qkv", "qkv"), ("o", "o")):
-                ids[p + name] = self._matrix(*(p + s for s in slots))
+            for name in ("qkv", "o"):
+                ids[p + name] = self._matrix(*(p + s for s in FUSED[name] if p + s in self._tensors))
+            if layer.delta is not None:
+                ids[p + "taps"] = self._lib.vector(taps(self._tensors, p))
+                ids[p + "of_heads"] = self._lib.vector(of_heads(self._tensors, p))
             if layer.mlp.experts is None:
                 ids[p + "gate_up"] = self._matrix(*(p + s for s in _inner(layer)))
                 ids[p + "down"] = self._matrix(p + "down")
@@ -130,9 +134,9 @@ class Program:
             for name in ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "q_norm", "k_norm", "sinks"):
                 if p + name in self._tensors:
                     ids[p + name] = self._vector(p + name)
-            if layer.attention.qkv_bias:
+            if layer.attention.qkv_bias and layer.delta is None:
                 ids[p + "qkv_bias"] = self._vector(p + "q_bias", p + "k_bias", p + "v_bias")
-            if layer.attention.out_bias:
+            if layer.attention.out_bias and layer.delta is None:
                 ids[p + "o_bias"] = self._vector(p + "o_bias")
             if layer.mlp.bias and layer.mlp.experts is None:
                 ids[p + "gate_up_bias"] = self._vector(*(p + s + "_bias" for s in _inner(layer)))
@@ -164,17 +168,21 @@ class Program:
         values = np.concatenate([dequantize(self._tensors[s]) for s in slots], axis=-1).ravel() * np.float32(scale)
         return self._lib.vector(np.ascontiguousarray(values, dtype=np.float32))
 
-    def finish(self, max_tokens: int, num_blocks: int, kv_int8: bool = False) -> None:
-        """Fix the program with its buffers and a KV cache of num_blocks blocks. Raises MemoryShort."""
+    def finish(self, max_tokens: int, num_blocks: int, kv_int8: bool = False, requests: int = 0) -> None:
+        """Fix the program with its buffers and a KV cache of num_blocks blocks. Raises MemoryShort.
+
+        `requests` run at once: of models that keep a state of each.
+        """
         spec = self._spec
         attention = spec.layers[0].attention
         inv_freq: npt.NDArray[np.float64] = np.asarray(spec.rope.inv_freq, dtype=np.float64)
         axes = spec.rope.axes().astype(np.int32)
-        layers = 0 if spec.encoder is not None else len(spec.layers)  # that have a cache
+        layers = 0 if spec.encoder is not None else sum(layer.delta is None for layer in spec.layers)  # have a cache
         dims = Dims(
             layers, attention.heads, attention.kv_heads, attention.head_dim, spec.vocab_size, max_tokens,
             MAX_ROWS, num_blocks, spec.rope.dim, int(spec.rope.interleaved), spec.rope.attention_factor,
             inv_freq.ctypes.data, int(kv_int8), *_mixture(spec), 0, axes.ctypes.data if spec.rope.sections else None,
+            delta_dims(spec, requests),
         )  # fmt: skip
         hidden = spec.hidden_size if spec.pooling is not None else 0
         self._lib.program(dims, buffer_shapes(spec), self._operations(), hidden)
@@ -189,13 +197,14 @@ class Program:
             if self._spec.vision is not None and 0 < i < self._spec.vision.vectors:
                 self._emit(native.ADD_VECTORS, out=X, layer=i)
             if i + 1 < len(self._spec.layers) or not narrow_end(self._spec):
-                self._attention(i, layer, f"layers.{i}.o")
-                self._rest(i, layer, TOKENS)
+                self._mixer(i, layer, f"layers.{i}.o")
+                self._rest(i, layer, TOKENS if layer.delta is None else TOKENS._replace(att=MIXED))
                 continue
             # behind the last attention only rows that want logits go on
-            self._attention(i, layer)
+            self._mixer(i, layer)
             self._emit(native.GATHER, in_=X, out=LAST, flags=rows)
-            self._emit(native.GATHER, in_=ATT, out=LAST_ATT, flags=rows, order=f"layers.{i}.o")
+            mixed = ATT if layer.delta is None else MIXED
+            self._emit(native.GATHER, in_=mixed, out=LAST_ATT, flags=rows, order=f"layers.{i}.o")
             self._rest(i, layer, LOGITS)
         if not narrow_end(self._spec):
             self._emit(native.GATHER, in_=X, out=LAST, flags=rows)
@@ -207,13 +216,23 @@ class Program:
         self._quantize_inputs()
         return self._ops
 
-    def _attention(self, i: int, layer: Layer, order: str = "") -> None:
+    def _mixer(self, i: int, layer: Layer, order: str = "") -> None:
+        """What a layer does with the tokens before one: attention, or a delta net."""
         p, eps, a = f"layers.{i}.", self._spec.norm_eps, layer.attention
         self._norm(p + "attn_norm", X, H, order=p + "qkv")
         self._emit(native.MATMUL, in_=H, out=QKV, weight=p + "qkv", vector=p + "qkv_bias")
+        # of the layers with a cache, or those with a state
+        place = sum((other.delta is None) == (layer.delta is None) for other in self._spec.layers[:i])
+        if layer.delta is not None:
+            v, v2 = p + "taps", p + "of_heads"
+            return self._emit(native.DELTA, in_=QKV, out=MIXED, vector=v, vector2=v2, layer=place, f=eps, order=order)
         still, sinks, window = 0 if a.rope else native.STILL, p + "sinks", a.window or 0
-        self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=i, flags=still, f=eps)
-        self._emit(native.ATTENTION, in_=QKV, out=ATT, vector=sinks, layer=i, f=a.scale, window=window, order=order)
+        self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=place, flags=still, f=eps)
+        last = "" if a.out_gate else order
+        self._emit(native.ATTENTION, in_=QKV, out=ATT, vector=sinks, layer=place, f=a.scale, window=window, order=last)
+        if a.out_gate:
+            gate = (a.heads + 2 * a.kv_heads) * a.head_dim
+            self._emit(native.OUT_GATE, in_=QKV, out=ATT, layer=gate, order=order)
 
     def _rest(self, i: int, layer: Layer, b: Buffers) -> None:
         """What a layer does behind its attention."""
@@ -276,10 +295,13 @@ def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
     gated = 2 if spec.layers[0].mlp.gated else 1
     mlp = max(_dense_sizes(spec), default=0)
     chosen = max((m.size * m.experts.active for m in (layer.mlp for layer in spec.layers) if m.experts), default=0)
-    qkv = (a.heads + 2 * a.kv_heads) * a.head_dim
-    att, narrow = a.heads * a.head_dim, narrow_end(spec)
+    att, narrow, delta = a.heads * a.head_dim, narrow_end(spec), delta_of(spec)
+    mixed = 0 if delta is None else delta.value_width
+    qkv = max(att * (1 + a.out_gate) + 2 * a.kv_heads * a.head_dim, 0 if delta is None else product_width(delta))
+    last = att if spec.layers[-1].delta is None else mixed
     widths = [(h, 0), (h, 0), (qkv, 0), (att, 0), (gated * mlp, 0), (mlp, 0), (h, 1), (h, 1)]
-    widths += [(_mixture(spec)[0], 0), (chosen, 0), (att * narrow, 1), (gated * mlp * narrow, 1), (mlp * narrow, 1)]
+    widths += [(_mixture(spec)[0], 0), (chosen, 0), (last * narrow, 1), (gated * mlp * narrow, 1), (mlp * narrow, 1)]
+    widths += [(mixed, 0)]
     return [BufferShape(width, rows) for width, rows in widths]
 
 
@@ -298,7 +320,7 @@ def panel_type(slot: str, tensor: Tensor, quantization: str | None) -> str:
     """What a matrix is once it is repacked. `quantization` int8 or int4 makes 8 or 4 bits of float ones."""
     kind = tensor.type if tensor.type in native.TYPES else "F32"
     part = slot.rpartition(".")[2]
-    if quantization not in QUANTIZE_ON_LOAD or kind not in FLOATS or tensor.shape[-1] % 32 or part == "router":
+    if quantization not in QUANTIZE_ON_LOAD or kind not in FLOATS or tensor.shape[-1] % 32 or part in EXACT:
         return kind
     return "Q8_0" if quantization == "int8" else _INT4.get(part, "Q4_1")
 
@@ -312,7 +334,7 @@ def in_their_order(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     prefixes = {slot.rpartition(".")[0] for slot in tensors if slot.endswith((".gate", ".router"))}
     for prefix in prefixes:
         for name, parts in FUSED.items():
-            found = {slot: tensors.get(slot) for slot in (f"{prefix}.{part}" for part in parts)}
+            found = {slot: tensors[slot] for slot in (f"{prefix}.{part}" for part in parts) if slot in tensors}
             ordered = {slot: t for slot, t in found.items() if isinstance(t, OrderedTensor)}
             first = next(iter(ordered.values()), None)
             if first and len(ordered) == len(found):
@@ -354,6 +376,7 @@ def _has_activation(mlp: Mlp) -> bool:
 def check_spec(spec: ModelSpec) -> None:
     """ModelError where the kernels lack something that the model needs."""
     first = spec.layers[0]
+    check_delta(spec)
     shapes = {replace(layer.attention, window=None, rope=True) for layer in spec.layers}
     mixtures = {layer.mlp for layer in spec.layers if layer.mlp.experts is not None}
     if max(len(shapes), len(_dense_sizes(spec)), len(mixtures)) > 1:

@@ -24,6 +24,7 @@ class Batch:
     starts: Tensor  # int32 [R + 1]
     contexts: Tensor  # int32 [R], keys that the last token of the request sees: its position + 1
     block_tables: Tensor  # int32 [R, W]
+    slots: Tensor  # int32 [R], where a request's state is, of models that keep one
     rows: Tensor  # int32 [L], the tokens whose logits are wanted
     max_query: int  # most tokens of one request; 1: all are decoding
     max_context: int  # largest of `contexts`, or a bound of it

@@ -22,6 +22,7 @@ from pagoda.backend.torch import ops
 from pagoda.backend.torch.answer import Chosen, Returning, choose
 from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.convert import Target
+from pagoda.backend.torch.delta import make_states
 from pagoda.backend.torch.device import Device, Room, choose_dtype, open_device, room
 from pagoda.backend.torch.encoder import Encoder, EncoderLoader
 from pagoda.backend.torch.graphs import DecodeGraphs, Recorder, padding
@@ -127,8 +128,9 @@ class TorchExecutor:
         if device.is_gpu:
             stored, work = measured(decoder, limits, device, kv_type)
             blocks = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type))
-        decoder.caches = make_caches(spec, blocks, kv_type, device.device)
+        decoder.caches = make_caches(spec, blocks, kv_type, device.device, limits.max_num_seqs)
         kv_bytes = blocks * memory.kv_bytes_per_block(spec, kv_kind(kv_type))
+        kv_bytes += limits.max_num_seqs * memory.state_bytes(spec)
         name = (
             f"{'cuda' if device.is_gpu else 'torch'} ({team.count}{device.name}, {str(dtype).removeprefix('torch.')})"
         )
@@ -162,9 +164,12 @@ class TorchExecutor:
             return sight is None or sight.ready(image, most_s)
 
     def _launch(self, plan: StepPlan) -> Pending:
-        """The step whole, or where the memory does not suffice in halves; steps are never that large again."""
+        """The step whole, or where the memory does not suffice in halves; steps are never that large again.
+
+        States that a part of a step has moved cannot be taken back: such a step is not tried again.
+        """
         count = len(plan.tokens)
-        cut = middle(plan, whole_requests=self.decoder.spec.encoder is not None)
+        cut = 0 if self.decoder.spec.recurrent else middle(plan, whole_requests=self.decoder.spec.encoder is not None)
         if not cut or self._most_tokens is None or count <= self._most_tokens:
             try:
                 return self._run(plan)
@@ -264,11 +269,16 @@ def kv_kind(kind: torch.dtype) -> memory.KvType:
     return "fp8" if kind == FP8 else "float32" if kind == torch.float32 else "float16"
 
 
-def make_caches(spec: ModelSpec, blocks: int, kind: torch.dtype, device: torch.device) -> list[KvCache]:
-    if spec.encoder is not None:
-        return []
-    shapes = [(blocks, BLOCK_SIZE, layer.attention.kv_heads, layer.attention.head_dim) for layer in spec.layers]
-    return [(_zeros(shape, kind, device), _zeros(shape, kind, device)) for shape in shapes]
+def make_caches(spec: ModelSpec, blocks: int, kind: torch.dtype, device: torch.device, requests: int) -> list[KvCache]:
+    """Of each layer of a decoder; `requests` have a state at once."""
+    out: list[KvCache] = []
+    for layer in spec.layers if spec.encoder is None else ():
+        if layer.delta is not None:
+            out.append(make_states(layer.delta, requests, device))
+        else:
+            shape = (blocks, BLOCK_SIZE, layer.attention.kv_heads, layer.attention.head_dim)
+            out.append((_zeros(shape, kind, device), _zeros(shape, kind, device)))
+    return out
 
 
 def _zeros(shape: tuple[int, ...], kind: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -281,7 +291,8 @@ def measured(decoder: Decoder | Encoder, limits: Limits, device: Device, kv_type
     weights = torch.cuda.memory_allocated(device.device)
     count = limits.max_num_batched_tokens
     plan = largest_step(count, min(limits.max_num_seqs, count), limits.max_model_len)
-    decoder.caches = make_caches(decoder.spec, int(plan.block_tables.max()) + 1, kv_type, device.device)
+    blocks = int(plan.block_tables.max()) + 1
+    decoder.caches = make_caches(decoder.spec, blocks, kv_type, device.device, limits.max_num_seqs)
     begun = torch.cuda.memory_allocated(device.device)
     torch.cuda.reset_peak_memory_stats(device.device)
     kept = 0

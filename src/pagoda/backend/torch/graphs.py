@@ -89,6 +89,7 @@ class DecodeGraphs:
         recorded = self._recorded.get(size)
         fixed = recorded.batch if recorded else self._of_size(size)
         stage(batch, fixed)
+        fixed.slots[:requests] = batch.slots
         if fixed.rope_positions is not None:
             own = batch.positions.expand(3, -1) if batch.rope_positions is None else batch.rope_positions
             fixed.rope_positions[:, :requests] = own
@@ -137,7 +138,9 @@ class DecodeGraphs:
     def _of_size(self, size: int) -> Batch:
         """The first `size` requests of the fixed buffers."""
         f = self._fixed
-        parts = {name: getattr(f, name)[:size] for name in ("tokens", "positions", "cells", "contexts", "rows")}
+        parts = {
+            name: getattr(f, name)[:size] for name in ("tokens", "positions", "cells", "contexts", "rows", "slots")
+        }
         if f.rope_positions is not None:
             parts["rope_positions"] = f.rope_positions[:, :size]
         return replace(f, starts=f.starts[: size + 1], block_tables=f.block_tables[:size], **parts)
@@ -156,6 +159,7 @@ def padding(requests: int, context: int, device: torch.device, *, three: bool) -
         starts=zeros(requests + 1),
         contexts=zeros(requests),
         block_tables=zeros(requests, -(-context // BLOCK_SIZE)),
+        slots=zeros(requests),
         rows=zeros(requests),
         max_query=1,
         whole=True,

@@ -225,19 +225,21 @@ class Group(Team):
 
 
 def _packed(plan: StepPlan) -> Int32:
-    """What a forward pass takes, in one array: five sizes, then the arrays of Fed without the slots."""
+    """What a forward pass takes, in one array: five sizes, then the arrays of Fed."""
     last = plan.positions + np.diff(plan.starts)
     width = blocks_for(int(last.max(initial=0)))
     tables = plan.block_tables[plan.slots, :width]
     turned = np.zeros(0, np.int32) if plan.rope_positions is None else plan.rope_positions.reshape(-1)
     sizes = np.array([len(plan.slots), len(plan.tokens), len(plan.rows), width, len(turned)], np.int32)
-    return np.concatenate([sizes, plan.starts, plan.positions, plan.tokens, tables.reshape(-1), plan.rows, turned])
+    arrays = (plan.slots, plan.starts, plan.positions, plan.tokens, tables.reshape(-1), plan.rows, turned)
+    return np.concatenate([sizes, *arrays])
 
 
 def _unpacked(numbers: Int32) -> Fed:
     requests, tokens, rows, width, turns = numbers[:5].tolist()
-    lengths = (requests + 1, requests, tokens, requests * width, rows)
-    starts, positions, ids, tables, wanted, turned = np.split(numbers[5:], np.cumsum(lengths))
-    slots = np.arange(requests, dtype=np.int32)
+    lengths = (requests, requests + 1, requests, tokens, requests * width, rows)
+    slots, starts, positions, ids, own, wanted, turned = np.split(numbers[5:], np.cumsum(lengths))
+    tables = np.zeros((int(slots.max(initial=-1)) + 1, width), np.int32)
+    tables[slots] = own.reshape(requests, width)
     three = turned.reshape(3, tokens) if turns else None
-    return Fed(slots, starts, positions, ids, tables.reshape(requests, width), wanted, three)
+    return Fed(slots, starts, positions, ids, tables, wanted, three)

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pagoda.arch.delta import DeltaNet
 from pagoda.arch.memory import encoded_bytes
 from pagoda.arch.spec import Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.torch.batch import Heads
 from pagoda.backend.torch.convert import FLOATS, Converter, Target
+from pagoda.backend.torch.delta import PRODUCTS, Delta
 from pagoda.backend.torch.join import side_by_side
 from pagoda.backend.torch.load_vision import VisionLoader
 from pagoda.backend.torch.model import (
@@ -105,17 +107,25 @@ class Loader:
         shape = Heads(
             a.heads, a.kv_heads, a.head_dim, a.scale, a.window, self._spec.norm_eps, self._spec.rope.interleaved, a.rope
         )
+        products = ("q", "k", "v") + (("q_gate",) if a.out_gate else ()) if layer.delta is None else PRODUCTS
         return DecoderLayer(
             heads=shape,
             attn_norm=self._norm(p + "attn_norm"),
-            qkv=self._linear(p + "q", p + "k", p + "v"),
-            q_norm=self._vector(p + "q_norm") if a.qk_norm else None,
-            k_norm=self._vector(p + "k_norm") if a.qk_norm else None,
+            qkv=self._linear(*(p + name for name in products)),
+            q_norm=self._vector(p + "q_norm") if p + "q_norm" in self._tensors else None,
+            k_norm=self._vector(p + "k_norm") if p + "k_norm" in self._tensors else None,
             o=self._linear(p + "o"),
             mlp_norm=None if layer.norms == "one" else self._norm(p + "mlp_norm"),
             mlp=self._mlp(p, layer.mlp),
             sinks=self._vector(p + "sinks") if a.sinks else None,
+            delta=None if layer.delta is None else self._delta(p, layer.delta),
+            out_gate=a.out_gate,
         )
+
+    def _delta(self, p: str, shape: DeltaNet) -> Delta:
+        taps = torch.cat([self._vector(f"{p}{letter}_conv") for letter in "qkv"]).t().contiguous()
+        rate, dt, norm = (self._vector(p + name) for name in ("rate", "dt", "z_norm"))
+        return Delta(shape, taps, rate, dt, norm, self._spec.norm_eps)
 
     def _mlp(self, p: str, mlp: Mlp) -> GatedMlp | GeluMlp | Mixture:
         clamped = mlp.activation == "clamped_swiglu" and mlp.experts is not None and mlp.bias

@@ -13,12 +13,13 @@ from torch import Tensor
 from pagoda.arch.spec import Experts, ModelSpec
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.batch import Batch, Heads, Seen
+from pagoda.backend.torch.delta import Delta
 from pagoda.backend.torch.norms import Norm, RmsNorm
 from pagoda.backend.torch.packs import Dense, Weight
 from pagoda.backend.torch.vision import Sight
 
 KvCache = tuple[Tensor, Tensor]
-"""Keys and values of one layer, each [num_blocks, BLOCK_SIZE, kv_heads, head_dim]."""
+"""Keys and values of one layer, each [num_blocks, BLOCK_SIZE, kv_heads, head_dim]; of a delta net its States."""
 Block = Callable[[Tensor], Tensor]
 
 
@@ -141,11 +142,21 @@ class DecoderLayer:
     mlp_norm: Norm | None  # None: the MLP has the attention's input
     mlp: Block
     sinks: Tensor | None = None  # float32 [heads]
+    delta: Delta | None = None
+    out_gate: bool = False
 
     def attention(self, qkv: Tensor, cos_sin: Tensor, batch: Batch, cache: KvCache) -> Tensor:
-        turned = cos_sin if self.heads.rope else cos_sin[:, :0]
-        q = ops.rope_and_cache(qkv, self.q_norm, self.k_norm, turned, batch, *cache, self.heads)
-        return self.o(ops.paged_attention(q, *cache, batch, self.heads, self.sinks).flatten(1))
+        """What the layer makes of the tokens before one, by its delta net where it has one."""
+        if self.delta is not None:
+            return self.o(self.delta(qkv, cache, batch))
+        h, gate = self.heads, None
+        if self.out_gate:
+            width = (h.heads + 2 * h.kv_heads) * h.head_dim
+            qkv, gate = qkv[:, :width].contiguous(), qkv[:, width:]
+        turned = cos_sin if h.rope else cos_sin[:, :0]
+        q = ops.rope_and_cache(qkv, self.q_norm, self.k_norm, turned, batch, *cache, h)
+        out = ops.paged_attention(q, *cache, batch, h, self.sinks).flatten(1)
+        return self.o(out if gate is None else (out.float() * torch.sigmoid(gate.float())).to(out.dtype))
 
 
 @dataclass(frozen=True, slots=True)

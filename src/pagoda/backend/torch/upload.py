@@ -101,7 +101,7 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
     if len(cells) and not 0 <= int(cells.min()) <= int(cells.max()) < num_blocks * BLOCK_SIZE:
         raise IndexError("the plan names a block outside the cache")
     parcel.add(cells=cells, tokens=plan.tokens, positions=positions.astype(np.int32), starts=plan.starts)
-    parcel.add(contexts=contexts, tables=tables, rows=plan.rows)
+    parcel.add(contexts=contexts, tables=tables, rows=plan.rows, slots=plan.slots)
     if plan.rope_positions is not None:
         parcel.add(rope_positions=plan.rope_positions)
     second = plan.second_texts if isinstance(plan, StepPlan) else None
@@ -114,6 +114,7 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
         starts=parcel["starts"],
         contexts=parcel["contexts"],
         block_tables=parcel["tables"],
+        slots=parcel["slots"],
         rows=parcel["rows"],
         max_query=int(lengths.max(initial=0)),
         whole=np.array_equal(plan.rows, np.arange(len(plan.tokens))),

@@ -35,7 +35,7 @@ _BITS, _FP8 = {"U8G": 8, "U4G": 4}, "F8_E4M3"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes are those of each GPU, or of the CPU's free memory.
+    """Bytes are those of each GPU, or of the CPU's free memory; `activation_bytes` with the states of requests.
 
     `blocks` is what the engine would take for its cache, `most_blocks` what would fit; `context` is the longest
     context it would serve, `longest_context` what would fit at most; `wanted_context` is what was asked for, else a
@@ -130,6 +130,7 @@ def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Pl
         blocks = 0
     if config.max_model_len is not None and blocks < memory.blocks_for(config.max_model_len):
         blocks = 0  # the engine refuses a length that was asked for, where the model's own is cut
+    work += limits.max_num_seqs * memory.state_bytes(model.spec)
     share = memory.DEFAULT_SHARE if config.memory_share is None else config.memory_share
     block_bytes = memory.kv_bytes_per_block(model.spec, kv_type)
     return _filled(
@@ -155,6 +156,7 @@ def _gpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine, gpus:
     weights = sharding.weight_bytes(model.spec, language, size)
     vision_work = memory.vision_bytes(model.spec, limits.max_model_len, item)
     work = sharding.activation_bytes(model.spec, limits, size, item) - vision_work
+    work += limits.max_num_seqs * sharding.state_bytes(model.spec, size)
     overhead, images = sharding.overhead_bytes(size), sum(seeing.values()) + vision_work
     share = memory.DEFAULT_SHARE if config.memory_share is None else config.memory_share
     kv_item = 1 if limits.kv_cache_dtype in KV_EIGHT_BITS else item

@@ -1,0 +1,57 @@
+"""Gated delta net: linear attention, which keeps a state of constant size for a request in place of keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNet:
+    """A layer's linear attention (Gated DeltaNet, arXiv 2412.06464).
+
+    q, k and v go through a causal convolution over `kernel` tokens, each channel by itself, and silu; then q and k of
+    each head have length 1. A value head holds a state S [key_dim, value_dim], zero at the start of a request; each
+    token does, one after the other:
+
+        S = exp(-rate * softplus(decay(x) + dt)) * S
+        S = S + k (sigmoid(beta(x)) * (v - S^T k))^T
+        out = S^T q / sqrt(key_dim)
+
+    and the layer gives o(rms norm(out) * silu(z(x))). Value heads share key heads in runs, or, `tiled`, in turns.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    tiled: bool = False
+
+    @property
+    def key_width(self) -> int:
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_width(self) -> int:
+        return self.value_heads * self.value_dim
+
+    @property
+    def width(self) -> int:
+        """Channels of the convolution: q, k and v side by side."""
+        return 2 * self.key_width + self.value_width
+
+    @property
+    def state_bytes(self) -> int:
+        """What a request keeps from token to token: inputs of the convolution, and S of each value head; float32."""
+        state = self.value_heads * self.key_dim * self.value_dim
+        return FLOAT32_BYTES * ((self.kernel - 1) * self.width + state)
+
+    def slots(self, hidden: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of such a layer in place of those of an attention."""
+        k, v, heads = self.key_width, self.value_width, (self.value_heads,)
+        products = {"q": k, "k": k, "v": v, "z": v, "beta": self.value_heads, "decay": self.value_heads}
+        out: dict[str, tuple[int, ...]] = {name: (rows, hidden) for name, rows in products.items()}
+        out |= {"q_conv": (k, self.kernel), "k_conv": (k, self.kernel), "v_conv": (v, self.kernel)}
+        return out | {"rate": heads, "dt": heads, "z_norm": (self.value_dim,), "o": (hidden, v)}

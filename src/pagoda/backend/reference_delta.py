@@ -1,0 +1,70 @@
+"""What a gated delta net keeps of a request, and what one token does to it, in plain numpy and float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pagoda.arch.delta import DeltaNet
+from pagoda.types import Float32, StepPlan
+
+PRODUCTS = ("q", "k", "v", "z", "beta", "decay")
+WEIGHTS = ("q_conv", "k_conv", "v_conv", "rate", "dt")
+_EPS = np.float32(1e-6)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    past: Float32  # [kernel - 1, width] the last inputs of the convolution
+    s: Float32  # [value heads, key dim, value dim]
+
+    def clear(self) -> None:
+        self.past[:] = 0
+        self.s[:] = 0
+
+    def advance(self, d: DeltaNet, mixed: Float32, taps: Float32, decay: Float32, share: Float32) -> Float32:
+        """The output [value heads, value dim] of a token with q, k and v `mixed` [width], before its norm."""
+        inputs = np.concatenate((self.past, mixed[None]))
+        self.past[:] = inputs[1:]
+        x = (inputs * taps).sum(axis=0)
+        x = x / (1 + np.exp(-x))
+        q, k, v = np.split(x, (d.key_width, 2 * d.key_width))
+        q, k = (_of_value_heads(d, _unit(part.reshape(d.key_heads, d.key_dim))) for part in (q, k))
+        self.s[:] *= decay[:, None, None]
+        delta = share[:, None] * (v.reshape(d.value_heads, d.value_dim) - np.einsum("hkv,hk->hv", self.s, k))
+        self.s[:] += k[:, :, None] * delta[:, None]
+        return np.asarray(np.einsum("hkv,hk->hv", self.s, q) * np.float32(d.key_dim**-0.5))
+
+
+def advance(
+    d: DeltaNet, products: Mapping[str, Float32], own: Mapping[str, Float32], states: Sequence[State], plan: StepPlan
+) -> Float32:
+    """[T, value heads, value dim], before its norm, of the products with the tokens of a plan, in their order."""
+    mixed = np.concatenate([products[letter] for letter in "qkv"], axis=1)
+    taps = np.concatenate([own[f"{letter}_conv"] for letter in "qkv"]).T
+    decay = np.exp(-own["rate"] * np.logaddexp(np.float32(0), products["decay"] + own["dt"]))
+    share = 1 / (1 + np.exp(-products["beta"]))
+    out = np.empty((len(mixed), d.value_heads, d.value_dim), np.float32)
+    for r, slot in enumerate(plan.slots):
+        state = states[slot]
+        if plan.positions[r] == 0:
+            state.clear()
+        for token in range(plan.starts[r], plan.starts[r + 1]):
+            out[token] = state.advance(d, mixed[token], taps, decay[token], share[token])
+    return out
+
+
+def new_states(d: DeltaNet, count: int) -> list[State]:
+    past, s = (d.kernel - 1, d.width), (d.value_heads, d.key_dim, d.value_dim)
+    return [State(np.zeros(past, np.float32), np.zeros(s, np.float32)) for _ in range(count)]
+
+
+def _unit(x: Float32) -> Float32:
+    return np.asarray(x / np.sqrt(np.square(x).sum(axis=-1, keepdims=True) + _EPS))
+
+
+def _of_value_heads(d: DeltaNet, x: Float32) -> Float32:
+    shared = d.value_heads // d.key_heads
+    return np.tile(x, (shared, 1)) if d.tiled else np.repeat(x, shared, axis=0)
