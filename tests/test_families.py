@@ -64,7 +64,7 @@ def test_quantized_gguf_models_run_in_their_own_bits(case: str, folders: Folders
     write_family_gguf(tmp_path / "tiny.gguf", case, folders[case][1], "Q8_0")
     exact, native = load(tmp_path / "tiny.gguf", "reference"), load(tmp_path / "tiny.gguf", "cpu")
     assert native.capacity.weight_bytes < exact.capacity.weight_bytes / 2
-    assert relative(logits(native, LAST), logits(exact, LAST)) < 0.05
+    assert relative(logits(native, LAST), logits(exact, LAST)) < 0.08
     native.close()
 
 

@@ -54,6 +54,8 @@ _FAMILIES: dict[str, _Pre] = {
     **dict.fromkeys(("smaug-bpe", "dbrx", "chatglm-bpe"), _Pre((_LLAMA3_PATTERN,))),
     **dict.fromkeys(("glm4", "glm5"), _Pre((_LLAMA3_PATTERN,), ignore_merges=True)),
     "qwen2": _Pre((_QWEN2_PATTERN,), nfc=True),
+    "seed-coder": _Pre((rf"{_CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}",)),
+    "exaone4": _GPT2,
     **dict.fromkeys(("deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"), _Pre((_QWEN2_PATTERN,))),
     "qwen35": _Pre(
         (
