@@ -42,6 +42,8 @@ from pagoda.weights.open import open_source
 GIB = 1 << 30
 PROCESSES_DIFFER_BYTES = 16 << 20
 """By how much the two processes differ from one machine to another, with the same packages."""
+UNKEPT_SHARE = 0.2
+"""The plan counts floats that are not kept where quantized products are the only ones to read a row."""
 COMMON = {
     "model_type": "qwen3",
     "num_key_value_heads": 8,
@@ -257,10 +259,11 @@ def test_the_plan_is_what_the_engine_takes(smollm2_path: str) -> None:
             taken = info.weight_bytes + info.activation_bytes + info.kv_bytes
             assert made.draft_bytes > 100_000_000
             tables = GGUF_TOKEN_BYTES * 49152
-            assert made.needed_bytes - made.overhead_bytes - tables == pytest.approx(taken, rel=0.001)
+            spare = made.needed_bytes - made.overhead_bytes - tables - taken
+            assert 0 <= spare < 2 * UNKEPT_SHARE * made.activation_bytes
             continue
         assert made.weight_bytes == pytest.approx(info.weight_bytes, rel=0.001)
-        assert made.activation_bytes == pytest.approx(info.activation_bytes, rel=0.001)
+        assert 0 <= made.activation_bytes - info.activation_bytes < UNKEPT_SHARE * made.activation_bytes
         assert made.kv_bytes == pytest.approx(info.kv_bytes, rel=0.03)
         assert made.context == pytest.approx(info.max_model_len, rel=0.03)
 
