@@ -190,9 +190,9 @@ def test_a_step_crosses_as_one_array_of_numbers() -> None:
     plan = make_plan(feeds, VOCAB, slots=[2, 0])
     fed = _unpacked(_packed(plan))
     assert fed.block_tables[fed.slots].tolist() == [[3, 9], [2, 0]]
-    for name in ("starts", "positions", "tokens", "rows"):
+    for name in ("slots", "starts", "positions", "tokens", "rows"):
         assert np.array_equal(getattr(fed, name), getattr(plan, name)), name
-    assert len(_packed(plan)) == 5 + 3 + 2 + 4 + 4 + 3
+    assert len(_packed(plan)) == 5 + 2 + 3 + 2 + 4 + 4 + 3
 
 
 def config(path: Path, size: int, **more: Any) -> EngineConfig:
