@@ -44,6 +44,9 @@ def _rope(**recipe: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_theta": 10000.0, **recipe}}
 
 
+# GGUF has no scale of scores: that of the heads
+_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24, "tie_word_embeddings": True}
+
 _EXPERTS = {
     "model_type": "qwen3_moe",
     "head_dim": 32,
@@ -82,6 +85,13 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen3-biases": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
         "qwen3-window": {"model_type": "qwen3", "head_dim": 32, **_QWEN_WINDOW},
         "gpt2": {"model_type": "gpt2", "tie_word_embeddings": True},
+        "gemma": {"model_type": "gemma", "head_dim": 32, "tie_word_embeddings": True},
+        "gemma2": {"model_type": "gemma2", **_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+        "gemma3": {
+            "model_type": "gemma3_text",
+            **_GEMMA,
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+        },
         "gpt2-own-head": {"model_type": "gpt2", "activation_function": "gelu", "n_inner": 96},
     }
 )
@@ -148,7 +158,8 @@ def random_model(settings: dict[str, Any], seed: int) -> Any:
                 embedding = "embed_tokens" in name or "wte" in name
                 weight.copy_(noise * (1.0 if embedding else 1.5 * weight.shape[1] ** -0.5))
             else:
-                weight.copy_(0.2 * noise + (1.0 if "norm" in name or ("ln_" in name and "bias" not in name) else 0.0))
+                one = ("norm" in name and "gemma" not in config.model_type) or ("ln_" in name and "bias" not in name)
+                weight.copy_(0.2 * noise + (1.0 if one else 0.0))
     return model
 
 
@@ -162,7 +173,8 @@ def write_checkpoint(path: Path, case: str, *, sharded: bool = False, **changes:
 def write_gguf_checkpoint(path: Path, model: Any, type: str = "F32", metadata: Mapping[str, Any] | None = None) -> None:
     """Write a transformers model as GGUF, as its converters do: matrices in `type`, all else F32."""
     config = model.config
-    arch = "llama" if config.model_type == "mistral" else config.model_type
+    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    recipe = config.rope_parameters.get("full_attention", config.rope_parameters)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     table = {
@@ -176,9 +188,10 @@ def write_gguf_checkpoint(path: Path, model: Any, type: str = "F32", metadata: M
         f"{arch}.attention.key_length": size,
         f"{arch}.attention.value_length": size,
         f"{arch}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        f"{arch}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        f"{arch}.rope.freq_base": float(recipe["rope_theta"]),
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
+        **_gguf_windows(arch, config),
         **(metadata or {}),
     }
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
@@ -188,12 +201,25 @@ def write_gguf_checkpoint(path: Path, model: Any, type: str = "F32", metadata: M
             continue
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):
             weight = neighbours(weight, heads if "q_proj" in name else kv_heads)
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            weight = weight + 1
         stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         tensors[stored_name] = (weight.numpy(), type) if weight.ndim == 2 else weight.numpy()
-    if config.rope_parameters["rope_type"] == "llama3":
-        plain = float(config.rope_parameters["rope_theta"]) ** -(torch.arange(0, size, 2) / size)
+    if recipe["rope_type"] == "llama3":
+        plain = float(recipe["rope_theta"]) ** -(torch.arange(0, size, 2) / size)
         tensors["rope_freqs.weight"] = (plain / model.model.rotary_emb.inv_freq).numpy()
     write_gguf(path, table, tensors)
+
+
+def _gguf_windows(arch: str, config: Any) -> dict[str, Any]:
+    """What Gemma 2 and 3 say beside the rest."""
+    if arch not in ("gemma2", "gemma3"):
+        return {}
+    caps = {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    period = config.layer_types.index("full_attention") + 1
+    table = {"attention.sliding_window": config.sliding_window, **{n: float(v) for n, v in caps.items() if v}}
+    table |= {"attention.sliding_window_pattern": period} if arch == "gemma3" else {}
+    return {f"{arch}.{name}": value for name, value in table.items()}
 
 
 def write_gguf_experts(folder: Path, kind: str) -> Path:

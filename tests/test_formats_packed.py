@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pagoda.arch.registry import bind, load_spec
 from pagoda.backend.base import Limits
 from pagoda.backend.cpu.executor import CpuExecutor, weight_bytes
-from pagoda.backend.cpu.program import in_their_order
+from pagoda.backend.cpu.panels import in_their_order
 from pagoda.backend.reference import ReferenceExecutor
 from pagoda.errors import ConfigError, ModelError
 from pagoda.weights.files import drop_pages

@@ -72,6 +72,9 @@ def test_logits_of_a_sharded_checkpoint(case: str, tmp_path: Path) -> None:
         "qwen2",
         "qwen2-tied",
         "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3",
     ],
 )
 def test_logits_of_gguf_equal_transformers(case: str, tmp_path: Path) -> None:
@@ -102,7 +105,9 @@ def test_prompt_logprobs_equal_transformers(tmp_path: Path) -> None:
     np.testing.assert_allclose(result.top_logprobs, expected.topk(3).values, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["llama-biases", "llama-yarn", "mistral-window", "qwen2-tied", "qwen3"])
+@pytest.mark.parametrize(
+    "case", ["llama-biases", "llama-yarn", "mistral-window", "qwen2-tied", "qwen3", "gemma2", "gemma3"]
+)
 def test_greedy_text_equals_transformers(case: str, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path, case)
     prompt = TOKENS[:20]

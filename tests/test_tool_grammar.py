@@ -38,7 +38,7 @@ KINDS = {"city": str, "days": int, "unit": str, "exact": bool, "tags": list}
 
 NAMES = (
     "hermes qwen3_coder glm45 mistral mistral_args llama3_json pythonic llama4_pythonic lfm2 deepseek_v3 deepseek_v31 "
-    "kimi_k2 minimax_m2 granite jamba phi4_mini_json openai"
+    "kimi_k2 minimax_m2 functiongemma granite jamba phi4_mini_json openai"
 ).split()
 
 
@@ -110,11 +110,12 @@ def check(parts: list[Part], text: str) -> int:
 def test_forced_calls_are_read_as_calls(name: str, special: bool) -> None:
     form = format_of(name)
     letters = Letters(form.marks if special else ())
-    reply = ReplyFormat(None, form)
+    reply, end = ReplyFormat(None, form), form.written.end
+    end = "" if special and end in form.marks else end
     counts = set()
     for seed in range(6):
         rules = forced_calls(form, SCHEMAS, letters, parallel=seed % 2 == 0)
-        text = walk(letters, reply_grammar(reply, letters, calls=rules, thinks=False), seed, form.written.end)
+        text = walk(letters, reply_grammar(reply, letters, calls=rules, thinks=False), seed, end)
         parts = read(form, text)
         assert {part.kind for part in parts} <= {"call", "arguments"}, text
         count = check(parts, text)

@@ -86,6 +86,12 @@ GOLDEN = [
     ("llama3_json", f'<|python_tag|>{{"name": "get_weather", "parameters": {CITY}}}', BOTH[:2]),
     ("pythonic", '[get_weather(city="Paris", days=3), now()]', BOTH_PLAIN),
     ("llama4_pythonic", "<|python_start|>[get_weather(city='Paris', days=3), now()]<|python_end|>", BOTH_PLAIN),
+    (
+        "functiongemma",
+        "<start_function_call>call:get_weather{city:<escape>Paris<escape>,days:3}<end_function_call>"
+        "<start_function_call>call:now{}<end_function_call><start_function_response>",
+        BOTH_PLAIN,
+    ),
     ("lfm2", "Hm.<|tool_call_start|>[now()]<|tool_call_end|>", [Part("content", "Hm."), *BOTH[2:]]),
     (
         "deepseek_v3",
@@ -183,6 +189,7 @@ def test_no_visible_character_is_lost_and_cuts_do_not_matter(text: str, name: st
         ("mistral", "[TOOL_CALLS]["),
         ("llama3_json", '{"name": "now", "parameters": {}};'),
         ("pythonic", "[now(a="),
+        ("functiongemma", "<start_function_call>call:now{a:<escape>b"),
         ("pythonic", "["),
         ("deepseek_v3", "<｜tool▁call▁begin｜>｜"),
         ("openai", "<|channel|>"),
@@ -209,6 +216,7 @@ def test_a_megabyte_of_hostile_text_takes_linear_time(name: str, unit: str) -> N
         ("{% if tools %}[AVAILABLE_TOOLS]...[TOOL_CALLS]", "mistral"),
         ("{% if tools %}[TOOL_CALLS]...[ARGS]", "mistral_args"),
         ("{% if tools %}<|python_tag|>", "llama3_json"),
+        ("{% if tools %}<start_function_call>call:", "functiongemma"),
         ("{% if tools %}[func_name1(params_name1=params_value1", "pythonic"),
         ("{% for tool in message.tool_calls %}{{ tools }}<｜tool▁calls▁begin｜>```json", "deepseek_v3"),
         ("{{ tools }}<｜tool▁calls▁begin｜>", "deepseek_v31"),

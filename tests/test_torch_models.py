@@ -25,7 +25,7 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     assert executor.capacity.device.startswith("torch (")
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "qwen3"])
+@pytest.mark.parametrize("case", ["llama-tied", "qwen3", "gemma3"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_types_of_sixteen_bits_differ_by_their_rounding(case: str, dtype: str, tmp_path: Path) -> None:
     model = make_model(case)

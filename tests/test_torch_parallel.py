@@ -82,9 +82,13 @@ def _gpt_oss(folder: Path) -> None:
     write_mxfp4(folder)
 
 
+def _gemma(folder: Path) -> None:
+    write_checkpoint(folder, "gemma2", **WIDE)
+
+
 MODELS: dict[str, Callable[[Path], object]] = {
     f.__name__.strip("_"): f
-    for f in (_awq, _gptq, _gptq_in_order_of_activations, _fp8, _experts, _gguf, _biases, _gpt2, _gpt_oss)
+    for f in (_awq, _gptq, _gptq_in_order_of_activations, _fp8, _experts, _gguf, _biases, _gpt2, _gpt_oss, _gemma)
 }
 _SUMMED = ("o_bias", "down_bias", "down_experts_bias")
 
@@ -238,7 +242,7 @@ def test_two_ranks_with_a_tied_head_of_uneven_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["awq", "gptq", "gptq_in_order_of_activations", "fp8", "experts", "biases", "gpt2", "gpt_oss"]
+    "name", ["awq", "gptq", "gptq_in_order_of_activations", "fp8", "experts", "biases", "gpt2", "gpt_oss", "gemma"]
 )
 def test_two_ranks(name: str, tmp_path: Path) -> None:
     MODELS[name](tmp_path)

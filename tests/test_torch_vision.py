@@ -114,7 +114,7 @@ def test_a_step_that_is_too_large_is_cut_through_an_image(folder: Path, executor
 def test_positions_may_lie_beyond_the_longest_context(folder: Path, executor: TorchCpuExecutor) -> None:
     """A video with few tokens for each second; heads turn by differences, so text that is moved stays what it was."""
     step = plan(spec_of(executor), TOKENS, 0, len(TOKENS))
-    assert step.rope_positions is not None and executor.decoder.cos_sin.shape[0] == 256
+    assert step.rope_positions is not None and executor.decoder.cos_sin[0].shape[0] == 256
     far = replace(step, rope_positions=step.rope_positions * 11 + 3000)
     theirs = reference(folder).logits(far)
     assert relative(seen(executor, far), theirs) < BOUND

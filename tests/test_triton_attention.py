@@ -72,6 +72,12 @@ def test_a_window(window: int) -> None:
     check([(1, 290), (50, 130)], shape, torch.float32, torch.float32)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_cap_of_scores(window: int | None) -> None:
+    shape = Heads(2, 1, 16, 0.25, window, 1e-6, False, soft_cap=1.5)
+    check([(1, 290), (50, 130)], shape, torch.float32, torch.float32)
+
+
 @pytest.mark.parametrize("cache", [HALF, torch.float8_e4m3fn])
 def test_half_precision_and_an_fp8_cache(cache: torch.dtype) -> None:
     shape = Heads(4, 2, 16, 0.25, None, 1e-6, False)

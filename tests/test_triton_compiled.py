@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from pagoda.backend.torch.kernels import attention
 
 sizes = {"R": 64, "GROUP": 4, "GROUP2": 4, "M": int(sys.argv[2]), "HEAD": 128, "D": 128, "TILE": 64, "SINKS": True}
-sizes["CHAINED"] = True
+sizes |= {"CHAINED": True, "CAP": 0.0}
 kinds = {"q": "*bf16", "out": "*bf16", "parts": "*fp32", "stats": "*fp32", "sinks": "*fp32", "scale": "fp32"}
 kinds |= dict.fromkeys(("k_cache", "v_cache"), "*fp8e4nv")
 kinds |= dict.fromkeys(("starts", "contexts", "tables", "runs", "arrived"), "*i32")

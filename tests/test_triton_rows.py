@@ -47,9 +47,10 @@ def test_rms_norm_of_rows_that_lie_apart() -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("rows", "size"), [(1, 16), (3, 1100)])
-def test_silu_mul(rows: int, size: int, dtype: torch.dtype) -> None:
+def test_activations_of_gates(rows: int, size: int, dtype: torch.dtype) -> None:
     x = random(rows, 2 * size, dtype=dtype) * 5
     close(activation.silu_mul(x), ops.silu_mul(x))
+    close(activation.gelu_mul(x), ops.gelu_mul(x))
 
 
 @pytest.mark.parametrize("dtype", TYPES)

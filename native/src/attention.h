@@ -102,6 +102,17 @@ PG_INLINE void soften(float* s, int from, int count, int low, int high, float& t
   total = sum_lanes(sum);
 }
 
+// x = cap * tanh(x / cap), by tanh(u) = 1 - 2 / (e^2u + 1). NaN stays.
+void soft_cap(float* x, int64_t n, float cap) {
+  const auto one = [&](F v) {
+    const F capped = splat(cap) - splat(2.0f * cap) / (exp(v * (2.0f / cap)) + 1.0f);
+    return select(v == v, capped, v);
+  };
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) store(x + i, one(load(x + i)));
+  for (; i < n; i++) x[i] = one(splat(x[i]))[0];
+}
+
 struct Running {  // of one query, over the segments so far
   float top, total;
 };
@@ -191,6 +202,7 @@ void segment(const AttentionJob& job, int first, int start, const float* q, floa
     const int low = first_seen(job, first + n) - start, high = last_seen(job, first + n) + 1 - start;
     const int from = seen.first * kTokens, count = seen.last * kTokens;
     float *tail = partials + n * width + dim, *own = scores + n * kSegment;
+    if (job.soft_cap > 0.0f) soft_cap(own + from, count - from, job.soft_cap);
     if (high > from && low < count) soften(own, from, count, low, high, tail[0], tail[1]);
     else memset(own + from, 0, (count - from) * sizeof(float));
   }

@@ -106,8 +106,9 @@ Reads reads_of(const pg_context& c, int i) {
   Reads reads = {false, false};
   bool codes = false;
   for (const pg_op& op : c.ops) {
-    const bool by_row = op.kind == PG_NORM || op.kind == PG_LAYER_NORM || op.kind == PG_SILU || op.kind == PG_GELU ||
-                        op.kind == PG_QUICK_GELU || op.kind == PG_GELU_TANH;  // writes a row, and reads no other of `out`
+    const bool by_row = (op.kind == PG_NORM && !(op.flags & PG_ADD)) || op.kind == PG_LAYER_NORM || op.kind == PG_SILU || op.kind == PG_GELU ||
+                        op.kind == PG_QUICK_GELU || op.kind == PG_GELU_TANH ||
+                        op.kind == PG_GATED_GELU_TANH;  // writes a row, and reads no other of `out`
     const bool product = op.kind == PG_MATMUL || op.kind == PG_HEAD;
     codes |= op.out == i && by_row && op.flags & PG_QUANTIZE;
     reads.floats |= (op.out == i && !(by_row && op.flags & PG_QUANTIZE)) || (op.in == i && !product);
@@ -190,6 +191,8 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     c->inv_freq.assign(d->inv_freq, d->inv_freq + d->rope_dim / 2);
     c->rope_axes.assign(d->rope_dim / 2, 0);
     if (d->rope_axes) c->rope_axes.assign(d->rope_axes, d->rope_axes + d->rope_dim / 2);
+    if (d->local_inv_freq) c->local_inv_freq.assign(d->local_inv_freq, d->local_inv_freq + d->rope_dim / 2);
+    const int64_t tables = d->local_inv_freq ? 2 : 1;
     c->ops.assign(ops, ops + n_ops);
     c->buffers.clear();
     for (int i = 0; i < n_buffers; i++) c->buffers.push_back(make_buffer(buffers[i], *d, reads_of(*c, i)));
@@ -200,7 +203,7 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     const pg_delta& n = d->delta;
     const int64_t state = n.layers ? delta_state(n.key_dim, n.value_dim, n.value_heads / n.key_heads, n.kernel) : 0;
     c->state_pages = Pages(state * n.key_heads * n.layers * n.slots * 4);
-    c->rope_pages = Pages((int64_t)d->max_tokens * d->rope_dim * 4);
+    c->rope_pages = Pages(tables * d->max_tokens * d->rope_dim * 4);
     const bool head = std::any_of(c->ops.begin(), c->ops.end(), [](const pg_op& op) { return op.kind == PG_HEAD; });
     c->logit_pages = head ? Pages((int64_t)d->max_rows * d->vocab * 4) : Pages();
     int64_t widest = std::max(attention_scratch(d->head_dim), encoder_scratch(d->head_dim));

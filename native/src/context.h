@@ -71,7 +71,7 @@ struct pg_context {
   std::vector<pagoda::Buffer> buffers;
   std::vector<pg_op> ops;
   pg_dims dims{};
-  std::vector<double> inv_freq;
+  std::vector<double> inv_freq, local_inv_freq;
   std::vector<int32_t> rope_axes;
   pagoda::Pages kv_pages, rope_pages, logit_pages;
   pagoda::KvCache kv{};

@@ -62,6 +62,7 @@ struct AttentionJob {  // consecutive tokens of one request, the query heads of 
   float scale;
   int window;  // positions that a token sees, its own included
   const float* sinks;  // of the heads of the group, or null
+  float soft_cap;      // of scores; 0: none
 };
 
 constexpr int kEncoderQueries = 96;  // of one encoder job
@@ -123,6 +124,8 @@ struct Kernels {
   void (*attend_all)(const EncoderJob&, float* scratch);
   void (*delta)(const DeltaJob&, float* scratch);
   void (*sigmoid_gate)(const float* gate, int64_t n, float* x);
+  // x = cap * tanh(x / cap)
+  void (*soft_cap)(float* x, int64_t n, float cap);
 };
 
 // Floats of scratch that `attention` needs.

@@ -14,15 +14,16 @@ enum pg_type : int32_t {
 };
 
 enum pg_op_kind : int32_t {
-  PG_EMBED = 0,      // out = rows of weight for the step's tokens, or the step's vectors where it gives them
-  PG_NORM = 1,       // out = rmsnorm(in) * vector, of each of `layer` parts of a row, if any; eps in f
+  PG_EMBED = 0,      // out = rows of weight for the step's tokens, times f (0: 1); or the step's vectors where it gives them
+  PG_NORM = 1,       // out = rmsnorm(in) * vector, of each of `layer` parts of a row, if any; eps in f; ADD adds to out, and
+                     // norms `in` in place
   PG_GATHER = 2,     // out (rows of logits) = the rows of `in` that want logits; a wider out takes those behind them too
   PG_MATMUL = 3,     // out = in * weight^T (+ vector); ADD adds to out
   PG_ROPE = 4,       // qkv in place: norms (vector, vector2, eps in f), rotation; keys and values go to the cache, if any
-  PG_ATTENTION = 5,  // out = attention of the queries in `in` over the cache of `layer`; scale in f; vector:
+  PG_ATTENTION = 5,  // out = attention of the queries in `in` over the cache of `layer`; scale in f, soft cap in f2; vector:
                      // a logit for each head that takes a share of its attention, if any
   PG_SILU = 6,       // out = silu(in[:, :n]) * in[:, n:]
-  PG_HEAD = 7,       // logits of `in` by weight, then the rows are scored or sampled
+  PG_HEAD = 7,       // logits of `in` by weight, soft cap in f2, then the rows are scored or sampled
   PG_HIDDEN = 8,     // the rows of logits of `in` are the step's hidden states, of which a row may have several: the `layer`-th
   PG_POSITIONS = 9,  // out += row (position + layer) of the table `vector`, and row 0 or 1 of the table `vector2`, if any
   PG_LAYER_NORM = 10,  // out = layernorm(in) * vector (+ vector2), by parts as PG_NORM; eps in f
@@ -40,16 +41,18 @@ enum pg_op_kind : int32_t {
                          // vector: taps of the convolution [kernel][channels]; vector2: rate and dt of each value head,
                          // then the norm; eps in f
   PG_OUT_GATE = 21,      // out *= sigmoid(in from column `layer` on)
+  PG_GATED_GELU_TANH = 22,  // out = gelu(in[:, :n]) * in[:, n:], by tanh
   PG_ADD_VECTORS = 26,   // out += the `layer`-th of the step's vectors of a token, where it has such
   PG_GRID = 27,          // out += the positions of the table `vector` with `layer` rows and columns, spread over the picture
 };
 
 enum pg_op_flags : int32_t {
-  PG_ADD = 1,          // matmul: add to out
+  PG_ADD = 1,          // matmul, norm: add to out
   PG_QUANTIZE = 2,     // quantize out to 8 bits for the matmul that reads it
   PG_LOGIT_ROWS = 4,   // runs over rows of logits instead of tokens
   PG_FRAMES = 8,       // attend all: over the tokens of the frame instead of the request
   PG_CLAMPED = 32,     // experts up: clamped(gate, up) = min(gate, 7) * sigmoid(1.702 min(gate, 7)) * (up within -7 and 7, + 1)
+  PG_LOCAL = 128,      // rope: by the second table of angles
   PG_PIECES = 16,      // such operations in a row are done for some tokens before they are for the next
   PG_STILL = 64,       // rope: nothing is turned
 };
@@ -77,6 +80,7 @@ struct pg_op {
   float f;
   int32_t window;  // of attention: how many positions a token sees, its own included; 0 for all
   int32_t order;   // out is put in this order, before it is quantized, for a weight whose k are in it; 0 for none
+  float f2;        // a soft cap c: values x become c * tanh(x / c); 0 for none
 };
 
 struct pg_delta {  // of gated delta nets; layers 0: there is none
@@ -94,6 +98,8 @@ struct pg_dims {
   int32_t piece_rows;      // tokens of a piece
   const int32_t* rope_axes;  // [rope_dim / 2] by which of the step's three rope positions each pair turns, or null
   pg_delta delta;
+  const double* local_inv_freq;  // of a second table of angles, or null
+  float local_factor;
 };
 
 struct pg_picture {

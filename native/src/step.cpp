@@ -10,6 +10,7 @@
 #include "chain.h"
 #include "delta_step.h"
 #include "picture.h"
+#include "valid.h"
 
 using namespace pagoda;
 
@@ -139,8 +140,8 @@ class StepJob : public Job {
   void run_rows(Chain& chain, const Task& task, int64_t from, int64_t to, int thread) {
     for (int64_t i = from; i < to; i++) {
       const int64_t row = task.row + i, logit = task.first + i;
-      if (task.kind == kRopeTables) rope_table(row);
-      else if (task.kind == kSample) sample(logit, row, thread);
+      if (task.kind == kRopeTables) rope_tables(row);
+      else if (task.kind == kSample) sample(*task.op, logit, row, thread);
       else if (task.kind == PG_ROUTE) chain.routing.choose(*c_.kernels, i, c_.buffers[task.op->in].row(row));
       else if (task.kind == kGroup) chain.routing.group();
       else run_row(task, row, logit, thread);
@@ -156,12 +157,18 @@ class StepJob : public Job {
       case PG_EMBED: {
         const Weight& w = c_.weights[op.weight];
         if (st_.vector_of && st_.vector_of[row] >= 0) memcpy(out, vectors_of(row), w.k * sizeof(float));
-        else k.dequantize_row(w.parts[0], w.k, st_.tokens[row], out);
+        else {
+          k.dequantize_row(w.parts[0], w.k, st_.tokens[row], out);
+          for (int64_t i = 0; op.f > 0.0f && i < w.k; i++) out[i] *= op.f;
+        }
         break;
       }
-      case PG_NORM:
-        in_parts(op, [&](int64_t at, int64_t n) { k.norm(in + at, vector(op.vector), n, op.f, out + at); });
+      case PG_NORM: {
+        float* to = op.flags & PG_ADD ? in : out;
+        in_parts(op, [&](int64_t at, int64_t n) { k.norm(in + at, vector(op.vector), n, op.f, to + at); });
+        if (op.flags & PG_ADD) add_to(out, in, c_.buffers[op.in].width);
         break;
+      }
       case PG_GATHER:
         memcpy(out, c_.buffers[op.in].row(st_.rows[logit]), c_.buffers[op.out].width * sizeof(float));
         break;
@@ -178,6 +185,12 @@ class StepJob : public Job {
       case PG_GELU: k.gelu(in, c_.buffers[op.out].width, out); break;
       case PG_QUICK_GELU: k.quick_gelu(in, c_.buffers[op.out].width, out); break;
       case PG_GELU_TANH: k.gelu_tanh(in, c_.buffers[op.out].width, out); break;
+      case PG_GATED_GELU_TANH: {
+        const int64_t width = c_.buffers[op.out].width;
+        k.gelu_tanh(in, width, out);
+        for (int64_t i = 0; i < width; i++) out[i] *= in[width + i];
+        break;
+      }
       case PG_POSITIONS: add_positions(op, row, out); break;
       case PG_OUT_GATE: k.sigmoid_gate(in + op.layer, c_.buffers[op.out].width, out); break;
       case PG_GATED: gate(in, vector(op.vector), c_.buffers[op.in].width, out, c_.buffers[op.out].width); break;
@@ -208,7 +221,9 @@ class StepJob : public Job {
 
   const float* vector(int32_t id) const { return id >= 0 ? c_.vectors[id].data() : nullptr; }
   float* logits(int64_t row) const { return reinterpret_cast<float*>(c_.logit_pages.data()) + row * c_.dims.vocab; }
-  float* rope_row(int64_t token) const { return reinterpret_cast<float*>(c_.rope_pages.data()) + token * c_.dims.rope_dim; }
+  float* rope_row(int64_t token, bool local) const {
+    return reinterpret_cast<float*>(c_.rope_pages.data()) + (token + (local ? c_.dims.max_tokens : 0)) * c_.dims.rope_dim;
+  }
 
   void quantize(const Buffer& b, int64_t row) { c_.kernels->quantize(b.row(row), b.width, b.codes(row)); }
 
@@ -227,13 +242,17 @@ class StepJob : public Job {
     return st_.rope_positions[(int64_t)c_.rope_axes[i] * st_.tokens_count + token];
   }
 
-  void rope_table(int64_t token) {
+  void rope_tables(int64_t token) {
+    fill_table(token, c_.inv_freq, c_.dims.rope_factor, rope_row(token, false));
+    if (!c_.local_inv_freq.empty()) fill_table(token, c_.local_inv_freq, c_.dims.local_factor, rope_row(token, true));
+  }
+
+  void fill_table(int64_t token, const std::vector<double>& inv_freq, float factor, float* table) {
     const int half = c_.dims.rope_dim / 2;
-    float* table = rope_row(token);
     for (int i = 0; i < half; i++) {
-      const double angle = rope_position(token, i) * c_.inv_freq[i];
-      table[i] = (float)(std::cos(angle) * c_.dims.rope_factor);
-      table[half + i] = (float)(std::sin(angle) * c_.dims.rope_factor);
+      const double angle = rope_position(token, i) * inv_freq[i];
+      table[i] = (float)(std::cos(angle) * factor);
+      table[half + i] = (float)(std::sin(angle) * factor);
     }
   }
 
@@ -257,7 +276,7 @@ class StepJob : public Job {
   // Norms and rotation of one token's heads; its keys and values go to the cache.
   void rope(const pg_op& op, int64_t token) {
     const pg_dims& d = c_.dims;
-    const float* cos = rope_row(token);
+    const float* cos = rope_row(token, op.flags & PG_LOCAL);
     float* row = c_.buffers[op.in].row(token);
     for (int h = 0; h < d.heads + d.kv_heads; h++) {
       const float* weight = vector(h < d.heads ? op.vector : op.vector2);
@@ -280,7 +299,7 @@ class StepJob : public Job {
     const float* sinks = vector(op.vector);
     return {&c_.kv, table_of(t.request), op.layer, head, group, t.count, st_.positions[t.request] + t.from,
             in.row(row) + column, in.width, out.row(row) + column, out.width, op.f,
-            op.window > 0 ? op.window : INT32_MAX, sinks ? sinks + head * group : nullptr};
+            op.window > 0 ? op.window : INT32_MAX, sinks ? sinks + head * group : nullptr, op.f2};
   }
 
   void attention(Chain& chain, const pg_op& op, int64_t chunk, int thread) {
@@ -322,8 +341,9 @@ class StepJob : public Job {
                             out.row(first + t.from) + column, out.width}, c_.row_scratch[thread].data());
   }
 
-  void sample(int64_t l, int64_t row, int thread) {
+  void sample(const pg_op& op, int64_t l, int64_t row, int thread) {
     float* values = logits(row);
+    if (op.f2 > 0.0f) c_.kernels->soft_cap(values, c_.dims.vocab, op.f2);
     if (st_.out_logits) memcpy(st_.out_logits + l * c_.dims.vocab, values, c_.dims.vocab * sizeof(float));
     sample_row(*c_.kernels, st_, (int)l, values, c_.dims.vocab, c_.scratch[thread]);
   }
@@ -337,25 +357,6 @@ class StepJob : public Job {
   std::atomic<size_t> end_{SIZE_MAX};  // of the items that may be worked on, while it pauses
   std::deque<Chain> chains_;
 };
-
-bool valid(const pg_context& c, const pg_step& st) {
-  if (st.tokens_count < 1 || st.tokens_count > c.dims.max_tokens || st.starts[st.requests] != st.tokens_count) return false;
-  for (int t = 0; t < st.tokens_count; t++)
-    if (st.tokens[t] < 0 || st.tokens[t] >= c.dims.vocab) return false;
-  if (st.picture && !holds_patches(st)) return false;
-  for (int l = 0; l < st.rows_count; l++)
-    if (st.rows[l] < 0 || st.rows[l] >= st.tokens_count) return false;
-  if (!has_slots(c, st)) return false;
-  for (int r = 0; r < st.requests && c.dims.num_blocks > 0; r++) {
-    const int last = (st.positions[r] + st.starts[r + 1] - st.starts[r] - 1) / kTokens;
-    if (last >= st.table_width) return false;
-    for (int b = 0; b <= last; b++) {
-      const int block = st.block_tables[(int64_t)st.slots[r] * st.table_width + b];
-      if (block < 0 || block >= c.dims.num_blocks) return false;
-    }
-  }
-  return true;
-}
 
 }  // namespace
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from pagoda.arch.names_delta import delta_slot_name, delta_tensors
 from pagoda.arch.names_fused import cut_tensors
+from pagoda.arch.names_gemma import gemma_tensors
 from pagoda.arch.names_gpt2 import gpt2_tensors
 from pagoda.arch.names_gpt_oss import gpt_oss_tensors
 from pagoda.arch.names_pooled import encoder_name, plain_tensors, unused
@@ -68,6 +69,8 @@ _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "up": "mlp.fc1",
             "down": "mlp.fc2",
         },
+        "gemma2": {"mlp_norm": "pre_feedforward_layernorm"},
+        "gemma3": {"mlp_norm": "pre_feedforward_layernorm"},
         "starcoder2": {"up": "mlp.c_fc", "down": "mlp.c_proj"},
     }
 )
@@ -97,12 +100,10 @@ def slot_name(spec: ModelSpec, slot: str, *, gguf: bool = False) -> str:
         return encoder_slot_name(slot, spec.vision)
     if spec.encoder is not None:
         return encoder_name(spec, slot)
-    prefix, _, part = slot.rpartition(".")
+    part = slot.rpartition(".")[2]
     if slot.startswith("layers.") and (delta := spec.layers[int(slot.split(".")[1])].delta) is not None:
         if part in delta.slots(spec.hidden_size):
             return delta_slot_name(slot, gguf=gguf)
-    if part == "mlp_norm" and spec.layers[0].norms == "both" and not gguf:
-        return f"model.{prefix}.pre_feedforward_layernorm.weight"
     return checkpoint_name(slot, gguf=gguf, family=spec.model_type)
 
 
@@ -114,6 +115,8 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
         tensors = gpt_oss_tensors(tensors)
     if spec.recurrent:
         tensors = delta_tensors(spec, tensors, gguf=gguf)
+    if spec.model_type.startswith("gemma") and not gguf:
+        tensors = gemma_tensors(tensors)
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)
     if spec.vision is not None:

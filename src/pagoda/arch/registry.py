@@ -35,6 +35,7 @@ _HELPERS = frozenset(
         "names",
         "names_delta",
         "names_fused",
+        "names_gemma",
         "names_gpt2",
         "names_gpt_oss",
         "names_pooled",
@@ -53,6 +54,7 @@ _OTHER_NAMES = MappingProxyType(
     {
         "chatglm": "glm",
         "command-r": "cohere",
+        "gemma3_text": "gemma3",
         "phi2": "phi",
         "qwen2vl": "qwen2_vl",
         "qwen3vl": "qwen3_vl",

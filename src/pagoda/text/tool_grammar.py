@@ -21,20 +21,15 @@ _PYTHON = {
     "boolean": '("True" | "False")',
     "null": '"None"',
 }
-_ANY = (
-    f"any_value: {' | '.join(_PYTHON.values())} | any_list | any_dict",
-    'any_list: "[" (any_value (", " any_value)*)? "]"',
-    'any_dict: "{" (any_item (", " any_item)*)? "}"',
-    f'any_item: {_PYTHON["string"]} ": " any_value',
-)
 
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
     """A call is `before` NAME `between` ARGUMENTS `after`; several have `separator` between them.
 
-    Around all of them stand `opening` and `closing`. Arguments are an object of JSON, keywords of Python, or tags:
-    for each of those `key`, its name, `value`, the value, `end`.
+    Around all of them stand `opening` and `closing`. Arguments are an object of JSON, keywords of Python, tags (for
+    each of those `key`, its name, `value`, the value, `end`), or bare names with values, whose strings are `marked`:
+    they stand between two of `end`.
     """
 
     before: str
@@ -43,7 +38,7 @@ class CallForm:
     opening: str = ""
     separator: str = "\n"
     closing: str = ""
-    arguments: Literal["json", "python", "tags"] = "json"
+    arguments: Literal["json", "python", "tags", "marked"] = "json"
     key: str = ""
     value: str = ""
     end: str = ""
@@ -67,6 +62,38 @@ class _Rules:
     def text(self, text: str) -> str:
         return literal(text, self.tokenizer)
 
+    @property
+    def marked(self) -> bool:
+        return self.form.arguments == "marked"
+
+    @property
+    def comma(self) -> str:
+        return '","' if self.marked else '", "'
+
+    def kinds(self) -> Mapping[str, str]:
+        """How values of the simple types are written."""
+        if not self.marked:
+            return _PYTHON
+        self.add(begun_by("marked", self.form.end, self.tokenizer))
+        words = {"boolean": '("true" | "false")', "null": '"null"'}
+        return {**_PYTHON, **words, "string": f"{self.text(self.form.end)} marked"}
+
+    def add(self, lines: Sequence[str]) -> None:
+        if lines[0] not in self.lines:
+            self.lines += lines
+
+    def key(self, name: str) -> str:
+        """A name in an object inside the arguments."""
+        return quoted(f"{name}:" if self.marked else f"{_shown(name)}: ")
+
+    def shown(self, value: Any) -> str:
+        """A certain value."""
+        if not self.marked:
+            return quoted(_shown(value))
+        if isinstance(value, str):
+            return f"{self.text(self.form.end)} {quoted(value)} {self.text(self.form.end)}"
+        return quoted(json.dumps(value, separators=(",", ":")))
+
 
 def call_rules(
     form: CallForm, schemas: Mapping[str, Mapping[str, Any]], tokenizer: Tokenizer, *, parallel: bool, cut: str = ""
@@ -79,7 +106,7 @@ def call_rules(
         check_schema(rules.schema)
         names.append(rules.name)
         shown = json.dumps(name, ensure_ascii=False)[1:-1] if form.arguments == "json" else name
-        inner = {"json": _json, "python": _python, "tags": _tags}[form.arguments](rules)
+        inner = {"json": _json, "python": _python, "tags": _tags, "marked": _python}[form.arguments](rules)
         begun = f"{quoted(shown)} {rules.text(form.between)} {inner} {rules.text(form.after)}"
         rules.lines.append(f"{rules.name}: {begun}")
     call, before = f"({' | '.join(names)})", rules.text(form.before)
@@ -141,19 +168,23 @@ def _tagged(rules: _Rules, schema: Mapping[str, Any], name: str) -> str:
 
 
 def _python(rules: _Rules) -> str:
+    equals = ":" if rules.marked else "="
     members = [
-        (f"{quoted(key + '=')} {_literal(rules, schema)}", needed) for key, schema, needed in _properties(rules.schema)
+        (f"{quoted(key + equals)} {_literal(rules, schema)}", needed)
+        for key, schema, needed in _properties(rules.schema)
     ]
-    return _listed(members)
+    return _listed(members, rules.comma)
 
 
-def _listed(members: Sequence[tuple[str, bool]]) -> str:
+def _listed(members: Sequence[tuple[str, bool]], comma: str) -> str:
     """Members with commas between them; those that are not needed may be left out."""
     needed = [text for text, must in members if must]
     others = [text for text, must in members if not must]
     if needed:
-        return ' ", " '.join(needed) + "".join(f' (", " {text})?' for text in others)
-    firsts = [text + "".join(f' (", " {more})?' for more in others[place + 1 :]) for place, text in enumerate(others)]
+        return f" {comma} ".join(needed) + "".join(f" ({comma} {text})?" for text in others)
+    firsts = [
+        text + "".join(f" ({comma} {more})?" for more in others[place + 1 :]) for place, text in enumerate(others)
+    ]
     return f"({' | '.join(firsts)})?" if firsts else ""
 
 
@@ -169,7 +200,7 @@ def _literal(rules: _Rules, given: Any) -> str:
     schema = given if isinstance(given, dict) else {}
     if "const" in schema or isinstance(schema.get("enum"), list):
         values = [schema["const"]] if "const" in schema else schema["enum"]
-        return "(" + " | ".join(quoted(_shown(value)) for value in values) + ")"
+        return "(" + " | ".join(map(rules.shown, values)) + ")"
     some = schema.get("anyOf") or schema.get("oneOf")
     if isinstance(some, list):
         return "(" + " | ".join(_literal(rules, each) for each in some) + ")"
@@ -183,18 +214,24 @@ def _literal(rules: _Rules, given: Any) -> str:
 
 def _of_type(rules: _Rules, schema: Mapping[str, Any], given: Any) -> str:
     kind = given if isinstance(given, str) else "any"
-    if kind in _PYTHON:
-        return _PYTHON[kind]
+    kinds = rules.kinds()
+    if kind in kinds:
+        return kinds[kind]
     if kind == "array":
         item = _literal(rules, schema.get("items"))
-        return f'"[" ({item} (", " {item})*)? "]"'
+        return f'"[" ({item} ({rules.comma} {item})*)? "]"'
     if kind == "object" and isinstance(schema.get("properties"), dict):
-        members = [
-            (f"{quoted(_shown(key) + ': ')} {_literal(rules, each)}", must) for key, each, must in _properties(schema)
+        members = [(f"{rules.key(key)} {_literal(rules, each)}", must) for key, each, must in _properties(schema)]
+        return f'"{{" {_listed(members, rules.comma)} "}}"'
+    name = r'/[A-Za-z_][A-Za-z0-9_]*/ ":"' if rules.marked else f'{kinds["string"]} ": "'
+    rules.add(
+        [
+            f"any_value: {' | '.join(kinds.values())} | any_list | any_dict",
+            f'any_list: "[" (any_value ({rules.comma} any_value)*)? "]"',
+            f'any_dict: "{{" (any_item ({rules.comma} any_item)*)? "}}"',
+            f"any_item: {name} any_value",
         ]
-        return f'"{{" {_listed(members)} "}}"'
-    if _ANY[0] not in rules.lines:
-        rules.lines += _ANY
+    )
     return "any_dict" if kind == "object" else "any_value"
 
 

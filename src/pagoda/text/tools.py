@@ -11,6 +11,7 @@ from pagoda.errors import BadRequest, ConfigError
 from pagoda.text import harmony
 from pagoda.text.tool_grammar import CallForm
 from pagoda.text.tool_parsers.json_calls import bare_objects, deepseek_call, kimi_call, listed_calls, mistral_calls
+from pagoda.text.tool_parsers.marked_calls import STRING, marked_call
 from pagoda.text.tool_parsers.pythonic import pythonic_calls
 from pagoda.text.tool_parsers.reading import Reader
 from pagoda.text.tool_parsers.scanner import CallScanner
@@ -126,6 +127,14 @@ _FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
             inside=("<|tool_call_argument_begin|>",),
         ),
         "minimax_m2": ToolFormat(_MINIMAX, {"<minimax:tool_call>": minimax_calls}, noise=("</minimax:tool_call>",)),
+        "functiongemma": ToolFormat(
+            CallForm(
+                "<start_function_call>call:", "{", "}<end_function_call>", separator="", arguments="marked", end=STRING
+            ),
+            {"<start_function_call>": marked_call},
+            noise=("<end_function_call>", "<start_function_response>"),
+            inside=(STRING,),
+        ),
         "granite": _listed("<|tool_call|>"),
         "jamba": _listed("<tool_calls>", "</tool_calls>"),
         "phi4_mini_json": _listed("functools"),
@@ -155,6 +164,7 @@ _FOUND_BY: tuple[tuple[str, str], ...] = (
     ("<arg_key>", "glm45"),
     ("<|tool_call_start|>", "lfm2"),
     ("<|python_start|>", "llama4_pythonic"),
+    ("<start_function_call>", "functiongemma"),
     ("<tool_calls>", "jamba"),
     ("<tool_call>", "hermes"),
     ("<|tool_call|>", "granite"),

@@ -23,9 +23,9 @@ TYPES = {
 
 EMBED, NORM, GATHER, MATMUL, ROPE, ATTENTION, SILU, HEAD, HIDDEN, POSITIONS, LAYER_NORM, GELU, ATTEND_ALL = range(13)
 ROUTE, EXPERTS_UP, EXPERTS_DOWN, GATED = range(13, 17)
-PATCHES, QUICK_GELU, GELU_TANH, DELTA, OUT_GATE = range(17, 22)
+PATCHES, QUICK_GELU, GELU_TANH, DELTA, OUT_GATE, GATED_GELU_TANH = range(17, 23)
 ADD_VECTORS, GRID = 26, 27
-ADD, QUANTIZE, LOGIT_ROWS, FRAMES, PIECES, CLAMPED, STILL = 1, 2, 4, 8, 16, 32, 64
+ADD, QUANTIZE, LOGIT_ROWS, FRAMES, PIECES, CLAMPED, STILL, LOCAL = 1, 2, 4, 8, 16, 32, 64, 128
 TOKENS, LOGITS, PIECE = range(3)
 
 
@@ -47,7 +47,7 @@ class Op(c.Structure):
     _fields_ = [
         ("kind", c.c_int32), ("in_", c.c_int32), ("out", c.c_int32), ("weight", c.c_int32), ("vector", c.c_int32),
         ("vector2", c.c_int32), ("layer", c.c_int32), ("flags", c.c_int32), ("f", c.c_float), ("window", c.c_int32),
-        ("order", c.c_int32),
+        ("order", c.c_int32), ("f2", c.c_float),
     ]  # fmt: skip
 
 
@@ -71,6 +71,8 @@ class Dims(c.Structure):
         ("piece_rows", c.c_int32),
         ("rope_axes", c.c_void_p),
         ("delta", Delta),
+        ("local_inv_freq", c.c_void_p),
+        ("local_factor", c.c_float),
     ]  # fmt: skip
 
 

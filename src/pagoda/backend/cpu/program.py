@@ -15,45 +15,27 @@ from pagoda.backend.base import Progress
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.delta_program import check_delta, delta_dims, delta_of, of_heads, product_width, taps
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
+from pagoda.backend.cpu.panels import FLOATS, FUSED, in_their_order, panel_type, runnable
 from pagoda.errors import ModelError
-from pagoda.formats import EIGHT_BITS_OF_INT4, EXACT, QUANTIZE_ON_LOAD
 from pagoda.weights.files import drop_pages
 from pagoda.weights.ggml import dequantize
-from pagoda.weights.grouped import OrderedTensor, part_of_stack
+from pagoda.weights.grouped import part_of_stack
 from pagoda.weights.source import Tensor
-
-Places = npt.NDArray[np.int32]
 
 _PRODUCTS = (native.MATMUL, native.HEAD, native.EXPERTS_UP, native.EXPERTS_DOWN)
 
 MAX_ROWS = 32
 """Rows of logits that go through the head at a time; more are taken in turns."""
 
-FLOATS = ("F32", "F16", "BF16")
-
-_INT4 = MappingProxyType(dict.fromkeys(("embed", "head", *EIGHT_BITS_OF_INT4), "Q8_0"))
-"""What int4 makes of the matrices that suffer most from rounding; Q4_1 of the others."""
-
 VECTORS = ("positions", "types", "score", "pool_dense")
 """Tables that are added, or used for a whole request at once: kept in float32."""
-
-FUSED = MappingProxyType(
-    {
-        "qkv": ("q", "k", "v", "q_gate", "z", "beta", "decay"),
-        "o": ("o",),
-        "gate_up": ("gate", "up"),
-        "down": ("down",),
-        "gate_up_experts": ("gate_experts", "up_experts"),
-        "gate_up_shared": ("gate_shared", "up_shared"),
-    }
-)
-"""The products of a layer, and the slots that each is stacked from, where the layer has them."""
 
 ACTIVATIONS = MappingProxyType(
     {
         ("silu", True): native.SILU,
         ("gelu", False): native.GELU,
         ("gelu_tanh", False): native.GELU_TANH,
+        ("gelu_tanh", True): native.GATED_GELU_TANH,
         ("quick_gelu", False): native.QUICK_GELU,
     }
 )
@@ -131,7 +113,8 @@ class Program:
                     ids[p + "gate_up_shared"] = self._matrix(p + "gate_shared", p + "up_shared")
                     ids[p + "down_shared"] = self._matrix(p + "down_shared")
                     ids[p + "router_shared"] = self._vector(p + "router_shared")
-            for name in ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "q_norm", "k_norm", "sinks"):
+            norms = ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "attn_post_norm", "mlp_post_norm")
+            for name in (*norms, "q_norm", "k_norm", "sinks"):
                 if p + name in self._tensors:
                     ids[p + name] = self._vector(p + name)
             if layer.attention.qkv_bias and layer.delta is None:
@@ -155,8 +138,8 @@ class Program:
         return weight
 
     def _stack(self, tensors: Sequence[Tensor], slots: Sequence[str], behind: int = -1) -> int:
-        runnable = [_runnable(t) for t in tensors]
-        parts = [(t.data, t.shape[0], t.shape[1], t.type) for t in runnable]
+        ready = [runnable(t) for t in tensors]
+        parts = [(t.data, t.shape[0], t.shape[1], t.type) for t in ready]
         weight = self._lib.weight(parts, [self._panel_types[s] for s in slots], behind)
         drop_pages(tensors)  # so that the whole model is never there twice
         if any(self._panel_types[s] not in FLOATS for s in slots):
@@ -184,13 +167,16 @@ class Program:
             inv_freq.ctypes.data, int(kv_int8), *_mixture(spec), 0, axes.ctypes.data if spec.rope.sections else None,
             delta_dims(spec, requests),
         )  # fmt: skip
+        if spec.local_rope is not None:
+            local: npt.NDArray[np.float64] = np.asarray(spec.local_rope.inv_freq, dtype=np.float64)
+            dims.local_inv_freq, dims.local_factor = local.ctypes.data, spec.local_rope.attention_factor
         hidden = spec.hidden_size if spec.pooling is not None else 0
         self._lib.program(dims, buffer_shapes(spec), self._operations(), hidden)
 
     def _operations(self) -> list[Op]:
         self._ops = []
         rows = native.LOGIT_ROWS
-        self._emit(native.EMBED, out=X, weight="embed")
+        self._emit(native.EMBED, out=X, weight="embed", f=self._spec.embed_scale)
         if self._spec.positions:
             self._emit(native.POSITIONS, out=X, vector="positions")
         for i, layer in enumerate(self._spec.layers):
@@ -210,7 +196,8 @@ class Program:
             self._emit(native.GATHER, in_=X, out=LAST, flags=rows)
         self._norm("norm", LAST, LAST_NORMED, flags=rows)
         if self._spec.pooling is None:
-            self._emit(native.HEAD, in_=LAST_NORMED, weight="head", vector="head_bias", flags=rows)
+            cap = self._spec.logit_soft_cap or 0
+            self._emit(native.HEAD, in_=LAST_NORMED, weight="head", vector="head_bias", flags=rows, f2=cap)
         else:
             self._emit(native.HIDDEN, in_=LAST_NORMED, flags=rows)
         self._quantize_inputs()
@@ -219,36 +206,48 @@ class Program:
     def _mixer(self, i: int, layer: Layer, order: str = "") -> None:
         """What a layer does with the tokens before one: attention, or a delta net."""
         p, eps, a = f"layers.{i}.", self._spec.norm_eps, layer.attention
-        self._norm(p + "attn_norm", X, H, order=p + "qkv")
-        self._emit(native.MATMUL, in_=H, out=QKV, weight=p + "qkv", vector=p + "qkv_bias")
+        h = self._norm(p + "attn_norm", X, H, order=p + "qkv")
+        self._emit(native.MATMUL, in_=h, out=QKV, weight=p + "qkv", vector=p + "qkv_bias")
         # of the layers with a cache, or those with a state
         place = sum((other.delta is None) == (layer.delta is None) for other in self._spec.layers[:i])
         if layer.delta is not None:
             v, v2 = p + "taps", p + "of_heads"
             return self._emit(native.DELTA, in_=QKV, out=MIXED, vector=v, vector2=v2, layer=place, f=eps, order=order)
-        still, sinks, window = 0 if a.rope else native.STILL, p + "sinks", a.window or 0
-        self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=place, flags=still, f=eps)
+        turns = (native.LOCAL if a.local else 0) | (0 if a.rope else native.STILL)
+        self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=place, flags=turns, f=eps)
         last = "" if a.out_gate else order
-        self._emit(native.ATTENTION, in_=QKV, out=ATT, vector=sinks, layer=place, f=a.scale, window=window, order=last)
+        self._emit(
+            native.ATTENTION, in_=QKV, out=ATT, vector=p + "sinks", layer=place, f=a.scale, f2=a.soft_cap or 0,
+            window=a.window or 0, order=last,
+        )  # fmt: skip
         if a.out_gate:
             gate = (a.heads + 2 * a.kv_heads) * a.head_dim
             self._emit(native.OUT_GATE, in_=QKV, out=ATT, layer=gate, order=order)
 
     def _rest(self, i: int, layer: Layer, b: Buffers) -> None:
         """What a layer does behind its attention."""
-        p, add = f"layers.{i}.", native.ADD | b.flags
+        p, order = f"layers.{i}.", f"layers.{i}.gate_up"
         if layer.norms == "one":  # its norm once more, of x as it still is: each product may want its own order
-            self._norm(p + "attn_norm", b.x, b.h, flags=b.flags, order=p + "gate_up")
-        self._emit(native.MATMUL, in_=b.att, out=b.x, weight=p + "o", vector=p + "o_bias", flags=add)
+            h = self._norm(p + "attn_norm", b.x, b.h, flags=b.flags, order=order)
+        self._add(p + "o", b.att, b, p + "attn_post_norm")
         if layer.norms != "one":
-            self._norm(p + "mlp_norm", b.x, b.h, flags=b.flags, order=p + "gate_up")
+            h = self._norm(p + "mlp_norm", b.x, b.h, flags=b.flags, order=order)
         if layer.mlp.experts is not None:
             return self._mixture(p, layer.mlp, layer.mlp.experts)
         bias = p + "gate_up_bias"
-        self._emit(native.MATMUL, in_=b.h, out=b.gate_up, weight=p + "gate_up", vector=bias, flags=b.flags)
+        self._emit(native.MATMUL, in_=h, out=b.gate_up, weight=p + "gate_up", vector=bias, flags=b.flags)
         kind = ACTIVATIONS[layer.mlp.activation, layer.mlp.gated]
         self._emit(kind, in_=b.gate_up, out=b.mlp, flags=b.flags, order=p + "down")
-        self._emit(native.MATMUL, in_=b.mlp, out=b.x, weight=p + "down", vector=p + "down_bias", flags=add)
+        self._add(p + "down", b.mlp, b, p + "mlp_post_norm")
+
+    def _add(self, weight: str, in_: int, b: Buffers, norm: str) -> None:
+        """x += a product, normed where the layer has a norm behind it."""
+        bias, add = weight + "_bias", native.ADD | b.flags
+        if norm not in self._ids:
+            self._emit(native.MATMUL, in_=in_, out=b.x, weight=weight, vector=bias, flags=add)
+            return
+        self._emit(native.MATMUL, in_=in_, out=b.h, weight=weight, vector=bias, flags=b.flags)
+        self._norm(norm, b.h, b.x, flags=add)
 
     def _mixture(self, p: str, mlp: Mlp, experts: Experts) -> None:
         up, down, flags = p + "gate_up_experts", p + "down_experts", EXPERT_FLAGS[mlp.activation]
@@ -262,17 +261,21 @@ class Program:
             self._emit(native.GATED, in_=H, out=MLP, vector=p + "router_shared")
             self._emit(native.MATMUL, in_=MLP, out=X, weight=p + "down_shared", flags=native.ADD)
 
-    def _norm(self, name: str, in_: int, out: int, *, order: str = "", flags: int = 0) -> None:
+    def _norm(self, name: str, in_: int, out: int, *, order: str = "", flags: int = 0) -> int:
+        """The buffer that holds the normed rows: those of `in_` as they are where the model has no such norm."""
+        if name not in self._ids:
+            return in_
         kind = native.NORM if self._spec.norm == "rms" else native.LAYER_NORM
         bias, eps = name + "_bias", self._spec.norm_eps
         self._emit(kind, in_=in_, out=out, vector=name, vector2=bias, flags=flags, f=eps, order=order)
+        return out
 
     def _emit(
         self, kind: int, *, in_: int = -1, out: int = -1, weight: str = "", vector: str = "", vector2: str = "",
-        layer: int = 0, flags: int = 0, f: float = 0.0, window: int = 0, order: str = "",
+        layer: int = 0, flags: int = 0, f: float = 0.0, f2: float = 0.0, window: int = 0, order: str = "",
     ) -> None:  # fmt: skip
         w, v, v2 = (self._ids.get(name, -1) for name in (weight, vector, vector2))
-        self._ops.append(Op(kind, in_, out, w, v, v2, layer, flags, f, window, self._orders.get(order, 0)))
+        self._ops.append(Op(kind, in_, out, w, v, v2, layer, flags, f, window, self._orders.get(order, 0), f2))
 
     def _quantize_inputs(self) -> None:
         """Let the producer of each quantized product's input quantize it, once."""
@@ -313,35 +316,7 @@ def buffer_bytes(spec: ModelSpec, max_tokens: int) -> int:
         quantized = rows * shape.width + rows * (shape.width // 32) * 20 if shape.width % 32 == 0 else 0
         total += rows * shape.width * 4 + quantized
     logits = 0 if spec.pooling is not None else MAX_ROWS * spec.vocab_size * 4
-    return total + logits + max_tokens * spec.rope.dim * 4
-
-
-def panel_type(slot: str, tensor: Tensor, quantization: str | None) -> str:
-    """What a matrix is once it is repacked. `quantization` int8 or int4 makes 8 or 4 bits of float ones."""
-    kind = tensor.type if tensor.type in native.TYPES else "F32"
-    part = slot.rpartition(".")[2]
-    if quantization not in QUANTIZE_ON_LOAD or kind not in FLOATS or tensor.shape[-1] % 32 or part in EXACT:
-        return kind
-    return "Q8_0" if quantization == "int8" else _INT4.get(part, "Q4_1")
-
-
-def in_their_order(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Places]]:
-    """The tensors, with the packed form of those that have their inputs in an order of their own, and these orders by
-    product. Matrices of one product that do not share an order stay as they are, in float32.
-    """
-    out, orders = dict(tensors), {}
-    # the layers of decoders: what the operations of an encoder give is put in no order
-    prefixes = {slot.rpartition(".")[0] for slot in tensors if slot.endswith((".gate", ".router"))}
-    for prefix in prefixes:
-        for name, parts in FUSED.items():
-            found = {slot: tensors[slot] for slot in (f"{prefix}.{part}" for part in parts) if slot in tensors}
-            ordered = {slot: t for slot, t in found.items() if isinstance(t, OrderedTensor)}
-            first = next(iter(ordered.values()), None)
-            if first and len(ordered) == len(found):
-                if all(np.array_equal(t.order, first.order) for t in ordered.values()):
-                    out |= {slot: t.packed for slot, t in ordered.items()}
-                    orders[f"{prefix}.{name}"] = first.order
-    return out, orders
+    return total + logits + max_tokens * sum(rope.dim for rope in spec.ropes) * 4
 
 
 def _mixture(spec: ModelSpec) -> tuple[int, int, int]:
@@ -361,14 +336,6 @@ def _inner(layer: Layer) -> Sequence[str]:
     return FUSED["gate_up"] if layer.mlp.gated else ("up",)
 
 
-def _runnable(tensor: Tensor) -> Tensor:
-    """The tensor in a type that the kernels run; others are widened to float32."""
-    if tensor.type in native.TYPES:
-        return tensor
-    values = np.ascontiguousarray(dequantize(tensor), dtype=np.float32)
-    return Tensor(tensor.name, tensor.shape, "F32", values.view(np.uint8).ravel())
-
-
 def _has_activation(mlp: Mlp) -> bool:
     return mlp.activation in EXPERT_FLAGS if mlp.experts else (mlp.activation, mlp.gated) in ACTIVATIONS
 
@@ -377,12 +344,18 @@ def check_spec(spec: ModelSpec) -> None:
     """ModelError where the kernels lack something that the model needs."""
     first = spec.layers[0]
     check_delta(spec)
-    shapes = {replace(layer.attention, window=None, rope=True) for layer in spec.layers}
+    shapes = {replace(layer.attention, window=None, rope=True, local=False) for layer in spec.layers}
     mixtures = {layer.mlp for layer in spec.layers if layer.mlp.experts is not None}
     if max(len(shapes), len(_dense_sizes(spec)), len(mixtures)) > 1:
         raise ModelError("the CPU backend needs all layers of one shape", remedy="Try --device reference")
     if any(not _has_activation(layer.mlp) for layer in spec.layers):
         raise ModelError(f"the CPU backend has no activation {first.mlp.activation!r} here")
+    if any(layer.mlp.experts and layer.norms != "before" for layer in spec.layers):
+        raise ModelError("the CPU backend has experts with no norm behind them only")
+    if spec.norm == "layer" and first.norms in ("behind", "both"):
+        raise ModelError("the CPU backend has no layer norms behind the halves of a layer")
+    if len({(rope.dim, rope.interleaved) for rope in spec.ropes}) > 1:
+        raise ModelError("the CPU backend needs ropes of one shape in all layers", remedy="Try --device reference")
     if first.attention.head_dim % 16 or first.attention.head_dim > 512:
         raise ModelError(
             f"the CPU backend needs a head size that is a multiple of 16 up to 512, not {first.attention.head_dim}",

@@ -16,7 +16,8 @@ from pagoda.arch.vision_spec import Vision
 from pagoda.backend.base import Limits, Progress
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Picture
-from pagoda.backend.cpu.program import ACTIVATIONS, FLOATS, Program
+from pagoda.backend.cpu.panels import FLOATS
+from pagoda.backend.cpu.program import ACTIVATIONS, Program
 from pagoda.backend.vision import ROPE_BASE, Encoded, in_one_go, layout, scaling
 from pagoda.errors import ModelError
 from pagoda.formats import QUANTIZE_ON_LOAD

@@ -58,3 +58,5 @@ class Heads:
     eps: float  # of the norms of q and k
     interleaved: bool  # RoPE turns the pairs (2i, 2i + 1), else (i, i + dim / 2)
     rope: bool = True  # False: nothing is turned
+    local: bool = False  # turned by the second table of angles
+    soft_cap: float | None = None  # scores s become soft_cap * tanh(s / soft_cap)

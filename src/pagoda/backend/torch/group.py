@@ -62,7 +62,7 @@ class SplitEmbedding:
     def __call__(self, tokens: Tensor, seen: Seen) -> Tensor:
         """Tokens below 0 are nobody's: rank 0 has the vectors of images for them, and gives them to all in the sum."""
         there = (tokens < self.first) | (tokens >= self.last)
-        rows = self.own.data[(tokens - self.first).clamp(0, self.last - self.first - 1)]
+        rows = self.own.rows((tokens - self.first).clamp(0, self.last - self.first - 1))
         rows = rows.masked_fill(there.unsqueeze(-1), 0)
         if self.group.vectors > 1 and bool((tokens < 0).any()):
             rows = F.pad(rows, (0, (self.group.vectors - 1) * rows.shape[1]))
@@ -175,7 +175,7 @@ class Group(Team):
         """Set aside what a rank without memory sends to the others."""
         spec = decoder.spec
         width, rows = vocab_range(spec, 0, self.size)[1], MAX_ROWS if spec.pooling is None else 0
-        one = decoder.embed(torch.zeros(1, dtype=torch.int64, device=decoder.cos_sin.device), ())
+        one = decoder.embed(torch.zeros(1, dtype=torch.int64, device=decoder.cos_sin[0].device), ())
         self._spare = one.new_empty(max(most_tokens * spec.hidden_size, rows * width))
         self._widths, self._sums_of_step = (spec.hidden_size, width), 1 + 2 * len(spec.layers)
         return decoder

@@ -30,7 +30,7 @@ from pagoda.backend.torch.model import (
     Table,
     ThreePositions,
 )
-from pagoda.backend.torch.norms import LayerNorm, Norm, RmsNorm
+from pagoda.backend.torch.norms import LayerNorm, NoNorm, Norm, RmsNorm
 from pagoda.backend.torch.packs import Dense, Weight
 from pagoda.backend.torch.vision import Sight
 from pagoda.errors import ModelError
@@ -67,11 +67,13 @@ class Loader:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        table = np.concatenate(spec.rope.tables(max_model_len), axis=1)
-        cos_sin = torch.from_numpy(table).to(self._target.device)
+        tables = [np.concatenate(rope.tables(max_model_len), axis=1) for rope in spec.ropes]
+        cos_sin = tuple(torch.from_numpy(table).to(self._target.device) for table in tables)
         positions = self._table("positions") if spec.positions else None
         three, sight = self._three(), self._sight(max_model_len)
-        return Decoder(spec, Table(embed), norm, head, tuple(layers), cos_sin, [], positions, three, sight)
+        return Decoder(
+            spec, Table(embed, spec.embed_scale), norm, head, tuple(layers), cos_sin, [], positions, three, sight
+        )
 
     def _three(self) -> ThreePositions | None:
         rope, device = self._spec.rope, self._target.device
@@ -105,7 +107,16 @@ class Loader:
     def _layer(self, index: int, layer: Layer) -> DecoderLayer:
         p, a = f"layers.{index}.", layer.attention
         shape = Heads(
-            a.heads, a.kv_heads, a.head_dim, a.scale, a.window, self._spec.norm_eps, self._spec.rope.interleaved, a.rope
+            a.heads,
+            a.kv_heads,
+            a.head_dim,
+            a.scale,
+            a.window,
+            self._spec.norm_eps,
+            self._spec.rope.interleaved,
+            a.rope,
+            a.local,
+            a.soft_cap,
         )
         products = ("q", "k", "v") + (("q_gate",) if a.out_gate else ()) if layer.delta is None else PRODUCTS
         return DecoderLayer(
@@ -115,8 +126,10 @@ class Loader:
             q_norm=self._vector(p + "q_norm") if p + "q_norm" in self._tensors else None,
             k_norm=self._vector(p + "k_norm") if p + "k_norm" in self._tensors else None,
             o=self._linear(p + "o"),
+            attn_post_norm=self._norm(p + "attn_post_norm"),
             mlp_norm=None if layer.norms == "one" else self._norm(p + "mlp_norm"),
             mlp=self._mlp(p, layer.mlp),
+            mlp_post_norm=self._norm(p + "mlp_post_norm"),
             sinks=self._vector(p + "sinks") if a.sinks else None,
             delta=None if layer.delta is None else self._delta(p, layer.delta),
             out_gate=a.out_gate,
@@ -129,12 +142,14 @@ class Loader:
 
     def _mlp(self, p: str, mlp: Mlp) -> GatedMlp | GeluMlp | Mixture:
         clamped = mlp.activation == "clamped_swiglu" and mlp.experts is not None and mlp.bias
-        if not clamped and mlp.activation not in (("silu",) if mlp.gated else ("gelu", "gelu_tanh")):
+        known = ("gelu", "gelu_tanh") if not mlp.gated else ("silu",) if mlp.experts else ("silu", "gelu_tanh")
+        if not clamped and mlp.activation not in known:
             raise ModelError(f"the PyTorch backend has no activation {mlp.activation!r} here")
         if not mlp.gated:
             return self._gelu_mlp(p, mlp)
         if mlp.experts is None:
-            return GatedMlp(self._linear(p + "gate", p + "up"), self._linear(p + "down"))
+            gelu = mlp.activation == "gelu_tanh"
+            return GatedMlp(self._linear(p + "gate", p + "up"), self._linear(p + "down"), gelu)
         gate, up, down = (self._weight(f"{p}{part}_experts") for part in ("gate", "up", "down"))
         router = self._table(p + "router")
         stack = side_by_side([gate, up])
@@ -171,6 +186,8 @@ class Loader:
 
     def _norm(self, slot: str, scale: float = 1.0) -> Norm:
         """What scales the logits scales the last norm just as well."""
+        if slot not in self._tensors:
+            return NoNorm()
         weight, eps = self._vector(slot) * scale, self._spec.norm_eps
         if self._spec.norm == "layer":
             bias = self._vector(slot + "_bias") * scale if self._spec.norm_bias else None

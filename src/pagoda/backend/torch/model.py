@@ -32,9 +32,14 @@ class Embedding(Protocol):
 @dataclass(frozen=True, slots=True)
 class Table:
     data: Tensor  # [vocab, hidden] in the type of computation
+    scale: float = 1.0
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        rows = self.data[tokens]
+        return rows if self.scale == 1 else rows * self.scale
 
     def __call__(self, tokens: Tensor, seen: Seen) -> Tensor:
-        return with_seen(self.data[tokens], seen)
+        return with_seen(self.rows(tokens), seen)
 
 
 def with_seen(rows: Tensor, seen: Seen) -> Tensor:
@@ -72,14 +77,16 @@ class Linear:
 class GatedMlp:
     gate_up: Linear
     down: Linear
+    gelu: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(ops.silu_mul(self.gate_up(x)))
+        gate_up = self.gate_up(x)
+        return self.down(ops.gelu_mul(gate_up) if self.gelu else ops.silu_mul(gate_up))
 
     def behind(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         """What it makes of x + residual, normed, and that sum."""
-        hidden, total = self.gate_up.behind(x, residual, norm, gated=True)
-        return self.down(hidden), total
+        hidden, total = self.gate_up.behind(x, residual, norm, gated=not self.gelu)
+        return self.down(ops.gelu_mul(hidden) if self.gelu else hidden), total
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,24 +146,28 @@ class DecoderLayer:
     q_norm: Tensor | None
     k_norm: Tensor | None
     o: Block
+    attn_post_norm: Norm
     mlp_norm: Norm | None  # None: the MLP has the attention's input
     mlp: Block
+    mlp_post_norm: Norm
     sinks: Tensor | None = None  # float32 [heads]
     delta: Delta | None = None
     out_gate: bool = False
 
-    def attention(self, qkv: Tensor, cos_sin: Tensor, batch: Batch, cache: KvCache) -> Tensor:
+    def attention(self, qkv: Tensor, tables: tuple[Tensor, ...], batch: Batch, cache: KvCache) -> Tensor:
         """What the layer makes of the tokens before one, by its delta net where it has one."""
         if self.delta is not None:
-            return self.o(self.delta(qkv, cache, batch))
+            return self.attn_post_norm(self.o(self.delta(qkv, cache, batch)))
         h, gate = self.heads, None
         if self.out_gate:
             width = (h.heads + 2 * h.kv_heads) * h.head_dim
             qkv, gate = qkv[:, :width].contiguous(), qkv[:, width:]
+        cos_sin = tables[h.local]
         turned = cos_sin if h.rope else cos_sin[:, :0]
         q = ops.rope_and_cache(qkv, self.q_norm, self.k_norm, turned, batch, *cache, h)
         out = ops.paged_attention(q, *cache, batch, h, self.sinks).flatten(1)
-        return self.o(out if gate is None else (out.float() * torch.sigmoid(gate.float())).to(out.dtype))
+        out = out if gate is None else (out.float() * torch.sigmoid(gate.float())).to(out.dtype)
+        return self.attn_post_norm(self.o(out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +193,7 @@ class Decoder:
     norm: Norm
     head: Block
     layers: tuple[DecoderLayer, ...]
-    cos_sin: Tensor  # float32 [positions, rope dim]
+    cos_sin: tuple[Tensor, ...]  # float32 [positions, rope dim], of each rope
     caches: list[KvCache]
     positions: Tensor | None = None  # [positions, hidden] in the type of computation, where they are learned
     three: ThreePositions | None = None
@@ -212,18 +223,19 @@ class Decoder:
             else:
                 x, total = layer.mlp_norm.of_sum(x, total)
                 x = layer.mlp(x)
+            x = layer.mlp_post_norm(x)
         if not batch.whole:
             x, total = x[batch.rows], total[batch.rows]
         return self.norm.of_sum(x, total)[0]
 
-    def _turns(self, batch: Batch) -> tuple[Tensor, Batch]:
-        """The table of angles, and the batch whose positions are rows of it."""
+    def _turns(self, batch: Batch) -> tuple[tuple[Tensor, ...], Batch]:
+        """The tables of angles, and the batch whose positions are rows of it."""
         if self.three is None:
             return self.cos_sin, batch
         # a table of this step alone: a video may stand anywhere in time, also beyond the longest context
         own = self.three.table(batch.positions.expand(3, -1) if batch.rope_positions is None else batch.rope_positions)
-        return own, replace(batch, positions=torch.arange(len(own), dtype=torch.int32, device=own.device))
+        return (own,), replace(batch, positions=torch.arange(len(own), dtype=torch.int32, device=own.device))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[L, vocab] in the type of computation, from final hidden states."""
-        return self.head(hidden)
+        return ops.soft_capped(self.head(hidden), self.spec.logit_soft_cap)

@@ -38,4 +38,16 @@ class RmsNorm:
         return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
-Norm = LayerNorm | RmsNorm
+@dataclass(frozen=True, slots=True)
+class NoNorm:
+    """In the place of a norm that the model lacks."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return total, total
+
+
+Norm = LayerNorm | RmsNorm | NoNorm

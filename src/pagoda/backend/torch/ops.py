@@ -122,18 +122,30 @@ def paged_attention(
         for token in range(first, last):
             end = context - (last - 1 - token)
             begin = 0 if shape.window is None else max(0, end - shape.window)
-            out[token] = _attend(q[token], keys[begin:end], values[begin:end], shape.scale, sinks)
+            out[token] = _attend(q[token], keys[begin:end], values[begin:end], shape, sinks)
     return out
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
-    kv_heads = keys.shape[1]
-    grouped = torch.unflatten(q.float(), 0, (kv_heads, -1))
-    scores = grouped @ keys.permute(1, 2, 0) * scale
+def _attend(q: Tensor, keys: Tensor, values: Tensor, shape: Heads, sinks: Tensor | None) -> Tensor:
+    grouped = torch.unflatten(q.float(), 0, (shape.kv_heads, -1))
+    scores = soft_capped(grouped @ keys.permute(1, 2, 0) * shape.scale, shape.soft_cap)
     if sinks is not None:
-        scores = torch.cat((scores, sinks.view(kv_heads, -1, 1)), dim=-1)
+        scores = torch.cat((scores, sinks.view(shape.kv_heads, -1, 1)), dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : len(keys)]
     return (weights @ values.transpose(0, 1)).flatten(0, 1).to(q.dtype)
+
+
+def soft_capped(x: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(x / cap), computed in float32."""
+    return x if cap is None else (torch.tanh(x.float() / cap) * cap).to(x.dtype)
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up of gate_up [T, 2 * size], by tanh, computed in float32."""
+    if on_gpu(gate_up):
+        return activation.gelu_mul(gate_up)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ import msgspec
 
 from pagoda.text.tool_parsers.reading import MAX_NAME_CHARS, Calls, Chars, Malformed, next_visible, one
 
-_WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
+WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "0": "\0", "\n": ""}
 _HEX = {"x": 2, "u": 4, "U": 8}
 _CLOSING = {"[": "]", "(": ")", "{": "}"}
-_MAX_DEPTH = 32
+MAX_DEPTH = 32
 
 
 def pythonic_calls(calls: Calls) -> Chars[None]:
@@ -21,7 +21,7 @@ def pythonic_calls(calls: Calls) -> Chars[None]:
         raise Malformed
     char = yield from next_visible()
     while True:
-        name, char = yield from _word(char, also=".-")
+        name, char = yield from identifier(char, also=".-")
         if char != "(" or name not in calls.names:
             raise Malformed
         arguments = yield from _keywords()
@@ -40,16 +40,16 @@ def _keywords() -> Chars[str]:
     items: list[str] = []
     char = yield from next_visible()
     while char != ")":
-        key, char = yield from _word(char)
+        key, char = yield from identifier(char)
         if char != "=":
             raise Malformed
         value, char = yield from _literal((yield from next_visible()), 0)
         items.append(f'"{key}": {value}')
-        char = yield from _after_item(char, ")")
+        char = yield from after_item(char, ")")
     return "{" + ", ".join(items) + "}"
 
 
-def _after_item(char: str, closing: str) -> Chars[str]:
+def after_item(char: str, closing: str) -> Chars[str]:
     """The beginning of the next item, or the closing bracket."""
     if char == ",":
         return (yield from next_visible())
@@ -58,7 +58,7 @@ def _after_item(char: str, closing: str) -> Chars[str]:
     return char
 
 
-def _word(first: str, also: str = "") -> Chars[tuple[str, str]]:
+def identifier(first: str, also: str = "") -> Chars[tuple[str, str]]:
     """An identifier, and the visible character behind it."""
     read: list[str] = []
     char = first
@@ -76,7 +76,7 @@ def _word(first: str, also: str = "") -> Chars[tuple[str, str]]:
 
 def _literal(first: str, depth: int) -> Chars[tuple[str, str]]:
     """A literal as JSON, and the visible character behind it."""
-    if depth > _MAX_DEPTH:
+    if depth > MAX_DEPTH:
         raise Malformed
     if first in "\"'":
         text = yield from _string(first)
@@ -84,11 +84,11 @@ def _literal(first: str, depth: int) -> Chars[tuple[str, str]]:
     if first in _CLOSING:
         text = yield from _nested(first, depth)
         return text, (yield from next_visible())
-    word, char = yield from _word(first, also="+-.")
-    return _WORDS.get(word) or _number(word), char
+    word, char = yield from identifier(first, also="+-.")
+    return WORDS.get(word) or number(word), char
 
 
-def _number(word: str) -> str:
+def number(word: str) -> str:
     try:
         number = float(word) if any(char in word for char in ".eEinf") else int(word)
         if not math.isfinite(number):
@@ -137,6 +137,6 @@ def _nested(opening: str, depth: int) -> Chars[str]:
             value, char = yield from _literal((yield from next_visible()), depth + 1)
             item = f"{item}: {value}"
         items.append(item)
-        char = yield from _after_item(char, closing)
+        char = yield from after_item(char, closing)
     left, right = ("{", "}") if opening == "{" else ("[", "]")
     return left + ", ".join(items) + right

@@ -33,6 +33,7 @@ _CELLS = tl.constexpr(BLOCK_SIZE)
 LOG2_E = 1.4426950408889634
 _LOG2_E = tl.constexpr(LOG2_E)
 """Of scores and sinks, so that their powers are of two. A sink takes part in the softmax, and has no value."""
+_TWO_LOG2_E = tl.constexpr(2 * LOG2_E)
 
 
 @triton.jit
@@ -82,6 +83,7 @@ def _fold(
     ends: tl.tensor,
     row_stride: tl.tensor,
     scale: tl.tensor,
+    CAP: tl.constexpr,
     MASK: tl.constexpr,
     HEAD: tl.constexpr,
     D: tl.constexpr,
@@ -94,6 +96,9 @@ def _fold(
     cell = (block * _CELLS + at % _CELLS) * row_stride
     k = tl.load(k_cache + cell[None, :] + d[:, None], mask=known[None, :] & (d < HEAD)[:, None], other=0.0)
     scores = tl.dot(q, fp8.floats(k, q.dtype), input_precision="ieee") * scale
+    if CAP:
+        # CAP * tanh(s / CAP) by tanh(u) = 1 - 2 / (e^2u + 1); both are in units of log2(e)
+        scores = CAP - 2.0 * CAP / (tl.exp2(scores * (_TWO_LOG2_E / CAP)) + 1.0)
     if MASK:
         seen = (at[None, :] < ends[:, None]) & (at[None, :] >= begins[:, None])
         scores = tl.where(seen, scores, float("-inf"))
@@ -167,6 +172,7 @@ def _decode(
     kv_heads: tl.tensor,
     scale: tl.tensor,
     window: tl.tensor,
+    CAP: tl.constexpr,
     SINKS: tl.constexpr,
     R: tl.constexpr,
     GROUP: tl.constexpr,
@@ -180,8 +186,7 @@ def _decode(
     await_others(CHAINED)
     row, d = tl.arange(0, M), tl.arange(0, D)
     for item in range(tl.program_id(0), tl.load(runs + requests) * kv_heads, tl.num_programs(0)):
-        number, head = item // kv_heads, item % kv_heads
-        r = _owner(runs, number, requests, R)
+        number, head, r = item // kv_heads, item % kv_heads, _owner(runs, item // kv_heads, requests, R)
         context, token = tl.load(contexts + r), tl.load(starts + r).to(tl.int64)
         length = _run_length(context)
         run = (number - tl.load(runs + r)) * length
@@ -194,7 +199,7 @@ def _decode(
         for key in range(tl.maximum(run, begin // TILE * TILE), end, TILE):
             most, total, acc = _fold(
                 rows, most, total, acc, k_head, v_head, table, key, end, begins, ends, kv_heads * HEAD, scale,
-                True, HEAD, D, TILE,
+                CAP, True, HEAD, D, TILE,
             )  # fmt: skip
         begun, count = tl.load(runs + r), tl.load(runs + r + 1) - tl.load(runs + r)
         place = out + q_at[:, None] * HEAD + d[None, :]
@@ -239,6 +244,7 @@ def _prefill(
     kv_heads: tl.tensor,
     scale: tl.tensor,
     window: tl.tensor,
+    CAP: tl.constexpr,
     SINKS: tl.constexpr,
     R: tl.constexpr,
     GROUP: tl.constexpr,
@@ -256,8 +262,7 @@ def _prefill(
     tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     r, start, count, first = _tile_of(starts, tile, requests, R, TOKENS)
     if (first < count) & (count > 1):
-        context = tl.load(contexts + r)
-        row, d = tl.arange(0, M), tl.arange(0, D)
+        context, row, d = tl.load(contexts + r), tl.arange(0, M), tl.arange(0, D)
         token, member = first + row // GROUP2, row % GROUP2
         q_at = ((start + token).to(tl.int64) * kv_heads + head) * GROUP + member
         inside = ((token < count) & (member < GROUP))[:, None] & (d < HEAD)[None, :]
@@ -273,12 +278,12 @@ def _prefill(
         for key in range(begin, whole, TILE):
             most, total, acc = _fold(
                 rows, most, total, acc, k_head, v_head, table, key, limit, begins, ends, kv_heads * HEAD, scale,
-                False, HEAD, D, TILE,
+                CAP, False, HEAD, D, TILE,
             )  # fmt: skip
         for key in range(whole, limit, TILE):
             most, total, acc = _fold(
                 rows, most, total, acc, k_head, v_head, table, key, limit, begins, ends, kv_heads * HEAD, scale,
-                True, HEAD, D, TILE,
+                CAP, True, HEAD, D, TILE,
             )  # fmt: skip
         if SINKS:
             sink = tl.load(sinks + head * GROUP + member, mask=member < GROUP, other=0.0) * _LOG2_E
@@ -329,6 +334,11 @@ def fitted(tile: Tile, size: int, q: Tensor) -> Tile:
     return tile
 
 
+def _cap(shape: Heads) -> float:
+    """In units of log2(e); 0 for none."""
+    return (shape.soft_cap or 0.0) * LOG2_E
+
+
 def _run_prefill(
     q: Tensor,
     k_cache: Tensor,
@@ -347,9 +357,10 @@ def _run_prefill(
     _prefill[(tiles, shape.kv_heads)](
         q.contiguous(), fp8.known(k_cache), fp8.known(v_cache), q if sinks is None else sinks, batch.starts,
         batch.contexts, batch.block_tables, batch.block_tables.stride(0), out, len(batch.contexts), shape.kv_heads,
-        shape.scale * LOG2_E, shape.window or NO_WINDOW, SINKS=sinks is not None, R=block_of(len(batch.contexts)),
-        GROUP=group, GROUP2=block_of(group, 1), M=rows, HEAD=shape.head_dim, D=block_of(shape.head_dim),
-        TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages, **launch.chained(q.device),
+        shape.scale * LOG2_E, shape.window or NO_WINDOW, CAP=_cap(shape), SINKS=sinks is not None,
+        R=block_of(len(batch.contexts)), GROUP=group, GROUP2=block_of(group, 1), M=rows, HEAD=shape.head_dim,
+        D=block_of(shape.head_dim), TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages,
+        **launch.chained(q.device),
     )  # fmt: skip
 
 
@@ -375,7 +386,7 @@ def _run_decode(
         q.contiguous(), fp8.known(k_cache), fp8.known(v_cache), q if sinks is None else sinks, batch.starts,
         batch.contexts, batch.block_tables, batch.block_tables.stride(0), runs, parts, stats, out,
         arrivals(q.device, requests * shape.kv_heads), requests, shape.kv_heads, shape.scale * LOG2_E,
-        shape.window or NO_WINDOW, SINKS=sinks is not None, R=block_of(requests), GROUP=group, M=block_of(group),
-        HEAD=shape.head_dim, D=size, TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages,
+        shape.window or NO_WINDOW, CAP=_cap(shape), SINKS=sinks is not None, R=block_of(requests), GROUP=group,
+        M=block_of(group), HEAD=shape.head_dim, D=size, TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages,
         **launch.chained(q.device),
     )  # fmt: skip
