@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from pagoda.backend.torch.kernels import attention
 
 sizes = {"R": 64, "GROUP": 4, "GROUP2": 4, "M": int(sys.argv[2]), "HEAD": 128, "D": 128, "TILE": 64, "SINKS": True}
-sizes |= {"CHAINED": True, "CAP": 0.0}
+sizes |= {"CHAINED": True, "CAP": float(sys.argv[5])}
 kinds = {"q": "*bf16", "out": "*bf16", "parts": "*fp32", "stats": "*fp32", "sinks": "*fp32", "scale": "fp32"}
 kinds |= dict.fromkeys(("k_cache", "v_cache"), "*fp8e4nv")
 kinds |= dict.fromkeys(("starts", "contexts", "tables", "runs", "arrived"), "*i32")
@@ -28,17 +28,17 @@ constants = {(i,): sizes[n] for i, n in enumerate(kernel.arg_names) if n in size
 whole = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}
 options = {"num_warps": int(sys.argv[3]), "num_stages": int(sys.argv[4])}
 made = triton.compile(ASTSource(kernel, signature, constants, whole), target=GPUTarget("cuda", 90, 32), options=options)
-Path(sys.argv[5]).write_bytes(made.asm["cubin"])
+Path(sys.argv[6]).write_bytes(made.asm["cubin"])
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 print("shared", made.metadata.shared)
-print(subprocess.run([tool, sys.argv[5]], capture_output=True, text=True, check=True).stdout)
+print(subprocess.run([tool, sys.argv[6]], capture_output=True, text=True, check=True).stdout)
 """
 SHARED_BYTES = 227 << 10
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
-@pytest.mark.parametrize("kernel", [("_decode", 16, 4, 3), ("_prefill", 128, 8, 2)])
-def test_an_fp8_cache_is_not_read_byte_by_byte(kernel: tuple[str, int, int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernel", [("_decode", 16, 4, 3, 0.0), ("_prefill", 128, 8, 2, 72.0)])
+def test_an_fp8_cache_is_not_read_byte_by_byte(kernel: tuple[str, int, int, int, float], tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", SCRIPT, *map(str, kernel), str(tmp_path / "cubin")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -96,7 +96,7 @@ def _fold(
     cell = (block * _CELLS + at % _CELLS) * row_stride
     k = tl.load(k_cache + cell[None, :] + d[:, None], mask=known[None, :] & (d < HEAD)[:, None], other=0.0)
     scores = tl.dot(q, fp8.floats(k, q.dtype), input_precision="ieee") * scale
-    if CAP:
+    if CAP != 0.0:
         # CAP * tanh(s / CAP) by tanh(u) = 1 - 2 / (e^2u + 1); both are in units of log2(e)
         scores = CAP - 2.0 * CAP / (tl.exp2(scores * (_TWO_LOG2_E / CAP)) + 1.0)
     if MASK:
