@@ -22,7 +22,13 @@ _LONG = {
     "partial_rotary_factor": 0.75,
 }
 _PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-_KINDS = ["sliding_attention", "full_attention"]
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -52,6 +58,34 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "use_parallel_residual": True,
             "rope_parameters": _PARTIAL,
         },
+        "granite": {"model_type": "granite", **_MULTIPLIERS, "tie_word_embeddings": True},
+        "granite4": {
+            "model_type": "granitemoehybrid",
+            **_MULTIPLIERS,
+            "layer_types": ["attention"] * 2,
+            "position_embedding_type": "rope",
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 128,
+        },
+        "glm4": {"model_type": "glm4", "head_dim": 32, "attention_bias": True, "rope_parameters": _PARTIAL},
+        "olmo2": {"model_type": "olmo2"},
+        "olmo3": {
+            "model_type": "olmo3",
+            "num_hidden_layers": 4,
+            "sliding_window": 24,
+            "rope_parameters": {
+                "full_attention": {**_YARN, "attention_factor": 1.2},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+        "exaone4": {"model_type": "exaone4", "num_hidden_layers": 4, "sliding_window": 24},
+        "exaone4-full": {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 2},
+        "ministral3": {
+            "model_type": "ministral3",
+            "head_dim": 32,
+            "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
+        },
         "internlm3": {"model_type": "internlm3", "head_dim": 32, "attention_bias": True, "mlp_bias": True},
     }
 )
@@ -69,11 +103,29 @@ _GGUF: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "cohere": ("command-r", {"logit_scale": 0.3}),
         "cohere2": ("cohere2", {"logit_scale": 0.0625, "attention.sliding_window": 24}),
         "glm": ("chatglm", {"rope.dimension_count": 16}),
+        "glm4": ("glm4", {"rope.dimension_count": 16}),
+        "granite": (
+            "granite",
+            {"embedding_scale": 3.0, "attention.scale": 0.2, "residual_scale": 0.4, "logit_scale": 3.0},
+        ),
+        "olmo2": ("olmo2", {}),
+        "exaone4": ("exaone4", {"attention.sliding_window": 24}),
+        "exaone4-full": ("exaone4", {}),
+        "ministral3": (
+            "mistral3",
+            {
+                "attention.temperature_scale": 0.3,
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 16,
+                "rope.scaling.yarn_log_multiplier": 1.0,
+            },
+        ),
         "stablelm": ("stablelm", {"rope.dimension_count": 8}),
     }
 )
 IN_GGUF = tuple(_GGUF)
-_REORDERED = ("smollm3",)
+_REORDERED = ("smollm3", "granite", "ministral3")
 """Families whose rows of q and k converters put in the order of Llama's."""
 
 

@@ -55,6 +55,7 @@ enum pg_op_flags : int32_t {
   PG_LOCAL = 128,      // rope: by the second table of angles
   PG_PIECES = 16,      // such operations in a row are done for some tokens before they are for the next
   PG_STILL = 64,       // rope: nothing is turned
+  PG_WHOLE = 256,      // rope: the norms are over all heads of q, and of k, together
 };
 
 struct pg_part {  // one stored matrix [rows, k], row-major blocks
@@ -100,6 +101,8 @@ struct pg_dims {
   pg_delta delta;
   const double* local_inv_freq;  // of a second table of angles, or null
   float local_factor;
+  float query_beta;          // the query at position p is multiplied by 1 + query_beta * ln(1 + p / query_length)
+  int32_t query_length;
 };
 
 struct pg_picture {

@@ -32,6 +32,7 @@ class Parts:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
     gated: bool = True
     activation: str = "silu"
     norms: Norms = "before"
@@ -148,7 +149,8 @@ def _refuse_unsupported(config: Fields, activation: str) -> None:
 def _attention(fields: Fields, heads: int, kv_heads: int, head_dim: int, parts: Parts) -> Attention:
     if heads % kv_heads:
         raise ModelError(f"{fields.where}: {heads} attention heads cannot share {kv_heads} KV heads evenly")
-    return Attention(heads, kv_heads, head_dim, head_dim**-0.5, parts.qkv_bias, parts.out_bias, parts.qk_norm)
+    biases = (parts.qkv_bias, parts.out_bias)
+    return Attention(heads, kv_heads, head_dim, head_dim**-0.5, *biases, parts.qk_norm, parts.qk_norm_whole)
 
 
 def _layers(layer: Layer, windows: Sequence[int | None], max_position: int) -> tuple[Layer, ...]:

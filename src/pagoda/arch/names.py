@@ -14,7 +14,7 @@ from pagoda.arch.names_gemma import gemma_tensors
 from pagoda.arch.names_gpt2 import gpt2_tensors
 from pagoda.arch.names_gpt_oss import gpt_oss_tensors
 from pagoda.arch.names_pooled import encoder_name, plain_tensors, unused
-from pagoda.arch.names_visual import apart_experts, encoder_slot_name, from_mmproj, hub_tensors
+from pagoda.arch.names_visual import apart_experts, encoder_slot_name, from_mmproj, hub_tensors, language_tensors
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
 from pagoda.weights.grouped import Stacked
@@ -63,6 +63,12 @@ _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "up_experts": "block_sparse_moe.experts.*.w3",
             "down_experts": "block_sparse_moe.experts.*.w2",
         },
+        "glm4": {
+            "attn_post_norm": "post_self_attn_layernorm",
+            "mlp_norm": "post_attention_layernorm",
+            "mlp_post_norm": "post_mlp_layernorm",
+        },
+        "granitemoehybrid": {"down": "shared_mlp.output_linear"},
         "phi": {
             "norm": "model.final_layernorm",
             "o": "self_attn.dense",
@@ -119,6 +125,8 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
         tensors = gemma_tensors(tensors)
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)
+    if spec.model_type == "mistral3":
+        tensors = language_tensors(tensors)
     if spec.vision is not None:
         tensors = from_mmproj(tensors, spec.vision) if gguf else hub_tensors(tensors)
     tensors = apart_experts(tensors) if spec.model_type == "qwen3_vl_moe" else tensors

@@ -17,6 +17,7 @@ _PIECES = MappingProxyType(
         "self_attn.qkv_proj": _QKV,
         "self_attn.W_pack": _QKV,
         "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+        "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
         "ffn_up": ("ffn_gate", "ffn_up"),
     }

@@ -7,19 +7,16 @@ from functools import partial
 
 import numpy as np
 
-from pagoda.arch.names_visual import hub_tensors
+from pagoda.arch.names_visual import language_tensors
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import Bytes, MadeTensor
 from pagoda.weights.source import Tensor
 
-_PICTURES = ("vision_tower.", "multi_modal_projector.")
-
 
 def gemma_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A Gemma's tensors, those of its language model alone, with the norms' weights as they multiply."""
-    found = hub_tensors(tensors)
-    language = {name: t for name, t in found.items() if not name.removeprefix("model.").startswith(_PICTURES)}
-    return {name: _whole(t) if name.endswith("norm.weight") else t for name, t in language.items()}
+    language = language_tensors(tensors).items()
+    return {name: _whole(t) if name.endswith("norm.weight") else t for name, t in language}
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ _PLAIN_MLP = MappingProxyType({"up": "mlp.fc1", "down": "mlp.fc2"})
 _GATED_MLP = MappingProxyType({"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"})
 
 # on the hub the language model is `model.*`; transformers since 4.52 has both inside `model.*`
+_PICTURES = ("vision_tower.", "multi_modal_projector.")
 _WRAPPED = re.compile(r"^model\.(?=visual\.)|(?<=^model\.)language_model\.|^language_model\.")
 
 
@@ -158,3 +159,9 @@ def _turned(stored: Tensor, first: int, last: int) -> Tensor:
 def hub_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A vision model's tensors under the hub's spelling."""
     return {_WRAPPED.sub("", name, count=1): tensor for name, tensor in tensors.items()}
+
+
+def language_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the language model alone, of a model whose encoder is not run."""
+    found = hub_tensors(tensors)
+    return {name: t for name, t in found.items() if not name.removeprefix("model.").startswith(_PICTURES)}

@@ -101,9 +101,11 @@ def from_config(config: Fields, head_dim: int, max_position: int) -> tuple[Rope,
         case kind:
             raise ModelError(f"{config.where}: rope type {kind!r} is not supported (supported: {', '.join(SUPPORTED)})")
     cyclic = table.flag("mrope_interleaved", False)
-    return Rope(
-        dim, tuple(freq.tolist()), attention_factor, sections=_sections(table, dim), cyclic=cyclic
-    ), max_position
+    found = Rope(dim, tuple(freq.tolist()), attention_factor, sections=_sections(table, dim), cyclic=cyclic)
+    if table.get("llama_4_scaling_beta"):
+        beta, length = table.number("llama_4_scaling_beta"), _original_length(config, table, max_position)
+        found = replace(found, query_beta=beta, query_length=length)
+    return found, max_position
 
 
 def _sections(table: Fields, dim: int) -> tuple[int, ...]:
@@ -201,10 +203,16 @@ def from_gguf(
             slow = metadata.number("rope.scaling.yarn_beta_slow", 1.0)
             freq = yarn_frequencies(freq, base, Yarn(factor, original, fast, slow, truncate))
             attention_factor = yarn_attention_factor(factor) * metadata.number("rope.scaling.attn_factor", 1.0)
+            if metadata.get("rope.scaling.yarn_log_multiplier"):  # what it multiplies by is divided out again
+                attention_factor = 1.0
             max_position = max(max_position, int(original * factor))
         case kind:
             raise metadata.error("rope.scaling.type", f"is {kind!r}; supported: none, linear, yarn")
-    return Rope(dim, tuple(freq.tolist()), attention_factor, interleaved), max_position
+    found = Rope(dim, tuple(freq.tolist()), attention_factor, interleaved)
+    if metadata.get("attention.temperature_scale"):
+        length = metadata.integer("rope.scaling.original_context_length", max_position)
+        found = replace(found, query_beta=metadata.number("attention.temperature_scale"), query_length=length)
+    return found, max_position
 
 
 def _divisors(tensor: Tensor, pairs: int) -> Float64:

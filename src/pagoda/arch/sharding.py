@@ -54,6 +54,7 @@ def _divides(spec: ModelSpec, size: int, group: int) -> list[bool]:
         and layer.attention.heads * layer.attention.head_dim // group % size == 0
         and layer.mlp.size // group % size == 0
         and _shared(layer.mlp) // group % size == 0
+        and (size == 1 or not layer.attention.qk_norm_whole)
         for layer in spec.layers
     ]
 

@@ -27,7 +27,7 @@ class Rope:
     how many pairs, one after the other, turn by a token's temporal, height and width position; () means by its place.
     With `cyclic` the pairs take these in turn, and by time once the others have theirs.
     `long_inv_freq` (LongRoPE, arXiv 2402.13753) take the place of `inv_freq` where contexts longer than `short_length`
-    are served.
+    are served. With `query_beta` b the query at position p is multiplied by 1 + b * ln(1 + p // query_length).
     """
 
     dim: int
@@ -38,6 +38,13 @@ class Rope:
     cyclic: bool = False
     long_inv_freq: tuple[float, ...] = ()
     short_length: int = 0
+    query_beta: float = 0.0
+    query_length: int = 1
+
+    def query_scales(self, positions: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """What the queries at these positions are multiplied by."""
+        scales: npt.NDArray[np.float64] = 1 + self.query_beta * np.log1p(positions // self.query_length)
+        return scales.astype(np.float32)
 
     def axes(self) -> npt.NDArray[np.intp]:
         """[dim // 2] which of a token's three positions turns each pair."""
@@ -73,6 +80,7 @@ class Attention:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False  # RMS norm over each head of q and k, before RoPE
+    qk_norm_whole: bool = False  # ... over all heads of q, and of k, together
     window: int | None = None  # sliding window in tokens
     soft_cap: float | None = None  # scaled scores s become soft_cap * tanh(s / soft_cap)
     sinks: bool = False  # of each head a logit beside the scores, that takes a share of the softmax and has no value
@@ -282,7 +290,7 @@ def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
     if a.out_bias:
         out["o_bias"] = (hidden,)
     if a.qk_norm:
-        out |= {"q_norm": (a.head_dim,), "k_norm": (a.head_dim,)}
+        out |= {"q_norm": (q if a.qk_norm_whole else a.head_dim,), "k_norm": (kv if a.qk_norm_whole else a.head_dim,)}
     if a.sinks:
         out["sinks"] = (a.heads,)
     return out | _mlp_slots(m, hidden)

@@ -25,7 +25,7 @@ EMBED, NORM, GATHER, MATMUL, ROPE, ATTENTION, SILU, HEAD, HIDDEN, POSITIONS, LAY
 ROUTE, EXPERTS_UP, EXPERTS_DOWN, GATED = range(13, 17)
 PATCHES, QUICK_GELU, GELU_TANH, DELTA, OUT_GATE, GATED_GELU_TANH = range(17, 23)
 ADD_VECTORS, GRID = 26, 27
-ADD, QUANTIZE, LOGIT_ROWS, FRAMES, PIECES, CLAMPED, STILL, LOCAL = 1, 2, 4, 8, 16, 32, 64, 128
+ADD, QUANTIZE, LOGIT_ROWS, FRAMES, PIECES, CLAMPED, STILL, LOCAL, WHOLE = 1, 2, 4, 8, 16, 32, 64, 128, 256
 TOKENS, LOGITS, PIECE = range(3)
 
 
@@ -73,6 +73,8 @@ class Dims(c.Structure):
         ("delta", Delta),
         ("local_inv_freq", c.c_void_p),
         ("local_factor", c.c_float),
+        ("query_beta", c.c_float),
+        ("query_length", c.c_int32),
     ]  # fmt: skip
 
 

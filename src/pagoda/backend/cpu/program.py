@@ -167,6 +167,7 @@ class Program:
             inv_freq.ctypes.data, int(kv_int8), *_mixture(spec), 0, axes.ctypes.data if spec.rope.sections else None,
             delta_dims(spec, requests),
         )  # fmt: skip
+        dims.query_beta, dims.query_length = spec.rope.query_beta, spec.rope.query_length
         if spec.local_rope is not None:
             local: npt.NDArray[np.float64] = np.asarray(spec.local_rope.inv_freq, dtype=np.float64)
             dims.local_inv_freq, dims.local_factor = local.ctypes.data, spec.local_rope.attention_factor
@@ -214,6 +215,7 @@ class Program:
             v, v2 = p + "taps", p + "of_heads"
             return self._emit(native.DELTA, in_=QKV, out=MIXED, vector=v, vector2=v2, layer=place, f=eps, order=order)
         turns = (native.LOCAL if a.local else 0) | (0 if a.rope else native.STILL)
+        turns |= native.WHOLE if a.qk_norm_whole else 0
         self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=place, flags=turns, f=eps)
         last = "" if a.out_gate else order
         self._emit(

@@ -71,9 +71,11 @@ class Loader:
         cos_sin = tuple(torch.from_numpy(table).to(self._target.device) for table in tables)
         positions = self._table("positions") if spec.positions else None
         three, sight = self._three(), self._sight(max_model_len)
-        return Decoder(
-            spec, Table(embed, spec.embed_scale), norm, head, tuple(layers), cos_sin, [], positions, three, sight
-        )
+        scales = None
+        if spec.rope.query_beta:
+            scales = torch.from_numpy(spec.rope.query_scales(np.arange(max_model_len))).to(self._target.device)
+        words = Table(embed, spec.embed_scale)
+        return Decoder(spec, words, norm, head, tuple(layers), cos_sin, [], positions, three, sight, scales)
 
     def _three(self) -> ThreePositions | None:
         rope, device = self._spec.rope, self._target.device

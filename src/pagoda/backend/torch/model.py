@@ -154,7 +154,14 @@ class DecoderLayer:
     delta: Delta | None = None
     out_gate: bool = False
 
-    def attention(self, qkv: Tensor, tables: tuple[Tensor, ...], batch: Batch, cache: KvCache) -> Tensor:
+    def attention(
+        self,
+        qkv: Tensor,
+        tables: tuple[Tensor, ...],
+        batch: Batch,
+        cache: KvCache,
+        query_scales: Tensor | None = None,
+    ) -> Tensor:
         """What the layer makes of the tokens before one, by its delta net where it has one."""
         if self.delta is not None:
             return self.attn_post_norm(self.o(self.delta(qkv, cache, batch)))
@@ -165,6 +172,8 @@ class DecoderLayer:
         cos_sin = tables[h.local]
         turned = cos_sin if h.rope else cos_sin[:, :0]
         q = ops.rope_and_cache(qkv, self.q_norm, self.k_norm, turned, batch, *cache, h)
+        if query_scales is not None:
+            q = q * query_scales[batch.positions].to(q.dtype)[:, None, None]
         out = ops.paged_attention(q, *cache, batch, h, self.sinks).flatten(1)
         out = out if gate is None else (out.float() * torch.sigmoid(gate.float())).to(out.dtype)
         return self.attn_post_norm(self.o(out))
@@ -198,6 +207,7 @@ class Decoder:
     positions: Tensor | None = None  # [positions, hidden] in the type of computation, where they are learned
     three: ThreePositions | None = None
     sight: Sight | None = None
+    query_scales: Tensor | None = None  # float32 [positions]
 
     def hidden(self, batch: Batch) -> Tensor:
         """The normed final hidden states of the rows of a batch, [L, hidden]."""
@@ -217,7 +227,7 @@ class Decoder:
                 x = layer.attention(layer.qkv(normed), cos_sin, batch, cache) + layer.mlp(normed)
                 continue
             qkv, total = layer.qkv.behind(x, total, layer.attn_norm)
-            x = layer.attention(qkv, cos_sin, batch, cache)
+            x = layer.attention(qkv, cos_sin, batch, cache, self.query_scales)
             if isinstance(layer.mlp, GatedMlp):
                 x, total = layer.mlp.behind(x, total, layer.mlp_norm)
             else:

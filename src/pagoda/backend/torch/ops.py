@@ -50,12 +50,15 @@ def rope_and_cache(
     v_cache: Tensor,
     shape: Heads,
 ) -> Tensor:
-    """Split qkv [T, (heads + 2 * kv_heads) * head_dim], norm the heads of q and k where norms [head_dim] are given,
+    """Split qkv [T, (heads + 2 * kv_heads) * head_dim], norm the heads of q and k where norms [head_dim] are given
+    (or all of them together where the norms are that wide),
     turn them by the angles of their positions, write k and v into the cache, return q [T, heads, head_dim].
 
     `cos_sin` float32 [positions, dim]: cosines of the dim / 2 pairs, then sines; dim may be below head_dim.
     `k_cache` and `v_cache` [num_blocks, BLOCK_SIZE, kv_heads, head_dim], in qkv's type or in FP8 (clamped, no scale).
     """
+    if q_norm is not None and k_norm is not None and len(q_norm) > shape.head_dim:
+        qkv, q_norm, k_norm = _normed_whole(qkv, q_norm, k_norm, shape.eps), None, None
     if on_gpu(qkv):
         return rope.rope_and_cache(qkv, q_norm, k_norm, cos_sin, batch, k_cache, v_cache, shape)
     a = shape
@@ -69,6 +72,12 @@ def rope_and_cache(
     k_cache.flatten(0, 1)[cells] = _as_cached(k[written], k_cache.dtype)
     v_cache.flatten(0, 1)[cells] = _as_cached(v[written], v_cache.dtype)
     return q
+
+
+def _normed_whole(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> Tensor:
+    """qkv with q and k normed over all their heads together."""
+    q, k, v = torch.split(qkv, [len(q_norm), len(k_norm), qkv.shape[-1] - len(q_norm) - len(k_norm)], dim=-1)
+    return torch.cat((rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps), v), dim=-1)
 
 
 def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:

@@ -1,0 +1,35 @@
+"""EXAONE 4: norms behind the halves of a layer and on each head of q and k; with windows, other layers have no RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pagoda.arch import decoder
+from pagoda.arch.fields import MOST_LAYERS, Fields
+from pagoda.arch.spec import ModelSpec
+from pagoda.weights.source import Tensor
+
+_PARTS = decoder.Parts(qk_norm=True, norms="behind")
+DEFAULT_PATTERN = 4
+
+
+def from_config(config: Mapping[str, Any]) -> ModelSpec:
+    fields = Fields(config, "config.json")
+    if fields.get("sliding_window") is None:
+        return decoder.from_config("exaone4", fields, _PARTS)
+    count, window = fields.integer("num_hidden_layers", most=MOST_LAYERS), fields.integer("sliding_window")
+    pattern = fields.get("sliding_window_pattern")  # 4, or the same as LLLG
+    every = len(pattern) if isinstance(pattern, str) else fields.integer("sliding_window_pattern", DEFAULT_PATTERN)
+    sliding = decoder.layer_kinds(fields, [(i + 1) % every != 0 and i < count - 1 for i in range(count)])
+    windows = [window if slides else None for slides in sliding]
+    spec = decoder.from_config("exaone4", fields, _PARTS, windows=windows)
+    return decoder.without_rope(spec, [not slides for slides in sliding])
+
+
+def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
+    spec = decoder.from_gguf("exaone4", metadata, tensors, parts=_PARTS)
+    if not metadata.get("exaone4.attention.sliding_window"):
+        return spec
+    sliding = [(i + 1) % DEFAULT_PATTERN != 0 for i in range(len(spec.layers))]
+    return decoder.without_rope(decoder.with_windows(spec, sliding), [not slides for slides in sliding])

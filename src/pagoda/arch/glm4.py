@@ -1,0 +1,18 @@
+"""GLM-4-0414 and GLM-Z1: GLM-4's layers with norms in front of both halves and behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pagoda.arch import decoder, glm
+from pagoda.arch.spec import ModelSpec
+from pagoda.weights.source import Tensor
+
+
+def from_config(config: Mapping[str, Any]) -> ModelSpec:
+    return glm.of_config("glm4", config, "both")
+
+
+def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
+    return decoder.from_gguf("glm4", metadata, tensors, parts=decoder.Parts(interleaved=True, norms="both"))
