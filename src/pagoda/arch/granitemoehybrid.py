@@ -15,7 +15,7 @@ from pagoda.weights.source import Tensor
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config, "config.json")
     kinds = fields.get("layer_types") or fields.get("layers_block_type") or ["mamba"]
-    if set(kinds) != {"attention"}:
+    if not set(kinds) <= {"attention", "full_attention"}:
         raise fields.error("layer_types", "names layers other than attention, which are not supported")
     if fields.integer("num_local_experts", 0, least=0):
         raise fields.error("num_local_experts", "is not 0: Granite's experts are not supported")
