@@ -149,7 +149,12 @@ def random_model(settings: dict[str, Any], seed: int) -> Any:
     """A transformers model (float32, CPU) of these settings."""
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    return with_random_weights(transformers.AutoModelForCausalLM.from_config(config), seed)
+
+
+def with_random_weights(model: Any, seed: int) -> Any:
+    """The model in float32 with weights that depend on the seed alone."""
+    model = model.float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -158,7 +163,8 @@ def random_model(settings: dict[str, Any], seed: int) -> Any:
                 embedding = "embed_tokens" in name or "wte" in name
                 weight.copy_(noise * (1.0 if embedding else 1.5 * weight.shape[1] ** -0.5))
             else:
-                one = ("norm" in name and "gemma" not in config.model_type) or ("ln_" in name and "bias" not in name)
+                whole = "norm" in name and "gemma" not in model.config.model_type
+                one = whole or ("ln_" in name and "bias" not in name)
                 weight.copy_(0.2 * noise + (1.0 if one else 0.0))
     return model
 

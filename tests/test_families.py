@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import VOCAB
-from family_cases import CASES, IN_GGUF, tokens_of, write_family, write_family_gguf
+import transformers
+from checkpoints import VOCAB, with_random_weights
+from family_cases import CASES, IN_GGUF, SMALL, tokens_of, write_family, write_family_gguf
 from reference_plans import Feed, make_plan
 from test_gpt2 import KINDS, LAST, LIMITS, TOKENS, expected, load, logits, relative
 from test_reference_models import generate
 
 from pagoda.arch.dummy import open_dummy
 from pagoda.arch.registry import load_spec
+from pagoda.arch.sharding import parallel_sizes
 from pagoda.backend.cpu.executor import CpuExecutor
 from pagoda.backend.torch import ops
 from pagoda.config import EngineConfig
@@ -59,6 +61,21 @@ def test_gguf_logits_equal_transformers(case: str, kind: str, folders: Folders) 
     executor.close()
 
 
+@pytest.mark.parametrize("inner", ["mistral", "ministral3"])
+def test_the_language_model_of_mistral_small_3_runs_without_its_eyes(inner: str, tmp_path: Path) -> None:
+    text = {**SMALL, "model_type": inner, "head_dim": 32}
+    sees = {"model_type": "pixtral", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"intermediate_size": 32, "patch_size": 4, "image_size": 16, "head_dim": 16}
+    config = transformers.Mistral3Config(text_config=text, vision_config={**sees, **sizes}, image_token_index=9)
+    config.tie_word_embeddings = False
+    model = with_random_weights(transformers.Mistral3ForConditionalGeneration(config), 3)
+    model.save_pretrained(tmp_path)
+    for kind in KINDS:
+        executor = load(tmp_path, kind)
+        assert relative(logits(executor, LAST), expected(model)) < KV_ERROR
+        executor.close()
+
+
 @pytest.mark.parametrize("case", IN_GGUF)
 def test_quantized_gguf_models_run_in_their_own_bits(case: str, folders: Folders, tmp_path: Path) -> None:
     write_family_gguf(tmp_path / "tiny.gguf", case, folders[case][1], "Q8_0")
@@ -87,10 +104,9 @@ def test_greedy_text_equals_transformers(case: str, folders: Folders) -> None:
     folder, model = folders[case]
     core = EngineCore(EngineConfig(model=str(folder), device="cpu", num_blocks=32))
     assert generate(core, TOKENS[:20], 12) == tokens_of(model, TOKENS[:20], 12)
-    core.close()
 
 
-@pytest.mark.parametrize("case", ["phi", "cohere2"])
+@pytest.mark.parametrize("case", ["phi", "cohere2", "olmo2", "ministral3"])
 def test_through_the_triton_kernels(case: str, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan([Feed([3, 4, 5, 6, 7], 0, [1, 2], rows=[(4, -1, -1)])], VOCAB)
     plain = logits(load(folders[case][0], "torch"), plan)
@@ -107,6 +123,21 @@ def test_random_weights_and_the_plan_of_a_config(case: str, folders: Folders, tm
     executor.close()
     stored = {slot: tensor.shape for slot, tensor in planned_model(folders[case][0]).tensors.items()}
     assert stored == {slot: tensor.shape for slot, tensor in planned_model(tmp_path).tensors.items()}
+
+
+def test_models_that_cannot_be_cut_into_ranks_say_so(folders: Folders) -> None:
+    sizes = {case: parallel_sizes(planned_model(folders[case][0]).spec, 2) for case in CASES}
+    assert {case for case, works in sizes.items() if works == [1]} == {"olmo2", "olmo3"}
+
+
+@pytest.mark.parametrize("case", ["phi", "phi3"])
+def test_two_ranks_give_the_tokens_of_one(case: str, folders: Folders) -> None:
+    told = []
+    for size in (1, 2):
+        table = {"num_blocks": 32, "tensor_parallel_size": size}
+        core = EngineCore(EngineConfig(model=str(folders[case][0]), device="torch-cpu", **table))
+        told.append(generate(core, TOKENS[:20], 8))
+    assert told[0] == told[1]
 
 
 def test_the_served_context_chooses_the_divisors_of_long_rope(folders: Folders) -> None:
@@ -138,6 +169,8 @@ def test_the_served_context_chooses_the_divisors_of_long_rope(folders: Folders) 
         ("stablelm", {"qk_layernorm": True}, "StableLM 2 12B"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "0 or 1 for each layer"),
         ("cohere2", {"layer_types": ["full_attention"]}, "for each layer"),
+        ("granite4", {"layer_types": ["mamba", "attention"]}, "other than attention"),
+        ("granite4", {"num_local_experts": 8}, "experts are not supported"),
     ],
 )
 def test_what_is_not_supported_is_named(
