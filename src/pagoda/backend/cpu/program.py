@@ -214,8 +214,7 @@ class Program:
         if layer.delta is not None:
             v, v2 = p + "taps", p + "of_heads"
             return self._emit(native.DELTA, in_=QKV, out=MIXED, vector=v, vector2=v2, layer=place, f=eps, order=order)
-        turns = (native.LOCAL if a.local else 0) | (0 if a.rope else native.STILL)
-        turns |= native.WHOLE if a.qk_norm_whole else 0
+        turns = native.LOCAL * a.local | native.STILL * (not a.rope) | native.WHOLE * a.qk_norm_whole
         self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=place, flags=turns, f=eps)
         last = "" if a.out_gate else order
         self._emit(

@@ -224,7 +224,8 @@ class Decoder:
                 x = x + deep[i - 1]
             if layer.mlp_norm is None:
                 normed, total = layer.attn_norm.of_sum(x, total)
-                x = layer.attention(layer.qkv(normed), cos_sin, batch, cache) + layer.mlp(normed)
+                seen = layer.attention(layer.qkv(normed), cos_sin, batch, cache, self.query_scales)
+                x = seen + layer.mlp(normed)
                 continue
             qkv, total = layer.qkv.behind(x, total, layer.attn_norm)
             x = layer.attention(qkv, cos_sin, batch, cache, self.query_scales)
