@@ -190,20 +190,17 @@ class ReferenceExecutor:
         self, i: int, attention: Attention, x: Float32, plan: StepPlan, positions: Index, cells: Index
     ) -> Float32:
         a, name = attention, f"layers.{i}."
-        q = self.linear(name + "q", x).reshape(-1, a.heads, a.head_dim)
-        k = self.linear(name + "k", x).reshape(-1, a.kv_heads, a.head_dim)
-        v = self.linear(name + "v", x).reshape(-1, a.kv_heads, a.head_dim)
+        q, k = self.linear(name + "q", x), self.linear(name + "k", x)
         if a.qk_norm_whole:
-            q, k = (
-                self.norm(name + n, x.reshape(len(x), -1)).reshape(x.shape) for n, x in (("q_norm", q), ("k_norm", k))
-            )
-        elif a.qk_norm:
+            q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
+        q, k = q.reshape(-1, a.heads, a.head_dim), k.reshape(-1, a.kv_heads, a.head_dim)
+        v = self.linear(name + "v", x).reshape(-1, a.kv_heads, a.head_dim)
+        if a.qk_norm and not a.qk_norm_whole:
             q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
         if a.rope:
             cos, sin = self.turns(plan, positions, a.local)
             q, k = rotate(q, cos, sin, self.spec.rope), rotate(k, cos, sin, self.spec.rope)
-        if self.spec.rope.query_beta:
-            q = q * self.spec.rope.query_scales(positions)[:, None, None]
+        q = q * self.spec.rope.query_scales(positions)[:, None, None]
         # all keys and values of the step are written before any is read: requests may share blocks
         cache = self.caches[i]
         if self.eight_bits:
