@@ -278,20 +278,16 @@ class StepJob : public Job {
     const pg_dims& d = c_.dims;
     const float* cos = rope_row(token, op.flags & PG_LOCAL);
     float* row = c_.buffers[op.in].row(token);
-    const int64_t q_width = (int64_t)d.heads * d.head_dim;
     const bool whole = op.flags & PG_WHOLE;
-    if (whole) {
-      c_.kernels->norm(row, vector(op.vector), q_width, op.f, row);
-      c_.kernels->norm(row + q_width, vector(op.vector2), (int64_t)d.kv_heads * d.head_dim, op.f, row + q_width);
-    }
     for (int h = 0; h < d.heads + d.kv_heads; h++) {
-      const float* weight = whole ? nullptr : vector(h < d.heads ? op.vector : op.vector2);
-      if (weight) c_.kernels->norm(row + h * d.head_dim, weight, d.head_dim, op.f, row + h * d.head_dim);
+      const float* weight = vector(h < d.heads ? op.vector : op.vector2);
+      const int together = !whole ? 1 : h == 0 ? d.heads : h == d.heads ? d.kv_heads : 0;
+      if (weight && together) c_.kernels->norm(row + h * d.head_dim, weight, together * d.head_dim, op.f, row + h * d.head_dim);
       if (!(op.flags & PG_STILL)) c_.kernels->rotate(row + h * d.head_dim, cos, cos + d.rope_dim / 2, d.rope_dim, d.rope_interleaved != 0);
     }
     if (d.query_beta > 0.0f) {
       const float scale = (float)(1.0 + d.query_beta * std::log1p((double)(position_of(token) / d.query_length)));
-      for (int64_t i = 0; i < q_width; i++) row[i] *= scale;
+      for (int64_t i = 0; i < d.heads * d.head_dim; i++) row[i] *= scale;
     }
     if (!c_.kv.data) return;
     const int position = position_of(token);
