@@ -117,7 +117,7 @@ def without_data(model: str, layers: int, most: int, limits: launch.Gpu = launch
         decoder = Loader(spec, bind(spec, source), target).decoder(4096, None)
     finally:
         made_up._tiled, Converter.send = tiled, send
-    decoder.caches = executors.make_caches(spec, 1 << 16, torch.bfloat16, META)
+    decoder.caches = executors.make_caches(spec, 1 << 16, torch.bfloat16, META, 256)
     return decoder
 
 

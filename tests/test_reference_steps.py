@@ -114,7 +114,7 @@ def test_a_nan_stays_with_its_request(checkpoint: Path) -> None:
 
 def test_a_plan_that_leaves_the_cache_fails_as_a_step(checkpoint: Path) -> None:
     with pytest.raises(EngineError, match="step failed"):
-        load(checkpoint).launch(make_plan([last([5], 0, [24])], VOCAB))
+        load(checkpoint).launch(make_plan([last([5], 0, [24])], VOCAB)).wait()
 
 
 def test_progress_ends_at_one(checkpoint: Path) -> None:
