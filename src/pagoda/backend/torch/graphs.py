@@ -89,7 +89,6 @@ class DecodeGraphs:
         recorded = self._recorded.get(size)
         fixed = recorded.batch if recorded else self._of_size(size)
         stage(batch, fixed)
-        fixed.slots[:requests] = batch.slots
         if fixed.rope_positions is not None:
             own = batch.positions.expand(3, -1) if batch.rope_positions is None else batch.rope_positions
             fixed.rope_positions[:, :requests] = own

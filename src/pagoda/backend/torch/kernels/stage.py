@@ -19,6 +19,7 @@ def _stage(
     cells: tl.tensor,
     contexts: tl.tensor,
     rows: tl.tensor,
+    slots: tl.tensor,
     tables: tl.tensor,
     to_tokens: tl.tensor,
     to_positions: tl.tensor,
@@ -26,6 +27,7 @@ def _stage(
     to_starts: tl.tensor,
     to_contexts: tl.tensor,
     to_rows: tl.tensor,
+    to_slots: tl.tensor,
     to_tables: tl.tensor,
     requests: tl.tensor,
     width: tl.tensor,
@@ -42,6 +44,7 @@ def _stage(
     tl.store(to_cells + r, tl.load(cells + r, mask=here, other=-1))
     tl.store(to_contexts + r, tl.load(contexts + r, mask=here, other=0))
     tl.store(to_rows + r, tl.load(rows + r, mask=here, other=0))
+    tl.store(to_slots + r, tl.load(slots + r, mask=here, other=0))
     tl.store(to_starts + r, tl.minimum(r, requests))
     tl.store(to_starts + r + 1, tl.minimum(r + 1, requests))
     if here:
@@ -55,9 +58,9 @@ def stage(batch: Batch, fixed: Batch) -> None:
     """Copy a batch of single tokens into the tensors of a batch of as many requests or more; the rest is padding."""
     tables, to_tables = batch.block_tables, fixed.block_tables
     _stage[(len(fixed.contexts),)](
-        batch.tokens, batch.positions, batch.cells, batch.contexts, batch.rows, tables, fixed.tokens, fixed.positions,
-        fixed.cells, fixed.starts, fixed.contexts, fixed.rows, to_tables, len(batch.contexts), tables.shape[1],
-        tables.stride(0), to_tables.stride(0), BLOCK=256, num_warps=4,
+        batch.tokens, batch.positions, batch.cells, batch.contexts, batch.rows, batch.slots, tables, fixed.tokens,
+        fixed.positions, fixed.cells, fixed.starts, fixed.contexts, fixed.rows, fixed.slots, to_tables,
+        len(batch.contexts), tables.shape[1], tables.stride(0), to_tables.stride(0), BLOCK=256, num_warps=4,
         **launch.chained(batch.tokens.device),
     )  # fmt: skip
 
