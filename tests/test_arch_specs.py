@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -367,3 +368,9 @@ def test_what_an_encoder_cannot_be(changes: dict[str, Any], vision: dict[str, An
     table = {**table, "vision_config": {**table["vision_config"], **vision}, **changes}
     with pytest.raises(ModelError, match=says):
         load_spec(Source(config=table))
+
+
+@pytest.mark.parametrize("page", ["models.md", "models.zh-CN.md"])
+def test_the_page_of_models_names_every_architecture(page: str) -> None:
+    text = (Path(__file__).parent.parent / "docs" / page).read_text("utf-8")
+    assert [name for name in registry.supported() if f"`{name}`" not in text] == []
