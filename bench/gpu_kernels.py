@@ -84,6 +84,7 @@ def batch_of(requests: list[tuple[int, int]], device: torch.device) -> Batch:
         starts=starts.to(**ints),
         contexts=torch.tensor(contexts, **ints),
         block_tables=tables,
+        slots=torch.arange(len(requests), **ints),
         rows=torch.arange(len(requests), **ints),
         max_query=max(now for now, _ in requests),
         max_context=max(contexts),

@@ -34,7 +34,7 @@ def test_what_was_measured_outlives_the_end_of_the_run(phase: str, count: int, t
         assert "kernels: " in (tmp_path / "table.txt").read_text()
 
 
-@pytest.mark.parametrize("seconds", [3, 9])
+@pytest.mark.parametrize("seconds", [3, pytest.param(9, marks=pytest.mark.slow)])
 def test_the_run_ends_when_its_time_is_up(seconds: int, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--quick", "--out", str(tmp_path), "--seconds", str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
