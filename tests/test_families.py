@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
 from checkpoints import VOCAB, with_random_weights
 from family_cases import CASES, IN_GGUF, SMALL, tokens_of, write_family, write_family_gguf
 from reference_plans import Feed, make_plan
-from test_gpt2 import KINDS, LAST, LIMITS, TOKENS, expected, load, logits, relative
+from test_gpt2 import KINDS, LAST, LIMITS, TOKENS, check_chunks, expected, load, logits, relative
 from test_reference_models import generate
 
 from pagoda.arch.dummy import open_dummy
@@ -89,13 +88,7 @@ def test_quantized_gguf_models_run_in_their_own_bits(case: str, folders: Folders
 @pytest.mark.parametrize("case", CASES)
 def test_a_prompt_in_chunks_and_in_company_has_the_bits_of_the_whole(case: str, kind: str, folders: Folders) -> None:
     executor = load(folders[case][0], kind, quantization="int8")
-    whole = logits(executor, LAST)[0]
-    for start in range(0, len(TOKENS), 23):
-        part = TOKENS[start : start + 23]
-        here = Feed(part, start, [4, 5, 6, 7], rows=[(len(part) - 1, -1, -1)])
-        other = Feed(TOKENS[start : start + 1] * 9, 0, [8], rows=[(8, -1, -1)])
-        both = logits(executor, make_plan([other, here], VOCAB, slots=[2, 0]))
-    assert np.array_equal(both[1], whole)
+    check_chunks(executor, 23)
     executor.close()
 
 

@@ -11,11 +11,10 @@ import httpx
 import numpy as np
 import pytest
 import transformers
-from checkpoints import VOCAB, make_model, write_checkpoint, write_gguf_checkpoint
-from reference_plans import Feed, make_plan
+from checkpoints import make_model, write_checkpoint, write_gguf_checkpoint
 from safetensors.torch import load_file, save_file
 from server_process import running, serve
-from test_gpt2 import KINDS, LAST, LIMITS, TOKENS, expected, load, logits, relative
+from test_gpt2 import KINDS, LAST, LIMITS, TOKENS, check_chunks, expected, load, logits, relative
 from test_reference_models import generate, greedy
 from text_models import trained_json
 
@@ -98,13 +97,7 @@ def test_a_prompt_in_chunks_and_in_company_has_the_bits_of_the_whole(
         pytest.skip("one model is enough for what does not depend on the weights, and the reference has none")
     write_checkpoint(tmp_path, case)
     executor = load(tmp_path, kind, quantization=quantization)
-    whole = logits(executor, LAST)[0]
-    for start in range(0, len(TOKENS), 13):
-        part = TOKENS[start : start + 13]
-        here = Feed(part, start, [4, 5, 6, 7], rows=[(len(part) - 1, -1, -1)])
-        other = Feed(TOKENS[start : start + 1] * 9, 0, [8], rows=[(8, -1, -1)])
-        both = logits(executor, make_plan([other, here], VOCAB, slots=[2, 0]))
-    assert np.array_equal(both[1], whole)
+    check_chunks(executor, 13)
     executor.close()
 
 

@@ -58,8 +58,19 @@ def logits(executor: Any, plan: StepPlan) -> Float32:
         return out
     with torch.inference_mode():
         batch, _ = upload(plan, torch.device("cpu"), executor.capacity.num_blocks)
-        found: Float32 = executor.decoder.logits(executor.decoder.hidden(batch)).float().numpy()
+        found: Float32 = executor.decoder.logits(executor.hidden(batch)).float().numpy()
         return found
+
+
+def check_chunks(executor: Any, size: int) -> None:
+    """TOKENS in chunks of that size, each beside another prompt, end in the bits of the whole."""
+    whole = logits(executor, LAST)[0]
+    for start in range(0, len(TOKENS), size):
+        part = TOKENS[start : start + size]
+        here = Feed(part, start, [4, 5, 6, 7], rows=[(len(part) - 1, -1, -1)])
+        other = Feed(TOKENS[start : start + 1] * 9, 0, [8], rows=[(8, -1, -1)])
+        both = logits(executor, make_plan([other, here], VOCAB, slots=[2, 0]))
+    assert np.array_equal(both[1], whole)
 
 
 def expected(model: Any) -> Float32:
@@ -79,13 +90,7 @@ def test_a_prompt_in_chunks_and_in_company_has_the_bits_of_the_whole(
 ) -> None:
     write_checkpoint(tmp_path, "gpt2")
     executor = load(tmp_path, kind, quantization=quantization)
-    whole = logits(executor, LAST)[0]
-    for start in range(0, len(TOKENS), 7):
-        part = TOKENS[start : start + 7]
-        here = Feed(part, start, [4, 5, 6, 7], rows=[(len(part) - 1, -1, -1)])
-        other = Feed(TOKENS[start : start + 1] * 9, 0, [8], rows=[(8, -1, -1)])
-        both = logits(executor, make_plan([other, here], VOCAB, slots=[2, 0]))
-    assert np.array_equal(both[1], whole)
+    check_chunks(executor, 7)
     executor.close()
 
 

@@ -17,7 +17,7 @@ from gguf_writer import write_gguf
 from reference_plans import Feed, make_plan
 from safetensors.torch import load_file, save_file
 from server_process import running, serve
-from test_gpt2 import KINDS, LAST, LIMITS, TOKENS, load, logits, relative
+from test_gpt2 import KINDS, LAST, LIMITS, TOKENS, check_chunks, load, logits, relative
 from test_reference_models import generate
 from text_models import trained_json
 
@@ -193,13 +193,7 @@ def test_a_prompt_in_chunks_and_in_company_has_the_bits_of_the_whole(
         pytest.skip("a cache of 8 bits is FP8 there")
     write_mxfp4(tmp_path)
     executor = load(tmp_path, kind, kv_cache_dtype=kv_cache_dtype)
-    whole = logits(executor, LAST)[0]
-    for start in range(0, len(TOKENS), 7):
-        part = TOKENS[start : start + 7]
-        here = Feed(part, start, [4, 5, 6, 7], rows=[(len(part) - 1, -1, -1)])
-        other = Feed(TOKENS[start : start + 1] * 9, 0, [8], rows=[(8, -1, -1)])
-        both = logits(executor, make_plan([other, here], VOCAB, slots=[2, 0]))
-    assert np.array_equal(both[1], whole)
+    check_chunks(executor, 7)
     executor.close()
 
 

@@ -15,6 +15,7 @@ from checkpoints import HYBRID_CASES, VOCAB, write_checkpoint
 from hybrid_gguf import write_hybrid
 from reference_plans import Feed, make_plan
 from safetensors.torch import save_file
+from test_gpt2 import logits
 from test_reference_models import generate, greedy
 
 from pagoda.arch import memory
@@ -25,12 +26,11 @@ from pagoda.backend.reference import ReferenceExecutor
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.executor import TorchCpuExecutor
 from pagoda.backend.torch.graphs import DecodeGraphs
-from pagoda.backend.torch.upload import upload
 from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, MemoryShort
 from pagoda.speculation import Speculation
-from pagoda.types import Float32, Request, SamplingParams, StepPlan
+from pagoda.types import Float32, Request, SamplingParams
 from pagoda.weights.open import open_source
 
 LIMITS = Limits(max_model_len=256, max_num_seqs=4, max_num_batched_tokens=128, num_blocks=32)
@@ -56,18 +56,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def load(path: Path, device: str, **limits: Any) -> Any:
     source = open_source(str(path))
     return DEVICES[device].load(load_spec(source), source, replace(LIMITS, **limits))
-
-
-def logits(executor: Any, plan: StepPlan) -> Float32:
-    if isinstance(executor, ReferenceExecutor):
-        return executor.logits(plan)
-    if isinstance(executor, CpuExecutor):
-        out = np.zeros((len(plan.rows), VOCAB), np.float32)
-        executor._lib.run(plan, out)
-        return out
-    with torch.inference_mode():
-        batch, _ = upload(plan, torch.device("cpu"), executor.capacity.num_blocks)
-        return np.asarray(executor.decoder.logits(executor.hidden(batch)).float().numpy())
 
 
 def last(tokens: list[int], position: int = 0, blocks: tuple[int, ...] = (0, 1, 2, 3)) -> Feed:
