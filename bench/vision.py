@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pagoda.arch.qwen2_5_vl import from_config
+from pagoda.arch.models.qwen2_5_vl import from_config
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Limits
 from pagoda.backend.cpu import library as native

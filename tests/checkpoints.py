@@ -12,7 +12,7 @@ import torch
 import transformers
 from gguf_writer import write_gguf
 
-from pagoda.arch.names import checkpoint_name
+from pagoda.arch.names.bind import checkpoint_name
 from pagoda.arch.registry import bind, load_spec
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.open import open_source

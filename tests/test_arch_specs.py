@@ -14,7 +14,7 @@ import vl_tiny
 
 from pagoda.arch import registry, rope
 from pagoda.arch.fields import Fields
-from pagoda.arch.names import checkpoint_name, slot_name
+from pagoda.arch.names.bind import checkpoint_name, slot_name
 from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
@@ -93,7 +93,7 @@ def test_both_formats_give_the_same_spec() -> None:
 def test_every_file_of_an_architecture_has_both_builders() -> None:
     assert {"bert", "gpt2", "llama", "mixtral", "qwen2_5_vl", "qwen3"} <= set(registry.supported())
     for name in registry.supported():
-        module = importlib.import_module(f"pagoda.arch.{name}")
+        module = importlib.import_module(f"pagoda.arch.models.{name}")
         assert callable(module.from_config) and callable(module.from_gguf)
 
 

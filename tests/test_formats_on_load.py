@@ -15,7 +15,7 @@ from reference_plans import Feed, make_plan
 from safetensors.numpy import save_file
 from test_native_kernels import ISAS, floats, head_of, products, quantized_rows
 
-from pagoda.arch.names import checkpoint_name
+from pagoda.arch.names.bind import checkpoint_name
 from pagoda.arch.registry import bind, load_spec
 from pagoda.backend.base import Limits
 from pagoda.backend.cpu.executor import CpuExecutor, weight_bytes

@@ -10,7 +10,7 @@ import pytest
 import vl_tiny
 from gguf_writer import write_gguf
 
-from pagoda.arch.names import checkpoint_name
+from pagoda.arch.names.bind import checkpoint_name
 from pagoda.arch.registry import bind, load_spec
 from pagoda.backend.base import Limits
 from pagoda.backend.cpu.executor import CpuExecutor

@@ -13,11 +13,11 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from pagoda.arch.names import slot_name
-from pagoda.arch.qwen2_5_vl import from_config as qwen2_5_vl
-from pagoda.arch.qwen2_vl import from_config as qwen2_vl
-from pagoda.arch.qwen3_vl import from_config as qwen3_vl
-from pagoda.arch.qwen3_vl_moe import from_config as qwen3_vl_moe
+from pagoda.arch.models.qwen2_5_vl import from_config as qwen2_5_vl
+from pagoda.arch.models.qwen2_vl import from_config as qwen2_vl
+from pagoda.arch.models.qwen3_vl import from_config as qwen3_vl
+from pagoda.arch.models.qwen3_vl_moe import from_config as qwen3_vl_moe
+from pagoda.arch.names.bind import slot_name
 from pagoda.arch.spec import ModelSpec
 from pagoda.types import Image
 

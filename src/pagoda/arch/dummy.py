@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagoda.arch.names import slot_name
+from pagoda.arch.names.bind import slot_name
 from pagoda.arch.registry import load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError

@@ -1,4 +1,4 @@
-"""From an open checkpoint to its spec: finds the file of this folder that knows the architecture."""
+"""From an open checkpoint to its spec: finds the file of models/ that knows the architecture."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 import numpy as np
 
-from pagoda.arch.names import bind_tensors, plainly_named, slot_name
+from pagoda.arch import models
+from pagoda.arch.names.bind import bind_tensors, plainly_named, slot_name
 from pagoda.arch.pooling import with_pooling
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.visual import with_pixels
@@ -20,36 +20,6 @@ from pagoda.errors import ModelError
 from pagoda.tasks import Task
 from pagoda.weights.source import Tensor, TensorSource
 
-# every other module of this folder is an architecture
-_HELPERS = frozenset(
-    {
-        "decoder",
-        "delta",
-        "dummy",
-        "encoder",
-        "fields",
-        "hybrid",
-        "memory",
-        "mixture",
-        "mrope",
-        "names",
-        "names_delta",
-        "names_fused",
-        "names_gemma",
-        "names_gpt2",
-        "names_gpt_oss",
-        "names_pooled",
-        "names_visual",
-        "pooling",
-        "registry",
-        "rope",
-        "sharding",
-        "spec",
-        "vision_spec",
-        "visual",
-        "visual_gguf",
-    }
-)
 _OTHER_NAMES = MappingProxyType(
     {
         "chatglm": "glm",
@@ -71,7 +41,7 @@ _OTHER_NAMES = MappingProxyType(
 
 
 class Architecture(Protocol):
-    """What a file `arch/<model_type>.py` offers."""
+    """What a file `arch/models/<model_type>.py` offers."""
 
     def from_config(self, config: Mapping[str, Any]) -> ModelSpec: ...
 
@@ -80,8 +50,7 @@ class Architecture(Protocol):
 
 def supported() -> list[str]:
     """The architectures that can be served, by name."""
-    found = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    return sorted(name for name in found if name not in _HELPERS)
+    return sorted(module.name for module in pkgutil.iter_modules(models.__path__))
 
 
 def load_spec(source: TensorSource, task: Task = "auto") -> ModelSpec:
@@ -112,7 +81,7 @@ def _architecture(name: object, where: str) -> Architecture:
         if name == "gptoss":  # another form, that no other program reads
             remedy = "It is Ollama's own form of gpt-oss: take the safetensors, or llama.cpp's GGUF file"
         raise ModelError(f"{said} (supported: {', '.join(known)})", remedy=remedy)
-    return cast(Architecture, importlib.import_module(f"pagoda.arch.{module}"))
+    return cast(Architecture, importlib.import_module(f"pagoda.arch.models.{module}"))
 
 
 def _with_own_head(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ModelSpec:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pagoda.arch import decoder, olmo2, rope
+from pagoda.arch import decoder, rope
 from pagoda.arch.fields import MOST_LAYERS, Fields
+from pagoda.arch.models import olmo2
 from pagoda.arch.spec import ModelSpec
 
 DEFAULT_WINDOW, DEFAULT_BASE = 4096, 500000.0

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pagoda.arch import decoder, gemma
+from pagoda.arch import decoder
 from pagoda.arch.fields import MOST_LAYERS, Fields
+from pagoda.arch.models import gemma
 from pagoda.arch.spec import ModelSpec
 from pagoda.weights.source import Tensor
 

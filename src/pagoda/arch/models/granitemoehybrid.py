@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pagoda.arch import decoder, granite
+from pagoda.arch import decoder
 from pagoda.arch.fields import Fields
+from pagoda.arch.models import granite
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
 from pagoda.weights.source import Tensor

@@ -7,8 +7,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from pagoda.arch import ministral3, mistral
 from pagoda.arch.fields import Fields
+from pagoda.arch.models import ministral3, mistral
 from pagoda.arch.spec import ModelSpec
 
 _OF_BOTH = ("eos_token_id", "bos_token_id", "tie_word_embeddings")

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pagoda.arch import mixture, qwen3_vl, visual_gguf
+from pagoda.arch import mixture, visual_gguf
 from pagoda.arch.fields import Fields
+from pagoda.arch.models import qwen3_vl
 from pagoda.arch.spec import ModelSpec
 from pagoda.weights.source import Tensor
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pagoda.arch import visual
-from pagoda.arch.qwen2_vl import from_gguf as from_gguf
+from pagoda.arch.models.qwen2_vl import from_gguf as from_gguf
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
 

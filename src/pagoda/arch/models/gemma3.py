@@ -10,8 +10,9 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from pagoda.arch import decoder, gemma, gemma2, rope
+from pagoda.arch import decoder, rope
 from pagoda.arch.fields import Fields
+from pagoda.arch.models import gemma, gemma2
 from pagoda.arch.spec import ModelSpec, Rope
 from pagoda.errors import ModelError
 from pagoda.weights.source import Tensor

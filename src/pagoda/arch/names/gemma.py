@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from pagoda.arch.names_visual import language_tensors
+from pagoda.arch.names.visual import language_tensors
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import Bytes, MadeTensor
 from pagoda.weights.source import Tensor

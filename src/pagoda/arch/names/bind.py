@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from pagoda.arch.names_delta import delta_slot_name, delta_tensors
-from pagoda.arch.names_fused import cut_tensors
-from pagoda.arch.names_gemma import gemma_tensors
-from pagoda.arch.names_gpt2 import gpt2_tensors
-from pagoda.arch.names_gpt_oss import gpt_oss_tensors
-from pagoda.arch.names_pooled import encoder_name, plain_tensors, unused
-from pagoda.arch.names_visual import apart_experts, encoder_slot_name, from_mmproj, hub_tensors, language_tensors
+from pagoda.arch.names.delta import delta_slot_name, delta_tensors
+from pagoda.arch.names.fused import cut_tensors
+from pagoda.arch.names.gemma import gemma_tensors
+from pagoda.arch.names.gpt2 import gpt2_tensors
+from pagoda.arch.names.gpt_oss import gpt_oss_tensors
+from pagoda.arch.names.pooled import encoder_name, plain_tensors, unused
+from pagoda.arch.names.visual import apart_experts, encoder_slot_name, from_mmproj, hub_tensors, language_tensors
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
 from pagoda.weights.grouped import Stacked

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pagoda.arch import decoder, glm
+from pagoda.arch import decoder
+from pagoda.arch.models import glm
 from pagoda.arch.spec import ModelSpec
 from pagoda.weights.source import Tensor
 

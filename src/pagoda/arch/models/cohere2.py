@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pagoda.arch import cohere, decoder
+from pagoda.arch import decoder
 from pagoda.arch.fields import MOST_LAYERS, Fields
+from pagoda.arch.models import cohere
 from pagoda.arch.spec import ModelSpec
 from pagoda.weights.source import Tensor
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pagoda.arch import decoder, llama
+from pagoda.arch import decoder
 from pagoda.arch.fields import Fields
+from pagoda.arch.models import llama
 from pagoda.arch.spec import ModelSpec
 
 DEFAULT_HEAD_DIM = 128
