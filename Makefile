@@ -20,15 +20,26 @@ NATIVE := CMakeLists.txt $(shell find native -type f 2>/dev/null)
 serve: $(VENV)/installed
 	$(BIN)/pagoda serve $(ARGS)
 
-test: $(VENV)/installed $(VENV)/test-tools
-	$(BIN)/python -m pytest $(ARGS)
+# Side by side, the tests of a file in one process; then those that want the machine for themselves.
+# A test that fails runs once more, alone: a shared machine may miss what a clock wants.
+PYTEST := $(BIN)/python -m pytest
+TOGETHER := --numprocesses logical --maxprocesses 4 --dist loadfile
+tried = $(PYTEST) $(1) || { [ $$? = 1 ] && $(PYTEST) -m "not slow" --last-failed; }
 
-# A test that fails runs once more, alone: some hold real processes to a clock, which a shared machine may miss.
+test: $(VENV)/installed $(VENV)/test-tools
+	$(if $(ARGS),$(PYTEST) $(ARGS),$(PYTEST) $(TOGETHER) -m "not alone" && $(PYTEST) -m alone)
+
 check: $(VENV)/installed $(VENV)/test-tools
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(MAKE) --no-print-directory --jobs 2 types tests
+	$(call tried,-m "alone and not slow")
+
+types:
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest -m "not slow" || { [ $$? = 1 ] && $(BIN)/python -m pytest -m "not slow" --last-failed; }
+
+tests:
+	$(call tried,$(TOGETHER) -m "not alone and not slow")
 
 CLIENTS := $(VENV)/clients
 OF_openai3 := openai anthropic ollama cohere langchain
@@ -107,5 +118,5 @@ $(VENV)/test-tools: pyproject.toml tests/constraints.txt | $(VENV)/installed
 	@$(PIP) --editable '.[test]' --constraint tests/constraints.txt
 	@touch $@
 
-.PHONY: serve test test-clients test-agents test-arm check bench docs clean
+.PHONY: serve test types tests test-clients test-agents test-arm check bench docs clean
 .DELETE_ON_ERROR:

@@ -137,6 +137,7 @@ def test_events_arrive_one_by_one_in_chunks(slow: tuple[str, FakeEngine]) -> Non
 
 
 @pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.alone
 def test_a_client_that_leaves_is_cancelled(slow: tuple[str, FakeEngine], stream: bool) -> None:
     base, engine = slow
     body = json.dumps({"prompt": ["x", "y"], "max_tokens": 200, "stream": stream}).encode()
@@ -235,6 +236,7 @@ def stream_of(engine: FakeEngine, **limits: float) -> tuple[EventStream, Callabl
     return EventStream(generation, lines(), server.aborted, **limits), lambda: server.busy
 
 
+@pytest.mark.alone
 def test_heartbeats_are_blocks_of_their_own() -> None:
     async def run() -> list[bytes]:
         stream, _ = stream_of(FakeEngine("abcd", delay_s=0.1), heartbeat_s=0.12)
@@ -252,6 +254,7 @@ def test_heartbeats_are_blocks_of_their_own() -> None:
     assert sent == [b"head", *[b": keep-alive\n\n"] * beats, b"data: x\n\n", b""]
 
 
+@pytest.mark.alone
 def test_a_client_that_reads_nothing_is_dropped() -> None:
     engine = FakeEngine("ab")
 
@@ -342,6 +345,7 @@ class Process:
 BODY = {"prompt": "x", "max_tokens": 40, "stream": True}
 
 
+@pytest.mark.alone
 def test_sigterm_lets_streams_finish_and_refuses_new_ones() -> None:
     with Process(delay_s=0.02, drain_s=10) as server, httpx.Client(base_url=server.url) as other:
         with httpx.stream("POST", server.url + "/v1/completions", json=BODY) as response:
@@ -371,6 +375,7 @@ def test_streams_that_outlast_the_drain_end_with_an_error_event() -> None:
         assert server.process.returncode == 0 and "stopped True 0" in out
 
 
+@pytest.mark.alone
 def test_a_second_signal_ends_at_once() -> None:
     with Process(delay_s=0.1, drain_s=30) as server:
         with httpx.stream("POST", server.url + "/v1/completions", json=BODY) as response:

@@ -238,6 +238,7 @@ def test_permissions_as_root_sees_them(folder: Path, monkeypatch: pytest.MonkeyP
     assert "config.json is not readable" in finding.text and f"chmod -R a+rX {folder}" in finding.cure
 
 
+@pytest.mark.alone
 def test_a_32b_folder_takes_less_than_a_second(folder: Path) -> None:
     """Real sizes in sparse files: that they are sparse is the one thing that is wrong."""
     (folder / "model.safetensors").unlink()

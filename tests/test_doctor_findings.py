@@ -154,6 +154,7 @@ def site() -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.alone
 def test_places_are_asked_at_once_and_never_for_long(site: str) -> None:
     urls = {"good": f"{site}/", "refuses": f"{site}/refuses", "hangs": f"{site}/hang", "gone": "http://127.0.0.1:9"}
     started = time.monotonic()

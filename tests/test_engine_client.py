@@ -180,6 +180,7 @@ def test_a_hung_engine_is_restarted() -> None:
     run(go())
 
 
+@pytest.mark.alone
 def test_a_slow_step_and_an_idle_engine_are_not_hung() -> None:
     async def go() -> None:
         async with running(None, {"hang_limit_s": 0.4}, step_s=0.3) as engine:
@@ -257,6 +258,7 @@ def test_stop_without_start_leaves_no_process() -> None:
 
 
 @pytest.mark.parametrize("way", ["aclose", "task", "dropped"])
+@pytest.mark.alone
 def test_leaving_cancels_within_a_step(way: str) -> None:
     async def go() -> None:
         async with running(step_s=0.005) as engine:

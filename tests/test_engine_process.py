@@ -148,6 +148,7 @@ def test_bytes_that_are_no_message_end_the_engine_cleanly(data: bytes, loaded: b
         assert "no message of ours" in log and "Traceback" not in log
 
 
+@pytest.mark.alone
 def test_a_closed_socket_or_shutdown_ends_it() -> None:
     for shutdown in (True, False):
         with engine(fake.command(), FAKE) as peer:
@@ -159,6 +160,7 @@ def test_a_closed_socket_or_shutdown_ends_it() -> None:
             assert peer.process.wait(2) == 0
 
 
+@pytest.mark.alone
 def test_idle_takes_no_cpu_and_signals_of_the_terminal_are_ignored() -> None:
     with engine(fake.command(), FAKE) as peer:
         peer.ready()

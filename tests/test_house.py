@@ -130,6 +130,7 @@ def test_links_in_documents_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), target
 
 
+@pytest.mark.alone
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = "import sys; from pagoda.cli.main import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
     started = time.perf_counter()

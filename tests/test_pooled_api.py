@@ -315,6 +315,7 @@ def test_a_killed_engine_answers_all_the_same(minilm_path: Path) -> None:
         assert engine.restarts == 1
 
 
+@pytest.mark.alone
 def test_who_leaves_frees_the_engine(minilm_path: Path) -> None:
     texts = ["far too many words " * 50] * 500
     with served(minilm_path) as (url, server, engine):

@@ -75,6 +75,7 @@ def keeper(smollm2_path: str, tmp_path: Path) -> Iterator[Keeper]:
     made.close()
 
 
+@pytest.mark.alone
 def test_ready_then_alive_silent_while_the_engine_hangs_then_alive_again(keeper: Keeper, tmp_path: Path) -> None:
     keeper.until("READY=1")
     before = [line for _, line in keeper.heard]
