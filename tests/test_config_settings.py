@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from pagoda.cli.help import page, serve_help
 from pagoda.config import Options, declared
 from pagoda.errors import ConfigError
 from pagoda.flags import not_yet, without_effect
-from pagoda.settings import Settings, check, each_model, resolve
+from pagoda.settings import Catalog, Settings, check, each_model, resolve
 
 
 def options(line: str = "", environ: dict[str, str] | None = None, file: dict[str, Any] | None = None) -> Settings:
@@ -271,3 +272,11 @@ def test_help_and_page_hold_every_option() -> None:
 def test_names_are_declared_once() -> None:
     names = [s.name for s in (*declared(), *without_effect(), *not_yet())]
     assert len(names) == len(set(names))
+
+
+def test_every_flag_of_vllm_is_known() -> None:
+    """Honoured, accepted with a reason or refused with one: the flags are those of vLLM 0.32's help."""
+    catalog = Catalog()
+    flags = (Path(__file__).parent / "data" / "vllm_flags.txt").read_text().split()
+    assert len(flags) > 250
+    assert [flag for flag in flags if catalog.find(flag) is None] == []

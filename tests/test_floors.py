@@ -29,7 +29,19 @@ FLOORS = MappingProxyType(
         "weights": 1,
     }
 )
-GROUND = ("types", "errors", "formats", "speculation", "config", "flags", "settings", "observe", "tasks", "heap")
+GROUND = (
+    "types",
+    "errors",
+    "formats",
+    "speculation",
+    "config",
+    "accepted",
+    "flags",
+    "settings",
+    "observe",
+    "tasks",
+    "heap",
+)
 # The command line starts fast by importing late; the choice of a backend must not load the others; the root exports
 # its public names lazily; an engine reads its tokenizer only when a request has a grammar.
 MAY_IMPORT_LATE = ("pagoda.cli.", "pagoda.backend.select", "pagoda.engine.grammars")

@@ -6,55 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from pagoda.accepted import ACCEPTED, ACCEPTED_ALIKE
 from pagoda.config import Setting
-
-# name -> (default, what it means here). The default also tells how a value is read (None: text).
-_ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
-    {
-        "trust_remote_code": (False, "accepted; code from a model directory is never run"),
-        "disable_custom_all_reduce": (False, "nothing to do: GPUs exchange through NCCL only"),
-        "enable_chunked_prefill": (True, "always on: long prompts run in chunks beside the answers"),
-        "swap_space": (None, "not needed: a request that has to wait is computed again from its prefix"),
-        "cpu_offload_gb": (None, "nothing to do on a CPU: the whole model is in main memory"),
-        "seed": (None, "without effect on answers: each request has its own seed, its `seed` field or a random one"),
-        "block_size": (None, "a block of the cache always holds 16 tokens"),
-        "async_scheduling": (True, "the engine decides"),
-        "attention_backend": (None, "there is one attention kernel for a CPU"),
-        "compilation_config": (None, "nothing is compiled at start"),
-        "optimization_level": (None, "nothing is compiled at start"),
-        "cudagraph_capture_sizes": (None, "there are no CUDA graphs on a CPU"),
-        "max_seq_len_to_capture": (None, "there are no CUDA graphs on a CPU"),
-        "scheduling_policy": (None, "in the order they came; a request with a smaller `priority` goes first"),
-        "performance_mode": (None, "the scheduler serves running answers first, then prompts"),
-        "max_logprobs": (None, "clients may ask for up to 20 log-probabilities"),
-        "max_parallel_loading_workers": (None, "the process of each GPU loads its own part"),
-        "disable_frontend_multiprocessing": (False, "the engine is always a process of its own"),
-        "api_server_count": (None, "there is one API process"),
-        "numa_bind": (False, "bind the whole server with numactl where it helps"),
-        "use_tqdm_on_load": (True, "the progress bar is drawn where there is a terminal"),
-        "tokenizer_mode": (None, "the model's own tokenizer files are read"),
-        "disable_log_requests": (False, "requests are not logged unless --enable-log-requests is given"),
-        "disable_log_stats": (False, "no statistics are printed; they are at /metrics"),
-        "enable_prompt_tokens_details": (False, "cached tokens are always reported in `usage`"),
-        "structured_outputs_config": (None, "llguidance makes the masks; a grammar begins behind the reasoning"),
-        "guided_decoding_backend": (None, "llguidance makes the masks"),
-        "chat_template_content_format": (None, "decided by what the template reads"),
-        "response_role": (None, "answers have the role assistant"),
-        "model_impl": (None, "there is one implementation of each model"),
-        "safetensors_load_strategy": (None, "files are mapped, not copied"),
-        "use_v2_block_manager": (False, "there is one block manager"),
-        "num_scheduler_steps": (None, "every step is scheduled"),
-        "preemption_mode": (None, "a request that has to wait is computed again from its prefix"),
-        "enable_server_load_tracking": (False, "the load is always measured, see /metrics"),
-        "enable_auto_tool_choice": (False, "always on: tool calls are found wherever a request has tools"),
-        "enable_reasoning": (False, "always on: reasoning is split off where the model's chat template has it"),
-        "mm_processor_cache_gb": (None, "the latest pictures are kept decoded, 64 MiB of them"),
-        "disable_mm_preprocessor_cache": (False, "the latest pictures are kept decoded, 64 MiB of them"),
-        "skip_mm_profiling": (False, "memory for the image encoder is computed, not tried"),
-        "mm_encoder_tp_mode": (None, "the image encoder is not split over GPUs"),
-        "disable_uvicorn_access_log": (False, "there is no access log"),
-    }
-)
 
 # reason -> the flags it holds for, with their defaults.
 _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
@@ -72,6 +25,24 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
             "enable_expert_parallel": False,
             "headless": False,
             "device_ids": None,
+            "node_rank": 0,
+            "master_addr": "127.0.0.1",
+            "data_parallel_address": None,
+            "data_parallel_rank": None,
+            "data_parallel_start_rank": None,
+            "data_parallel_external_lb": False,
+            "data_parallel_hybrid_lb": False,
+            "data_parallel_multi_port_external_lb": False,
+            "data_parallel_supervisor_port": None,
+            "dp_supervisor_probe_failure_threshold": None,
+            "dp_supervisor_probe_interval_s": None,
+            "dp_supervisor_probe_timeout_s": None,
+            "enable_elastic_ep": False,
+            "elastic_ep_max_dp_size": None,
+            "enable_eplb": False,
+            "eplb_config": None,
+            "expert_placement_strategy": "linear",
+            "enable_hc_sp": False,
         },
     ),
     (
@@ -79,12 +50,42 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
         {"enable_lora": False, "lora_modules": (), "max_loras": 1, "max_lora_rank": 16, "max_cpu_loras": None},
     ),
     (
+        "an engine that died is started again, and its requests go on; there is nothing to set",
+        {"enable_fault_tolerance": False, "fault_tolerance_config": None},
+    ),
+    (
+        "the whole model is in the memory of its device",
+        {
+            "offload_backend": "auto",
+            "offload_group_size": 0,
+            "offload_num_in_group": 1,
+            "offload_params": (),
+            "offload_prefetch_step": 1,
+            "cpu_offload_params": (),
+        },
+    ),
+    (
         "code of others is not loaded into the server, and tools run at the client",
-        {"tool_parser_plugin": None, "reasoning_parser_plugin": None, "tool_server": None},
+        {
+            "tool_parser_plugin": None,
+            "reasoning_parser_plugin": None,
+            "tool_server": None,
+            "io_processor_plugin": None,
+            "model_class_overrides": None,
+            "scheduler_cls": None,
+            "worker_cls": "auto",
+            "worker_extension_cls": None,
+        },
     ),
     (
         "drafts come from the text so far only, see --speculative-config",
-        {"speculative_model": None, "spec_method": None, "num_speculative_tokens": None},
+        {
+            "speculative_model": None,
+            "spec_method": None,
+            "num_speculative_tokens": None,
+            "spec_model": None,
+            "spec_tokens": None,
+        },
     ),
     (
         "videos are looked at twice a second, and pictures are decoded in one way",
@@ -104,7 +105,14 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ),
     (
         "TLS is not here yet; put a proxy such as nginx or caddy in front",
-        {"ssl_keyfile": None, "ssl_certfile": None, "ssl_ca_certs": None, "enable_ssl_refresh": False},
+        {
+            "ssl_keyfile": None,
+            "ssl_certfile": None,
+            "ssl_ca_certs": None,
+            "enable_ssl_refresh": False,
+            "ssl_cert_reqs": 0,
+            "ssl_ciphers": None,
+        },
     ),
     ("a model is used with its own tokenizer", {"tokenizer": None, "skip_tokenizer_init": False}),
     ("the model's own config.json decides", {"hf_overrides": None, "hf_config_path": None, "rope_scaling": None}),
@@ -117,21 +125,63 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
             "grpc": False,
             "otlp_traces_endpoint": None,
             "kv_offloading_size": None,
-            "prefix_caching_hash_algo": None,
-            "enable_request_id_headers": False,
             "enable_force_include_usage": False,
             "return_tokens_as_token_ids": False,
-            "enable_tokenizer_info_endpoint": False,
             "enable_log_outputs": False,
             "disable_fastapi_docs": False,
             "disable_sliding_window": False,
             "sse_keep_alive_interval": 0,
-            "stream_interval": 1,
             "logprobs_mode": "raw_logprobs",
             "allowed_methods": (),
             "allowed_headers": (),
             "allow_credentials": False,
-            "logging_config": None,
+            "exclude_tools_when_tool_choice_none": False,
+            "fingerprint_mode": "none",
+            "fingerprint_value": None,
+            "enable_scale_out": False,
+            "tokens_only": False,
+            "grpc_port": None,
+            "enable_prompt_embeds": False,
+            "enable_mm_embeds": False,
+            "mm_encoder_only": False,
+            "enable_return_routed_experts": False,
+            "enable_trace_replay": False,
+            "return_sampling_mask": False,
+            "enable_per_request_metrics": False,
+            "per_request_spec_decode_metrics": "none",
+            "enable_nccl_comm_suspend": False,
+            "sleep_mode_offload_cudagraph": False,
+            "sleep_preserve_parameter_names": (),
+            "quantization_config": None,
+            "kv_cache_dtype_skip_layers": (),
+            "kv_offloading_backend": "native",
+            "max_num_queued_tokens": None,
+            "language_model_only": False,
+            "video_pruning_method": "evs",
+            "video_pruning_rate": None,
+            "kv_events_config": None,
+            "ec_manager_config": None,
+            "ec_transfer_config": None,
+            "aux_output_config": None,
+            "diffusion_config": None,
+            "engram_config": None,
+            "profiler_config": None,
+            "reasoning_config": None,
+            "watermark_config": None,
+            "weight_transfer_config": None,
+            "cohere_format": "cmd4",
+            "cohere_is_reasoning_model": True,
+            "anthropic_disabled_thinking_effort": "auto",
+        },
+    ),
+    (
+        "adapters are those of the language model",
+        {
+            "default_mm_loras": None,
+            "enable_tower_connector_lora": False,
+            "enable_moe_shared_loras": False,
+            "lora_target_modules": (),
+            "max_lora_cls_labels": None,
         },
     ),
 )
@@ -142,6 +192,22 @@ _ALIASES = MappingProxyType(
         "compilation_config": ("-cc",),
         "pipeline_parallel_size": ("-pp",),
         "enable_expert_parallel": ("-ep",),
+        "decode_context_parallel_size": ("-dcp",),
+        "prefill_context_parallel_size": ("-pcp",),
+        "api_server_count": ("-asc",),
+        "attention_config": ("-ac",),
+        "diffusion_config": ("-dc",),
+        "nnodes": ("-n",),
+        "node_rank": ("-r",),
+        "data_parallel_address": ("-dpa",),
+        "data_parallel_backend": ("-dpb",),
+        "data_parallel_external_lb": ("-dpe",),
+        "data_parallel_hybrid_lb": ("-dph",),
+        "data_parallel_multi_port_external_lb": ("-dpm",),
+        "data_parallel_rank": ("-dpn",),
+        "data_parallel_rpc_port": ("-dpp",),
+        "data_parallel_size_local": ("-dpl",),
+        "data_parallel_start_rank": ("-dpr",),
     }
 )
 
@@ -163,9 +229,10 @@ REFUSED_VALUES: Mapping[tuple[str, str], tuple[str, str]] = MappingProxyType(
 
 def without_effect() -> tuple[Setting, ...]:
     """Flags that are accepted; `note` is the line printed at start."""
+    alike = {name: (default, note) for note, names in ACCEPTED_ALIKE for name, default in names.items()}
     return tuple(
         Setting(name, _kind(default), default, note, "Accepted, without effect", _ALIASES.get(name, ()), note=note)
-        for name, (default, note) in _ACCEPTED.items()
+        for name, (default, note) in ({**ACCEPTED, **alike}).items()
     )
 
 
