@@ -172,7 +172,8 @@ def test_nothing_leaks_when_requests_are_cancelled_and_steps_fail(rng: Random) -
     check_disturbed(draw_mix(rng, disturbed=True))
 
 
-def test_thousands_of_mixes(mixes: int = 500) -> None:
+@pytest.mark.parametrize("mixes", [200, pytest.param(500, marks=pytest.mark.slow)])
+def test_hundreds_of_mixes(mixes: int) -> None:
     seen: Counter[str] = Counter()
     for seed in range(mixes):
         seen += check_undisturbed(draw_mix(Random(f"calm {seed}"), disturbed=False))
