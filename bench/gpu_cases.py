@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from gpu_kernels import batch_of, dispatch, weights
 
+from pagoda.arch.spec import Experts
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.answer import _found, _found_there
 from pagoda.backend.torch.batch import Heads, Routed
@@ -34,8 +35,9 @@ def cases(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[tup
     for name, top_k, top_p in (("all", 0, 1.0), ("a top-k", 20, 0.9), ("a top-p", 0, 0.8)):
         yield f"drawn of {name}", lambda k=top_k, p=top_p: drawn_of(logits, drawing(5, k, p, device))  # type: ignore[misc]
     scores, sent = torch.randn(5, 128, device=device), torch.randn(40, hidden, device=device).to(dtype)
-    yield "routed", lambda: places_of(ops.routed(scores, 8, True))
-    yield "combined", lambda: ops.combined(sent, ops.routed(scores, 8, True), dtype)
+    mixture = Experts(128, 8, True)
+    yield "routed", lambda: places_of(ops.routed(scores, mixture))
+    yield "combined", lambda: ops.combined(sent, ops.routed(scores, mixture), dtype)
     square = Dense(torch.randn(hidden, hidden, device=device).mul_(hidden**-0.5).to(dtype))
     yield "kernels that start ahead", lambda: in_a_row(x[:1], norm, square)
     yield "quantize_rows", lambda: ops.quantize_rows(x)[0]

@@ -19,7 +19,7 @@ from pagoda.arch.dummy import dummy
 from pagoda.arch.registry import bind, load_spec
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.executor import CpuExecutor, weight_bytes
-from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
+from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Router
 from pagoda.backend.reference import ReferenceExecutor
 from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
@@ -76,7 +76,8 @@ def run(isa: str, m: Mixture, x: Array, threads: int = 2) -> Array:
         up = lib.weight([(t.data, *t.shape, t.type) for t in (gate_part, up_part)], behind=up)
         down = lib.weight([(down_part.data, *down_part.shape, down_part.type)], behind=down)
     inv_freq, count = np.ones(8), len(m.gate)
-    dims = Dims(1, 1, 1, 16, len(x), 1024, 1024, 64, 16, 0, 1.0, inv_freq.ctypes.data, 0, count, m.active, m.normalized)
+    dims = Dims(1, 1, 1, 16, len(x), 1024, 1024, 64, 16, 0, 1.0, inv_freq.ctypes.data)
+    dims.router = Router(count, m.active, m.normalized, groups=1, scale=1.0)
     flags = 0 if m.gate[0].type in FLOAT else native.QUANTIZE
     widths = [(hidden, 0), (hidden, 0), (count, 0), (size * m.active, 0), (hidden, 1)]
     lib.program(

@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+from pagoda.arch.spec import Experts
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.kernels import experts, matmul
 from pagoda.backend.torch.packs import Dense, pack_w4
@@ -18,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize(("tokens", "count", "active"), [(1, 128, 8), (5, 4, 2), (33, 60, 4), (3, 2, 2), (64, 8, 1)])
 def test_tokens_go_where_plain_pytorch_sends_them(tokens: int, count: int, active: int, normalized: bool) -> None:
     logits = torch.randn(tokens, count, device=DEVICE)
-    found, wanted = experts.route(logits, active, normalized), ops.routed(logits, active, normalized)
+    found, wanted = experts.route(logits, active, normalized), ops.routed(logits, Experts(count, active, normalized))
     assert experts.fits(logits)
     torch.testing.assert_close(found.shares, wanted.shares, rtol=1e-5, atol=1e-6)
     for field in fields(found):
@@ -40,7 +41,7 @@ def test_alike_and_no_numbers() -> None:
 def test_rows_of_experts_and_their_sum(tokens: int) -> None:
     x, router = torch.randn(tokens, 256, device=DEVICE), torch.randn(tokens, 6, device=DEVICE)
     router[:, 3] = -100.0  # nobody goes there
-    to = ops.routed(router, 2, True)
+    to = ops.routed(router, Experts(6, 2, True))
     codes = torch.randint(0, 16, (6, 48, 256), dtype=torch.uint8, device=DEVICE)
     four = pack_w4(codes, torch.rand(6, 8, 48, device=DEVICE), torch.full((6, 8, 48), 8.0, device=DEVICE))
     for weight in (Dense(torch.randn(6, 48, 256, device=DEVICE)), four):

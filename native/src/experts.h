@@ -21,24 +21,29 @@ struct Group {  // the rows that chose an expert
 class Routing {
  public:
   Routing(const pg_dims& d, int64_t first_row, int64_t rows)
-      : first_row_(first_row), experts_(d.experts), active_(d.active), normalized_(d.normalized != 0), picks_(rows * d.active),
-        order_(rows * d.active), next_(d.experts) {}
-  // The experts that like a row best, ties by lower number; the logits become their exponents.
-  void choose(const Kernels& k, int64_t row, float* logits) {
-    double total = k.exp_row(logits, experts_, k.row_max(logits, experts_), 1.0f, logits);
-    Pick* picks = &picks_[row * active_];
-    for (int e = 0, n = 0; e < experts_; e++) {
-      const float share = logits[e];
-      if (n == active_ && !(share > picks[n - 1].share)) continue;
-      int at = n < active_ ? n++ : n - 1;
-      for (; at > 0 && share > picks[at - 1].share; at--) picks[at] = picks[at - 1];
-      picks[at] = {e, share};
+      : first_row_(first_row), router_(d.router), experts_(d.router.experts), active_(d.router.active),
+        picks_(rows * active_), order_(rows * active_), next_(experts_) {}
+  // The experts that a row likes best, ties by lower number; the logits become their exponents, or sigmoids.
+  // `bias`: see PG_ROUTE; `scratch` has room for two rows of experts.
+  void choose(const Kernels& k, int64_t row, float* logits, const float* bias, float* scratch) {
+    double total = 1.0;
+    if (router_.sigmoid) sigmoids(k, logits);
+    else total = k.exp_row(logits, experts_, k.row_max(logits, experts_), 1.0f, logits);
+    const float* liked = logits;
+    if (bias) {
+      for (int e = 0; e < experts_; e++) scratch[e] = logits[e] / (float)total + bias[e];
+      liked = scratch;
     }
-    if (normalized_) {
+    Pick* picks = &picks_[row * active_];
+    if (router_.groups > 1) pick_of_best_groups(liked, picks, scratch + experts_);
+    else pick(liked, 0, experts_, picks, 0);
+    for (int i = 0; i < active_; i++) picks[i].share = logits[picks[i].expert];
+    if (router_.normalized) {
       total = 0.0;
       for (int i = 0; i < active_; i++) total += picks[i].share;
+      total = std::max(total, 1e-20);
     }
-    for (int i = 0; i < active_; i++) picks[i].share = (float)(picks[i].share / total);
+    for (int i = 0; i < active_; i++) picks[i].share = (float)(picks[i].share / total) * router_.scale;
   }
   // Sort what all rows chose by expert.
   void group() {
@@ -70,9 +75,42 @@ class Routing {
     int32_t row;
     float share;
   };
+  void sigmoids(const Kernels& k, float* logits) const {
+    k.exp_row(logits, experts_, 0.0f, -1.0f, logits);
+    for (int e = 0; e < experts_; e++) logits[e] = 1.0f / (1.0f + logits[e]);
+  }
+  // Take the experts [from, to) into the `n` picks so far, the best first; returns how many there are.
+  int pick(const float* liked, int from, int to, Pick* picks, int n) const {
+    for (int e = from; e < to; e++) {
+      const float share = liked[e];
+      if (n == active_ && !(share > picks[n - 1].share)) continue;
+      int at = n < active_ ? n++ : n - 1;
+      for (; at > 0 && share > picks[at - 1].share; at--) picks[at] = picks[at - 1];
+      picks[at] = {e, share};
+    }
+    return n;
+  }
+  void pick_of_best_groups(const float* liked, Pick* picks, float* merits) const {
+    const int each = experts_ / router_.groups;
+    for (int g = 0; g < router_.groups; g++) merits[g] = merit(liked + g * each, each);
+    for (int g = 0, n = 0; g < router_.groups; g++) {
+      int better = 0;
+      for (int i = 0; i < router_.groups; i++) better += merits[i] > merits[g] || (merits[i] == merits[g] && i < g);
+      if (better < router_.active_groups) n = pick(liked, g * each, (g + 1) * each, picks, n);
+    }
+  }
+  float merit(const float* all, int each) const {
+    float best = -INFINITY, second = -INFINITY;
+    for (int i = 0; i < each; i++) {
+      if (all[i] > best) second = best, best = all[i];
+      else if (all[i] > second) second = all[i];
+    }
+    return router_.group_best > 1 ? second + best : best;
+  }
+
   int64_t first_row_, cost_ = 0;
+  pg_router router_;
   int32_t experts_, active_;
-  bool normalized_;
   std::vector<Pick> picks_;
   std::vector<Chosen> order_;
   std::vector<int64_t> next_;

@@ -29,7 +29,8 @@ enum pg_op_kind : int32_t {
   PG_LAYER_NORM = 10,  // out = layernorm(in) * vector (+ vector2), by parts as PG_NORM; eps in f
   PG_GELU = 11,        // out = gelu(in)
   PG_ATTEND_ALL = 12,  // out = attention of the queries in `in` over all tokens of their request; scale in f
-  PG_ROUTE = 13,         // `in` holds the router's logits: chooses the experts of each row, for what follows in the layer
+  PG_ROUTE = 13,         // `in` holds the router's logits: chooses the experts of each row, for what follows in the layer;
+                         // vector: added to their shares for the choice alone, if any
   PG_EXPERTS_UP = 14,    // out = silu(in * gate^T) * (in * up^T) by the experts of each row; weight (and
                          // vector, their biases, if any): gate, up, gate, up, ...; CLAMPED: the other function instead of silu
   PG_EXPERTS_DOWN = 15,  // out += each row's shares of `in` * down^T (+ vector) by its experts
@@ -89,13 +90,20 @@ struct pg_delta {  // of gated delta nets; layers 0: there is none
   int32_t slots;  // requests that have a state at once
 };
 
+struct pg_router {  // of a mixture
+  int32_t experts, active, normalized;  // normalized: the shares of the chosen ones add up to 1, times scale
+  int32_t sigmoid;                      // shares are the sigmoid of each expert's logit; 0: the softmax over all
+  int32_t groups, active_groups, group_best;  // experts are chosen from the active_groups best, by the sum of the group_best best
+  float scale;
+};
+
 struct pg_dims {
   int32_t layers, heads, kv_heads, head_dim, vocab, max_tokens, max_rows, num_blocks;
   int32_t rope_dim, rope_interleaved;
   float rope_factor;
   const double* inv_freq;  // [rope_dim / 2]
   int32_t kv_int8;         // the cache is kept in 8 bits instead of f16
-  int32_t experts, active, normalized;  // of a mixture; normalized: the shares of the chosen ones add up to 1
+  pg_router router;        // experts 0: there are none
   int32_t piece_rows;      // tokens of a piece
   const int32_t* rope_axes;  // [rope_dim / 2] by which of the step's three rope positions each pair turns, or null
   pg_delta delta;

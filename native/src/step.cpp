@@ -62,7 +62,7 @@ class StepJob : public Job {
   // and in a delta net a token waits for the one before it.
   int most_chains() const {
     int count = 1;
-    while (c_.kv.data && !c_.dims.experts && !c_.dims.delta.layers && 2 * count <= c_.team.size() && c_.kernels->chain_rows * 4 * count * count <= st_.tokens_count) count *= 2;
+    while (c_.kv.data && !c_.dims.router.experts && !c_.dims.delta.layers && 2 * count <= c_.team.size() && c_.kernels->chain_rows * 4 * count * count <= st_.tokens_count) count *= 2;
     return std::is_sorted(st_.rows, st_.rows + st_.rows_count) ? count : 1;
   }
 
@@ -142,7 +142,7 @@ class StepJob : public Job {
       const int64_t row = task.row + i, logit = task.first + i;
       if (task.kind == kRopeTables) rope_tables(row);
       else if (task.kind == kSample) sample(*task.op, logit, row, thread);
-      else if (task.kind == PG_ROUTE) chain.routing.choose(*c_.kernels, i, c_.buffers[task.op->in].row(row));
+      else if (task.kind == PG_ROUTE) chain.routing.choose(*c_.kernels, i, c_.buffers[task.op->in].row(row), vector(task.op->vector), c_.row_scratch[thread].data());
       else if (task.kind == kGroup) chain.routing.group();
       else run_row(task, row, logit, thread);
     }

@@ -23,6 +23,7 @@ from pagoda.weights.source import Tensor, TensorSource
 _OTHER_NAMES = MappingProxyType(
     {
         "chatglm": "glm",
+        "glm4moe": "glm4_moe",
         "command-r": "cohere",
         "gemma3_text": "gemma3",
         "phi2": "phi",

@@ -93,14 +93,24 @@ class Attention:
 class Experts:
     """A mixture of experts: a token goes through the `active` of `count` MLPs that its router likes best.
 
-    Their shares are the softmax of the router over all experts, divided by their sum where `normalized`. Every token
-    goes through a `shared` one too, of that size (0: there is none), times the sigmoid of a gate of its own.
+    Their shares are the softmax of the router over all experts, or with `sigmoid` that of each; divided by their sum
+    where `normalized`, times `scale`. Every token goes through a `shared` one too, of that size (0: there is none),
+    times the sigmoid of a gate of its own where there is a `shared_gate`. What is chosen by (DeepSeek-V3, arXiv
+    2412.19437, 2.1.2) are the shares, plus a bias of each expert with `choice_bias`; of `groups` of experts only those
+    in the `active_groups` best take part, where a group is as good as its `group_best` best experts together.
     """
 
     count: int
     active: int
     normalized: bool
     shared: int = 0
+    shared_gate: bool = True
+    sigmoid: bool = False
+    scale: float = 1.0
+    choice_bias: bool = False
+    groups: int = 1
+    active_groups: int = 1
+    group_best: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,9 +237,10 @@ class ModelSpec:
         Slots: `embed`, `norm`, `head` (absent if tied), `head_bias` and per layer `layers.{i}.` + `attn_norm`, `q`,
         `k`, `v`, `o`, `q_bias`, `k_bias`, `v_bias`, `o_bias`, `q_norm`, `k_norm`, `mlp_norm`, `gate`, `up`, `down`,
         `gate_bias`, `up_bias`, `down_bias`; with experts `router`, `gate_experts`, `up_experts`, `down_experts` in
-        place of the last, the experts on the first axis, and of a shared one `gate_shared`, `up_shared`, `down_shared`
-        and its gate `router_shared`; with biases also `router_bias`, `gate_experts_bias`, ... . Heads with sinks have
-        `sinks`, those with an output gate `q_gate`; layers with a `delta` have its slots in place of an attention's.
+        place of the last, the experts on the first axis, of a shared one `gate_shared`, `up_shared`, `down_shared` and
+        its gate `router_shared`, and `router_choice_bias`; with biases also `router_bias`, `gate_experts_bias`, ... .
+        Heads with sinks have `sinks`, those with an output gate `q_gate`; layers with a `delta` have its slots in place
+        of an attention's.
         The norms behind the halves of a layer are `attn_post_norm` and `mlp_post_norm`. Learned `positions`
         are a table, layer norms may have a bias, encoders the table `types`; pooled models with labels `score`, and
         `pool_dense` in front of it where they have it. Models that see have the slots of their encoder behind
@@ -307,7 +318,10 @@ def _mlp_slots(m: Mlp, hidden: int) -> dict[str, tuple[int, ...]]:
             out["down_experts_bias"] = (e, hidden)
         if s := m.experts.shared:
             out |= {"gate_shared": (s, hidden), "up_shared": (s, hidden), "down_shared": (hidden, s)}
-            out["router_shared"] = (hidden,)
+            if m.experts.shared_gate:
+                out["router_shared"] = (hidden,)
+        if m.experts.choice_bias:
+            out["router_choice_bias"] = (e,)
         return out
     out |= {"gate": (m.size, hidden)} if m.gated else {}
     out |= {"up": (m.size, hidden), "down": (hidden, m.size)}

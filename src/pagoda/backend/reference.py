@@ -19,6 +19,7 @@ from pagoda.arch.spec import Attention, Experts, Mlp, ModelSpec, Rope
 from pagoda.backend.base import Capacity, Due, Limits, Progress
 from pagoda.backend.cpu.machine import free_memory_bytes
 from pagoda.backend.reference_delta import PRODUCTS, WEIGHTS, advance, new_states
+from pagoda.backend.reference_experts import route
 from pagoda.backend.sampling import sample_rows
 from pagoda.errors import EngineError
 from pagoda.types import BLOCK_SIZE, Float32, Image, StepPlan, StepResult
@@ -237,10 +238,7 @@ class ReferenceExecutor:
 
     def mixture(self, name: str, experts: Experts, activation: str, x: Float32) -> Float32:
         """Each token through the experts that its router likes best, ties by lower number."""
-        shares = softmax(self.linear(name + "router", x))
-        chosen = np.argsort(-shares, axis=-1, kind="stable")[:, : experts.active]
-        if experts.normalized:
-            shares = shares / np.take_along_axis(shares, chosen, axis=-1).sum(axis=-1, keepdims=True)
+        shares, chosen = route(experts, self.linear(name + "router", x), self.weights.get(name + "router_choice_bias"))
         out = np.zeros_like(x)
         for e in np.unique(chosen):
             rows = np.flatnonzero((chosen == e).any(axis=-1))
@@ -249,8 +247,9 @@ class ReferenceExecutor:
             out[rows] += shares[rows, e, None] * self.expert(name + "down_experts", e, inner)
         if experts.shared:
             gate, up = (matmul(x, self.weights[f"{name}{part}_shared"]) for part in ("gate", "up"))
-            share = 1 / (1 + np.exp(-matmul(x, self.weights[name + "router_shared"][None])))
-            out += share * matmul(silu(gate) * up, self.weights[name + "down_shared"])
+            y = matmul(silu(gate) * up, self.weights[name + "down_shared"])
+            own = self.weights.get(name + "router_shared")
+            out += y if own is None else y / (1 + np.exp(-matmul(x, own[None])))
         return out
 
     def expert(self, slot: str, number: int, x: Float32) -> Float32:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from pagoda.arch.names.deepseek import FAMILIES as DEEPSEEKS
+from pagoda.arch.names.deepseek import deepseek_tensors
 from pagoda.arch.names.delta import delta_slot_name, delta_tensors
 from pagoda.arch.names.fused import cut_tensors
 from pagoda.arch.names.gemma import gemma_tensors
@@ -53,7 +55,9 @@ _LAYER_NAMES = {
     "up_shared": ("mlp.shared_expert.up_proj", "ffn_up_shexp"),
     "down_shared": ("mlp.shared_expert.down_proj", "ffn_down_shexp"),
     "router_shared": ("mlp.shared_expert_gate", "ffn_gate_inp_shexp"),
+    "router_choice": ("mlp.gate.e_score_correction", "exp_probs_b"),
 }
+_SHARED_EXPERTS = MappingProxyType({f"{p}_shared": f"mlp.shared_experts.{p}_proj" for p in ("gate", "up", "down")})
 # the names in safetensors of families that have their own
 _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -77,10 +81,13 @@ _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "gemma2": {"mlp_norm": "pre_feedforward_layernorm"},
         "gemma3": {"mlp_norm": "pre_feedforward_layernorm"},
+        "glm4_moe": _SHARED_EXPERTS,
         "starcoder2": {"up": "mlp.c_fc", "down": "mlp.c_proj"},
     }
 )
-_GGUF_FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType({"seed_oss": {"mlp_norm": "post_attention_norm"}})
+_GGUF_FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {family: {"mlp_norm": "post_attention_norm"} for family in ("seed_oss", "glm4_moe")}
+)
 # buffers that old exporters stored; the spec holds their meaning
 _HARMLESS = re.compile(
     r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope_(freqs|factors_long|factors_short)\.weight"
@@ -119,6 +126,8 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
         tensors = gpt2_tensors(tensors, gguf=gguf)
     if spec.model_type == "gpt_oss":
         tensors = gpt_oss_tensors(tensors)
+    if spec.model_type in DEEPSEEKS:
+        tensors = deepseek_tensors(spec, tensors)
     if spec.recurrent:
         tensors = delta_tensors(spec, tensors, gguf=gguf)
     if spec.model_type.startswith("gemma") and not gguf:

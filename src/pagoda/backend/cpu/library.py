@@ -58,6 +58,14 @@ class Delta(c.Structure):
     ]
 
 
+class Router(c.Structure):
+    _fields_ = [
+        *((name, c.c_int32) for name in ("experts", "active", "normalized", "sigmoid")),
+        *((name, c.c_int32) for name in ("groups", "active_groups", "group_best")),
+        ("scale", c.c_float),
+    ]
+
+
 class Dims(c.Structure):
     _fields_ = [
         *((name, c.c_int32) for name in (
@@ -67,7 +75,7 @@ class Dims(c.Structure):
         ("rope_factor", c.c_float),
         ("inv_freq", c.c_void_p),
         ("kv_int8", c.c_int32),
-        *((name, c.c_int32) for name in ("experts", "active", "normalized")),
+        ("router", Router),
         ("piece_rows", c.c_int32),
         ("rope_axes", c.c_void_p),
         ("delta", Delta),

@@ -14,7 +14,7 @@ from pagoda.arch.spec import Experts, Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.delta_program import check_delta, delta_dims, delta_of, of_heads, product_width, taps
-from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
+from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Router
 from pagoda.backend.cpu.panels import FLOATS, FUSED, in_their_order, panel_type, runnable
 from pagoda.errors import ModelError
 from pagoda.weights.files import drop_pages
@@ -45,6 +45,7 @@ EXPERT_FLAGS = MappingProxyType({"silu": 0, "clamped_swiglu": native.CLAMPED})
 """Of the first products of experts, by their function."""
 
 X, H, QKV, ATT, GATE_UP, MLP, LAST, LAST_NORMED, ROUTER, CHOSEN, LAST_ATT, LAST_GATE_UP, LAST_MLP, MIXED = range(14)
+SHARED_GATE_UP, SHARED = range(14, 16)
 
 
 class Buffers(NamedTuple):
@@ -112,9 +113,8 @@ class Program:
                 if layer.mlp.experts.shared:
                     ids[p + "gate_up_shared"] = self._matrix(p + "gate_shared", p + "up_shared")
                     ids[p + "down_shared"] = self._matrix(p + "down_shared")
-                    ids[p + "router_shared"] = self._vector(p + "router_shared")
             norms = ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "attn_post_norm", "mlp_post_norm")
-            for name in (*norms, "q_norm", "k_norm", "sinks"):
+            for name in (*norms, "q_norm", "k_norm", "sinks", "router_shared", "router_choice_bias"):
                 if p + name in self._tensors:
                     ids[p + name] = self._vector(p + name)
             if layer.attention.qkv_bias and layer.delta is None:
@@ -164,7 +164,7 @@ class Program:
         dims = Dims(
             layers, attention.heads, attention.kv_heads, attention.head_dim, spec.vocab_size, max_tokens,
             MAX_ROWS, num_blocks, spec.rope.dim, int(spec.rope.interleaved), spec.rope.attention_factor,
-            inv_freq.ctypes.data, int(kv_int8), *_mixture(spec), 0, axes.ctypes.data if spec.rope.sections else None,
+            inv_freq.ctypes.data, int(kv_int8), _router(spec), 0, axes.ctypes.data if spec.rope.sections else None,
             delta_dims(spec, requests),
         )  # fmt: skip
         dims.query_beta, dims.query_length = spec.rope.query_beta, spec.rope.query_length
@@ -253,14 +253,15 @@ class Program:
     def _mixture(self, p: str, mlp: Mlp, experts: Experts) -> None:
         up, down, flags = p + "gate_up_experts", p + "down_experts", EXPERT_FLAGS[mlp.activation]
         self._emit(native.MATMUL, in_=H, out=ROUTER, weight=p + "router", vector=p + "router_bias")
-        self._emit(native.ROUTE, in_=ROUTER)
+        self._emit(native.ROUTE, in_=ROUTER, vector=p + "router_choice_bias")
         self._emit(native.EXPERTS_UP, in_=H, out=CHOSEN, weight=up, vector=up + "_bias", flags=flags)
         self._emit(native.EXPERTS_DOWN, in_=CHOSEN, out=X, weight=down, vector=down + "_bias")
         if experts.shared:
-            self._emit(native.MATMUL, in_=H, out=GATE_UP, weight=p + "gate_up_shared")
-            self._emit(native.SILU, in_=GATE_UP, out=MLP)
-            self._emit(native.GATED, in_=H, out=MLP, vector=p + "router_shared")
-            self._emit(native.MATMUL, in_=MLP, out=X, weight=p + "down_shared", flags=native.ADD)
+            self._emit(native.MATMUL, in_=H, out=SHARED_GATE_UP, weight=p + "gate_up_shared")
+            self._emit(native.SILU, in_=SHARED_GATE_UP, out=SHARED)
+            if experts.shared_gate:
+                self._emit(native.GATED, in_=H, out=SHARED, vector=p + "router_shared")
+            self._emit(native.MATMUL, in_=SHARED, out=X, weight=p + "down_shared", flags=native.ADD)
 
     def _norm(self, name: str, in_: int, out: int, *, order: str = "", flags: int = 0) -> int:
         """The buffer that holds the normed rows: those of `in_` as they are where the model has no such norm."""
@@ -297,15 +298,22 @@ def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
     """Width of each buffer, in the order of the constants."""
     a, h = spec.layers[0].attention, spec.hidden_size
     gated = 2 if spec.layers[0].mlp.gated else 1
-    mlp = max(_dense_sizes(spec), default=0)
+    mlp, mixture = max(_dense_sizes(spec), default=0), mixture_of(spec)
+    shared = 0 if mixture is None else mixture.shared
     chosen = max((m.size * m.experts.active for m in (layer.mlp for layer in spec.layers) if m.experts), default=0)
     att, narrow, delta = a.heads * a.head_dim, narrow_end(spec), delta_of(spec)
     mixed = 0 if delta is None else delta.value_width
     qkv = max(att * (1 + a.out_gate) + 2 * a.kv_heads * a.head_dim, 0 if delta is None else product_width(delta))
     last = att if spec.layers[-1].delta is None else mixed
     widths = [(h, 0), (h, 0), (qkv, 0), (att, 0), (gated * mlp, 0), (mlp, 0), (h, 1), (h, 1)]
-    widths += [(_mixture(spec)[0], 0), (chosen, 0), (last * narrow, 1), (gated * mlp * narrow, 1), (mlp * narrow, 1)]
-    widths += [(mixed, 0)]
+    widths += [
+        (0 if mixture is None else mixture.count, 0),
+        (chosen, 0),
+        (last * narrow, 1),
+        (gated * mlp * narrow, 1),
+        (mlp * narrow, 1),
+    ]
+    widths += [(mixed, 0), (2 * shared, 0), (shared, 0)]
     return [BufferShape(width, rows) for width, rows in widths]
 
 
@@ -320,16 +328,21 @@ def buffer_bytes(spec: ModelSpec, max_tokens: int) -> int:
     return total + logits + max_tokens * sum(rope.dim for rope in spec.ropes) * 4
 
 
-def _mixture(spec: ModelSpec) -> tuple[int, int, int]:
-    """How many experts there are, how many a token takes, whether their shares add up to 1; the same in all layers."""
-    found = [layer.mlp.experts for layer in spec.layers if layer.mlp.experts is not None]
-    return (found[0].count, found[0].active, int(found[0].normalized)) if found else (0, 0, 0)
+def mixture_of(spec: ModelSpec) -> Experts | None:
+    """The mixture that all layers with experts have."""
+    return next((layer.mlp.experts for layer in spec.layers if layer.mlp.experts is not None), None)
+
+
+def _router(spec: ModelSpec) -> Router:
+    e = mixture_of(spec)
+    if e is None:
+        return Router()
+    return Router(e.count, e.active, e.normalized, e.sigmoid, e.groups, e.active_groups, e.group_best, e.scale)
 
 
 def _dense_sizes(spec: ModelSpec) -> set[int]:
-    """Of the MLPs that all tokens go through."""
-    sizes = {layer.mlp.experts.shared if layer.mlp.experts else layer.mlp.size for layer in spec.layers}
-    return sizes - {0}
+    """Of the MLPs of layers without experts."""
+    return {layer.mlp.size for layer in spec.layers if layer.mlp.experts is None}
 
 
 def _inner(layer: Layer) -> Sequence[str]:

@@ -155,11 +155,13 @@ class Loader:
         gate, up, down = (self._weight(f"{p}{part}_experts") for part in ("gate", "up", "down"))
         router = self._table(p + "router")
         stack = side_by_side([gate, up])
+        choice = self._vector(p + "router_choice_bias") if mlp.experts.choice_bias else None
+        biases = self._biases(p) if clamped else None
         if not mlp.experts.shared:
-            return Mixture(mlp.experts, router, stack, down, biases=self._biases(p) if clamped else None)
+            return Mixture(mlp.experts, router, stack, down, biases=biases, choice_bias=choice)
         shared = GatedMlp(self._linear(p + "gate_shared", p + "up_shared"), self._linear(p + "down_shared"))
-        own = self._table(p + "router_shared")
-        return Mixture(mlp.experts, router, stack, down, shared, own[None])
+        own = self._table(p + "router_shared")[None] if mlp.experts.shared_gate else None
+        return Mixture(mlp.experts, router, stack, down, shared, own, biases, choice)
 
     def _biases(self, p: str) -> ExpertBiases:
         router, *gate_up = (self._table(f"{p}{part}_bias") for part in ("router", "gate_experts", "up_experts"))

@@ -119,12 +119,12 @@ class Mixture:
     shared: GatedMlp | None = None
     shared_router: Tensor | None = None  # [1, hidden]
     biases: ExpertBiases | None = None
+    choice_bias: Tensor | None = None  # float32 [experts]
 
     def __call__(self, x: Tensor) -> Tensor:
-        active = self.experts.active
         b = self.biases
         logits = ops.matmul(x, Dense(self.router), None if b is None else b.router)
-        to = ops.routed(logits, active, self.experts.normalized)
+        to = ops.routed(logits, self.experts, self.choice_bias)
         parts = [ops.grouped_matmul(x, part, to.starts, to.tokens) for part in self.gate_up]
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         if b is None:
@@ -132,10 +132,12 @@ class Mixture:
         else:
             inner = ops.clamped_swiglu(hidden + b.gate_up.index_select(0, to.owners))
             y = ops.grouped_matmul(inner, self.down, to.starts) + b.down.index_select(0, to.owners)
-        if self.shared is None or self.shared_router is None:
+        if self.shared is None:
             return ops.combined(y, to, x.dtype)
-        share = torch.sigmoid(ops.matmul(x, Dense(self.shared_router)).float())
-        return (ops.combined(y, to, torch.float32) + self.shared(x).float() * share).to(x.dtype)
+        own = self.shared(x).float()
+        if self.shared_router is not None:
+            own = own * torch.sigmoid(ops.matmul(x, Dense(self.shared_router)).float())
+        return (ops.combined(y, to, torch.float32) + own).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pagoda.arch.spec import Experts
 from pagoda.backend.torch.batch import Batch, Heads, Routed
 from pagoda.backend.torch.kernels import activation, attention, experts, norm, rope, stage
 from pagoda.backend.torch.kernels import matmul as products
@@ -267,11 +268,12 @@ def grouped_matmul(x: Tensor, weight: Weight, starts: Tensor, tokens: Tensor | N
     return out
 
 
-def routed(logits: Tensor, active: int, normalized: bool) -> Routed:
+def routed(logits: Tensor, e: Experts, bias: Tensor | None = None) -> Routed:
     """Where each token goes; see `route`."""
-    if on_gpu(logits) and experts.fits(logits):
-        return experts.route(logits, active, normalized)
-    shares, ids = route(logits, active, normalized)
+    active, plain = e.active, not e.sigmoid and bias is None and e.groups == 1 and e.scale == 1
+    if plain and on_gpu(logits) and experts.fits(logits):
+        return experts.route(logits, active, e.normalized)
+    shares, ids = route(logits, e, bias)
     owners, order = ids.flatten().sort(stable=True)
     starts = torch.searchsorted(owners, torch.arange(logits.shape[1] + 1, device=logits.device)).int()
     places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
@@ -285,12 +287,21 @@ def combined(rows: Tensor, routed: Routed, dtype: torch.dtype) -> Tensor:
     return (rows.float()[routed.places] * routed.shares.unsqueeze(-1)).sum(1).to(dtype)
 
 
-def route(logits: Tensor, count: int, normalized: bool) -> tuple[Tensor, Tensor]:
-    """The `count` likeliest experts of each token, from the router's logits [T, experts]: shares float32 [T, count],
-    of the softmax over all experts, divided by their sum where `normalized`; ids int64 [T, count].
+def route(logits: Tensor, e: Experts, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The `e.active` experts that each token takes, from the router's logits [T, experts]: shares float32 [T, active]
+    and ids int64 [T, active]. `bias` float32 [experts] counts for the choice alone.
     """
-    shares, ids = torch.softmax(logits.float(), dim=-1).topk(count, dim=-1)
-    return (shares / shares.sum(-1, keepdim=True) if normalized else shares), ids
+    all_shares = torch.sigmoid(logits.float()) if e.sigmoid else torch.softmax(logits.float(), dim=-1)
+    liked = all_shares if bias is None else all_shares + bias
+    if e.groups > 1:
+        grouped = torch.unflatten(liked, -1, (e.groups, -1))
+        kept = grouped.topk(e.group_best, dim=-1).values.sum(-1).topk(e.active_groups, dim=-1).indices
+        inside = torch.zeros_like(grouped[..., 0]).scatter_(-1, kept, 1.0).bool()
+        liked = grouped.masked_fill(~inside.unsqueeze(-1), float("-inf")).flatten(-2)
+    ids = liked.topk(e.active, dim=-1).indices
+    shares = all_shares.gather(-1, ids)
+    shares = shares / shares.sum(-1, keepdim=True).clamp_min(1e-20) if e.normalized else shares
+    return (shares if e.scale == 1 else shares * e.scale), ids
 
 
 def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
