@@ -24,16 +24,17 @@ serve: $(VENV)/installed
 # A test that fails runs once more, alone: a shared machine may miss what a clock wants.
 PYTEST := $(BIN)/python -m pytest
 TOGETHER := --numprocesses logical --maxprocesses 4 --dist loadfile
+ALONE := $(shell grep -l mark.alone tests/test_*.py)
 tried = $(PYTEST) $(1) || { [ $$? = 1 ] && $(PYTEST) -m "not slow" --last-failed; }
 
 test: $(VENV)/installed $(VENV)/test-tools
-	$(if $(ARGS),$(PYTEST) $(ARGS),$(PYTEST) $(TOGETHER) -m "not alone" && $(PYTEST) -m alone)
+	$(if $(ARGS),$(PYTEST) $(ARGS),$(PYTEST) $(TOGETHER) -m "not alone" && $(PYTEST) $(ALONE) -m alone)
 
 check: $(VENV)/installed $(VENV)/test-tools
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(MAKE) --no-print-directory --jobs 2 types tests
-	$(call tried,-m "alone and not slow")
+	$(call tried,$(ALONE) -m "alone and not slow")
 
 types:
 	$(BIN)/python -m mypy
