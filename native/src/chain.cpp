@@ -9,6 +9,7 @@ namespace {
 constexpr int64_t kSerialRows = 2;
 constexpr int64_t kChunkBytes = 32 << 10;  // of weights, at least: a chunk costs two atomic operations
 constexpr int64_t kPairs = 1 << 17;        // of a query and a key, for each thread: then a step in parts may pause
+constexpr int64_t kAdaptedRows = 16;       // of an adapter, that go together
 constexpr int64_t kRowBytes = 192 << 10;   // activations that stay in the second-level cache while weights pass
 
 }  // namespace
@@ -82,6 +83,8 @@ void Chain::add(const pg_op& op, int64_t first) {
     if (!joins.empty()) add_phase(kJoin, &op, rows, first, 1, (int64_t)joins.size() * c_.dims.kv_heads);
   } else if (op.kind == PG_DELTA) {
     add_phase(op.kind, &op, rows, first, 1, (int64_t)st_.requests * c_.dims.delta.key_heads);
+  } else if (op.kind == PG_ADAPT) {
+    add_adapted(op, rows, first);
   } else if (op.kind == PG_ATTEND_ALL) {
     add_encoder_attention(op);
   } else if (op.kind == PG_EXPERTS_UP) {
@@ -96,6 +99,35 @@ void Chain::add(const pg_op& op, int64_t first) {
   if (op.kind == PG_ROPE) cached.push_back(items.size());
   if ((op.kind == PG_ATTENTION || op.kind == PG_ATTEND_ALL || op.kind == PG_DELTA) && op.flags & PG_QUANTIZE) add(kFinishRows, &op, rows, first);
   if (op.kind == PG_HEAD) add(kSample, &op, rows, first);
+}
+
+// Two products for each pair of small matrices; nothing where no row has an adapter.
+void Chain::add_adapted(const pg_op& op, int64_t rows, int64_t first) {
+  if (!st_.adapters) return;
+  const bool again = listed_ && (listed_->flags & PG_LOGIT_ROWS) == (op.flags & PG_LOGIT_ROWS) && listed_row_ == row_of(&op) && listed_rows_ == rows && listed_first_ == first;
+  if (!again) list_adapted(op, rows, first);
+  const int64_t from = (int64_t)listed_from_, runs = (int64_t)adapted.size() - from;
+  if (runs == 0) return;
+  const int64_t slices = runs >= 2 * threads ? 1 : threads;
+  add_phase(PG_ADAPT, &op, rows, from, 1, runs * op.layer);
+  add_phase(kAdaptUp, &op, rows, from, slices, runs * slices);
+}
+
+void Chain::list_adapted(const pg_op& op, int64_t rows, int64_t first) {
+  listed_ = &op, listed_row_ = row_of(&op), listed_rows_ = rows, listed_first_ = first, listed_from_ = adapted.size();
+  for (const Adapter& each : c_.adapters) small_width = std::max(small_width, each.ranks);
+  small.resize(std::max<size_t>(small.size(), rows * small_width));
+  int request = 0;
+  for (int64_t i = 0; i < rows; i++) {
+    const int64_t row = listed_row_ + i;
+    if (op.flags & PG_LOGIT_ROWS) request = st_.row_request[first + i];
+    else while (row >= st_.starts[request + 1]) request++;
+    const int32_t place = st_.adapters[request];
+    if (place < 0) continue;
+    Adapted* last = adapted.size() > listed_from_ ? &adapted.back() : nullptr;
+    if (last && last->place == place && last->row + last->rows == row && last->rows < kAdaptedRows) last->rows++;
+    else adapted.push_back({place, row, 1});
+  }
 }
 
 // The last tokens, which have the most to read, come first, so that the threads end together.

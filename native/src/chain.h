@@ -10,7 +10,7 @@ struct Cut {
   int64_t row_blocks, step, chunks;
 };
 
-enum Extra : int32_t { kStart = 100, kRopeTables, kJoin, kFinishRows, kSample, kGroup };  // tasks besides pg_op_kind
+enum Extra : int32_t { kStart = 100, kRopeTables, kJoin, kFinishRows, kSample, kGroup, kAdaptUp };  // tasks besides pg_op_kind
 
 struct Task {
   int32_t kind;
@@ -39,6 +39,12 @@ struct Join {
   int segments;
 };
 
+// Consecutive rows of the buffers with one adapter.
+struct Adapted {
+  int32_t place;
+  int64_t row, rows;
+};
+
 // Rows [begin, end) of a step's tokens, or of its logits.
 struct Range {
   int64_t begin, end;
@@ -57,6 +63,9 @@ class Chain {
   std::vector<Tokens> attention, encoder, frames;
   std::vector<Join> joins;
   std::vector<float> partials;
+  std::vector<Adapted> adapted;
+  std::vector<float> small;  // what adapters make of rows, between their two products
+  int64_t small_width = 0;   // room for a row
   Routing routing;
 
  private:
@@ -65,6 +74,8 @@ class Chain {
   void add(int32_t kind, const pg_op* op, int64_t rows, int64_t first);
   void add_phase(int32_t kind, const pg_op* op, int64_t rows, int64_t first, int64_t step, int64_t chunks);
   void add_encoder_attention(const pg_op& op);
+  void add_adapted(const pg_op& op, int64_t rows, int64_t first);
+  void list_adapted(const pg_op& op, int64_t rows, int64_t first);
   void list_attention();
   void split_attention();
   static std::vector<Tokens> encoder_jobs(const int32_t* starts, int count);
@@ -75,6 +86,9 @@ class Chain {
   const Range tokens_, logits_, room_;
   Range rows_ = tokens_;  // that operations are added for: a piece of the tokens, or all
   CounterPool counters_;
+  const pg_op* listed_ = nullptr;  // whose rows `adapted` ends with, from that one on
+  int64_t listed_row_ = -1, listed_rows_ = 0, listed_first_ = 0;
+  size_t listed_from_ = 0;
 };
 
 constexpr int64_t partial_stride(int head_dim) { return (int64_t)kQueryVectors * (head_dim + 2); }

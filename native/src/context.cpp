@@ -5,7 +5,7 @@
 #include <new>
 #include <sys/mman.h>
 
-#include "experts.h"
+#include "adapt.h"
 #include "isa.h"
 
 using namespace pagoda;
@@ -223,6 +223,20 @@ void pg_release(pg_context* c) {
   for (auto& b : c->buffers)
     for (const Pages* p : {&b.f, &b.q, &b.d, &b.s, &b.n, &b.h, &b.wide}) p->release();
   c->rope_pages.release();
+}
+
+int32_t pg_adapt(pg_context* c, int32_t place, const pg_low_rank* pairs, int32_t n) {
+  return guarded(c, [&]() -> int32_t {
+    pg_wait(c);
+    Adapter made;
+    if (place < 0 || !make_adapter(*c, pairs, n, made)) {
+      c->error = "an adapter that does not fit the model";
+      return -1;
+    }
+    if (place >= (int32_t)c->adapters.size()) c->adapters.resize(place + 1);
+    c->adapters[place] = std::move(made);
+    return 0;
+  });
 }
 
 int64_t pg_activation_bytes(pg_context* c) {

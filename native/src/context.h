@@ -43,6 +43,17 @@ struct Weight {
   int64_t rows = 0, k = 0, panels = 0;
 };
 
+struct LowRank {  // of an adapter, for one of the matrices that a weight is stacked of
+  Part down, up;
+  int64_t rank, before;  // before: ranks of the pairs in front of it
+};
+
+struct Adapter {
+  Pages pages;
+  std::vector<std::vector<LowRank>> of_weight;  // by the weight's id
+  int64_t ranks = 0;  // most of one weight together
+};
+
 struct Buffer {  // [rows][width] floats, and the 8-bit form of the same rows
   int64_t width;
   int64_t rows;  // as many as it has, after which it begins anew: of a piece
@@ -67,6 +78,7 @@ struct pg_context {
   pagoda::Arena arena;
   std::vector<pagoda::Weight> weights;
   std::vector<std::vector<float>> vectors;
+  std::vector<pagoda::Adapter> adapters;  // by place
   std::vector<std::vector<int32_t>> orders;
   std::vector<pagoda::Buffer> buffers;
   std::vector<pg_op> ops;

@@ -44,6 +44,8 @@ enum pg_op_kind : int32_t {
   PG_OUT_GATE = 21,      // out *= sigmoid(in from column `layer` on)
   PG_GATED_GELU_TANH = 22,  // out = gelu(in[:, :n]) * in[:, n:], by tanh
   PG_ADD_VECTORS = 26,   // out += the `layer`-th of the step's vectors of a token, where it has such
+  PG_ADAPT = 28,         // out += what the adapters of the rows' requests add to the product of `in` and weight, which is
+                         // stacked of `layer` matrices
   PG_GRID = 27,          // out += the positions of the table `vector` with `layer` rows and columns, spread over the picture
 };
 
@@ -113,6 +115,12 @@ struct pg_dims {
   int32_t query_length;
 };
 
+struct pg_low_rank {  // what an adapter adds to a product: (in * down^T) * up^T, to the outputs from `column` on
+  int32_t weight;
+  int64_t rank, column, outputs;
+  const float *down, *up;  // [rank, k], [outputs, rank]
+};
+
 struct pg_picture {
   const uint8_t* pixels;  // [frames, height, width, 3]
   int32_t frames, height, width;
@@ -134,6 +142,7 @@ struct pg_step {
   const uint32_t* masks;
   const int32_t* second_texts;  // [requests] the position where a second text begins, or null
   const int32_t* rope_positions;  // [3, tokens_count], or null: a token turns by its position
+  const int32_t* adapters;        // [requests] the place of a request's adapter, -1 for none; or null: no request has one
   const float* vectors;           // rows of vectors_width values: vectors as wide as what they are put into; or null
   const int32_t* vector_of;       // [tokens_count] the vector that a token takes, -1 for its embedding; null: all do
   const int32_t* frames;          // [frames_count + 1] where frames of a picture begin, for PG_FRAMES
@@ -172,6 +181,8 @@ int64_t pg_matrix_bytes(int32_t type, int64_t rows, int64_t k);
 // Fix the program. Allocates buffers and the KV cache (touched only as it is used). 0, or -1 (see pg_error).
 int32_t pg_program(pg_context*, const pg_dims*, const pg_buffer*, int32_t n_buffers, const pg_op*, int32_t n_ops);
 int64_t pg_activation_bytes(pg_context*);
+// Put an adapter in a place, instead of the one there; its matrices are copied. Between steps. 0, or -1 (see pg_error).
+int32_t pg_adapt(pg_context*, int32_t place, const pg_low_rank* pairs, int32_t n_pairs);
 // Give the memory of the buffers back to the system, until they are written again.
 void pg_release(pg_context*);
 // Start one step on the team's other threads, and return; its arrays must stay until pg_wait. 0, or -1.

@@ -7,9 +7,7 @@
 #include <deque>
 #include <optional>
 
-#include "chain.h"
-#include "delta_step.h"
-#include "picture.h"
+#include "adapt.h"
 #include "valid.h"
 
 using namespace pagoda;
@@ -123,6 +121,8 @@ class StepJob : public Job {
       case PG_HEAD: return multiply(chain, task, chunk, logits(task.row), c_.dims.vocab);
       case PG_ATTENTION: return attention(chain, *task.op, chunk, thread);
       case PG_DELTA: return run_delta(c_, st_, *task.op, chunk, c_.row_scratch[thread].data());
+      case PG_ADAPT: return adapt_down(c_, chain, task, chunk);
+      case kAdaptUp: return adapt_up(c_, chain, task, chunk);
       case kJoin: return join(chain, *task.op, chunk, thread);
       case PG_ATTEND_ALL: return attend_all(chain, task, chunk, thread);
       case PG_EXPERTS_UP:
@@ -366,12 +366,16 @@ class StepJob : public Job {
 
 }  // namespace
 
+// Whether the step can be run.
+static bool accept(pg_context* c, const pg_step& st) {
+  if (valid(*c, st)) return true;
+  c->error = "a step plan that does not fit the model";
+  return false;
+}
+
 extern "C" int32_t pg_start(pg_context* c, const pg_step* st) {
   pg_wait(c);
-  if (!valid(*c, *st)) {
-    c->error = "a step plan that does not fit the model";
-    return -1;
-  }
+  if (!accept(c, *st)) return -1;
   c->team.start(std::make_shared<StepJob>(*c, *st));
   return 0;
 }
@@ -379,10 +383,7 @@ extern "C" int32_t pg_start(pg_context* c, const pg_step* st) {
 extern "C" void pg_wait(pg_context* c) { c->team.wait(); }
 
 extern "C" int32_t pg_begin(pg_context* c, const pg_step* st) {
-  if (!valid(*c, *st)) {
-    c->error = "a step plan that does not fit the model";
-    return -1;
-  }
+  if (!accept(c, *st)) return -1;
   c->begun = std::make_shared<StepJob>(*c, *st);
   return 0;
 }

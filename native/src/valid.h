@@ -1,5 +1,6 @@
 // Whether a step fits the model: what it says is looked at before anything is computed.
 #pragma once
+#include "adapt.h"
 #include "delta_step.h"
 #include "picture.h"
 
@@ -12,7 +13,7 @@ inline bool valid(const pg_context& c, const pg_step& st) {
   if (st.picture && !holds_patches(st)) return false;
   for (int l = 0; l < st.rows_count; l++)
     if (st.rows[l] < 0 || st.rows[l] >= st.tokens_count) return false;
-  if (!has_slots(c, st)) return false;
+  if (!has_slots(c, st) || !has_adapters(c, st)) return false;
   for (int r = 0; r < st.requests && c.dims.num_blocks > 0; r++) {
     const int last = (st.positions[r] + st.starts[r + 1] - st.starts[r] - 1) / kTokens;
     if (last >= st.table_width) return false;

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pagoda.engine.llm import LLM
+    from pagoda.engine.llm_adapters import LoRARequest
     from pagoda.engine.outputs import CompletionOutput, RequestOutput
     from pagoda.engine.pooled import (
         ClassificationRequestOutput,
@@ -22,6 +23,7 @@ __all__ = [
     "ClassificationRequestOutput",
     "CompletionOutput",
     "EmbeddingRequestOutput",
+    "LoRARequest",
     "PoolingParams",
     "PoolingRequestOutput",
     "RequestOutput",
@@ -37,6 +39,7 @@ _HOMES = MappingProxyType(
         "ClassificationRequestOutput": "pagoda.engine.pooled",
         "CompletionOutput": "pagoda.engine.outputs",
         "EmbeddingRequestOutput": "pagoda.engine.pooled",
+        "LoRARequest": "pagoda.engine.llm_adapters",
         "PoolingParams": "pagoda.types",
         "PoolingRequestOutput": "pagoda.engine.pooled",
         "RequestOutput": "pagoda.engine.outputs",

@@ -32,6 +32,7 @@ ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
         "use_tqdm_on_load": (True, "the progress bar is drawn where there is a terminal"),
         "tokenizer_mode": (None, "the model's own tokenizer files are read"),
         "disable_log_requests": (False, "requests are not logged unless --enable-log-requests is given"),
+        "max_cpu_loras": (None, "adapters beyond --max-loras are read from their files when they are needed"),
         "disable_log_stats": (False, "no statistics are printed; they are at /metrics"),
         "enable_prompt_tokens_details": (False, "cached tokens are always reported in `usage`"),
         "structured_outputs_config": (None, "llguidance makes the masks; a grammar begins behind the reasoning"),

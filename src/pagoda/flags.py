@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pagoda.accepted import ACCEPTED, ACCEPTED_ALIKE
-from pagoda.config import Setting
+from pagoda.setting import Setting
 
 # reason -> the flags it holds for, with their defaults.
 _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
@@ -44,10 +44,6 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
             "expert_placement_strategy": "linear",
             "enable_hc_sp": False,
         },
-    ),
-    (
-        "LoRA adapters are not here yet; merge the adapter into the model",
-        {"enable_lora": False, "lora_modules": (), "max_loras": 1, "max_lora_rank": 16, "max_cpu_loras": None},
     ),
     (
         "an engine that died is started again, and its requests go on; there is nothing to set",

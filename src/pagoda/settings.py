@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pagoda.config import Options, Setting, declared
+from pagoda.config import Options, declared
 from pagoda.errors import ConfigError
 from pagoda.flags import REFUSED_VALUES, not_yet, without_effect
 from pagoda.formats import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD_GPU
+from pagoda.setting import Setting
 from pagoda.speculation import speculation_from
 
 COMMAND_LINE = "command line"
@@ -305,7 +306,7 @@ def _words(given: Sequence[Any]) -> tuple[str, ...]:
             given = json.loads(str(given[0]))
         except ValueError:
             pass  # an address in brackets, or any other word that begins so
-    return tuple(map(str, given))
+    return tuple(json.dumps(each) if isinstance(each, Mapping) else str(each) for each in given)
 
 
 def _number(setting: Setting, raw: Any, where: str) -> int | float | None:

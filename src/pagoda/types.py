@@ -178,6 +178,14 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     repeated: int = 0
 
 
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """A LoRA adapter (arXiv 2106.09685): its name, its folder or file, and a stamp that no other content has."""
+
+    name: str
+    path: str
+    stamp: str
+
+
 class Request(msgspec.Struct, kw_only=True):
     """One sequence to generate, as the engine sees it: token ids and resolved parameters, no text.
 
@@ -187,7 +195,7 @@ class Request(msgspec.Struct, kw_only=True):
     goes on behind them and never sends them again. `eos_token_ids` end the request unless `params.ignore_eos`.
     A model that is pooled gives one vector for the prompt and no tokens, whatever the parameters say;
     `second_text` is the place of the first token of a second text, for models that read pairs. `images` are in the
-    order of their places in the prompt.
+    order of their places in the prompt. The model is used with its `adapter`.
     """
 
     request_id: str
@@ -197,6 +205,7 @@ class Request(msgspec.Struct, kw_only=True):
     output_token_ids: list[int] = []
     second_text: int | None = None
     images: list[Image] = []
+    adapter: Adapter | None = None
     cache_salt: str = ""
     priority: int = 0
 
@@ -272,6 +281,7 @@ class StepPlan:
     `rope_positions` are the temporal, height and width position by which the keys and queries of each token are
     turned (`Rope.sections`); None: a token's absolute position is all three. Place and mask follow `positions` always.
     An image may be cut over several steps, and come again: executors keep what they have encoded, by its digest.
+    `adapters` are the places of the requests' adapters (`Executor.adapt`), -1 for none; None: no request has one.
     """
 
     step: int
@@ -308,6 +318,7 @@ class StepPlan:
     # of models that see
     rope_positions: Int32 | None = None  # [3, T]
     images: tuple[PlannedImage, ...] = ()
+    adapters: Int32 | None = None  # [R]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from pagoda.api.http.body import ClientGone
 from pagoda.api.http.errors import error_response
 from pagoda.api.http.paths import NormalizePath, nearest, typed_path
 from pagoda.api.http.stream import Reply
+from pagoda.api.openai import adapters
 from pagoda.api.routes import endpoints
 from pagoda.api.serving.endpoint import Endpoint
 from pagoda.api.serving.server import Server
@@ -54,7 +55,7 @@ def create_app(server: Server) -> Starlette:
         return await endpoint.handler(server, request)
 
     door = Door(
-        table=endpoints(),
+        table=(*endpoints(), *(adapters.endpoints() if server.adapters.may_change else ())),
         answer=answer,
         rejected=server.metrics.rejected,
         api_keys=server.api_keys,

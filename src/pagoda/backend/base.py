@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from pagoda.arch.lora import AdapterWeights
 from pagoda.types import Image, StepPlan, StepResult
 
 Progress = Callable[[str, float], None]
@@ -23,7 +24,8 @@ class Limits:
     `kv_cache_dtype` is the option of that name; arch.memory.kv_type says what it means on a CPU. `reserved_bytes` of
     the memory that looks free is promised to somebody else. `enforce_eager`: no CUDA graphs.
     `tensor_parallel_size` GPUs share the model: of this machine, or with `distributed_executor_backend` "ray" of a Ray
-    cluster; each process opens the model by its path, as `load_format` says.
+    cluster; each process opens the model by its path, as `load_format` says. `max_loras` adapters, of rank
+    `max_lora_rank` at most, are there at once.
     """
 
     max_model_len: int
@@ -41,6 +43,8 @@ class Limits:
     tensor_parallel_size: int = 1
     distributed_executor_backend: str = "mp"
     load_format: str = "auto"
+    max_loras: int = 0
+    max_lora_rank: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,13 @@ class Executor(Protocol):
         """Do a part, of well under a second, of what makes later steps faster; False once nothing is left of it.
 
         Called with no step in flight.
+        """
+        ...
+
+    def adapt(self, place: int, weights: AdapterWeights) -> None:
+        """Put an adapter in a place, below `Limits.max_loras`, instead of the one there, which no step in flight uses.
+
+        MemoryShort where there is no memory for it.
         """
         ...
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pagoda.arch import memory
 from pagoda.arch.delta import DeltaNet
+from pagoda.arch.lora import AdapterWeights, adapters_bytes
 from pagoda.arch.memory import KV_GROUP, KvType
 from pagoda.arch.registry import bind
 from pagoda.arch.spec import Attention, Experts, Mlp, ModelSpec, Rope
@@ -20,6 +21,7 @@ from pagoda.backend.base import Capacity, Due, Limits, Progress
 from pagoda.backend.cpu.machine import free_memory_bytes
 from pagoda.backend.reference_delta import PRODUCTS, WEIGHTS, advance, new_states
 from pagoda.backend.reference_experts import route
+from pagoda.backend.rows import Index, adapter_rows, table_cells, token_cells, token_positions
 from pagoda.backend.sampling import sample_rows
 from pagoda.errors import EngineError
 from pagoda.types import BLOCK_SIZE, Float32, Image, StepPlan, StepResult
@@ -27,7 +29,6 @@ from pagoda.weights.ggml import dequantize
 from pagoda.weights.source import TensorSource
 
 Cache = npt.NDArray[np.float32 | np.float16]
-Index = npt.NDArray[np.intp]
 
 TILE = 16
 """Rows per matrix product. Always the same, so that a row's result does not depend on how many come with it."""
@@ -63,6 +64,8 @@ class ReferenceExecutor:
         ]
         self.caches: list[Cache] = [np.zeros(shape, dtype) for shape in shapes]
         self.states = {i: new_states(d, max_num_seqs) for i, layer in enumerate(spec.layers) if (d := layer.delta)}
+        self.adapters: dict[int, AdapterWeights] = {}  # by place
+        self.adapted: list[tuple[AdapterWeights, Index]] = []  # of the step, with the rows that each is for
         self.tables = [rope.tables(max_model_len) for rope in spec.ropes]
         self.capacity = Capacity(
             num_blocks=num_blocks,
@@ -95,7 +98,7 @@ class ReferenceExecutor:
             spec,
             limits,
             free_bytes=max(0, free_memory_bytes() - limits.reserved_bytes),
-            weight_bytes=memory.float32_weight_bytes(spec),
+            weight_bytes=memory.float32_weight_bytes(spec) + adapters_bytes(spec, limits),
             activation_bytes=activations,
             kv_type="float16" if kv_type == "float16" else "float32",
         )
@@ -133,6 +136,9 @@ class ReferenceExecutor:
     def prepare(self) -> bool:
         return False
 
+    def adapt(self, place: int, weights: AdapterWeights) -> None:
+        self.adapters[place] = weights
+
     def close(self) -> None:
         self.caches = []
         self.weights = {}
@@ -151,6 +157,7 @@ class ReferenceExecutor:
     def hidden(self, plan: StepPlan) -> Float32:
         """The final hidden states of the rows of a decoder's plan, [L, hidden size]."""
         positions, cells = token_positions(plan), token_cells(plan)
+        self.adapted = [(self.adapters[place], rows) for place, rows in adapter_rows(plan)]
         x = self.embed(plan)
         for i, layer in enumerate(self.spec.layers):
             p = f"layers.{i}."
@@ -260,7 +267,11 @@ class ReferenceExecutor:
     def linear(self, slot: str, x: Float32) -> Float32:
         y = matmul(x, self.weights[slot])
         bias = self.weights.get(slot + "_bias")
-        return y if bias is None else y + bias
+        y = y if bias is None else y + bias
+        for adapter, rows in self.adapted:
+            if low := adapter.get(slot):
+                y[rows] += matmul(matmul(x[rows], low.down), low.up)
+        return y
 
     def norm(self, slot: str, x: Float32) -> Float32:
         """RMS norm over the last axis, or layer norm; x itself where the model has no such norm."""
@@ -376,23 +387,3 @@ def rotate(x: Float32, cos: Float32, sin: Float32, rope: Rope) -> Float32:
 def rotate_halves(x: Float32, cos: Float32, sin: Float32) -> Float32:
     """Turn the pairs (i, i + head size / 2) of whole heads."""
     return rotate(x, cos, sin, Rope(x.shape[-1], ()))
-
-
-def token_positions(plan: StepPlan) -> Index:
-    """The absolute position of each token of a plan."""
-    lengths = np.diff(plan.starts)
-    first = np.repeat(plan.positions - plan.starts[:-1], lengths)
-    return np.asarray(first + np.arange(len(plan.tokens)), dtype=np.intp)
-
-
-def token_cells(plan: StepPlan) -> Index:
-    """The cache cell of each token of a plan."""
-    tables = plan.block_tables[np.repeat(plan.slots, np.diff(plan.starts))]
-    positions = token_positions(plan)
-    blocks = tables[np.arange(len(positions)), positions // BLOCK_SIZE]
-    return np.asarray(blocks.astype(np.intp) * BLOCK_SIZE + positions % BLOCK_SIZE)
-
-
-def table_cells(table: npt.NDArray[np.int32], positions: npt.NDArray[np.integer]) -> Index:
-    """The cache cells of positions of one request."""
-    return np.asarray(table[positions // BLOCK_SIZE].astype(np.intp) * BLOCK_SIZE + positions % BLOCK_SIZE)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from pagoda.arch.spec import Attention
-from pagoda.backend.reference import ReferenceExecutor, token_positions
+from pagoda.backend.reference import ReferenceExecutor
+from pagoda.backend.rows import token_positions
 from pagoda.types import Float32, StepPlan
 
 

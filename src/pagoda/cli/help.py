@@ -7,8 +7,9 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from pagoda.config import Setting, declared
+from pagoda.config import declared
 from pagoda.flags import not_yet, without_effect
+from pagoda.setting import Setting
 
 SERVE_HELP = """\
 Usage: pagoda serve [MODEL ...] [options]

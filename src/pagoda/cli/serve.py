@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,10 @@ from pagoda.config import Options
 from pagoda.settings import Settings, check, each_model
 
 if TYPE_CHECKING:
+    from pagoda.api.serving.adapters import LoraSide
     from pagoda.api.serving.engine import Engine
     from pagoda.api.serving.server import Server
+    from pagoda.arch.spec import ModelSpec
     from pagoda.engine.client import EngineClient
     from pagoda.engine.messages import ModelInfo
     from pagoda.engine.spawn import EngineProcess
@@ -103,9 +107,10 @@ def make_engine(
     options: Options, path: str, process: EngineProcess | None, hang_limit_s: float
 ) -> EngineClient | Replicas:
     """The engine, or several; `process` is the first life of the only one."""
+    from pagoda.engine.adapters import with_adapters
     from pagoda.engine.client import EngineClient
 
-    config = options.engine_config(path)
+    config = with_adapters(options.engine_config(path), options)
     if options.replicas == 1:
         return EngineClient(config, process=process, hang_limit_s=hang_limit_s)
     from pagoda.gateway.replicas import make_replicas
@@ -135,7 +140,8 @@ def make_server(options: Options, path: str, engine: Engine) -> Server:
     from pagoda.text.tokenizer import load_tokenizer
 
     source = open_model(path, options.load_format)
-    seeing = find_seeing(options, path, load_spec(source, options.engine_config(path).task).vision)
+    spec = load_spec(source, options.engine_config(path).task)
+    seeing = find_seeing(options, path, spec.vision)
     defaults = load_generation_defaults(path, source.metadata)
     server = Server(
         engine=engine,
@@ -159,11 +165,27 @@ def make_server(options: Options, path: str, engine: Engine) -> Server:
         batches=None if options.files_dir is None else BatchStore(FileStore(options.files_dir)),
         hub=Models(path),
         derived_dir=cache_path() / "derived",
+        lora=lora_side(options, spec, gguf=bool(source.metadata)) if options.takes_adapters else None,
         pictures=None if seeing is None else Pictures(seeing),
         version=__version__,
     )
     source.close()
     return server
+
+
+def lora_side(options: Options, spec: ModelSpec, *, gguf: bool) -> LoraSide:
+    """What the server knows of LoRA adapters."""
+    from pagoda.api.serving.adapters import LoraSide
+    from pagoda.arch.lora import read_adapter
+    from pagoda.engine.adapters import named_adapters
+
+    adapters, parents = named_adapters(options.lora_modules)
+    return LoraSide(
+        adapters=tuple(adapters),
+        parents=parents,
+        check=partial(read_adapter, spec=spec, gguf=gguf, max_rank=options.max_lora_rank),
+        root=Path(options.lora_dir or ".").resolve() if options.allow_runtime_lora_updating else None,
+    )
 
 
 _FIRST: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,17 +22,17 @@ from pagoda.backend.base import Capacity, Executor, Limits, Pending, Progress
 from pagoda.backend.pooler import Head
 from pagoda.backend.select import load_executor, resolve_device
 from pagoda.config import EngineConfig
+from pagoda.engine.adapters import Adapters
+from pagoda.engine.describe import describe
 from pagoda.engine.draft_limits import check_speculation, speculation_of
 from pagoda.engine.grammars import Grammars
 from pagoda.engine.images import check_images
 from pagoda.engine.looking import look
-from pagoda.engine.messages import EngineStats, ModelInfo
+from pagoda.engine.messages import EngineStats
 from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
-from pagoda.formats import QUANTIZE_ON_LOAD_GPU
 from pagoda.sched.scheduler import Scheduler, SchedulerConfig
 from pagoda.sched.state import Grammar
 from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan
-from pagoda.weights.grouped import OrderedTensor
 from pagoda.weights.quantization import check_quantization
 from pagoda.weights.source import TensorSource
 
@@ -65,6 +64,7 @@ class EngineCore:
         config = msgspec.structs.replace(config, device=resolve_device(config.device, self.spec))
         check_quantization(source, config.quantization, gpu=config.device in ("cuda", "torch-cpu"))
         check_speculation(config.speculation, self.spec)
+        adapters = Adapters(config, self.spec, gguf=bool(source.metadata))
         limits = resolve_limits(config, self.spec)
         self._drafts: DraftModel | None = None
         if config.speculation is not None and config.speculation.model is not None:
@@ -75,7 +75,7 @@ class EngineCore:
         self._executor = load_executor(config.device, self.spec, source, limits, progress)
         capacity = self._executor.capacity if self._drafts is None else _both(self._executor, self._drafts)
         max_model_len = fit_context(config, limits, capacity)
-        self.info = _describe(config, limits, capacity, self.spec, source, max_model_len, started)
+        self.info = describe(config, limits, capacity, self.spec, source, max_model_len, started)
         self._scheduler = Scheduler(
             SchedulerConfig(
                 num_blocks=capacity.num_blocks,
@@ -89,10 +89,13 @@ class EngineCore:
                 pooling=None if self.spec.pooling is None else self.spec.pooling.kind,
                 whole_prompts=self.spec.encoder is not None,
                 vision=self.spec.vision,
+                max_loras=limits.max_loras,
             ),
             self._drafts,
             lambda image: self._executor.encoded(image, 0.0),
         )
+        self._adapters = adapters
+        adapters.begin(self._scheduler, self._executor)
         self._head = _head(self.spec, source)
         self._grammars = Grammars(
             config.model, self._read_metadata, self.spec, bytes_else=config.load_format == "dummy"
@@ -155,6 +158,7 @@ class EngineCore:
             if ids and not (min(ids) >= 0 and max(ids) < size):
                 raise BadRequest(f"the prompt holds a token id outside 0..{size - 1}", param="prompt")
         check_images(request, self.spec.vision)
+        self._adapters.check(request)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request; no delta follows."""
@@ -173,6 +177,7 @@ class EngineCore:
             self._take_grammars()
         try:
             self._refused += look(self._scheduler, self._executor)
+            self._refused += self._adapters.load_next(self._scheduler, self._executor)
             if self._flight is None:
                 self._flight = self._launch(self._scheduler.plan(), self._refused)
         except BaseException:
@@ -305,6 +310,8 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
         tensor_parallel_size=config.tensor_parallel_size,
         distributed_executor_backend=config.distributed_executor_backend,
         load_format=config.load_format,
+        max_loras=config.max_loras,
+        max_lora_rank=config.max_lora_rank,
     )
 
 
@@ -341,48 +348,6 @@ def fit_context(config: EngineConfig, limits: Limits, capacity: Capacity) -> int
 
 def _metadata(config: EngineConfig) -> Mapping[str, Any]:
     return open_model(config.model, config.load_format, config.task).metadata
-
-
-def weight_types(source: TensorSource, quantization: str | None = None) -> str:
-    """The types that the weights are stored in, largest share first; those under one percent are left out."""
-    sizes: Counter[str] = Counter()
-    for tensor in source.tensors.values():
-        stored = tensor.packed if isinstance(tensor, OrderedTensor) else tensor
-        sizes[stored.type] += stored.nbytes
-    types = ", ".join(name for name, size in sizes.most_common() if size * 100 >= sizes.total())
-    return f"{types} as {quantization}" if quantization in QUANTIZE_ON_LOAD_GPU else types
-
-
-def _describe(
-    config: EngineConfig,
-    limits: Limits,
-    capacity: Capacity,
-    spec: ModelSpec,
-    source: TensorSource,
-    max_model_len: int,
-    started: float,
-) -> ModelInfo:
-    return ModelInfo(
-        model=config.model,
-        architecture=spec.model_type,
-        vocab_size=spec.vocab_size,
-        max_model_len=max_model_len,
-        model_max_len=spec.max_position,
-        num_blocks=capacity.num_blocks,
-        block_size=BLOCK_SIZE,
-        max_num_seqs=limits.max_num_seqs,
-        max_num_batched_tokens=limits.max_num_batched_tokens,
-        weight_bytes=capacity.weight_bytes,
-        kv_bytes=capacity.kv_bytes,
-        activation_bytes=capacity.activation_bytes,
-        device=capacity.device,
-        weight_types=weight_types(source, config.quantization),
-        eos_token_ids=spec.eos_token_ids,
-        load_s=time.monotonic() - started,
-        task="generate" if spec.pooling is None else "score" if spec.pooling.labels else "embed",
-        width=0 if spec.pooling is None else spec.pooling.labels or spec.hidden_size,
-        sees=spec.vision is not None,
-    )
 
 
 def _head(spec: ModelSpec, source: TensorSource) -> Head | None:

@@ -28,6 +28,7 @@ def draft_limits(speculation: Speculation, limits: Limits, spec: ModelSpec) -> t
         kv_cache_bytes=None,
         quantization=speculation.quantization,
         tensor_parallel_size=1,
+        max_loras=0,
     )
     return own, blocks
 

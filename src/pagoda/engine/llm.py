@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from pagoda.engine.adapters import with_adapters
 from pagoda.engine.core import EngineCore
+from pagoda.engine.llm_adapters import LoraRequests, adapters_of
 from pagoda.engine.llm_inputs import Encoded, Prompt, as_list, options_from
 from pagoda.engine.messages import ModelInfo
 from pagoda.engine.outputs import Answer, CompletionOutput, RequestOutput
@@ -66,7 +68,7 @@ class LLM:
         self._seeds = random.Random(table.pop("seed", None) if seed is None else seed)
         self._options = options_from(table)
         path = self._path = os.path.expanduser(model)
-        self._core = EngineCore(self._options.engine_config(path))
+        self._core = EngineCore(with_adapters(self._options.engine_config(path), self._options))
         metadata = self._metadata = self._core.metadata
         self._tokenizer = load_tokenizer(path, metadata, bytes_else=self._options.load_format == "dummy")
         self.chat_template = load_chat_template(path, metadata, self._options.chat_template)
@@ -106,13 +108,15 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = False,
+        lora_request: LoraRequests = None,
     ) -> list[RequestOutput]:
         """Answer prompts, in their order: texts, lists of token ids, or {"prompt": ...}, {"prompt_token_ids": ...}.
 
         A table may hold pictures: {"multi_modal_data": {"image": ...}}, one for each placeholder of the prompt.
-        One SamplingParams holds for all prompts, a list has one for each. `use_tqdm` shows how many are done.
+        One SamplingParams holds for all prompts, a list has one for each, and so with the adapters of `lora_request`.
+        `use_tqdm` shows how many are done.
         """
-        encoded = [self._encode(prompt) for prompt in as_list(prompts)]
+        encoded = adapters_of([self._encode(prompt) for prompt in as_list(prompts)], lora_request)
         return self._run(encoded, self._params_for(sampling_params, len(encoded)), use_tqdm)
 
     def chat(
@@ -121,6 +125,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = False,
+        lora_request: LoraRequests = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -142,6 +147,7 @@ class LLM:
             )
             for conversation in conversations
         ]
+        prompts = adapters_of(prompts, lora_request)
         return self._run(prompts, self._params_for(sampling_params, len(prompts)), use_tqdm)
 
     def chat_prompt(
@@ -366,6 +372,7 @@ class LLM:
                 request_id=f"{name}-{i}",
                 prompt_token_ids=ids,
                 images=prompt.images,
+                adapter=prompt.adapter,
                 params=msgspec.structs.replace(
                     params,
                     n=1,

@@ -9,18 +9,19 @@ from typing import Any
 
 from pagoda.config import Options
 from pagoda.settings import Catalog, check, resolve
-from pagoda.types import Image
+from pagoda.types import Adapter, Image
 
 _log = logging.getLogger("pagoda")
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt as token ids, and the pictures that lie on some of them."""
+    """A prompt as token ids, the pictures that lie on some of them, and the adapter that it is for."""
 
     text: str | None
     ids: list[int]
     images: list[Image] = field(default_factory=list)
+    adapter: Adapter | None = None
 
 
 Prompt = str | Sequence[int] | Mapping[str, Any] | Encoded

@@ -118,6 +118,7 @@ class Batch:
             second_texts=_second_texts(seqs),
             rope_positions=_rope_positions(turns),
             images=_images(turns),
+            adapters=_adapters(seqs),
             **_history(seqs),
             **_bias(seqs),
             **self._masks(turns),
@@ -155,6 +156,11 @@ def _images(turns: list[Turn]) -> tuple[PlannedImage, ...]:
             found += turn.seq.sight.planned(turn.seq.computed, turn.count, row)
         row += turn.count + len(turn.drafts)
     return tuple(found)
+
+
+def _adapters(seqs: list[Sequence]) -> Int32 | None:
+    places = [seq.place for seq in seqs]
+    return None if max(places, default=-1) < 0 else _ints(places)
 
 
 def _second_texts(seqs: list[Sequence]) -> Int32 | None:

@@ -9,15 +9,16 @@ from types import MappingProxyType
 
 import numpy as np
 
-from pagoda.types import BLOCK_SIZE
+from pagoda.types import BLOCK_SIZE, Adapter
 
 _BYTES_PER_BLOCK = 4 * BLOCK_SIZE
 _NOTHING: Mapping[int, bytes] = MappingProxyType({})
 
 
-def root_hash(cache_salt: str) -> bytes:
-    """The parent of a chain's first block; requests with different salts never share a block."""
-    return hashlib.sha256(b"pagoda prefix\0" + cache_salt.encode("utf-8", "surrogatepass")).digest()
+def root_hash(cache_salt: str, adapter: Adapter | None = None) -> bytes:
+    """The parent of a chain's first block; requests with different salts or adapters never share a block."""
+    root = hashlib.sha256(b"pagoda prefix\0" + cache_salt.encode("utf-8", "surrogatepass")).digest()
+    return root if adapter is None else hashlib.sha256(root + b"adapter\0" + adapter.stamp.encode()).digest()
 
 
 def chain_hashes(parent: bytes, token_ids: Sequence[int], seen: Mapping[int, bytes] = _NOTHING) -> list[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from pagoda.sched.state import Sequence
-from pagoda.types import Image
+from pagoda.types import Adapter, Image
 
 Encoded = Callable[[Image], bool]
 
@@ -43,6 +43,8 @@ class Images:
         return seq.sight.next_image(seq.computed if seq.slot >= 0 else self._cached(seq))
 
 
-def needing(image: Image, seqs: Iterable[Sequence]) -> list[str]:
-    """The requests that an image is part of."""
-    return [seq.request_id for seq in seqs if image.digest in {each.digest for each in seq.request.images}]
+def needing(what: Image | Adapter, seqs: Iterable[Sequence]) -> list[str]:
+    """The requests that an image is part of, or that use an adapter."""
+    if isinstance(what, Adapter):
+        return [seq.request_id for seq in seqs if seq.request.adapter == what]
+    return [seq.request_id for seq in seqs if what.digest in {each.digest for each in seq.request.images}]

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
 
+from pagoda.arch.memory import blocks_for
 from pagoda.arch.vision_spec import Vision
+from pagoda.sched.adapters import Places
 from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
 from pagoda.sched.draft import Speculator
@@ -21,10 +23,10 @@ from pagoda.sched.images import Encoded, Images, at_once, needing
 from pagoda.sched.outcome import NO_LOGITS, Outcome
 from pagoda.sched.pace import Load, Pace
 from pagoda.sched.pooled import PoolKind
-from pagoda.sched.state import Grammar, Proposer, Sequence, Turn
+from pagoda.sched.state import Grammar, Proposer, Sequence, Turn, turn_of
 from pagoda.sched.stats import SchedulerStats
 from pagoda.speculation import Speculation
-from pagoda.types import BLOCK_SIZE, Delta, Image, Request, StepPlan, StepResult
+from pagoda.types import BLOCK_SIZE, Adapter, Delta, Image, Request, StepPlan, StepResult
 
 _ORDER = attrgetter("order")
 
@@ -48,6 +50,7 @@ class SchedulerConfig:
     pooling: PoolKind | None = None
     whole_prompts: bool = False
     vision: Vision | None = None
+    max_loras: int = 0
 
 
 class Scheduler:
@@ -55,6 +58,7 @@ class Scheduler:
         self._config = config
         self._images = Images(encoded, lambda seq: len(self._cached_prefix(seq)) * BLOCK_SIZE)
         self._proposer = proposer
+        self.places = Places(config.max_loras)
         self._pool = BlockPool(config.num_blocks)
         self._batch = Batch(config.max_num_seqs, config.max_model_len, config.vocab_size)
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
@@ -124,7 +128,7 @@ class Scheduler:
         if self._speculator is not None or not self._flights.assume():
             return None
         # else one would have to make room that is computing now
-        missing = sum(max(0, _blocks(len(seq.known)) - len(seq.blocks)) for seq in self._running)
+        missing = sum(max(0, blocks_for(len(seq.known)) - len(seq.blocks)) for seq in self._running)
         return self._plan() if missing <= self._pool.free else None
 
     def _plan(self) -> StepPlan | None:
@@ -148,8 +152,11 @@ class Scheduler:
         image = None if self._config.vision is None else self._images.wanted(chain(self._running, self._waiting))
         return None if image is None else (image, self._pace.aside_s(self._load))
 
-    def needing(self, image: Image) -> list[str]:
-        return needing(image, chain(self._running, self._waiting))
+    def needing(self, what: Image | Adapter) -> list[str]:
+        return needing(what, chain(self._running, self._waiting))
+
+    def wanted_adapter(self) -> tuple[int, Adapter] | None:
+        return self.places.wanted(self._waiting)
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """How long the last step took. It decides only how prompts are cut, so answers never depend on it."""
@@ -243,7 +250,7 @@ class Scheduler:
         turns = []
         for seq in lacks_one:
             if budget > 0 and seq.slot >= 0 and self._images.clear(seq, 1) and self._make_room(seq, 1):
-                turns.append(_turn(seq, 1))
+                turns.append(turn_of(seq, 1))
                 self._load.add_stream(seq.computed)
                 budget -= 1
         if lacks_more:
@@ -252,7 +259,7 @@ class Scheduler:
             count = min(len(seq.known) - seq.computed, budget, self._pace.prompt_tokens(self._load, seq.computed))
             count = self._images.clear(seq, count)
             if count > 0 and seq.slot >= 0 and self._make_room(seq, count):
-                turns.append(_turn(seq, count))
+                turns.append(turn_of(seq, count))
                 self._load.add_prompt(seq.computed, count)
                 budget -= count
         return [turn for turn in turns if turn.seq.slot >= 0]
@@ -261,8 +268,7 @@ class Scheduler:
         """Give a running request blocks for `count` more tokens, at the cost of those behind it in the order."""
         if seq.computed + count <= len(seq.blocks) * BLOCK_SIZE:
             return True
-        missing = _blocks(seq.computed + count) - len(seq.blocks)
-        while missing > self._pool.free:
+        while (missing := blocks_for(seq.computed + count) - len(seq.blocks)) > self._pool.free:
             last = self._running[-1]
             self._preempt(last)
             if last is seq:
@@ -283,18 +289,20 @@ class Scheduler:
             return
         self.learn()
         # One block more than known for each running request: else it would soon push out who came in.
-        promised = sum(max(0, _blocks(len(seq.known)) + 1 - len(seq.blocks)) for seq in self._running)
-        place = 0
+        promised = sum(max(0, blocks_for(len(seq.known)) + 1 - len(seq.blocks)) for seq in self._running)
+        place, held = 0, False
         while place < len(self._waiting) and budget > 0 and self._free_slots:
             seq = self._waiting[place]
-            if self._images.waits(seq):
-                place += 1  # others go first; once it is encoded, its like find in the cache what it has computed
+            held = held or self.places.lack(seq)
+            if self._images.waits(seq) or (held and seq.request.adapter is not None):
+                # others go first: its like then find in the cache what it has computed, or places come free
+                place += 1
                 continue
             cached = self._cached_prefix(seq)
             most = min(budget, self._pace.prompt_tokens(self._load, len(cached) * BLOCK_SIZE))
             if self._config.whole_prompts:
                 most = len(seq.known) if len(seq.known) <= budget or not turns else 0
-            fresh = _blocks(len(seq.known)) - len(cached)
+            fresh = blocks_for(len(seq.known)) - len(cached)
             if most == 0 or fresh + self._pool.free_among(cached) + promised > self._pool.free:
                 break
             del self._waiting[place]
@@ -302,10 +310,10 @@ class Scheduler:
             count = self._images.clear(seq, min(len(seq.known) - seq.computed, most))
             self._make_room(seq, count)
             self._load.add_prompt(seq.computed, count)
-            turn = _turn(seq, count)
+            turn = turn_of(seq, count)
             turns.append(turn)
             published += self._publish(seq, count)
-            promised += _blocks(len(seq.known)) + 1 - len(seq.blocks)
+            promised += blocks_for(len(seq.known)) + 1 - len(seq.blocks)
             budget -= count
 
     def _cached_prefix(self, seq: Sequence) -> list[int]:
@@ -316,6 +324,7 @@ class Scheduler:
     def _seat(self, seq: Sequence, cached: list[int]) -> None:
         self._pool.hold(cached)
         seq.slot = self._free_slots.pop()
+        seq.place = self.places.take(seq)
         self._batch.seat(seq)
         self._batch.add_blocks(seq, cached)
         seq.offered = len(cached)
@@ -386,14 +395,5 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         self._pool.release(seq.blocks)
         self._free_slots.append(seq.slot)
-        seq.blocks, seq.slot = [], -1
-
-
-def _blocks(tokens: int) -> int:
-    return -(-tokens // BLOCK_SIZE)
-
-
-def _turn(seq: Sequence, count: int) -> Turn:
-    samples = seq.computed + count == len(seq.known) < seq.end
-    pooled = range(0) if seq.pool is None else seq.pool.wanted(seq.computed, count)
-    return Turn(seq, count, seq.scoring(count), samples, pooled=pooled)
+        self.places.leave(seq)
+        seq.blocks, seq.slot, seq.place = [], -1, -1

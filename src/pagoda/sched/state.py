@@ -89,6 +89,7 @@ class Sequence:
         "offered",
         "order",
         "params",
+        "place",
         "pool",
         "promised",
         "prompt_len",
@@ -126,6 +127,7 @@ class Sequence:
         self.hashes: list[bytes] = []
         self.offered = 0  # how many of its blocks were made findable, or could be
         self.slot = -1
+        self.place = -1  # of its adapter
         self.alive = True
         self.cached_tokens = -1  # not looked up yet
         # A resumed request told all of this in its earlier life.
@@ -206,7 +208,7 @@ class Sequence:
         """The hashes of the first `count` blocks of known tokens."""
         done = len(self.hashes)
         if done < count:
-            parent = self.hashes[-1] if done else root_hash(self.request.cache_salt)
+            parent = self.hashes[-1] if done else root_hash(self.request.cache_salt, self.request.adapter)
             seen = seen_in_blocks(self.request.images, done)
             self.hashes += chain_hashes(parent, self.known[done * BLOCK_SIZE : count * BLOCK_SIZE], seen)
         return self.hashes[:count]
@@ -255,6 +257,13 @@ class Turn:
     def rows(self) -> int:
         """Its rows in the step's result."""
         return len(self.scoring) + self.sampled_rows + len(self.pooled)
+
+
+def turn_of(seq: Sequence, count: int) -> Turn:
+    """The part of a request that computes `count` of its known tokens."""
+    samples = seq.computed + count == len(seq.known) < seq.end
+    pooled = range(0) if seq.pool is None else seq.pool.wanted(seq.computed, count)
+    return Turn(seq, count, seq.scoring(count), samples, pooled=pooled)
 
 
 def _bias(params: SamplingParams, forbidden: frozenset[int]) -> Bias | None:

@@ -40,6 +40,7 @@ async def create(server: Server, request: Request) -> Response:
     made = Derived(
         name=name,
         parent=parent,
+        adapter=before.adapter,
         created=time.time(),
         system=before.system if body.system is None else body.system,
         messages=messages,
@@ -92,7 +93,9 @@ def _params(server: Server, options: dict[str, Any]) -> dict[str, Any]:
 
 def _derived(server: Server, name: str) -> Derived:
     """The model of this name as one to make others of."""
-    return server.derived.get(name) or Derived(name=name, parent=name, created=time.time())
+    adapter = server.adapters.get(name)
+    own = "" if adapter is None else name
+    return server.derived.get(name) or Derived(name=name, parent=name, adapter=own, created=time.time())
 
 
 def _new_name(server: Server, name: str, field: str) -> str:
@@ -111,8 +114,8 @@ def _refuse(server: Server, body: OllamaCreateBody) -> None:
         raise BadRequest(f"files: {_NO_FILES}", remedy=_FILES_CURE, param="files")
     if body.adapters:
         raise BadRequest(
-            "adapters: LoRA adapters are not supported",
-            remedy="Merge the adapter into the model first",
+            "adapters: this server takes no files of adapters",
+            remedy="Start it with --lora-modules NAME=PATH, and make models from NAME",
             param="adapters",
         )
     if body.quantize:

@@ -26,14 +26,17 @@ async def get_model(server: Server, request: Request) -> Response:
 
 
 def _card(server: Server, name: str) -> ModelCard:
-    made = server.derived.get(name)
+    made, adapter = server.derived.get(name), server.adapters.get(name)
+    parent = None if made is None else made.parent
+    if adapter is not None:
+        parent = server.adapters.parent(name) or server.names[0]
     # Derived, not drawn: two requests for the same list get the same bytes.
     digest = hashlib.sha256(f"{name}\0{server.created}".encode()).hexdigest()
     return ModelCard(
         id=name,
         created=server.created if made is None else int(made.created),
-        root=server.root,
-        parent=None if made is None else made.parent,
+        root=server.root if adapter is None else adapter.path,
+        parent=parent,
         max_model_len=server.max_model_len,
         permission=[Permission(id=f"modelperm-{digest[:32]}", created=server.created)],
         context_length=server.max_model_len,

@@ -20,13 +20,15 @@ _SYSTEM = ("system", "developer")
 
 
 class Derived(msgspec.Struct, kw_only=True):
-    """`root` is the path of the model that it is made of, `parent` the name it was made from.
+    """`root` is the path of the model that it is made of, `parent` the name it was made from, `adapter` that of the
+    LoRA adapter it is used with.
 
     `options` are its parameters as the client named them, `params` the same as defaults of sampling.
     """
 
     name: str
     parent: str
+    adapter: str = ""
     created: float
     root: str = ""
     system: str = ""
@@ -46,7 +48,7 @@ class DerivedModels:
         self._made: dict[str, Derived] = {}
         kept = load_all(folder, Derived) if folder is not None else {}
         for each in sorted(kept.values(), key=lambda made: (made.created, made.name)):
-            if each.root == self._root and not served.is_own(each.name):
+            if each.root == self._root and not served.has(each.name):
                 self._know(each)
 
     def get(self, name: str) -> Derived | None:
@@ -74,8 +76,8 @@ class DerivedModels:
     def put(self, made: Derived) -> None:
         """Keep it, in place of the one that has this name. Raises a PagodaError where that cannot be."""
         made.root = self._root
-        if self._served.is_own(made.name):
-            raise BadRequest(f"{made.name[:200]!r} is what the served model itself is called", param="model")
+        if self._served.has(made.name) and made.name not in self._made:
+            raise BadRequest(f"{made.name[:200]!r} is what another model is called here", param="model")
         if len(msgspec.json.encode(made)) > MAX_DERIVED_BYTES:
             raise TooLarge(f"what a model begins with may hold {MAX_DERIVED_BYTES >> 20} MiB")
         if len(self._made) >= MAX_DERIVED and made.name not in self._made:

@@ -18,6 +18,7 @@ from pagoda.api.batch.store import BatchStore
 from pagoda.api.http.errors import ShuttingDown
 from pagoda.api.http.stream import Reply
 from pagoda.api.responses.store import ResponseStore
+from pagoda.api.serving.adapters import LoraSide, ServedAdapters
 from pagoda.api.serving.derived import DerivedModels
 from pagoda.api.serving.engine import Engine
 from pagoda.api.serving.generation import Generation, Pooled, ThinkingLimit
@@ -33,7 +34,7 @@ from pagoda.text.bad_words import with_bad_words
 from pagoda.text.reply import find_format
 from pagoda.text.sentence import SentenceFiles
 from pagoda.text.tokenizer import token_table
-from pagoda.types import Image, Request, SamplingParams
+from pagoda.types import Adapter, Image, Request, SamplingParams
 
 if TYPE_CHECKING:
     from pagoda.text.chat import ChatTemplate
@@ -87,10 +88,12 @@ class Server:
     hub: Hub | None = None
     derived_dir: Path | None = None
     pictures: Pictures | None = None
+    lora: LoraSide | None = None
     version: str = "0"
 
     def __post_init__(self) -> None:
         self.served = ServedNames(self.names, self.root)
+        self.adapters = ServedAdapters(self.served, self.lora)
         self.derived = DerivedModels(self.served, self.root, self.derived_dir)
         template = "" if self.chat_template is None else self.chat_template.all_source
         self.format = find_format(template, self.reasoning_parser, self.tool_call_parser)
@@ -154,6 +157,11 @@ class Server:
         """Sampling parameters for what a request leaves out, of the model that it names."""
         return {**self.default_params, **self.derived.params(self.served.resolve(model))}
 
+    def adapter(self, model: str | None) -> Adapter | None:
+        """What the model of this name is used with."""
+        made = self.derived.get(model or "")
+        return self.adapters.get(model or "") if made is None else self.adapters.need(made.adapter)
+
     def special_tokens(self, texts: frozenset[str]) -> frozenset[int]:
         """The special tokens among these texts."""
         if texts not in self._special_tokens:
@@ -211,6 +219,7 @@ class Server:
         self.check_count(len(prompts) * params.n)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         params = with_bad_words(params, self.tokenizer)
+        adapter = self.adapter(model)
         requests = [
             Request(
                 request_id=f"{generation_id}-{index * params.n + i}",
@@ -218,6 +227,7 @@ class Server:
                 images=images[index] if images else [],
                 params=self._resolve(params, prompt, (seed + i * SEED_STEP) & MASK_64),
                 eos_token_ids=self.eos,
+                adapter=adapter,
                 cache_salt=cache_salt,
                 priority=priority,
             )

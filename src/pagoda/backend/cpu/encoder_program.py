@@ -12,20 +12,20 @@ class EncoderProgram(Program):
     """A program without a cache: each request is whole in one step."""
 
     def _weights(self) -> None:
-        self._ids = {"embed": self._matrix("embed")}
+        self.ids = {"embed": self._matrix("embed")}
         for name in ("positions", "norm", "norm_bias"):
-            self._ids[name] = self._vector(name)
+            self.ids[name] = self._vector(name)
         one = self._tensors["types"].shape[0] == 1  # that both texts of a pair take
-        self._ids["types"] = self._vector("types", "types") if one else self._vector("types")
+        self.ids["types"] = self._vector("types", "types") if one else self._vector("types")
         for i in range(len(self._spec.layers)):
             p = f"layers.{i}."
-            self._ids[p + "qkv"] = self._matrix(*(p + s for s in "qkv"))
-            self._ids[p + "qkv_bias"] = self._vector(*(p + s + "_bias" for s in "qkv"))
+            self.ids[p + "qkv"] = self._matrix(*(p + s for s in "qkv"))
+            self.ids[p + "qkv_bias"] = self._vector(*(p + s + "_bias" for s in "qkv"))
             for name in ("o", "up", "down"):
-                self._ids[p + name] = self._matrix(p + name)
-                self._ids[p + name + "_bias"] = self._vector(p + name + "_bias")
+                self.ids[p + name] = self._matrix(p + name)
+                self.ids[p + name + "_bias"] = self._vector(p + name + "_bias")
             for name in ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias"):
-                self._ids[p + name] = self._vector(p + name)
+                self.ids[p + name] = self._vector(p + name)
             self._progress("weights", (i + 1) / len(self._spec.layers))
 
     def _operations(self) -> list[Op]:

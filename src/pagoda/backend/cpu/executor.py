@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 
 from pagoda.arch import memory
+from pagoda.arch.lora import AdapterWeights, adapters_bytes
 from pagoda.arch.registry import bind
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.base import Capacity, Limits, Pending, Progress
+from pagoda.backend.cpu.adapters import Products, adapted_products, native_pairs
 from pagoda.backend.cpu.encoder_program import EncoderProgram
 from pagoda.backend.cpu.library import Native, matrix_bytes
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
@@ -24,8 +26,10 @@ from pagoda.weights.source import Tensor, TensorSource
 class CpuExecutor:
     """See backend.base.Executor. Steps begin on the library's threads; the calling one joins them in `wait`."""
 
-    def __init__(self, lib: Native, capacity: Capacity, vision: VisionEncoder | None = None) -> None:
-        self._lib, self._vision = lib, vision
+    def __init__(
+        self, lib: Native, capacity: Capacity, vision: VisionEncoder | None = None, products: Products | None = None
+    ) -> None:
+        self._lib, self._vision, self._products = lib, vision, products or {}
         self.capacity = capacity
 
     @classmethod
@@ -47,14 +51,14 @@ class CpuExecutor:
             spec,
             limits,
             free_bytes=max(0, free_memory_bytes() - limits.reserved_bytes),
-            weight_bytes=weight_bytes(tensors, limits.quantization, spec.vision),
+            weight_bytes=weight_bytes(tensors, limits.quantization, spec.vision) + adapters_bytes(spec, limits),
             activation_bytes=buffer_bytes(spec, limits.max_num_batched_tokens) + image_bytes,
             kv_type=kv_type,
         )
         lib, vision = Native(threads), None
         try:
             kind = Program if spec.encoder is None else EncoderProgram
-            program = kind(lib, spec, text, progress, limits.quantization)
+            program = kind(lib, spec, text, progress, limits.quantization, limits.max_loras > 0)
             program.finish(
                 limits.max_num_batched_tokens, blocks, kv_int8=kv_type == "int8", requests=limits.max_num_seqs
             )
@@ -66,12 +70,12 @@ class CpuExecutor:
         drop_pages(tensors.values(), files=True)  # the repacked weights are what is read from now on
         capacity = Capacity(
             num_blocks=blocks,
-            weight_bytes=lib.weight_bytes + (vision.weight_bytes if vision else 0),
+            weight_bytes=lib.weight_bytes + (vision.weight_bytes if vision else 0) + adapters_bytes(spec, limits),
             kv_bytes=blocks * memory.kv_bytes_per_block(spec, kv_type) + limits.max_num_seqs * memory.state_bytes(spec),
             activation_bytes=lib.activation_bytes + image_bytes,
             device=f"cpu ({lib.isa}, {threads} thread{'s' if threads > 1 else ''})",
         )
-        return cls(lib, capacity, vision)
+        return cls(lib, capacity, vision, adapted_products(program.ids, text) if limits.max_loras else None)
 
     def launch(self, plan: StepPlan) -> Pending:
         images = self._vision.rows(plan.images, len(plan.tokens)) if self._vision and plan.images else None
@@ -83,6 +87,9 @@ class CpuExecutor:
 
     def prepare(self) -> bool:
         return False
+
+    def adapt(self, place: int, weights: AdapterWeights) -> None:
+        self._lib.adapt(place, native_pairs(self._products, weights))
 
     def close(self) -> None:
         self._lib.close()

@@ -24,7 +24,7 @@ TYPES = {
 EMBED, NORM, GATHER, MATMUL, ROPE, ATTENTION, SILU, HEAD, HIDDEN, POSITIONS, LAYER_NORM, GELU, ATTEND_ALL = range(13)
 ROUTE, EXPERTS_UP, EXPERTS_DOWN, GATED = range(13, 17)
 PATCHES, QUICK_GELU, GELU_TANH, DELTA, OUT_GATE, GATED_GELU_TANH = range(17, 23)
-ADD_VECTORS, GRID = 26, 27
+ADD_VECTORS, GRID, ADAPT = 26, 27, 28
 ADD, QUANTIZE, LOGIT_ROWS, FRAMES, PIECES, CLAMPED, STILL, LOCAL, WHOLE = 1, 2, 4, 8, 16, 32, 64, 128, 256
 TOKENS, LOGITS, PIECE = range(3)
 
@@ -86,6 +86,15 @@ class Dims(c.Structure):
     ]  # fmt: skip
 
 
+class LowRank(c.Structure):
+    _fields_ = [
+        ("weight", c.c_int32),
+        *((name, c.c_int64) for name in ("rank", "column", "outputs")),
+        ("down", c.c_void_p),
+        ("up", c.c_void_p),
+    ]
+
+
 class Picture(c.Structure):
     _fields_ = [
         ("pixels", c.c_void_p),
@@ -99,7 +108,7 @@ _PLAN_ARRAYS = (
     "slots", "starts", "positions", "tokens", "block_tables", "rows", "row_request", "row_target", "row_top",
     "temperature", "top_k", "top_p", "min_p", "presence", "frequency", "repetition", "seed", "history_start",
     "history_ids", "history_counts", "bias_start", "bias_ids", "bias_values", "row_mask", "masks", "second_texts",
-    "rope_positions",
+    "rope_positions", "adapters",
 )  # fmt: skip
 _RESULT_ARRAYS = ("tokens", "logprobs", "top_ids", "top_logprobs", "ok")
 
@@ -139,6 +148,7 @@ def _load() -> c.CDLL:
             c.c_int32,
             [c.c_void_p, c.POINTER(Dims), c.POINTER(BufferShape), c.c_int32, c.POINTER(Op), c.c_int32],
         ),
+        "pg_adapt": (c.c_int32, [c.c_void_p, c.c_int32, c.POINTER(LowRank), c.c_int32]),
         "pg_activation_bytes": (c.c_int64, [c.c_void_p]),
         "pg_release": (None, [c.c_void_p]),
         "pg_start": (c.c_int32, [c.c_void_p, c.POINTER(Step)]),
@@ -238,6 +248,15 @@ class Native:
         )
         self._checked(result, MemoryShort)
         self._hidden = hidden
+
+    def adapt(self, place: int, pairs: Sequence[tuple[int, int, Float32, Float32]]) -> None:
+        """Put an adapter in a place: (weight, first output, down [rank, k], up [outputs, rank]) each."""
+        if self._started:
+            self.wait()
+        array = (LowRank * len(pairs))()
+        for i, (weight, column, down, up) in enumerate(pairs):
+            array[i] = LowRank(weight, len(down), column, len(up), down.ctypes.data, up.ctypes.data)
+        self._checked(self._lib.pg_adapt(self._handle, place, array, len(pairs)), MemoryShort)
 
     @property
     def weight_bytes(self) -> int:

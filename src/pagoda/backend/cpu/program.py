@@ -73,8 +73,10 @@ class Program:
         tensors: Mapping[str, Tensor],
         progress: Progress | None,
         quantization: str | None = None,
+        adapts: bool = False,
     ) -> None:
-        self._lib, self._spec = lib, spec
+        """`adapts`: steps may have adapters."""
+        self._lib, self._spec, self._adapts = lib, spec, adapts
         self._tensors, orders = in_their_order(tensors)
         self._panel_types = {s: panel_type(s, t, quantization) for s, t in self._tensors.items() if len(t.shape) > 1}
         self._progress = progress or (lambda phase, share: None)
@@ -85,7 +87,7 @@ class Program:
         self._weights()
 
     def _weights(self) -> None:
-        """Repack everything; self._ids: slot or fused name -> id of the weight or vector."""
+        """Repack everything; self.ids: slot or fused name -> id of the weight or vector."""
         ids: dict[str, int] = {"embed": self._matrix("embed")}
         # what scales the logits scales the last norm just as well
         scales = dict.fromkeys(("norm", "norm_bias", "head_bias"), self._spec.logit_scale) | {"positions": 1.0}
@@ -125,7 +127,7 @@ class Program:
                 ids[p + "gate_up_bias"] = self._vector(*(p + s + "_bias" for s in _inner(layer)))
                 ids[p + "down_bias"] = self._vector(p + "down_bias")
             self._progress("weights", (i + 1) / len(self._spec.layers))
-        self._ids = ids
+        self.ids = ids
 
     def _matrix(self, *slots: str) -> int:
         return self._stack([self._tensors[s] for s in slots], slots)
@@ -208,7 +210,7 @@ class Program:
         """What a layer does with the tokens before one: attention, or a delta net."""
         p, eps, a = f"layers.{i}.", self._spec.norm_eps, layer.attention
         h = self._norm(p + "attn_norm", X, H, order=p + "qkv")
-        self._emit(native.MATMUL, in_=h, out=QKV, weight=p + "qkv", vector=p + "qkv_bias")
+        self._adapted(p + "qkv", h, QKV)
         # of the layers with a cache, or those with a state
         place = sum((other.delta is None) == (layer.delta is None) for other in self._spec.layers[:i])
         if layer.delta is not None:
@@ -235,20 +237,25 @@ class Program:
             h = self._norm(p + "mlp_norm", b.x, b.h, flags=b.flags, order=order)
         if layer.mlp.experts is not None:
             return self._mixture(p, layer.mlp, layer.mlp.experts)
-        bias = p + "gate_up_bias"
-        self._emit(native.MATMUL, in_=h, out=b.gate_up, weight=p + "gate_up", vector=bias, flags=b.flags)
+        self._adapted(p + "gate_up", h, b.gate_up, b.flags)
         kind = ACTIVATIONS[layer.mlp.activation, layer.mlp.gated]
         self._emit(kind, in_=b.gate_up, out=b.mlp, flags=b.flags, order=p + "down")
         self._add(p + "down", b.mlp, b, p + "mlp_post_norm")
 
     def _add(self, weight: str, in_: int, b: Buffers, norm: str) -> None:
         """x += a product, normed where the layer has a norm behind it."""
-        bias, add = weight + "_bias", native.ADD | b.flags
-        if norm not in self._ids:
-            self._emit(native.MATMUL, in_=in_, out=b.x, weight=weight, vector=bias, flags=add)
-            return
-        self._emit(native.MATMUL, in_=in_, out=b.h, weight=weight, vector=bias, flags=b.flags)
-        self._norm(norm, b.h, b.x, flags=add)
+        if norm not in self.ids:
+            return self._adapted(weight, in_, b.x, native.ADD | b.flags)
+        self._adapted(weight, in_, b.h, b.flags)
+        self._norm(norm, b.h, b.x, flags=native.ADD | b.flags)
+
+    def _adapted(self, weight: str, in_: int, out: int, flags: int = 0) -> None:
+        """A product that adapters may change."""
+        self._emit(native.MATMUL, in_=in_, out=out, weight=weight, vector=weight + "_bias", flags=flags)
+        if self._adapts:
+            prefix, _, name = weight.rpartition(".")
+            count = sum(f"{prefix}.{part}" in self._tensors for part in FUSED[name])
+            self._emit(native.ADAPT, in_=in_, out=out, weight=weight, layer=count, flags=flags & native.LOGIT_ROWS)
 
     def _mixture(self, p: str, mlp: Mlp, experts: Experts) -> None:
         up, down, flags = p + "gate_up_experts", p + "down_experts", EXPERT_FLAGS[mlp.activation]
@@ -265,7 +272,7 @@ class Program:
 
     def _norm(self, name: str, in_: int, out: int, *, order: str = "", flags: int = 0) -> int:
         """The buffer that holds the normed rows: those of `in_` as they are where the model has no such norm."""
-        if name not in self._ids:
+        if name not in self.ids:
             return in_
         kind = native.NORM if self._spec.norm == "rms" else native.LAYER_NORM
         bias, eps = name + "_bias", self._spec.norm_eps
@@ -276,7 +283,7 @@ class Program:
         self, kind: int, *, in_: int = -1, out: int = -1, weight: str = "", vector: str = "", vector2: str = "",
         layer: int = 0, flags: int = 0, f: float = 0.0, f2: float = 0.0, window: int = 0, order: str = "",
     ) -> None:  # fmt: skip
-        w, v, v2 = (self._ids.get(name, -1) for name in (weight, vector, vector2))
+        w, v, v2 = (self.ids.get(name, -1) for name in (weight, vector, vector2))
         self._ops.append(Op(kind, in_, out, w, v, v2, layer, flags, f, window, self._orders.get(order, 0), f2))
 
     def _quantize_inputs(self) -> None:

@@ -31,6 +31,7 @@ class Batch:
     types: Tensor | None = None  # int32 [T], 1 from where the second text of a pair begins; for encoders
     rope_positions: Tensor | None = None  # int32 [3, T], where they are not `positions`
     seen: Seen = ()
+    adapters: tuple[tuple[int, Tensor], ...] = ()  # places of adapters, and the tokens int64 [n] that each is for
     whole: bool = False  # `rows` are all tokens, in their order
     runs: Tensor | None = None  # what `prepared` adds for the kernels
 

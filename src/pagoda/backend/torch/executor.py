@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 from pagoda.arch import memory
+from pagoda.arch.lora import AdapterWeights, adapters_bytes
 from pagoda.arch.registry import bind
 from pagoda.arch.sharding import activation_bytes
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Done, Limits, Pending, Progress
 from pagoda.backend.reference import pooled_rows
 from pagoda.backend.torch import ops
+from pagoda.backend.torch.adapters import Adapters
 from pagoda.backend.torch.answer import Chosen, Returning, choose
 from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.convert import Target
@@ -117,16 +119,20 @@ class TorchExecutor:
         kv_type = FP8 if limits.kv_cache_dtype in KV_EIGHT_BITS else dtype
         spec, tensors = team.share(spec.served(limits.max_model_len), bind(spec, source))
         space = room(device, limits.memory_share)
-        stored, work = weight_bytes(tensors, target), activation_bytes(spec, limits, 1, dtype.itemsize)
+        adapters, own = None, 0
+        if limits.max_loras:
+            adapters, own = Adapters(device.device, dtype), adapters_bytes(spec, limits, dtype.itemsize)
+        stored, work = weight_bytes(tensors, target) + own, activation_bytes(spec, limits, 1, dtype.itemsize)
         blocks = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type))
         decoder: Decoder | Encoder
         if spec.encoder is None:
-            loader = Loader(spec, tensors, target)
+            loader = Loader(spec, tensors, target, adapters)
             decoder = team.joined(lambda: loader.decoder(limits.max_model_len, progress), limits.max_num_batched_tokens)
         else:
             decoder = EncoderLoader(spec, tensors, target).encoder(progress)
         if device.is_gpu:
             stored, work = measured(decoder, limits, device, kv_type)
+            stored += own
             blocks = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type))
         decoder.caches = make_caches(spec, blocks, kv_type, device.device, limits.max_num_seqs)
         kv_bytes = blocks * memory.kv_bytes_per_block(spec, kv_kind(kv_type))
@@ -206,6 +212,12 @@ class TorchExecutor:
         """Record a CUDA graph."""
         with torch.inference_mode():
             return self._graphs is not None and self._graphs.record_next()
+
+    def adapt(self, place: int, weights: AdapterWeights) -> None:
+        if not isinstance(self.decoder, Decoder) or self.decoder.adapters is None:
+            raise EngineError("this model was loaded without room for adapters")
+        with errors_told("an adapter"), torch.inference_mode():
+            self.decoder.adapters.put(place, weights)
 
     def close(self) -> None:
         self._graphs = None

@@ -83,7 +83,9 @@ class DecodeGraphs:
     def run(self, batch: Batch) -> Tensor | None:
         """The forward pass of a batch, [L, hidden], good until the next one; None where no graph is for it."""
         requests = len(batch.contexts)
-        if batch.seen or batch.max_query != 1 or not batch.whole or not requests == len(batch.tokens) <= self._most:
+        if batch.seen or batch.adapters or batch.max_query != 1 or not batch.whole:
+            return None
+        if not requests == len(batch.tokens) <= self._most:
             return None
         size = self._sizes[bisect_left(self._sizes, requests)]
         recorded = self._recorded.get(size)

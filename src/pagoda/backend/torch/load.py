@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from pagoda.arch.delta import DeltaNet
 from pagoda.arch.memory import encoded_bytes
 from pagoda.arch.spec import Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
+from pagoda.backend.torch.adapters import Adapted, Adapters
 from pagoda.backend.torch.batch import Heads
 from pagoda.backend.torch.convert import FLOATS, Converter, Target
 from pagoda.backend.torch.delta import PRODUCTS, Delta
@@ -42,8 +44,11 @@ _THREADS = 6
 
 
 class Loader:
-    def __init__(self, spec: ModelSpec, tensors: Mapping[str, Stored], target: Target) -> None:
-        self._spec, self._tensors, self._target = spec, tensors, target
+    def __init__(
+        self, spec: ModelSpec, tensors: Mapping[str, Stored], target: Target, adapters: Adapters | None = None
+    ) -> None:
+        """`adapters`: that steps may use."""
+        self._spec, self._tensors, self._target, self._adapters = spec, tensors, target, adapters
         self._local = threading.local()
 
     @property
@@ -75,7 +80,9 @@ class Loader:
         if spec.rope.query_beta:
             scales = torch.from_numpy(spec.rope.query_scales(np.arange(max_model_len))).to(self._target.device)
         words = Table(embed, spec.embed_scale)
-        return Decoder(spec, words, norm, head, tuple(layers), cos_sin, [], positions, three, sight, scales)
+        return Decoder(
+            spec, words, norm, head, tuple(layers), cos_sin, [], positions, three, sight, scales, self._adapters
+        )
 
     def _three(self) -> ThreePositions | None:
         rope, device = self._spec.rope, self._target.device
@@ -177,7 +184,13 @@ class Loader:
         parts = side_by_side([self._weight(slot) for slot in slots])
         biases = [slot + "_bias" for slot in slots if slot + "_bias" in self._tensors]
         bias = [self._table(slot) for slot in biases]
-        return Linear(parts, torch.cat(bias) if bias else None)
+        return Linear(parts, torch.cat(bias) if bias else None, self._adapted(slots))
+
+    def _adapted(self, slots: Sequence[str]) -> Adapted | None:
+        if self._adapters is None:
+            return None
+        ends = list(accumulate((self._tensors[slot].shape[0] for slot in slots), initial=0))
+        return Adapted(self._adapters, tuple(zip(slots, ends, ends[1:], strict=False)))
 
     def _weight(self, slot: str) -> Weight:
         return self._converter.weight(self._tensors[slot], slot)

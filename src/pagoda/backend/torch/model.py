@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pagoda.arch.spec import Experts, ModelSpec
 from pagoda.backend.torch import ops
+from pagoda.backend.torch.adapters import Adapted, Adapters
 from pagoda.backend.torch.batch import Batch, Heads, Seen
 from pagoda.backend.torch.delta import Delta
 from pagoda.backend.torch.norms import Norm, RmsNorm
@@ -57,8 +58,15 @@ class Linear:
 
     parts: tuple[Weight, ...]
     bias: Tensor | None = None
+    adapted: Adapted | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        y = self._own(x)
+        if self.adapted is not None and self.adapted.now:
+            self.adapted.add(x, y)
+        return y
+
+    def _own(self, x: Tensor) -> Tensor:
         if len(self.parts) == 1:
             return ops.matmul(x, self.parts[0], self.bias)
         y = torch.cat([ops.matmul(x, part) for part in self.parts], dim=-1)
@@ -66,7 +74,8 @@ class Linear:
 
     def behind(self, x: Tensor, residual: Tensor, norm: Norm, *, gated: bool = False) -> tuple[Tensor, Tensor]:
         """The product with x + residual, normed (`gated`: silu(gate) * up of it), and that sum."""
-        if len(self.parts) == 1 and self.bias is None and isinstance(norm, RmsNorm):
+        adapted = self.adapted is not None and self.adapted.now
+        if len(self.parts) == 1 and self.bias is None and isinstance(norm, RmsNorm) and not adapted:
             return ops.norm_matmul(x, residual, norm.weight, norm.eps, self.parts[0], gated=gated)
         normed, total = norm.of_sum(x, residual)
         y = self(normed)
@@ -210,10 +219,13 @@ class Decoder:
     three: ThreePositions | None = None
     sight: Sight | None = None
     query_scales: Tensor | None = None  # float32 [positions]
+    adapters: Adapters | None = None
 
     def hidden(self, batch: Batch) -> Tensor:
         """The normed final hidden states of the rows of a batch, [L, hidden]."""
         batch = ops.prepared(batch)
+        if self.adapters is not None:
+            self.adapters.rows = batch.adapters
         total = self.embed(batch.tokens, batch.seen)
         if self.positions is not None:
             total = total + self.positions[batch.positions]

@@ -54,6 +54,7 @@ def part(plan: StepPlan, first: int, last: int) -> tuple[StepPlan, Places]:
         bias_values=plan.bias_values[bias],
         second_texts=None if plan.second_texts is None else plan.second_texts[own],
         rope_positions=None if plan.rope_positions is None else plan.rope_positions[:, first:last],
+        adapters=None if plan.adapters is None else plan.adapters[own],
         images=tuple(_images(plan, first, last)),
     )
     return smaller, rows

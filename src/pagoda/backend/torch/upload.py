@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pagoda.backend.rows import adapter_rows
 from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.sampling import NEAREST, Ragged, Sampling
 from pagoda.types import BLOCK_SIZE, Int32, StepPlan
@@ -107,6 +108,9 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
     second = plan.second_texts if isinstance(plan, StepPlan) else None
     if second is not None:
         parcel.add(types=(positions >= second[request_of]).astype(np.int32))
+    adapted = adapter_rows(plan) if isinstance(plan, StepPlan) else []
+    for place, own in adapted:
+        parcel.add(**{f"adapter.{place}": own.astype(np.int64)})
     return lambda: Batch(
         tokens=parcel["tokens"],
         positions=parcel["positions"],
@@ -121,6 +125,7 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
         max_context=max_context,
         types=None if second is None else parcel["types"],
         rope_positions=None if plan.rope_positions is None else parcel["rope_positions"],
+        adapters=tuple((place, parcel[f"adapter.{place}"]) for place, _ in adapted),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from pagoda.arch import memory, sharding
+from pagoda.arch.lora import adapters_bytes
 from pagoda.backend.base import Limits
 from pagoda.backend.cpu import executor, program
 from pagoda.config import EngineConfig
@@ -110,7 +111,7 @@ def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Pl
     limits = resolve_limits(config, model.spec)
     kv_type = memory.kv_type(limits.kv_cache_dtype)
     seeing, language = _parted(model)
-    weights = executor.weight_bytes(language, asked)
+    weights = executor.weight_bytes(language, asked) + adapters_bytes(model.spec, limits)
     work = program.buffer_bytes(model.spec, limits.max_num_batched_tokens)
     draft = _draft_bytes(config, limits, machine)
     processes = _PROCESS_BYTES + LIBRARY_BYTES + _TOKEN_BYTES * model.spec.vocab_size + _table_bytes(model)
@@ -142,7 +143,7 @@ def _gpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine, gpus:
     quantization, model = _as_asked(model, config.quantization, QUANTIZE_ON_LOAD_GPU)
     limits = resolve_limits(msgspec.structs.replace(config, device="cuda"), model.spec)
     sizes = sharding.parallel_sizes(model.spec, machine.count, _group_of(model))
-    size = gpus or max(sizes)
+    size = gpus or (1 if limits.max_loras else max(sizes))
     if size not in sizes:
         raise ConfigError(
             f"--tensor-parallel-size {size} cannot work on {machine.name}: heads and matrices do not divide by it",
@@ -153,7 +154,7 @@ def _gpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine, gpus:
         {slot: _gpu_bytes(slot, t, quantization, model.group, item) for slot, t in part.items()}
         for part in _parted(model)
     )
-    weights = sharding.weight_bytes(model.spec, language, size)
+    weights = sharding.weight_bytes(model.spec, language, size) + adapters_bytes(model.spec, limits, item)
     vision_work = memory.vision_bytes(model.spec, limits.max_model_len, item)
     work = sharding.activation_bytes(model.spec, limits, size, item) - vision_work
     work += limits.max_num_seqs * sharding.state_bytes(model.spec, size)
