@@ -92,7 +92,7 @@ def test_spellings(line: str, name: str, value: Any) -> None:
         ("--device tpu", "cuda"),
         ("--dtype bfloat17", "bfloat16"),
         ("--load-format bin", "--load-format pt"),
-        ("--enable-lora", "LoRA"),
+        ("--default-mm-loras x", "adapters"),
         ("--speculative-model x", "--speculative-config"),
         ("--pipeline-parallel-size 2", "--tensor-parallel-size shares each layer"),
         ("--enable-prefix-caching=maybe", "true or false"),

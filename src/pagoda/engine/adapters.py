@@ -37,6 +37,10 @@ def named_adapters(modules: Sequence[str]) -> tuple[list[Adapter], dict[str, str
     return adapters, parents
 
 
+def adapter_names(modules: Sequence[str]) -> list[str]:
+    return [_module(module)[0] for module in modules]
+
+
 def with_adapters(config: EngineConfig, options: Options) -> EngineConfig:
     """The engine's part of the options, with the adapters that come with the model."""
     adapters, _ = named_adapters(options.lora_modules)

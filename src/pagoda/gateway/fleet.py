@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pagoda.api.serving.derived import DerivedModels
 from pagoda.api.serving.names import ServedNames
+from pagoda.engine.adapters import adapter_names
 from pagoda.errors import BadRequest, Overloaded
 from pagoda.gateway.child import AFTER_FAILURE_S, Child
 from pagoda.gateway.policy import expired, next_step
@@ -44,9 +45,11 @@ class Fleet:
         self.read_names()
 
     def read_names(self) -> None:
-        """The names of each model, and those that clients gave to what they made of it (in `derived`)."""
+        """The names of each model and of its adapters, and those that clients gave to what they made of it."""
         self._served = [(ServedNames(child.names, child.sized.path), child) for child in self.children]
         for names, child in self._served:
+            for name in adapter_names(child.sized.options.lora_modules):
+                names.add(name)
             DerivedModels(names, child.sized.path, self._derived)
 
     @property

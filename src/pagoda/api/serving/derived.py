@@ -76,8 +76,10 @@ class DerivedModels:
     def put(self, made: Derived) -> None:
         """Keep it, in place of the one that has this name. Raises a PagodaError where that cannot be."""
         made.root = self._root
+        if self._served.is_own(made.name):
+            raise BadRequest(f"{made.name[:200]!r} is what the served model itself is called", param="model")
         if self._served.has(made.name) and made.name not in self._made:
-            raise BadRequest(f"{made.name[:200]!r} is what another model is called here", param="model")
+            raise BadRequest(f"{made.name[:200]!r} is what a LoRA adapter is called here", param="model")
         if len(msgspec.json.encode(made)) > MAX_DERIVED_BYTES:
             raise TooLarge(f"what a model begins with may hold {MAX_DERIVED_BYTES >> 20} MiB")
         if len(self._made) >= MAX_DERIVED and made.name not in self._made:
