@@ -34,6 +34,7 @@ GROUND = (
     "errors",
     "formats",
     "speculation",
+    "setting",
     "config",
     "accepted",
     "flags",

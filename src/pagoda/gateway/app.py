@@ -16,8 +16,8 @@ from pagoda.api.http.errors import JSON, to_json
 from pagoda.api.http.stream import Reply
 from pagoda.api.ollama.models import API_VERSION
 from pagoda.api.ollama.protocol import OllamaVersion
-from pagoda.api.ollama.pull import check_may_change
 from pagoda.api.routes import endpoints
+from pagoda.api.serving.access import check_may_change
 from pagoda.api.serving.endpoint import Endpoint
 from pagoda.api.serving.names import not_served
 from pagoda.api.status import ServerLoad, StatusReply, VersionReply, Welcome

@@ -14,7 +14,7 @@ from pagoda.api.http.body import parse, read_body
 from pagoda.api.http.errors import JSON, to_json
 from pagoda.api.ollama.options import NotSupported, message_of, resolve, sampling_fields, unknown_options
 from pagoda.api.ollama.protocol import OLLAMA, OllamaCopyBody, OllamaCreateBody, OllamaStatus, line
-from pagoda.api.ollama.pull import check_may_change
+from pagoda.api.serving.access import check_may_change
 from pagoda.api.serving.derived import Derived
 from pagoda.api.serving.server import Server
 from pagoda.api.turn.bodies import ChatBody
@@ -114,7 +114,7 @@ def _refuse(server: Server, body: OllamaCreateBody) -> None:
         raise BadRequest(f"files: {_NO_FILES}", remedy=_FILES_CURE, param="files")
     if body.adapters:
         raise BadRequest(
-            "adapters: this server takes no files of adapters",
+            "adapters: this server takes no files of LoRA adapters",
             remedy="Start it with --lora-modules NAME=PATH, and make models from NAME",
             param="adapters",
         )

@@ -6,19 +6,18 @@ import asyncio
 import hashlib
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pagoda.api.http.auth import Forbidden
 from pagoda.api.http.body import ClientGone, parse, read_body
 from pagoda.api.http.errors import JSON, to_json
 from pagoda.api.http.stream import EventStream, Outlet, Reply, answer
 from pagoda.api.ollama.options import resolve
 from pagoda.api.ollama.protocol import OLLAMA, OllamaNameBody, OllamaStatus, line
+from pagoda.api.serving.access import check_may_change
 from pagoda.api.serving.hub import Hub
 from pagoda.api.serving.server import Server
 from pagoda.errors import BadRequest, ModelNotFound
@@ -85,24 +84,6 @@ def _hub_for(server: Server, body: OllamaNameBody) -> Hub | None:
         return None
     check_may_change(server)
     return server.hub
-
-
-class Access(Protocol):
-    """Who can reach a server."""
-
-    @property
-    def local(self) -> bool: ...
-    @property
-    def api_keys(self) -> Sequence[str]: ...
-
-
-def check_may_change(server: Access) -> None:
-    """Raises Forbidden where anybody could do it."""
-    if not server.local and not server.api_keys:
-        raise Forbidden(
-            "everyone can reach this server, so it fetches, makes and removes no models",
-            remedy="Start it with --api-key KEY, or type pagoda pull NAME on its machine",
-        )
 
 
 class _Pull:

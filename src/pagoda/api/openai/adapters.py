@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from pagoda.api.http.body import parse, read_body
-from pagoda.api.ollama.pull import check_may_change
+from pagoda.api.serving.access import check_may_change
 from pagoda.api.serving.endpoint import Endpoint
 from pagoda.api.serving.server import Server
 from pagoda.errors import BadRequest

@@ -109,8 +109,7 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
     if second is not None:
         parcel.add(types=(positions >= second[request_of]).astype(np.int32))
     adapted = adapter_rows(plan) if isinstance(plan, StepPlan) else []
-    for place, own in adapted:
-        parcel.add(**{f"adapter.{place}": own.astype(np.int64)})
+    parcel.add("adapter.", **{str(place): own.astype(np.int64) for place, own in adapted})
     return lambda: Batch(
         tokens=parcel["tokens"],
         positions=parcel["positions"],
