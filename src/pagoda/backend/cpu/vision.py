@@ -58,8 +58,8 @@ class VisionProgram(Program):
 
     def _weights(self) -> None:
         v, biased = self._vision, self._vision.norm == "layer"
-        self._ids = {"patch": self._matrix("patch")}
-        self._ids |= {name: self._vector(name) for name in ("patch_bias", "positions") if name in self._tensors}
+        self.ids = {"patch": self._matrix("patch")}
+        self.ids |= {name: self._vector(name) for name in ("patch_bias", "positions") if name in self._tensors}
         mergers = ["", *(f"deep.{k}." for k in range(len(v.deep_layers)))]
         norms = [p + "merge_norm" for p in mergers]
         products: dict[str, tuple[str, ...]] = {p + n: (p + n,) for p in mergers for n in ("merge_up", "merge_down")}
@@ -69,12 +69,12 @@ class VisionProgram(Program):
             products |= {p + name: (p + name,) for name in ("qkv", "o", "down")}
             products[p + "gate_up"] = (p + "gate", p + "up") if v.gated else (p + "up",)
         for name in norms:
-            self._ids[name] = self._vector(name)
+            self.ids[name] = self._vector(name)
             if biased:
-                self._ids[name + "_bias"] = self._vector(name + "_bias")
+                self.ids[name + "_bias"] = self._vector(name + "_bias")
         for done, (name, slots) in enumerate(products.items(), start=1):
-            self._ids[name] = self._matrix(*slots)
-            self._ids[name + "_bias"] = self._vector(*(slot + "_bias" for slot in slots))
+            self.ids[name] = self._matrix(*slots)
+            self.ids[name + "_bias"] = self._vector(*(slot + "_bias" for slot in slots))
             self._progress("image encoder", done / len(products))
 
     def finish(self, max_tokens: int, num_blocks: int = 0, kv_int8: bool = False, requests: int = 0) -> None:
@@ -85,7 +85,7 @@ class VisionProgram(Program):
         axes = np.repeat(np.array([1, 2], np.int32), pairs)
         dims = Dims(
             0, v.heads, v.heads, padded_head(v), 1, max_tokens, MERGED_ROWS, 0, v.head_dim, 0, 1.0,
-            inv_freq.ctypes.data, 0, 0, 0, 0, PIECE_ROWS, axes.ctypes.data,
+            inv_freq.ctypes.data, piece_rows=PIECE_ROWS, rope_axes=axes.ctypes.data,
         )  # fmt: skip
         self._lib.program(dims, buffer_shapes(self._spec), self._operations(), self._spec.hidden_size)
 
