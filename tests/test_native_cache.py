@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,30 @@ def test_a_nan_fails_its_own_request(tmp_path: Path) -> None:
     executor = CpuExecutor.load(load_spec(source), source, replace(LIMITS, kv_cache_dtype="int8"))
     feeds = [Feed([5, 6], 0, [0], [(1, -1, -1)]), Feed([7, 6], 0, [1], [(1, -1, -1)])]
     assert executor.launch(make_plan(feeds, VOCAB)).wait().ok.tolist() == [1, 0]
+    executor.close()
+
+
+def test_what_is_used_next_is_taken_from_the_system_before(tmp_path: Path) -> None:
+    """32 pages of 2 MiB behind the last that was used, and no more than the cache has."""
+    write_checkpoint(tmp_path, "llama", head_dim=32)
+    source = open_source(str(tmp_path))
+    executor = CpuExecutor.load(load_spec(source), source, replace(LIMITS, num_blocks=20_000))
+    block_bytes = executor.capacity.kv_bytes // 20_000
+
+    def pages() -> int:
+        return sum(1 for _ in iter(executor.prepare, False))
+
+    def resident_bytes() -> int:
+        return int(re.findall(r"^Anonymous: +(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)[0]) << 10
+
+    before = resident_bytes()
+    assert pages() == 32
+    assert resident_bytes() - before > 56 << 20
+    used = (20 << 20) // block_bytes
+    assert executor.launch(make_plan([Feed([5, 6], 0, [used - 1], [(1, -1, -1)])], VOCAB)).wait().ok.all()
+    assert pages() == 10
+    assert executor.launch(make_plan([Feed([5, 6], 0, [19_999], [(1, -1, -1)])], VOCAB)).wait().ok.all()
+    assert pages() <= 1
     executor.close()
 
 

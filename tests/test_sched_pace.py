@@ -196,3 +196,23 @@ def test_nothing_is_limited_before_anything_was_measured() -> None:
     pace, load = Pace(TARGET_S), Load()
     load.add_stream(100)
     assert pace.prompt_tokens(load, 0) > 10**6
+
+
+def test_a_machine_that_others_use_gets_smaller_chunks_at_once() -> None:
+    """Work takes three times as long: prompts are cut accordingly from the first on, but not for one slow step."""
+    pace, alone, load = Pace(TARGET_S), Load(), Load()
+    alone.add_stream(100)
+    load.add_stream(100)
+    load.add_prompt(0, 64)
+    for _ in range(8):
+        pace.observe(load, 0.032, 0.064)  # two threads
+        pace.observe(alone, 0.004, 0.008)
+    before = pace.prompt_tokens(alone, 0)
+    pace.observe(alone, 0.1, 0.008)
+    assert pace.prompt_tokens(alone, 0) == before
+    for _ in range(3):
+        pace.observe(alone, 0.012, 0.008)
+    assert before / 4 < pace.prompt_tokens(alone, 0) < before / 2
+    for _ in range(3):
+        pace.observe(alone, 0.004, 0.008)
+    assert pace.prompt_tokens(alone, 0) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -143,3 +144,20 @@ def test_an_unknown_decoder_encodes_but_does_not_decode(tmp_path: Path) -> None:
     ids = tokenizer.encode("hello")
     with pytest.raises(ModelError, match="decoder"):
         tokenizer.decode(ids)
+
+
+def test_a_long_text_leaves_the_interpreter_to_others(tmp_path: Path) -> None:
+    """Streams go on while a prompt of a megabyte is encoded in a thread: the GIL is free meanwhile."""
+    tokenizer = load_tokenizer(str(write_model(tmp_path)), {})
+
+    def encode() -> float:
+        started_s = time.thread_time()
+        tokenizer.encode("all of it, word for word, " * 40_000)
+        return time.thread_time() - started_s
+
+    with ThreadPoolExecutor(1) as pool:
+        encoding, started_s = pool.submit(encode), time.thread_time()
+        while not encoding.done():
+            pass
+        ours_s = time.thread_time() - started_s
+    assert ours_s > 0.25 * encoding.result()

@@ -24,6 +24,13 @@ Pages::~Pages() {
   if (data_) munmap(data_, bytes_);
 }
 
+bool Pages::touch(int64_t from, int64_t to) const {
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23  // since Linux 5.14
+#endif
+  return madvise(data_ + from, to - from, MADV_POPULATE_WRITE) == 0;
+}
+
 void Pages::release() const {
   if (data_) madvise(data_, bytes_, MADV_DONTNEED);
 }
@@ -46,6 +53,8 @@ uint8_t* Arena::take(int64_t bytes) {
 }  // namespace pagoda
 
 namespace {
+
+constexpr int64_t kHuge = 2 << 20;
 
 bool runs(int32_t type, int64_t k) {
   if (is_float(type)) return true;
@@ -131,6 +140,16 @@ Buffer make_buffer(const pg_buffer& from, const pg_dims& d, Reads reads) {
 }
 
 }  // namespace
+
+int64_t pg_context::used_bytes(const pg_step& st) const {
+  int32_t last = -1;
+  for (int r = 0; r < st.requests && kv.data; r++) {
+    const int32_t* table = st.block_tables + (int64_t)st.slots[r] * st.table_width;
+    const int first = st.positions[r] / kTokens, end = (st.positions[r] + st.starts[r + 1] - st.starts[r] - 1) / kTokens + 1;
+    last = std::max(last, *std::max_element(table + first, table + end));
+  }
+  return (last + 1) * (kv.at(0, 1, 0) - kv.data);
+}
 
 extern "C" {
 
@@ -237,6 +256,16 @@ int32_t pg_adapt(pg_context* c, int32_t place, const pg_low_rank* pairs, int32_t
     c->adapters[place] = std::move(made);
     return 0;
   });
+}
+
+int32_t pg_touch(pg_context* c, int64_t ahead_bytes) {
+  const int64_t end = std::min(c->kv_used + ahead_bytes, c->kv_pages.bytes());
+  c->kv_touched = std::max(c->kv_touched, c->kv_used / kHuge * kHuge);
+  if (c->kv_touched >= end) return 0;
+  const int64_t to = std::min(c->kv_touched + kHuge, c->kv_pages.bytes());
+  const bool done = c->kv_pages.touch(c->kv_touched, to);
+  c->kv_touched = done ? to : c->kv_pages.bytes();  // a system that cannot is not asked again
+  return done;
 }
 
 int64_t pg_activation_bytes(pg_context* c) {

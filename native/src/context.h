@@ -20,6 +20,7 @@ class Pages {
   ~Pages();
   uint8_t* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
+  bool touch(int64_t from, int64_t to) const;  // take these bytes from the system now; false where it cannot
   void release() const;  // until they are touched again; they are zero then
 
  private:
@@ -87,6 +88,8 @@ struct pg_context {
   std::vector<int32_t> rope_axes;
   pagoda::Pages kv_pages, rope_pages, logit_pages;
   pagoda::KvCache kv{};
+  int64_t kv_used = 0, kv_touched = 0;  // bytes of the cache: up to the last block of any step, and taken from the system
+  int64_t used_bytes(const pg_step& st) const;  // of the cache, up to the last block that a step writes
   pagoda::Pages state_pages;  // [slot][delta net][key head], of delta_state floats each
   std::vector<int32_t> writers;  // of each block of the cache, -1 between steps: see step.cpp
   std::vector<pagoda::SampleScratch> scratch;

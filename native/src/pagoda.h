@@ -185,6 +185,9 @@ int64_t pg_activation_bytes(pg_context*);
 int32_t pg_adapt(pg_context*, int32_t place, const pg_low_rank* pairs, int32_t n_pairs);
 // Give the memory of the buffers back to the system, until they are written again.
 void pg_release(pg_context*);
+// Take one huge page more of the cache from the system, of those that lie within so many bytes behind what steps have
+// used: 1, or 0 where they are there. Only with no step started.
+int32_t pg_touch(pg_context*, int64_t ahead_bytes);
 // Start one step on the team's other threads, and return; its arrays must stay until pg_wait. 0, or -1.
 int32_t pg_start(pg_context*, const pg_step*);
 // Work on the step that was started, if there is one, until it is done.

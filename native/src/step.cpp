@@ -376,6 +376,7 @@ static bool accept(pg_context* c, const pg_step& st) {
 extern "C" int32_t pg_start(pg_context* c, const pg_step* st) {
   pg_wait(c);
   if (!accept(c, *st)) return -1;
+  c->kv_used = std::max(c->kv_used, c->used_bytes(*st));
   c->team.start(std::make_shared<StepJob>(*c, *st));
   return 0;
 }

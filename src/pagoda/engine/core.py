@@ -51,6 +51,7 @@ class _Flight:
     plan: StepPlan
     pending: Pending
     started: float
+    worked_s: float  # processor time of this process when it started
 
 
 class EngineCore:
@@ -101,6 +102,7 @@ class EngineCore:
             config.model, self._read_metadata, self.spec, bytes_else=config.load_format == "dummy"
         )
         self._refused: list[Delta] = []
+        self._on_cpu = config.device == "cpu"
         self._ahead = capacity.steps_in_flight > 1  # a step is launched before the one in flight has its result
         self._flight: _Flight | None = None
         self._landed = 0.0
@@ -207,9 +209,9 @@ class EngineCore:
         """Start a step. One that fails at once leaves its deltas."""
         if plan is None:
             return None
-        started = time.monotonic()
+        started, worked_s = time.monotonic(), time.process_time()
         with self._failing(plan, deltas):
-            return _Flight(plan, self._executor.launch(plan), started)
+            return _Flight(plan, self._executor.launch(plan), started, worked_s)
         return None
 
     def _land(self, flight: _Flight) -> list[Delta]:
@@ -219,7 +221,8 @@ class EngineCore:
         began, self._landed = max(flight.started, self._landed), time.monotonic()
         if result is not None:
             deltas = self._scheduler.apply(plan, result)
-            self._scheduler.observe(plan, self._landed - began)
+            work_s = time.process_time() - flight.worked_s if self._on_cpu else None
+            self._scheduler.observe(plan, self._landed - began, work_s)
             if self._head is not None:
                 _score(deltas, self._head)
         self._steps += 1

@@ -154,7 +154,7 @@ def serve(wire: Wire, core: EngineCore) -> None:
             core.begin()
             if unsent is not None:
                 wire.send_step(Step(unsent, core.stats()))
-            unsent = core.finish()
+            unsent, more = core.finish(), True
         elif more and not (core.has_work or asked):
             more = core.prepare()
         if (unsent is not None or asked) and not core.has_work:

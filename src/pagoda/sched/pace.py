@@ -1,7 +1,8 @@
-"""Learns what a step costs in seconds, and how many prompt tokens fit into one beside running streams."""
+"""Learns what a step costs, and how many prompt tokens fit into one beside running streams."""
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from math import sqrt
 from operator import mul
@@ -15,6 +16,7 @@ _TRUSTED_AFTER = 4  # steps
 _OUTLIER = 3.0
 _ASIDE_S = 0.05  # where no target is set
 _STREAM_MEMORY, _PROMPT_MEMORY = 0.98, 0.9
+_RECENT = 3  # steps: one alone may have met anything
 
 
 @dataclass(slots=True)
@@ -83,27 +85,39 @@ class Pace:
     Steps of streams alone and steps with prompts are fitted apart: their tokens differ in cost, and a long time of
     one kind must not wash out what is known of the other. The order of features decides what is believed at first:
     that a stream's further token is cheap, and that each prompt token has its full price.
+
+    What is fitted is work, the processor time of a step where that is known: it stays the same when other processes
+    take a part of the cores. How much time work takes is known from the last few steps, of whichever kind.
     """
 
     def __init__(self, target_s: float | None) -> None:
         self._target_s = target_s
         self._of_streams = LinearCost(3, _STREAM_MEMORY)
         self._of_prompts = LinearCost(4, _PROMPT_MEMORY)
+        self._paces: deque[float] = deque(maxlen=_RECENT)
 
-    def observe(self, load: Load, seconds: float) -> None:
+    def observe(self, load: Load, seconds: float, work_s: float | None = None) -> None:
+        work_s = work_s or seconds
+        if work_s > 0:
+            self._paces.append(seconds / work_s)
         if load.prompts:
-            self._of_prompts.learn(seconds, load.prompts, load.pairs, load.streams, 1)
+            self._of_prompts.learn(work_s, load.prompts, load.pairs, load.streams, 1)
         else:
-            self._of_streams.learn(seconds, 1, load.streams, load.pairs)
+            self._of_streams.learn(work_s, 1, load.streams, load.pairs)
+
+    @property
+    def _pace(self) -> float:
+        """Seconds for a second of work."""
+        return sorted(self._paces)[len(self._paces) // 2] if self._paces else 1.0
 
     def streams_s(self, load: Load) -> float:
         """Predicted time of a step of streams alone; 0 when none was seen yet."""
-        return self._of_streams.predict(1, load.streams, load.pairs)
+        return self._pace * self._of_streams.predict(1, load.streams, load.pairs)
 
     def stream_token_s(self, context: int) -> float:
         """What one token more costs in a step of streams, at position `context` of its request."""
         _, each, per_pair = self._of_streams.costs
-        return each + per_pair * context
+        return self._pace * (each + per_pair * context)
 
     def aside_s(self, load: Load) -> float:
         """How long something else may take between steps that have this load."""
@@ -118,7 +132,7 @@ class Pace:
         if self._target_s is None or not load.streams or not self._of_prompts.steps:
             return _UNLIMITED
         each, per_pair, _, _ = self._of_prompts.costs
-        target_s = max(self._target_s, 2 * self.streams_s(load))
+        target_s = max(self._target_s, 2 * self.streams_s(load)) / self._pace
         room_s = max(0.0, target_s - self._of_prompts.predict(load.prompts, load.pairs, load.streams, 1))
         # room_s = n * linear + n * n / 2 * per_pair, solved for n
         linear = each + per_pair * context

@@ -70,7 +70,7 @@ class Scheduler:
         self._speculator = Speculator(config.speculation, self._pace) if config.speculation else None
         self._load = Load()  # of the step that is being planned
         self._last: Flight | None = None
-        self._measured: tuple[Load, float] | None = None
+        self._measured: tuple[Load, float, float | None] | None = None
         self._arrivals = 0
         self._steps = 0
         self._preemptions = 0
@@ -158,12 +158,13 @@ class Scheduler:
     def wanted_adapter(self) -> tuple[int, Adapter] | None:
         return self.places.wanted(self._waiting)
 
-    def observe(self, plan: StepPlan, seconds: float) -> None:
-        """How long the last step took. It decides only how prompts are cut, so answers never depend on it."""
+    def observe(self, plan: StepPlan, seconds: float, work_s: float | None = None) -> None:
+        """How long the last step took, and its processor time where that tells more. It decides only how prompts are
+        cut, so answers never depend on it."""
         if self._last is None or self._last.plan is not plan:
             raise ValueError("this is not the last step")
         self.learn()
-        self._measured = self._last.load, seconds
+        self._measured = self._last.load, seconds, work_s
         self._last = None
 
     def learn(self) -> None:

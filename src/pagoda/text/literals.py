@@ -70,10 +70,10 @@ class Disguise:
 
     def encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Encode a rendered text: the template's special tokens count, what is in disguise is plain text."""
+        if not self.by_character:
+            return tokenizer.encode(text, add_special_tokens=False)
         encoding = tokenizer.encode_spans(text)
         ids: list[int] = encoding.ids
-        if not self.by_character:
-            return ids
         out: list[int] = []
         first = start = 0
         for i, (token_id, (begin, end)) in enumerate(zip(ids, encoding.offsets, strict=True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text. Raises BadRequest for a text that is not valid Unicode."""
-        ids = self.encode_spans(text, parse_special=parse_special).ids
+        backend = self._backend if parse_special else self._plain
+        ids = _encode_one(backend.encode_batch_fast, text).ids
         return self.framed(ids) if add_special_tokens else ids
 
     def framed(self, ids: list[int], cut: Cut | None = None) -> list[int]:
@@ -109,13 +111,7 @@ class Tokenizer:
 
     def encode_spans(self, text: str, *, parse_special: bool = True) -> tokenizers.Encoding:
         """The library's encoding, with the span of text behind each token; nothing put before or after."""
-        try:
-            return (self._backend if parse_special else self._plain).encode(text, add_special_tokens=False)
-        except TypeError as e:
-            bad = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
-            if bad is None:
-                raise
-            raise BadRequest(f"the text holds half of a surrogate pair at character {bad}: not valid Unicode") from e
+        return _encode_one((self._backend if parse_special else self._plain).encode_batch, text)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -150,6 +146,17 @@ class Tokenizer:
         return found
 
 
+def _encode_one(encode_batch: Callable[..., list[tokenizers.Encoding]], text: str) -> tokenizers.Encoding:
+    """Encode a batch of one: the library's call for a single text holds the GIL for as long as it takes."""
+    try:
+        return encode_batch([text], add_special_tokens=False)[0]
+    except TypeError as e:
+        bad = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
+        if bad is None:
+            raise
+        raise BadRequest(f"the text holds half of a surrogate pair at character {bad}: not valid Unicode") from e
+
+
 class _Bytes(dict[int, bytes]):
     """The bytes of tokens that were looked up. Ids of no token are not remembered: there is no end of them."""
 
@@ -175,6 +182,8 @@ def load_tokenizer(model_path: str, metadata: Mapping[str, Any], *, bytes_else: 
 
     `bytes_else`: where there is none, one whose tokens are the 256 bytes.
     """
+    # Texts come one by one, and the library's threads would only push others off their cores.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     file = Path(model_path) / "tokenizer.json"
     if file.is_file():
         return _load_directory(file.parent, *_read_file(file))

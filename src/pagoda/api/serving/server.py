@@ -47,7 +47,7 @@ MAX_LIVE_IMAGES_BYTES = 1 << 30
 DEFAULT_QUEUE = 1024
 LOW_PRIORITY = 1 << 20
 """Of the requests of a batch. Others have 0 unless they say so, and a smaller number is served first."""
-INLINE_CHARS = 20_000
+INLINE_CHARS = 4_000
 """Texts longer than this are encoded in a thread, so that other streams go on meanwhile."""
 CHARS_PER_TOKEN = 8
 """Texts with more characters than this per token of context are measured by their beginning first."""

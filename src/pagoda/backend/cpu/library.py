@@ -151,6 +151,7 @@ def _load() -> c.CDLL:
         "pg_adapt": (c.c_int32, [c.c_void_p, c.c_int32, c.POINTER(LowRank), c.c_int32]),
         "pg_activation_bytes": (c.c_int64, [c.c_void_p]),
         "pg_release": (None, [c.c_void_p]),
+        "pg_touch": (c.c_int32, [c.c_void_p, c.c_int64]),
         "pg_start": (c.c_int32, [c.c_void_p, c.POINTER(Step)]),
         "pg_wait": (None, [c.c_void_p]),
         "pg_begin": (c.c_int32, [c.c_void_p, c.POINTER(Step)]),
@@ -265,6 +266,13 @@ class Native:
     @property
     def activation_bytes(self) -> int:
         return int(self._lib.pg_activation_bytes(self._handle))
+
+    def touch(self, ahead_bytes: int) -> bool:
+        """Take a page more of the cache from the system, up to `ahead_bytes` behind what is used; False: all is there.
+
+        Only while no step is started.
+        """
+        return bool(self._lib.pg_touch(self._handle, ahead_bytes))
 
     def run(
         self, plan: StepPlan, logits: Float32 | None = None, images: tuple[Float32, Int32] | None = None
