@@ -20,6 +20,7 @@ from pagoda.arch.registry import load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Limits
 from pagoda.backend.reference import ReferenceExecutor
+from pagoda.cli.main import main
 from pagoda.errors import ModelError
 from pagoda.types import Float32, StepPlan
 from pagoda.weights.lora import find_adapter
@@ -171,3 +172,16 @@ def test_memory_of_adapters(tmp_path: Path) -> None:
     spec = load_spec(open_source(str(tmp_path / "model")))
     found = weights(tmp_path / "one", spec).values()
     assert adapters_bytes(spec, LIMITS) == 2 * sum(low.down.nbytes + low.up.nbytes for low in found)
+
+
+def test_the_plan_counts_them_and_tells_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path, "llama")
+    spec = load_spec(open_source(str(tmp_path)))
+    words = ["plan", str(tmp_path), "--device", "cpu", "--json"]
+    told = []
+    for more in ([], ["--lora-modules", "a=./a", "b=./b", "--max-lora-rank", "8", "--no-enforce-eager"]):
+        assert main([*words, *more]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    both = replace(LIMITS, max_loras=2, max_lora_rank=8)
+    assert told[1]["weight_bytes"] - told[0]["weight_bytes"] == adapters_bytes(spec, both)
+    assert "--lora-modules a=./a b=./b" in told[1]["command"] and "--no-enforce-eager" in told[1]["command"]

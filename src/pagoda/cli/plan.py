@@ -215,7 +215,13 @@ def _command(settings: Settings, plan: Plan, cure: dict[str, str]) -> str:
     for setting in declared():
         if settings.origins[setting.name] == COMMAND_LINE and setting.name != "model":
             value: Any = getattr(settings.options, setting.name)
-            chosen[setting.name.replace("_", "-")] = str(value)
+            name = setting.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            elif isinstance(value, tuple):
+                words += [f"--{name}", *map(str, value)]
+            else:
+                chosen[name] = str(value)
     if plan.gpus > 1:
         chosen["tensor-parallel-size"] = str(plan.gpus)
     if plan.gpus and plan.fits and "max-model-len" not in chosen:
