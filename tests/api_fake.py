@@ -31,6 +31,11 @@ SPECIAL = {256: b"<s>", EOS: b"</s>", IM_START: b"<|im_start|>", 259: b"<|im_end
 TEXT = "Hello, wörld! 🙂 This is what the fake model says."
 
 
+def without_nulls(table: dict[str, Any]) -> dict[str, Any]:
+    """What a message says; the fields that are always there may be null."""
+    return {name: value for name, value in table.items() if value is not None}
+
+
 class ByteTokenizer:
     """One token per byte, and four special ones."""
 
@@ -50,6 +55,9 @@ class ByteTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         return SPECIAL.get(token_id) or bytes([token_id])
+
+    def token_piece(self, token_id: int) -> str:
+        return f"<{token_id}>"
 
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")

@@ -38,12 +38,19 @@ def test_whole_reply_has_every_field_clients_read(client: Client) -> None:
     assert reply["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": "Hello"},
+            "message": {
+                "role": "assistant",
+                "content": "Hello",
+                **dict.fromkeys(("refusal", "annotations", "audio", "function_call", "reasoning")),
+            },
             "logprobs": None,
             "finish_reason": "length",
             "stop_reason": None,
+            "token_ids": None,
         }
     ]
+    assert {"service_tier", "prompt_logprobs", "prompt_token_ids", "kv_transfer_params"} <= set(reply)
+    assert reply["system_fingerprint"].startswith("pagoda-")
     prompt = len("user: ping\nassistant: ") + 1
     assert reply["usage"] == {
         "prompt_tokens": prompt,
@@ -58,13 +65,15 @@ def test_stream_is_role_content_finish_usage_done(client: Client) -> None:
     got = events(client.chat(stream=True, stream_options={"include_usage": True}))
     assert got[-1] == "[DONE]"
     first, *content, finish, usage = got[:-1]
-    assert first["choices"] == [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
+    opening = {"role": "assistant", "content": ""}
+    assert first["choices"] == [{"index": 0, "delta": opening, "logprobs": None, "finish_reason": None}]
     for chunk in content:
         (choice,) = chunk["choices"]
         assert list(choice["delta"]) == ["content"] and choice["delta"]["content"]
         assert choice["finish_reason"] is None
     assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in content) == TEXT
-    assert finish["choices"] == [{"index": 0, "delta": {}, "finish_reason": "stop"}]
+    assert finish["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}]
+    assert finish["system_fingerprint"] == client.server.fingerprint
     assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == len(TEXT.encode()) + 1
     assert all("usage" not in chunk for chunk in (first, *content, finish))
     assert len({(c["id"], c["object"], c["created"], c["model"]) for c in got[:-1]}) == 1

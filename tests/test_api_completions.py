@@ -25,8 +25,15 @@ def test_whole_reply(client: Client) -> None:
     reply = client.complete("ping", max_tokens=5).json()
     assert reply["object"] == "text_completion" and reply["id"].startswith("cmpl-")
     assert reply["choices"] == [
-        {"index": 0, "text": "Hello", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+        {
+            "index": 0,
+            "text": "Hello",
+            "logprobs": None,
+            "finish_reason": "length",
+            **dict.fromkeys(("stop_reason", "prompt_logprobs", "token_ids", "prompt_token_ids")),
+        }
     ]
+    assert reply["service_tier"] is None and reply["system_fingerprint"] == client.server.fingerprint
     assert (reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"]) == (4, 5)
 
 
@@ -161,7 +168,8 @@ def test_prompt_logprobs_stand_in_each_choice(client: Client) -> None:
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": [[1], []]}, "prompt"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
-        ({"prompt": "x", "best_of": 2}, "best_of"),
+        ({"prompt": "x", "logprob_token_ids": [1]}, "logprob_token_ids"),
+        ({"prompt": "x", "structured_outputs": {"chioce": ["a"]}}, "structured_outputs"),
         ({"prompt": "x", "logprobs": 21}, "logprobs"),
         ({"prompt": "x", "prompt_embeds": "AAAA"}, "prompt_embeds"),
         ({"prompt": "x", "use_beam_search": True}, "use_beam_search"),
@@ -176,6 +184,33 @@ def test_what_cannot_be_done_is_refused_by_name(client: Client, fields: dict[str
     assert engine(client).requests == []
 
 
-def test_best_of_up_to_n_is_tolerated(client: Client) -> None:
-    assert client.complete("x", best_of=1, suffix=None).status_code == 200
+def test_best_of_has_no_effect_and_is_named(client: Client) -> None:
+    assert "x-pagoda-ignored" not in client.complete("x", best_of=1, suffix=None).headers
     assert len(client.complete("x", best_of=2, n=2).json()["choices"]) == 2
+    more = client.complete("x", best_of=2)
+    assert len(more.json()["choices"]) == 1 and more.headers["x-pagoda-ignored"] == "best_of"
+
+
+def test_a_bias_beyond_the_range_is_its_limit(client: Client) -> None:
+    assert client.complete("x", logit_bias={"5": 1000, "6": -1e9}).status_code == 200
+    assert engine(client).requests[-1].params.logit_bias == {5: 100.0, 6: -100.0}
+
+
+def test_the_clients_own_id_is_part_of_the_answers(client: Client) -> None:
+    """Both ways that vLLM takes it; what the engine calls the request stays its own, for two may choose alike."""
+    assert client.complete("x", request_id="abc").json()["id"] == "cmpl-abc"
+    sent = {"x-request-id": "mine"}
+    reply = client.post("/v1/completions", {"prompt": "x", "request_id": "abc"}, headers=sent)
+    assert reply.json()["id"] == "cmpl-mine" and reply.headers["x-request-id"] == "mine"
+    assert client.complete("x", request_id="a b").json()["id"] != "cmpl-a b"
+    assert len({request.request_id for request in engine(client).requests}) == 3
+
+
+def test_invocations_are_all_routes_in_one(client: Client) -> None:
+    body = {"prompt": "ping", "max_tokens": 5}
+    assert client.post("/invocations", body).json()["choices"][0]["text"] == "Hello"
+    chat = client.post("/invocations", {"messages": [{"role": "user", "content": "x"}], "stream": True})
+    assert chat.headers["content-type"].startswith("text/event-stream") and chat.text.endswith("[DONE]\n\n")
+    assert "prompt" in client.post("/invocations", {"max_tokens": 5}).json()["error"]["message"]
+    assert client.post("/invocations", {"input": "x"}).status_code == 400  # this model makes no embeddings
+    assert client.post("/invocations", b"{").status_code == 400

@@ -191,6 +191,10 @@ def test_version_and_metrics(client: Client) -> None:
         f"vllm:time_to_first_token_seconds_count{labels} 2.0",
         f"vllm:inter_token_latency_seconds_count{labels} 55.0",
         f"vllm:e2e_request_latency_seconds_count{labels} 2.0",
+        f"vllm:request_decode_time_seconds_count{labels} 2.0",
+        "vllm:request_params_max_tokens_bucket" + '{engine="0",le="5.0",model_name="Qwen3-32B-AWQ"} 1.0',
+        f"vllm:request_max_num_generation_tokens_count{labels} 2.0",
+        f"vllm:prompt_tokens_cached_total{labels} 4.0",
         f"pagoda:engine_restarts_total{labels} 3.0",
         'vllm:request_success_total{engine="0",finished_reason="stop",model_name="Qwen3-32B-AWQ"} 1.0',
         'vllm:request_success_total{engine="0",finished_reason="length",model_name="Qwen3-32B-AWQ"} 1.0',
@@ -200,7 +204,12 @@ def test_version_and_metrics(client: Client) -> None:
 
 def test_tokenize_and_detokenize(client: Client) -> None:
     reply = client.post("/tokenize", {"prompt": "aé", "return_token_strs": True, "add_special_tokens": False}).json()
-    assert reply == {"count": 3, "max_model_len": 512, "tokens": [97, 195, 169], "token_strs": ["a", "�", "�"]}
+    assert reply == {
+        "count": 3,
+        "max_model_len": 512,
+        "tokens": [97, 195, 169],
+        "token_strs": ["<97>", "<195>", "<169>"],
+    }
     chat = client.post("/tokenize", {"messages": [{"role": "user", "content": "q"}]}).json()
     assert chat["tokens"][0] == 258 and chat["token_strs"] is None
     assert client.post("/detokenize", {"tokens": [258, 97, 195, 169]}).json() == {"prompt": "<|im_start|>aé"}

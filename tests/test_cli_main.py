@@ -220,11 +220,16 @@ class Stub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append({**body, "key": self.headers.get("Authorization")})
+        if "prompt" in body:
+            events: list[Any] = [{"choices": [{"text": f"{body['prompt']} again"}]}]
+            events.append({"choices": [], "usage": {"completion_tokens": 7}})
+            self._reply(200, "".join(f"data: {json.dumps(e)}\n\n" for e in events) + "data: [DONE]\n\n")
+            return
         if body["messages"][-1]["content"] == "fail":
             self._reply(400, json.dumps({"error": {"message": "too long", "code": 400}}))
             return
         words = ("Hel", "lo ", str(len(body["messages"])))
-        events: list[Any] = [{"choices": [{"delta": {"content": word}}]} for word in words]
+        events = [{"choices": [{"delta": {"content": word}}]} for word in words]
         events.append({"choices": [], "usage": {}})
         self._reply(200, "".join(f"data: {json.dumps(e)}\n\n" for e in events) + ": ping\n\ndata: [DONE]\n\n")
 
@@ -260,6 +265,25 @@ def test_one_question(
     assert [m["role"] for m in asked[0]["messages"]] == ["system", "user"]
     assert (asked[0]["model"], asked[0]["temperature"], asked[0]["max_tokens"]) == ("stub", 0, 5)
     assert asked[0]["key"] == "Bearer k"
+
+
+def test_a_text_goes_on_and_its_speed_is_told(
+    capsys: pytest.CaptureFixture[str], stub: tuple[str, list[dict[str, Any]]]
+) -> None:
+    url, asked = stub
+    code, out, _ = run(capsys, "complete", "--url", url, "--quick", "so", "--max-tokens", "9", "--stats")
+    assert code == 0 and out.startswith("so again\nTTFT: ") and "(7 tokens in " in out
+    assert (asked[0]["prompt"], asked[0]["max_tokens"], asked[0]["stream"]) == ("so", 9, True)
+    run(capsys, "complete", "--url", url, "-q", "so")
+    assert "stream_options" not in asked[1]
+    assert run(capsys, "complete", "--system-prompt", "x")[0] == 78
+    assert "Examples:\n  pagoda complete" in run(capsys, "complete", "--help")[1]
+
+
+def test_what_vllm_calls_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "pagoda doctor" in run(capsys, "collect-env", "--help")[1]
+    code, _, err = run(capsys, "bench", "latency", "--model", "m")
+    assert code == 78 and "pagoda bench --concurrency 1" in err
 
 
 def test_a_chat_remembers_and_forgets(stub: tuple[str, list[dict[str, Any]]]) -> None:

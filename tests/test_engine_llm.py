@@ -12,7 +12,9 @@ import msgspec
 import pytest
 
 import pagoda
-from pagoda import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
+from pagoda import LLM, BeamSearchParams, RequestOutput, SamplingParams, StructuredOutputsParams
+from pagoda.engine.beams import BeamSearch
+from pagoda.engine.outputs import Logprob
 from pagoda.errors import BadRequest, ConfigError, ContextLengthExceeded, ModelError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -234,3 +236,58 @@ def test_structured_outputs_as_in_vllm(llm: LLM) -> None:
     wrong = StructuredOutputsParams(regex="a", choice=["b"])
     with pytest.raises(BadRequest, match="it may hold one of"):
         llm.generate("Say it:", SamplingParams(structured_outputs=wrong))
+
+
+def test_beam_search_finds_the_likeliest_answers(llm: LLM) -> None:
+    """With one token, and with two by trying all second tokens of all first ones that can be among the best."""
+    width = 4
+    one = llm.beam_search("abc", BeamSearchParams(beam_width=width, max_tokens=1, ignore_eos=True))[0].sequences
+    first = llm.generate("abc", SamplingParams(temperature=0.0, max_tokens=1, logprobs=20))[0]
+    tops = first.outputs[0].logprobs
+    assert tops is not None and [beam.tokens[-1] for beam in one] == list(tops[0])[:width]
+    prompt = first.prompt_token_ids
+    assert all(beam.tokens[:-1] == prompt and beam.finish_reason == "length" for beam in one)
+    assert one[0].text == llm.get_tokenizer().decode(one[0].tokens, skip_special_tokens=True)
+    second = llm.generate(
+        [[*prompt, beam.tokens[-1]] for beam in one], SamplingParams(temperature=0.0, max_tokens=1, logprobs=2 * width)
+    )
+    totals: dict[tuple[int, int], float] = {}
+    for beam, after in zip(one, second, strict=True):
+        assert after.outputs[0].logprobs is not None
+        for token, entry in after.outputs[0].logprobs[0].items():
+            totals[beam.tokens[-1], token] = beam.cum_logprob + entry.logprob
+    best = sorted(totals, key=lambda pair: totals[pair], reverse=True)[:width]
+    both = llm.beam_search(["abc", "abc"], BeamSearchParams(beam_width=width, max_tokens=2, ignore_eos=True))
+    for found in both:
+        assert [tuple(beam.tokens[-2:]) for beam in found.sequences] == best
+    with pytest.raises(BadRequest, match="beam width"):
+        llm.beam_search("abc", BeamSearchParams(beam_width=11, max_tokens=2))
+
+
+def test_beams_end_with_the_end_of_the_answer_and_are_judged_by_their_length() -> None:
+    def table(**logprobs: float) -> dict[int, Logprob]:
+        return {ord(name): Logprob(value, None, name) for name, value in logprobs.items()}
+
+    def found(penalty: float) -> list[tuple[list[int], str | None]]:
+        params = BeamSearchParams(beam_width=2, max_tokens=2, length_penalty=penalty)
+        search = BeamSearch([1], params, [ord("e")], room=9)
+        search.take([table(e=-2.0, a=-1.0, b=-1.5)])
+        search.take([table(a=-3.0, e=-9.0), table(a=-1.0, b=-8.0)])
+        assert search.live == []
+        return [(beam.tokens, beam.finish_reason) for beam in search.best()]
+
+    ended, cut = ([1], "stop"), ([1, ord("b"), ord("a")], "length")
+    assert found(0.0) == [ended, cut] and found(1.0) == [cut, ([1, ord("a"), ord("a")], "length")]
+
+
+def test_the_tokenizer_has_the_names_of_hugging_face(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    ids = tokenizer.encode("hello")
+    assert tokenizer("hello") == {"input_ids": ids} and tokenizer(["hello"])["input_ids"] == [ids]
+    assert tokenizer.batch_decode([ids, ids[:1]], skip_special_tokens=True)[0] == "hello"
+    assert len(tokenizer) == tokenizer.vocab_size and tokenizer.eos_token_id in tokenizer.all_special_ids
+    assert len(tokenizer.tokenize("hello")) == len(tokenizer.encode("hello", add_special_tokens=False))
+    messages = [{"role": "user", "content": "hello"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)  # type: ignore[assignment]
+    assert isinstance(text, str) and "hello" in text and ids == llm.chat_prompt(messages).ids

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from api_fake import EOS, IM_START, ByteTokenizer, Client, FakeEngine, PlainTemplate, events, make_server
+from api_fake import EOS, IM_START, ByteTokenizer, Client, FakeEngine, PlainTemplate, events, make_server, without_nulls
 
 from pagoda.errors import ConfigError
 from pagoda.text.output import TextOutput
@@ -101,7 +101,7 @@ def client() -> Iterator[Client]:
 
 def test_whole_reply_has_both_names_and_the_account(client: Client) -> None:
     reply = client.chat().json()
-    assert reply["choices"][0]["message"] == {
+    assert without_nulls(reply["choices"][0]["message"]) == {
         "role": "assistant",
         "content": "The answer.",
         "reasoning_content": "Hmm, ö 🙂.",
@@ -114,7 +114,7 @@ def test_whole_reply_has_both_names_and_the_account(client: Client) -> None:
 
 def test_reasoning_may_be_left_out_and_still_counts(client: Client) -> None:
     reply = client.chat(include_reasoning=False).json()
-    assert reply["choices"][0]["message"] == {"role": "assistant", "content": "The answer."}
+    assert without_nulls(reply["choices"][0]["message"]) == {"role": "assistant", "content": "The answer."}
     assert reply["usage"]["completion_tokens_details"]["reasoning_tokens"] > 10
     told = events(client.chat(include_reasoning=False, stream=True))[:-1]
     deltas = [chunk["choices"][0]["delta"] for chunk in told]
@@ -142,7 +142,7 @@ def test_log_probabilities_and_ids_of_all_tokens_are_told(client: Client) -> Non
     whole = client.chat(logprobs=True, return_token_ids=True).json()["choices"][0]
     got = [chunk["choices"][0] for chunk in events(client.chat(logprobs=True, return_token_ids=True, stream=True))[:-1]]
     assert [i for choice in got for i in choice.get("token_ids", [])] == whole["token_ids"]
-    entries = [entry for choice in got if "logprobs" in choice for entry in choice["logprobs"]["content"]]
+    entries = [entry for choice in got if choice["logprobs"] for entry in choice["logprobs"]["content"]]
     assert entries == whole["logprobs"]["content"]
     assert all(choice["delta"] or choice["finish_reason"] for choice in got)
 
@@ -160,9 +160,9 @@ def test_thinking_off_closes_what_the_template_opens() -> None:
     engine = FakeEngine("yes")
     with Client(make_server(engine, chat_template=PlainTemplate("<think>", "<think>\n"))) as client:
         message = client.chat(reasoning_effort="minimal").json()["choices"][0]["message"]
-        assert message == {"role": "assistant", "content": "yes"}
+        assert without_nulls(message) == {"role": "assistant", "content": "yes"}
         assert bytes(engine.requests[0].prompt_token_ids[1:]).endswith(b"<think>\n\n</think>\n\n")
-        assert "reasoning" in client.chat(think=True).json()["choices"][0]["message"]
+        assert "reasoning_content" in client.chat(think=True).json()["choices"][0]["message"]
 
 
 def test_an_answer_cut_off_in_its_reasoning() -> None:
@@ -174,7 +174,8 @@ def test_an_answer_cut_off_in_its_reasoning() -> None:
 
 def test_parser_none_shows_all() -> None:
     with Client(make_server(FakeEngine(TEXT), chat_template=PlainTemplate(QWEN), reasoning_parser="none")) as client:
-        assert client.chat().json()["choices"][0]["message"] == {"role": "assistant", "content": TEXT}
+        message = client.chat().json()["choices"][0]["message"]
+    assert without_nulls(message) == {"role": "assistant", "content": TEXT}
 
 
 def test_continued_message_goes_on_with_its_reasoning() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from api_fake import Client, FakeEngine, PlainTemplate, events, make_server, on_port
+from api_fake import Client, FakeEngine, PlainTemplate, events, make_server, on_port, without_nulls
 
 from pagoda.api.turn.tools import read_tools
 from pagoda.errors import BadRequest
@@ -61,7 +61,8 @@ def test_content_is_null_only_beside_calls() -> None:
     with serving('<tool_call>{"name": "now"}</tool_call>') as client:
         assert client.chat(tools=TOOLS).json()["choices"][0]["message"]["content"] is None
     with serving("") as client:
-        assert client.chat(tools=TOOLS).json()["choices"][0]["message"] == {"role": "assistant", "content": ""}
+        message = client.chat(tools=TOOLS).json()["choices"][0]["message"]
+        assert without_nulls(message) == {"role": "assistant", "content": ""}
 
 
 def test_stream_has_heads_then_arguments_one_call_at_a_time(client: Client) -> None:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pagoda.engine.beams import BeamSearchParams
     from pagoda.engine.llm import LLM
     from pagoda.engine.llm_adapters import LoRARequest
     from pagoda.engine.outputs import CompletionOutput, RequestOutput
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "ClassificationRequestOutput",
     "CompletionOutput",
     "EmbeddingRequestOutput",
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 _HOMES = MappingProxyType(
     {
         "LLM": "pagoda.engine.llm",
+        "BeamSearchParams": "pagoda.engine.beams",
         "ClassificationRequestOutput": "pagoda.engine.pooled",
         "CompletionOutput": "pagoda.engine.outputs",
         "EmbeddingRequestOutput": "pagoda.engine.pooled",

@@ -169,6 +169,7 @@ ACCEPTED_ALIKE: tuple[tuple[str, Mapping[str, Any]], ...] = (
             "enable_request_id_headers": False,
             "enable_tokenizer_info_endpoint": False,
             "enable_offline_docs": False,
+            "exclude_tools_when_tool_choice_none": False,
         },
     ),
     (

@@ -131,7 +131,6 @@ _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
             "allowed_methods": (),
             "allowed_headers": (),
             "allow_credentials": False,
-            "exclude_tools_when_tool_choice_none": False,
             "fingerprint_mode": "none",
             "fingerprint_value": None,
             "enable_scale_out": False,

@@ -48,6 +48,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     model's raw logits, before temperature and penalties. `seed` None lets the server choose one. `grammar` is what the
     output must match, as `text.grammar` writes it; `LLM` makes it from `structured_outputs`. `bad_words` must not come:
     server and `LLM` make `bad_words_token_ids` of them, and none of these runs of tokens comes in the output.
+    `detokenize` and `spaces_between_special_tokens` have no effect: text is always made, as the tokenizer writes it.
     """
 
     n: int = 1
@@ -73,7 +74,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     grammar: str = ""
     structured_outputs: StructuredOutputsParams | None = None
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    detokenize: bool = True
 
     def check(self, vocab_size: int) -> None:
         """Raise BadRequest, naming the field, for any value that is not finite or out of its range."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-from pagoda.api import docs, status
+from pagoda.api import docs, invocations, status
 from pagoda.api.anthropic import routes as anthropic
 from pagoda.api.batch import routes as batch
 from pagoda.api.http.stream import Reply
@@ -14,6 +14,7 @@ from pagoda.api.pooling import routes as pooling
 from pagoda.api.responses import routes as responses
 from pagoda.api.serving.endpoint import Endpoint
 from pagoda.api.serving.server import Server
+from pagoda.api.serving.tasks import ALL
 from pagoda.api.status import ServerInfo, ServerLoad, StatusReply, VersionReply, Welcome
 
 
@@ -27,6 +28,7 @@ def _status() -> tuple[Endpoint, ...]:
     return (
         Endpoint("/health", ("GET",), status.health, "200 when ready", reply=StatusReply, public=True),
         Endpoint("/ping", ("GET", "POST"), status.health, "The same as /health", reply=StatusReply, public=True),
+        Endpoint("/invocations", ("POST",), invocations.invocations, "SageMaker's name for all others", tasks=ALL),
         Endpoint("/version", ("GET",), status.version, "Pagoda's version", reply=VersionReply),
         Endpoint("/load", ("GET",), status.load, "Requests that are here now", reply=ServerLoad),
         Endpoint("/server_info", ("GET",), status.server_info, "Model, device, sizes", reply=ServerInfo),

@@ -83,6 +83,11 @@ _OPTIONS = (
 _SWITCHES = ("help", "ignore-eos", "no-ignore-eos", "save-result", "disable-tqdm", "trust-remote-code")
 _ENDPOINTS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 _DATASETS = ("random", "prefix_repetition", "custom", "sharegpt")
+_OFFLINE = {
+    "latency": "pagoda bench --concurrency 1",
+    "throughput": "pagoda bench --request-rate inf --num-prompts 1000",
+    "sweep": "pagoda bench --concurrency 1,4,16",
+}
 _GOALS = ("ttft", "tpot", "e2el")
 
 N = TypeVar("N", int, float)
@@ -98,7 +103,10 @@ def run(argv: list[str]) -> int:
             words.values.setdefault(ours, []).extend(words.values.pop(theirs))
     # `vllm bench serve` is the same measurement.
     if extra := [word for word in words.plain if word != "serve"]:
-        raise ConfigError(f"pagoda bench does not know what {extra[0]} is", remedy="See: pagoda bench --help")
+        remedy = "See: pagoda bench --help"
+        if extra[0] in _OFFLINE:
+            remedy = "Every measurement is one of a server: pagoda serve MODEL, then " + _OFFLINE[extra[0]]
+        raise ConfigError(f"pagoda bench does not know what {extra[0]} is", remedy=remedy)
     plan = _plan(words)
     import uvloop
 

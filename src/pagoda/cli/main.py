@@ -15,6 +15,7 @@ COMMANDS = MappingProxyType(
     {
         "serve": "answer requests over the OpenAI API",
         "chat": "talk to a model in this terminal",
+        "complete": "let a server's model go on with a text",
         "run-batch": "answer a file of requests, and end",
         "connect": "how to connect Dify, RAGFlow, LangChain, Claude Code, ...",
         "bench": "how fast does a server answer, with how many requests at once?",
@@ -31,6 +32,9 @@ COMMANDS = MappingProxyType(
         "version": "print the version (--verbose: and the CPU kernels)",
     }
 )
+
+_VLLM_NAMES = MappingProxyType({"collect-env": "doctor"})
+"""What vLLM calls a command that has another name here."""
 
 HELP = """\
 pagoda: LLM inference and serving
@@ -95,6 +99,7 @@ def _describe() -> int:
 
 
 def _run(command: str, words: list[str]) -> int:
+    command = _VLLM_NAMES.get(command, command)
     if command not in COMMANDS:
         import difflib
 

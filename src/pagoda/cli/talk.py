@@ -22,9 +22,10 @@ ANSWER_TIMEOUT_S = 3600
 
 
 class Partner(Protocol):
-    """Who answers. Closing the iterator stops the answer."""
+    """Who answers. Closing the iterator stops the answer. `tokens` are those of the last answer, 0 if not known."""
 
     name: str
+    tokens: int
 
     def answer(self, messages: list[Message]) -> Generator[str]: ...
 
@@ -42,6 +43,7 @@ class Remote:
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
+        self.tokens = 0
         self.name = model or self._first_model()
 
     def _first_model(self) -> str:
@@ -70,8 +72,11 @@ class Remote:
         return response
 
     def answer(self, messages: list[Message]) -> Generator[str]:
-        body = {"model": self.name, "messages": messages, "stream": True, **self._sampling}
-        response = self._send("POST", "/chat/completions", body)
+        return self._stream("/chat/completions", {"messages": messages})
+
+    def _stream(self, path: str, asked: dict[str, Any]) -> Generator[str]:
+        self.tokens = 0
+        response = self._send("POST", path, {"model": self.name, **asked, "stream": True, **self._sampling})
         try:
             for line in response:
                 data = line.strip().removeprefix(b"data: ")
@@ -80,14 +85,22 @@ class Remote:
                 event = json.loads(data)
                 if "error" in event:
                     raise EngineError(f"The server stopped: {_reason(data)}")
+                self.tokens = (event.get("usage") or {}).get("completion_tokens") or self.tokens
                 for choice in event.get("choices") or ():
-                    if text := (choice.get("delta") or {}).get("content"):
+                    if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
                         yield text
         finally:
             response.close()
 
     def close(self) -> None:
         return None
+
+
+class Continuer(Remote):
+    """The same server, which goes on with the last text, and knows of no other."""
+
+    def answer(self, messages: list[Message]) -> Generator[str]:
+        return self._stream("/completions", {"prompt": messages[-1]["content"]})
 
 
 def _reason(body: bytes) -> str:
@@ -133,6 +146,7 @@ class Local:
         progress = ProgressLine()
         self._core = EngineCore(options.engine_config(path), progress)
         progress.clear()
+        self.tokens = 0
         self.name = options.model or path
 
     def answer(self, messages: list[Message]) -> Generator[str]:
@@ -152,7 +166,7 @@ class Local:
         request = Request(
             request_id=secrets.token_hex(8), prompt_token_ids=prompt, params=params, eos_token_ids=self._eos
         )
-        output = TextOutput(self._tokenizer, request)
+        output, self.tokens = TextOutput(self._tokenizer, request), 0
         self._core.add(request)
         with _deferred_interrupt() as interrupted:
             try:
@@ -160,6 +174,7 @@ class Local:
                     for delta in self._core.step():
                         if delta.error:
                             raise EngineError(delta.error)
+                        self.tokens += len(delta.token_ids)
                         if text := output.feed(delta).text:
                             yield text
             finally:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pagoda.engine.adapters import with_adapters
+from pagoda.engine.beams import BeamSearchOutput, BeamSearchParams, search
 from pagoda.engine.core import EngineCore
 from pagoda.engine.llm_adapters import LoraRequests, adapters_of
 from pagoda.engine.llm_inputs import Encoded, Prompt, as_list, options_from
+from pagoda.engine.llm_tokenizer import LLMTokenizer
 from pagoda.engine.messages import ModelInfo
 from pagoda.engine.outputs import Answer, CompletionOutput, RequestOutput
 from pagoda.engine.pooled import (
@@ -36,7 +38,7 @@ from pagoda.text.chat import load_chat_template
 from pagoda.text.generation import load_generation_defaults
 from pagoda.text.sentence import sentence_files
 from pagoda.text.structured import structured_grammar
-from pagoda.text.tokenizer import Tokenizer, load_tokenizer
+from pagoda.text.tokenizer import load_tokenizer
 from pagoda.types import Image, PoolingParams, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -70,10 +72,10 @@ class LLM:
         path = self._path = os.path.expanduser(model)
         self._core = EngineCore(with_adapters(self._options.engine_config(path), self._options))
         metadata = self._metadata = self._core.metadata
-        self._tokenizer = load_tokenizer(path, metadata, bytes_else=self._options.load_format == "dummy")
+        self.tokenizer = load_tokenizer(path, metadata, bytes_else=self._options.load_format == "dummy")
         self.chat_template = load_chat_template(path, metadata, self._options.chat_template)
         defaults = load_generation_defaults(path, metadata)
-        named = (*defaults.eos_token_ids, *self._tokenizer.eos_token_ids, *self.info.eos_token_ids)
+        named = (*defaults.eos_token_ids, *self.tokenizer.eos_token_ids, *self.info.eos_token_ids)
         self._eos_token_ids = tuple(dict.fromkeys(named))
         params = {} if self._options.generation_config == "vllm" else defaults.params
         self._default_params = {**params, **self._options.override_generation_config}
@@ -83,7 +85,7 @@ class LLM:
         self._pictures: LocalPictures | None = None
         if seeing is not None:  # imported only now: it needs Pillow
             self._pictures = importlib.import_module("pagoda.engine.local_pictures").LocalPictures(seeing)
-        self._pooler = Pooler(self.info, self._tokenizer, self._sentence, self._shared)
+        self._pooler = Pooler(self.info, self.tokenizer, self._sentence, self._shared)
 
     @property
     def info(self) -> ModelInfo:
@@ -95,8 +97,9 @@ class LLM:
         """The prompts that an embedding model brings, for `embed`."""
         return list(self._sentence.prompts)
 
-    def get_tokenizer(self) -> Tokenizer:
-        return self._tokenizer
+    def get_tokenizer(self) -> LLMTokenizer:
+        """The tokenizer under Hugging Face's names."""
+        return LLMTokenizer(self.tokenizer, self.chat_template, self._eos_token_ids)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's files recommend; used where no parameters are given."""
@@ -123,17 +126,18 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = False,
         lora_request: LoraRequests = None,
+        *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several."""
+        """Answer one conversation, or several. The form of contents is read from the template, whatever is said."""
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [
             self.chat_prompt(
@@ -173,14 +177,14 @@ class LLM:
         if self._pictures is not None:
             messages, images = self._pictures.of_messages(messages, mm_processor_kwargs or {})
         ids = template.encode(
-            self._tokenizer,
+            self.tokenizer,
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             template_kwargs={**self._options.default_chat_template_kwargs, **(chat_template_kwargs or {})},
         )
-        return self._placed(self._tokenizer.decode(ids, skip_special_tokens=False), ids, images)
+        return self._placed(self.tokenizer.decode(ids, skip_special_tokens=False), ids, images)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, shown: frozenset[int] = frozenset()
@@ -203,6 +207,21 @@ class LLM:
                     yield news
         finally:
             self._shared.end(answers)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The likeliest answers to each prompt, best first, each with its prompt. `use_tqdm` has no effect."""
+        step = self._checked(params.step())
+
+        def run(beginnings: list[Encoded]) -> list[RequestOutput]:
+            return self._run(beginnings, [step] * len(beginnings), False)
+
+        given = [self._encode(prompt) for prompt in as_list(prompts)]
+        outputs = search(given, params, self._eos_token_ids, self.info.max_model_len, run)
+        for beam in (beam for output in outputs for beam in output.sequences):
+            beam.text = self.tokenizer.decode(beam.tokens, skip_special_tokens=params.skip_special_tokens)
+        return outputs
 
     def embed(
         self,
@@ -270,7 +289,7 @@ class LLM:
     def _placed(self, text: str | None, ids: list[int], images: list[Image]) -> Encoded:
         if self._pictures is None or not images:
             return Encoded(text, ids)
-        encode = partial(self._tokenizer.encode, add_special_tokens=False)
+        encode = partial(self.tokenizer.encode, add_special_tokens=False)
         ids, images = self._pictures.place(ids, images, self.info.max_model_len, encode)
         return Encoded(text, ids, images)
 
@@ -284,7 +303,7 @@ class LLM:
         if ids is None:
             if not isinstance(text, str):
                 raise BadRequest("a prompt given as a table needs `prompt` or `prompt_token_ids`", param="prompts")
-            ids = self._tokenizer.encode(text)
+            ids = self.tokenizer.encode(text)
         size = self.info.vocab_size
         if not all(isinstance(i, int) and 0 <= i < size for i in ids):
             raise BadRequest(f"token ids of a prompt must be whole numbers, 0 to {size - 1}", param="prompts")
@@ -319,10 +338,10 @@ class LLM:
         except msgspec.ValidationError as error:
             raise BadRequest(f"sampling_params: {error}", param="sampling_params") from None
         params.check(self.info.vocab_size)
-        params = with_bad_words(params, self._tokenizer)
+        params = with_bad_words(params, self.tokenizer)
         if (asked := params.structured_outputs) is None:
             return params
-        grammar = structured_grammar(msgspec.structs.asdict(asked), self._tokenizer)
+        grammar = structured_grammar(msgspec.structs.asdict(asked), self.tokenizer)
         return msgspec.structs.replace(params, grammar=grammar, structured_outputs=None)
 
     def _run(self, prompts: Sequence[Encoded], params: Sequence[SamplingParams], show: bool) -> list[RequestOutput]:
@@ -351,7 +370,7 @@ class LLM:
             results.append(whole)
             for i, request in enumerate(self._requests(name, prompt, one)):
                 requests.append(request)
-                answers[request.request_id] = Answer(self._tokenizer, request, whole, i, shown)
+                answers[request.request_id] = Answer(self.tokenizer, request, whole, i, shown)
         self._shared.begin(requests, answers)
         return results, answers
 

@@ -45,7 +45,7 @@ class Turn:
         self._prompt = llm.chat_prompt(messages, tools=tools or None, chat_template_kwargs=template_kwargs)
         schemas = function_schemas(tools)
         forced = _forced(tool_choice, schemas)
-        template, tokenizer = llm.chat_template, llm.get_tokenizer()
+        template, tokenizer = llm.chat_template, llm.tokenizer
         form = find_format("" if template is None else template.all_source)
         if forced is not None and form.tools is None:
             form = replace(form, tools=PLAIN_FORMAT)

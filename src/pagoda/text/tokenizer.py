@@ -130,6 +130,10 @@ class Tokenizer:
         """A token's own text; U+FFFD where it holds only part of a character."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def token_piece(self, token_id: int) -> str:
+        """A token as the vocabulary writes it, such as `Ġhello` for ` hello`; "" for an id that it does not have."""
+        return self._added.get(token_id) or self._backend.id_to_token(token_id) or ""
+
     def _find_bytes(self, token_id: int) -> bytes | None:
         if self._pieces is None:
             raise ModelError(

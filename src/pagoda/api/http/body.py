@@ -87,10 +87,21 @@ def parse(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
     given = {name: value for name, value in raw.items() if value is not None}
     known = kind.__struct_encode_fields__
     try:
-        parsed = msgspec.convert(given, kind, strict=True)
+        parsed = _convert(given, kind)
     except msgspec.ValidationError as error:
         raise _explain(str(error)) from None
     return parsed, [name for name in raw if name not in known]
+
+
+def _convert(given: dict[str, Any], kind: type[T]) -> T:
+    """The struct; numbers and booleans that a form or a template wrote as text ("0.7", "true") count, as for vLLM."""
+    try:
+        return msgspec.convert(given, kind, strict=True)
+    except msgspec.ValidationError as error:
+        try:
+            return msgspec.convert(given, kind, strict=False)
+        except msgspec.ValidationError:
+            raise error from None
 
 
 def _decode(body: bytes, kind: type[T]) -> Any:

@@ -19,14 +19,14 @@ from pagoda.api.turn.answers import ROLE, Answer
 from pagoda.api.turn.bodies import ChatBody
 from pagoda.api.turn.logprobs import ChatLogprobs, TokenNames, chat_logprobs, prompt_logprobs
 from pagoda.api.turn.message import ChatDelta
-from pagoda.api.turn.sampling import PRIORITY_HEADER, sampling_params, take_priority
+from pagoda.api.turn.sampling import sampling_params, take_headers
 from pagoda.api.turn.turn import Turn, new_answer, prepare_turn, start_turn
 from pagoda.types import Delta, TokenLogprob
 
 
 async def chat_completions(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), ChatBody)
-    take_priority(body, request.headers.get(PRIORITY_HEADER))
+    take_headers(body, request.headers)
     model = server.served.resolve(body.model)
     params = sampling_params(body, server.defaults(body.model), server.vocab_size)
     turn = await prepare_turn(server, body)
@@ -46,6 +46,7 @@ class _Chat:
     def __init__(self, server: Server, body: ChatBody, turn: Turn, generation: Generation) -> None:
         self._body = body
         self._generation = generation
+        self._fingerprint = server.fingerprint
         self._names = TokenNames(server.tokenizer, body.return_tokens_as_token_ids)
         self._prefix = _echo(body)
         self._answers = [new_answer(server, turn, silent=not body.include_reasoning) for _ in generation.requests]
@@ -65,8 +66,9 @@ class _Chat:
             model=generation.model,
             choices=[self._choice(index, *both) for index, both in enumerate(zip(parts, self._answers, strict=True))],
             usage=generation.usage(),
-            prompt_logprobs=UNSET if first is None else prompt_logprobs(self._names, first),
-            prompt_token_ids=self._prompt_ids(),
+            prompt_logprobs=None if first is None else prompt_logprobs(self._names, first),
+            prompt_token_ids=self._prompt_ids() or None,
+            system_fingerprint=self._fingerprint,
         )
 
     def _read(self, index: int, delta: Delta) -> list[ChatDelta]:
@@ -83,7 +85,7 @@ class _Chat:
             logprobs=chat_logprobs(self._names, part.logprobs) if self._body.logprobs else None,
             finish_reason=said.finish_reason(part.finish_reason),
             stop_reason=part.stop_reason,
-            token_ids=part.token_ids if self._body.return_token_ids else UNSET,
+            token_ids=part.token_ids if self._body.return_token_ids else None,
         )
 
     def _prompt_ids(self) -> list[int] | UnsetType:
@@ -118,11 +120,11 @@ class _Chat:
             events.append(self._finish(index, delta, waiting))
         return events
 
-    def _details(self, tokens: _Tokens) -> tuple[ChatLogprobs | UnsetType, list[int] | UnsetType]:
+    def _details(self, tokens: _Tokens) -> tuple[ChatLogprobs | None, list[int] | UnsetType]:
         """What is told of the tokens since the last chunk, as far as the client asked for it."""
         ids, logprobs = tokens.give()
         return (
-            chat_logprobs(self._names, logprobs) if self._body.logprobs and ids else UNSET,
+            chat_logprobs(self._names, logprobs) if self._body.logprobs and ids else None,
             ids if self._body.return_token_ids and ids else UNSET,
         )
 
@@ -136,13 +138,15 @@ class _Chat:
             stop_reason=UNSET if delta.stop_reason is None else delta.stop_reason,
             token_ids=ids,
         )
-        return event(self._bare([choice], self._running_usage()))
+        chunk = self._bare([choice], self._running_usage())
+        chunk.system_fingerprint = self._fingerprint
+        return event(chunk)
 
     def _chunk(
         self,
         index: int,
         delta: ChatDelta,
-        logprobs: ChatLogprobs | UnsetType = UNSET,
+        logprobs: ChatLogprobs | None = None,
         token_ids: list[int] | UnsetType = UNSET,
         prompt_token_ids: list[int] | UnsetType = UNSET,
     ) -> ChatChunk:

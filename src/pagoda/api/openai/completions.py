@@ -18,7 +18,7 @@ from pagoda.api.serving.server import Server
 from pagoda.api.serving.usage import Usage
 from pagoda.api.turn.bodies import CompletionBody
 from pagoda.api.turn.logprobs import CompletionLogprobs, CompletionLogprobsBuilder, TokenNames, prompt_logprobs
-from pagoda.api.turn.sampling import PRIORITY_HEADER, sampling_params, take_priority
+from pagoda.api.turn.sampling import sampling_params, take_headers
 from pagoda.api.turn.structured import plain_grammar
 from pagoda.errors import BadRequest
 from pagoda.types import Delta, SamplingParams, TokenLogprob
@@ -26,7 +26,7 @@ from pagoda.types import Delta, SamplingParams, TokenLogprob
 
 async def completions(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), CompletionBody)
-    take_priority(body, request.headers.get(PRIORITY_HEADER))
+    take_headers(body, request.headers)
     model = server.served.resolve(body.model)
     params = _params(body, server)
     params = msgspec.structs.replace(params, grammar=await plain_grammar(server, body))
@@ -42,13 +42,15 @@ async def completions(server: Server, request: Request) -> Reply:
         cache_salt=body.cache_salt or "",
         priority=body.priority or 0,
         deadline_s=body.deadline_s,
+        client_id=body.request_id,
     )
     completion = _Completion(server, body, generation, given)
     if body.stream:
         reply: Reply = EventStream(generation, completion.events(), server.aborted)
     else:
         reply = await answer(generation, completion.whole(), request.receive, server.aborted)
-    server.dress(reply, ignored, generation)
+    many = body.best_of is not None and body.best_of != params.n  # as vLLM: all that is generated is returned
+    server.dress(reply, [*ignored, *(["best_of"] if many else [])], generation)
     return reply
 
 
@@ -107,7 +109,10 @@ class _Completion:
             async for index, delta in deltas:
                 parts[index].take(self._shown(index, delta))
         choices = [self._choice(index, part) for index, part in enumerate(parts)]
-        return self._reply(choices, self._generation.usage())
+        reply = self._reply(choices, self._generation.usage())
+        reply.service_tier = reply.kv_transfer_params = None
+        reply.system_fingerprint = self._server.fingerprint
+        return reply
 
     def _shown(self, index: int, delta: Delta) -> Delta:
         if not self._silent:
@@ -132,9 +137,9 @@ class _Completion:
             logprobs=logprobs,
             finish_reason=part.finish_reason,
             stop_reason=part.stop_reason,
-            prompt_logprobs=prompt_logprobs(self._names, part.prompt_logprobs or []) if wants_prompt else UNSET,
-            token_ids=part.token_ids if self._body.return_token_ids else UNSET,
-            prompt_token_ids=prompt_ids if self._body.return_token_ids else UNSET,
+            prompt_logprobs=prompt_logprobs(self._names, part.prompt_logprobs or []) if wants_prompt else None,
+            token_ids=part.token_ids if self._body.return_token_ids else None,
+            prompt_token_ids=prompt_ids if self._body.return_token_ids else None,
         )
 
     def _echoed(
@@ -210,7 +215,9 @@ class _Completion:
         choice = CompletionChoice(
             index=index, text="", logprobs=None, finish_reason=delta.finish_reason, stop_reason=stop_reason
         )
-        return event(self._reply([choice], self._running_usage()))
+        reply = self._reply([choice], self._running_usage())
+        reply.system_fingerprint = self._server.fingerprint
+        return event(reply)
 
     def _running_usage(self) -> Usage | UnsetType:
         options = self._body.stream_options

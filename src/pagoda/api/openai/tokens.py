@@ -30,7 +30,7 @@ async def tokenize(server: Server, request: Request) -> Response:
             raise BadRequest("prompt is far longer than the context of this model", param="prompt")
         special = body.add_special_tokens is not False
         tokens = await server.encode_whole(body.prompt, add_special_tokens=special)
-    texts = [server.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+    texts = [server.tokenizer.token_piece(token) for token in tokens] if body.return_token_strs else None
     reply = TokenizeReply(count=len(tokens), max_model_len=server.max_model_len, tokens=tokens, token_strs=texts)
     response = Response(to_json(reply), media_type=JSON)
     server.dress(response, ignored)

@@ -45,6 +45,11 @@ class Metrics:
         self._total = self._histogram("e2e_request_latency_seconds", "Time from request to last token", _TOTAL_S)
         self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of one call", _COUNTS)
         self._generated = self._histogram("request_generation_tokens", "Tokens generated for one sequence", _COUNTS)
+        self._longest = self._histogram(
+            "request_max_num_generation_tokens", "Tokens of the longest sequence of one call", _COUNTS
+        )
+        self._limit = self._histogram("request_params_max_tokens", "Most tokens that a call may generate", _COUNTS)
+        self._decode = self._histogram("request_decode_time_seconds", "Time from the first token to the last", _TOTAL_S)
         self._n = self._histogram("request_params_n", "Sequences per call", (1, 2, 5, 10, 20))
         self._success = self._counter("request_success", "Sequences that ended, by reason", "finished_reason")
         self._rejected = self._counter("admission_rejections", "Requests that were turned away, by reason", "reason")
@@ -68,8 +73,9 @@ class Metrics:
         finish_reasons: Sequence[str | None],
         first_token_s: float | None,
         total_s: float,
+        max_tokens: int | None,
     ) -> None:
-        """Count a call that is over."""
+        """Count a call that is over. `max_tokens` is what it might generate in one sequence."""
         self._total.observe(total_s)
         self._prompt.observe(prompt_tokens)
         self._n.observe(len(completion_tokens))
@@ -77,6 +83,11 @@ class Metrics:
             self._generated.observe(tokens)
             self._success.labels(*self._values, reason or "abort").inc()
         most = max(completion_tokens)
+        self._longest.observe(most)
+        if max_tokens is not None:
+            self._limit.observe(max_tokens)
+        if first_token_s is not None:
+            self._decode.observe(total_s - first_token_s)
         if first_token_s is not None and most > 1:
             self._per_token.observe((total_s - first_token_s) / (most - 1))
 
@@ -162,6 +173,7 @@ def _counters(engine: Engine) -> tuple[tuple[str, str, float], ...]:
         ("vllm:prompt_tokens", "Prompt tokens computed or found in the cache", now.prompt_tokens),
         ("vllm:generation_tokens", "Tokens generated", now.generation_tokens),
         ("vllm:prefix_cache_queries", "Prompt tokens looked up", now.prefix_queries_tokens),
+        ("vllm:prompt_tokens_cached", "Prompt tokens found in the cache", now.prefix_hits_tokens),
         ("vllm:prefix_cache_hits", "Prompt tokens found", now.prefix_hits_tokens),
         ("pagoda:engine_restarts", "How often the engine was started again", engine.restarts),
         ("pagoda:engine_steps", "Steps computed", stats.steps),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +55,7 @@ CHARS_PER_TOKEN = 8
 """Texts with more characters than this per token of context are measured by their beginning first."""
 SEED_STEP = 0x9E3779B97F4A7C15
 MASK_64 = 2**64 - 1
+_CLIENT_ID = re.compile(r"[!-~]{1,128}")
 _POOLED = SamplingParams(seed=0)  # a pooled model samples nothing
 
 
@@ -148,6 +151,13 @@ class Server:
             return "shutting down"
         return "ready" if self.engine.ready else "loading"
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """OpenAI's `system_fingerprint`: the same for answers of the same software, model and way to compute it."""
+        info = self.engine.info
+        made_by = f"{self.root}\0{info.weight_types}\0{info.device}\0{info.max_model_len}"
+        return f"pagoda-{self.version}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
+
     def _words(self) -> Words:
         tokenizer, size = self.tokenizer, self.vocab_size
         special = sorted(i for i in tokenizer.special_ids if i < size)
@@ -207,11 +217,13 @@ class Server:
         shown: frozenset[int] = frozenset(),
         deadline_s: float | None = None,
         thinking: ThinkingLimit | None = None,
+        client_id: str | None = None,
     ) -> Generation:
         """Admit one call: `params.n` sequences for each prompt. Whoever calls this must close the Generation.
 
         `images`: those of each prompt; empty where none has any.
         The special tokens in `shown` become part of the text. After `deadline_s` the call ends with an error.
+        `client_id` is the client's own name for the call; what the engine calls it is drawn, for two may choose alike.
         """
         if self.draining:
             raise ShuttingDown("the server is shutting down")
@@ -237,6 +249,8 @@ class Server:
         if self.pictures is not None:
             for request in requests[:: params.n]:
                 check_images(request, self.pictures.seeing.vision)
+        if client_id is not None and _CLIENT_ID.fullmatch(client_id):
+            generation_id = f"{kind}-{client_id}"
         generation = Generation(
             self, generation_id, model or self.names[0], requests, params.n, shown, deadline_s, thinking
         )
@@ -316,6 +330,7 @@ class Server:
             finish_reasons=generation.finish_reasons,
             first_token_s=generation.first_token_s,
             total_s=total_s,
+            max_tokens=generation.requests[0].params.max_tokens,
         )
         if self.log_requests:
             log_request(

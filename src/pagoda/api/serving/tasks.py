@@ -11,6 +11,7 @@ GENERATE = ("generate",)
 EMBED = ("embed",)
 SCORE = ("score",)
 COMPARE = ("embed", "score")
+ALL = ("generate", "embed", "score")
 
 _DOES = {"generate": "generates text", "embed": "makes embeddings", "score": "scores or classifies texts"}
 _CANNOT = {"generate": "generate text", "embed": "make embeddings", "score": "score or classify texts"}

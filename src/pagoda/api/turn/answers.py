@@ -78,12 +78,12 @@ class Answer:
     def message(self, prefix: str = "") -> ChatMessage:
         """All that was read so far."""
         content = prefix + "".join(self._content)
-        reasoning = "".join(self._reasoning) or UNSET
+        reasoning = "".join(self._reasoning) or None
         calls = [self._call(call_id, name, "".join(pieces)) for call_id, name, pieces in self._calls]
         return ChatMessage(
             role=ROLE,
             content=content or (None if calls else ""),
-            reasoning_content=reasoning,
+            reasoning_content=reasoning or UNSET,
             reasoning=reasoning,
             tool_calls=calls or UNSET,
         )

@@ -38,12 +38,19 @@ class ToolCall(msgspec.Struct, kw_only=True):
 
 
 class ChatMessage(msgspec.Struct, kw_only=True):
-    """`content` is null only beside tool calls; reasoning goes out under both names that clients read."""
+    """`content` is null only beside tool calls; reasoning goes out under both names that clients read.
+
+    What is always null is there for programs that read the fields of OpenAI's and vLLM's messages by their names.
+    """
 
     role: str
     content: str | None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
     reasoning_content: str | UnsetType = UNSET
-    reasoning: str | UnsetType = UNSET
+    reasoning: str | None = None
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 

@@ -11,6 +11,7 @@ from pagoda.errors import BadRequest
 from pagoda.types import SamplingParams
 
 PRIORITY_HEADER = "x-vllm-priority"
+REQUEST_ID_HEADER = "x-request-id"
 MAX_LIST = 1024
 MAX_DEADLINE_S = 86_400
 MAX_PRIORITY = MAX_TOKENS = 2**31 - 1
@@ -28,6 +29,7 @@ _AS_GIVEN = ("ignore_eos", "prompt_logprobs", "skip_special_tokens", "include_st
 
 _NOT_HERE: tuple[tuple[str, str], ...] = (
     ("prompt_embeds", "prompts are text or token ids, not embeddings"),
+    ("logprob_token_ids", "the likeliest tokens are told of, and no others: use top_logprobs"),
     ("use_beam_search", "beam search is not supported"),
 )
 
@@ -63,8 +65,10 @@ def sampling_params(body: ChatBody | CompletionBody, defaults: Mapping[str, Any]
     return params
 
 
-def take_priority(body: SamplingFields, header: str | None) -> None:
-    """The priority that came as a header counts where the body gives none."""
+def take_headers(body: SamplingFields, headers: Mapping[str, str]) -> None:
+    """The priority that came as a header counts where the body gives none, a request's id before the body's."""
+    body.request_id = headers.get(REQUEST_ID_HEADER) or body.request_id
+    header = headers.get(PRIORITY_HEADER)
     if header is None or body.priority is not None:
         return
     if not re.fullmatch(r"-?[0-9]{1,10}", header):
@@ -105,7 +109,8 @@ def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
         return None
     if any(not re.fullmatch(r"[0-9]{1,10}", key) for key in given):
         raise BadRequest("logit_bias must map token ids, written as strings, to numbers", param="logit_bias")
-    return {int(key): value for key, value in given.items()}
+    # OpenAI's range, and what is beyond it changes nothing more: vLLM takes it as the limit.
+    return {int(key): max(-100.0, min(100.0, value)) for key, value in given.items()}
 
 
 def _check_others(body: SamplingFields) -> None:
@@ -128,7 +133,5 @@ def _check_others(body: SamplingFields) -> None:
         if not holds():
             raise BadRequest(f"{name} {rule}", param=name)
     if isinstance(body, CompletionBody):
-        if body.best_of is not None and not 1 <= body.best_of <= (body.n or 1):
-            raise BadRequest("best_of must be between 1 and n: every candidate is returned", param="best_of")
         if body.suffix:
             raise BadRequest("suffix: filling in the middle is not supported by this server", param="suffix")

@@ -10,7 +10,7 @@ from pagoda.api.serving.server import Server
 from pagoda.api.turn.bodies import SamplingFields
 from pagoda.errors import BadRequest
 from pagoda.text.grammar import Part, document, grammar_part, json_part, object_part, regex_part
-from pagoda.text.structured import chosen, part_of_kind, structural_tag_part, structured_part
+from pagoda.text.structured import part_of_kind, structural_tag_part, structured_part
 from pagoda.text.tokenizer import Tokenizer
 
 _FORMATS = "text, json_object, json_schema, structural_tag, regex or grammar"
@@ -23,7 +23,7 @@ def answer_part(body: SamplingFields, tokenizer: Tokenizer) -> tuple[str, Part] 
     given = body.structured_outputs
     if given is not None and not isinstance(given, Mapping):
         raise BadRequest("structured_outputs must be an object", param="structured_outputs")
-    found += [("structured_outputs", given)] if given and chosen(given) else []
+    found += [] if given is None else [("structured_outputs", given)]
     if (body.response_format or {}).get("type", "text") != "text":
         found.append(("response_format", body.response_format))
     if not found:

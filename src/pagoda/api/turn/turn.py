@@ -159,6 +159,7 @@ def start_turn(
         shown=turn.shown,
         deadline_s=body.deadline_s,
         thinking=turn.thinking,
+        client_id=body.request_id,
     )
 
 
