@@ -35,6 +35,7 @@ GROUND = (
     "formats",
     "speculation",
     "setting",
+    "http_options",
     "config",
     "accepted",
     "flags",

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from pagoda.formats import KV_EIGHT_BITS, QUANTIZE_ON_LOAD_GPU
+from pagoda.http_options import HttpOptions
 from pagoda.setting import Setting, option
 from pagoda.speculation import Speculation, speculation_from
 from pagoda.tasks import Task, task_of
@@ -49,7 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(HttpOptions):
     """What the user may choose. Names are vLLM's; None means: Pagoda chooses what fits."""
 
     model: str | None = option(
@@ -388,9 +389,10 @@ _DTYPE = {"half": "float16", "float": "float32"}
 
 
 def declared() -> tuple[Setting, ...]:
-    """The settings of `Options`, in the order of declaration."""
+    """The settings of `Options`, in the order of declaration, those for clients last."""
     out = []
-    for item in fields(Options):
+    clients = len(fields(HttpOptions))
+    for item in (*fields(Options)[clients:], *fields(HttpOptions)):
         meta = dict(item.metadata)
         kind = meta.pop("kind", str(item.type).removesuffix(" | None"))
         default = {} if kind.startswith("Mapping") else item.default

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -27,6 +27,7 @@ from pagoda.api.serving.server import Server
 from pagoda.api.serving.tasks import check_task
 from pagoda.api.status import page, wants_page
 from pagoda.errors import EngineError, MethodNotAllowed, NotFound, PagodaError, RateLimited, Unauthorized
+from pagoda.http_options import HttpOptions
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
@@ -42,6 +43,7 @@ class Door:
     rejected: Callable[[str], None]
     api_keys: Sequence[str]
     allowed_origins: Sequence[str]
+    http: HttpOptions
     local: bool
     root_path: str
     max_requests_per_key: int | None
@@ -60,6 +62,7 @@ def create_app(server: Server) -> Starlette:
         rejected=server.metrics.rejected,
         api_keys=server.api_keys,
         allowed_origins=server.allowed_origins,
+        http=server.http,
         local=server.local,
         root_path=server.root_path,
         max_requests_per_key=server.max_requests_per_key,
@@ -70,6 +73,8 @@ def create_app(server: Server) -> Starlette:
 def guarded_app(door: Door) -> Starlette:
     """The application of whatever is behind the door."""
     keys = Keys(door.api_keys, door.max_requests_per_key)
+    if door.http.disable_fastapi_docs:
+        door = replace(door, table=[each for each in door.table if each.path not in ("/docs", "/openapi.json")])
     by_path: dict[str, list[Endpoint]] = {}
     for each in door.table:
         by_path.setdefault(each.path, []).append(each)
@@ -80,8 +85,9 @@ def guarded_app(door: Door) -> Starlette:
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(door.allowed_origins),
-                allow_methods=["*"],
-                allow_headers=["*"],
+                allow_methods=list(door.http.allowed_methods),
+                allow_headers=list(door.http.allowed_headers),
+                allow_credentials=door.http.allow_credentials,
                 expose_headers=["x-request-id", "x-pagoda-ignored", "retry-after"],
             )
         )

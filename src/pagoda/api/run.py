@@ -23,6 +23,8 @@ from pagoda.api.http.listen import BACKLOG, bind_socket, cannot_listen
 from pagoda.api.notify import Notifier
 from pagoda.api.serving.server import Server
 from pagoda.backend.base import Progress
+from pagoda.errors import ConfigError
+from pagoda.http_options import HttpOptions
 
 __all__ = ["bind_socket", "run_server", "settle_memory"]
 
@@ -61,7 +63,7 @@ def run_server(
     listener already holds the port, but nobody is answered before the engine is ready. `on_ready` is called then.
     `notifier` tells the service manager, if there is one.
     """
-    http = http_server(create_app(server))
+    http = http_server(create_app(server), server.http)
     with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
         return runner.run(
             _Serving(server, engine, listener, http, notifier or Notifier({})).run(drain_s, on_progress, on_ready)
@@ -220,7 +222,8 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def http_server(app: ASGIApp) -> HttpServer:
+def http_server(app: ASGIApp, options: HttpOptions) -> HttpServer:
+    """Raises ConfigError for certificates that cannot be used."""
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -233,5 +236,18 @@ def http_server(app: ASGIApp) -> HttpServer:
         backlog=BACKLOG,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=CLOSE_S,
+        ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile,
+        ssl_ca_certs=options.ssl_ca_certs,
+        ssl_cert_reqs=options.ssl_cert_reqs,
+        ssl_ciphers=options.ssl_ciphers,
     )
+    try:
+        config.load()
+    except OSError as error:  # of which those of OpenSSL are a kind
+        files = ", ".join(filter(None, (options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs)))
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"TLS with {files}: {reason}", remedy="Give --ssl-certfile and --ssl-keyfile as PEM"
+        ) from None
     return HttpServer(config)

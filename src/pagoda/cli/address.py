@@ -36,4 +36,5 @@ def address(options: Options, listener: socket.socket) -> str:
     port = listener.getsockname()[1]
     everywhere = options.host in ("", "0.0.0.0", "::")
     host = "localhost" if everywhere or is_loopback(options.host) else options.host
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    scheme = "http" if options.ssl_certfile is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

@@ -32,7 +32,8 @@ _PROGRESS_S = 5.0
 _LAST_LINES = 20
 _OF_THE_GATEWAY = (
     "host", "port", "uds", "api_key", "max_requests_per_key", "root_path", "allowed_origins", "log_file", "keep_alive",
-    "models", "upstream", "fallback", "fallback_model",
+    "models", "upstream", "fallback", "fallback_model", "allowed_methods", "allowed_headers", "allow_credentials",
+    "ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers",
 )  # fmt: skip
 _ANY_KEY = "gateway"
 """Of a child whose gateway needs none; only our user can reach a child's socket."""

@@ -43,7 +43,7 @@ def run_gateway(
         fleet = Fleet(models, budget_bytes, Path(folder), derived, options.api_key)
         proxy = Proxy(fleet, upstream, fallback=options.fallback, fallback_model=options.fallback_model)
         gateway = Gateway(proxy=proxy, version=version)
-        http = http_server(create_app(gateway, options, local=local))
+        http = http_server(create_app(gateway, options, local=local), options)
         with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
             return runner.run(_serve(gateway, http, listener, options.shutdown_timeout, on_ready, notifier))
 

@@ -141,7 +141,7 @@ class EventStream:
         self._events = events
         self._aborted = aborted
         self._dialect = dialect
-        self._heartbeat_s = heartbeat_s
+        self.heartbeat_s = heartbeat_s
         self._stall_s = stall_s
         self._sent_at = time.monotonic()
         self._sending_since: float | None = None
@@ -219,8 +219,8 @@ class EventStream:
                     log.info("request %s: the client reads nothing, dropped", self._call.id)
                     raise ClientGone
                 await asyncio.sleep(min(1.0, self._stall_s / 4))
-            elif (wait := self._sent_at + self._heartbeat_s - now) > 0:
-                await asyncio.sleep(wait)
+            elif (wait := self._sent_at + self.heartbeat_s - now) > 0:
+                await asyncio.sleep(min(wait, HEARTBEAT_S))
             elif self._dialect.heartbeat:
                 await self._send(send, self._dialect.heartbeat)
             else:

@@ -19,7 +19,7 @@ from pagoda.api.turn.answers import ROLE, Answer
 from pagoda.api.turn.bodies import ChatBody
 from pagoda.api.turn.logprobs import ChatLogprobs, TokenNames, chat_logprobs, prompt_logprobs
 from pagoda.api.turn.message import ChatDelta
-from pagoda.api.turn.sampling import sampling_params, take_headers
+from pagoda.api.turn.sampling import apply_options, sampling_params, take_headers
 from pagoda.api.turn.turn import Turn, new_answer, prepare_turn, start_turn
 from pagoda.types import Delta, TokenLogprob
 
@@ -27,6 +27,7 @@ from pagoda.types import Delta, TokenLogprob
 async def chat_completions(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), ChatBody)
     take_headers(body, request.headers)
+    apply_options(body, server.http)
     model = server.served.resolve(body.model)
     params = sampling_params(body, server.defaults(body.model), server.vocab_size)
     turn = await prepare_turn(server, body)

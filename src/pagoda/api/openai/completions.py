@@ -18,7 +18,7 @@ from pagoda.api.serving.server import Server
 from pagoda.api.serving.usage import Usage
 from pagoda.api.turn.bodies import CompletionBody
 from pagoda.api.turn.logprobs import CompletionLogprobs, CompletionLogprobsBuilder, TokenNames, prompt_logprobs
-from pagoda.api.turn.sampling import sampling_params, take_headers
+from pagoda.api.turn.sampling import apply_options, sampling_params, take_headers
 from pagoda.api.turn.structured import plain_grammar
 from pagoda.errors import BadRequest
 from pagoda.types import Delta, SamplingParams, TokenLogprob
@@ -27,6 +27,7 @@ from pagoda.types import Delta, SamplingParams, TokenLogprob
 async def completions(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), CompletionBody)
     take_headers(body, request.headers)
+    apply_options(body, server.http)
     model = server.served.resolve(body.model)
     params = _params(body, server)
     params = msgspec.structs.replace(params, grammar=await plain_grammar(server, body))

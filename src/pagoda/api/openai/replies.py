@@ -28,7 +28,7 @@ class ChatReply(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChoice]
     service_tier: None = None
-    system_fingerprint: str
+    system_fingerprint: str | None
     usage: Usage
     prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
@@ -51,7 +51,7 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType = UNSET
-    system_fingerprint: str | UnsetType = UNSET
+    system_fingerprint: str | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
@@ -75,7 +75,7 @@ class CompletionReply(msgspec.Struct, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     service_tier: UnsetType | None = UNSET
-    system_fingerprint: str | UnsetType = UNSET
+    system_fingerprint: str | UnsetType | None = UNSET
     usage: Usage | UnsetType = UNSET
     kv_transfer_params: UnsetType | None = UNSET
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import re
 import secrets
 import time
@@ -18,7 +19,7 @@ import msgspec
 
 from pagoda.api.batch.store import BatchStore
 from pagoda.api.http.errors import ShuttingDown
-from pagoda.api.http.stream import Reply
+from pagoda.api.http.stream import EventStream, Reply
 from pagoda.api.responses.store import ResponseStore
 from pagoda.api.serving.adapters import LoraSide, ServedAdapters
 from pagoda.api.serving.derived import DerivedModels
@@ -31,6 +32,7 @@ from pagoda.api.serving.pictures import Pictures
 from pagoda.engine.grammar_check import GrammarCheck, Words
 from pagoda.engine.images import check_images
 from pagoda.errors import BadRequest, ContextLengthExceeded, Overloaded
+from pagoda.http_options import HttpOptions
 from pagoda.observe import log_request
 from pagoda.text.bad_words import with_bad_words
 from pagoda.text.reply import find_format
@@ -92,6 +94,7 @@ class Server:
     derived_dir: Path | None = None
     pictures: Pictures | None = None
     lora: LoraSide | None = None
+    http: HttpOptions = field(default_factory=HttpOptions)
     version: str = "0"
 
     def __post_init__(self) -> None:
@@ -152,8 +155,10 @@ class Server:
         return "ready" if self.engine.ready else "loading"
 
     @cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str | None:
         """OpenAI's `system_fingerprint`: the same for answers of the same software, model and way to compute it."""
+        if self.http.fingerprint_mode in ("custom", "none"):
+            return self.http.fingerprint_value if self.http.fingerprint_mode == "custom" else None
         info = self.engine.info
         made_by = f"{self.root}\0{info.weight_types}\0{info.device}\0{info.max_model_len}"
         return f"pagoda-{self.version}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
@@ -360,6 +365,8 @@ class Server:
 
     def dress(self, reply: Reply, fields: Sequence[str], generation: Generation | None = None) -> None:
         """Name the request, and the fields that nobody here knows: in headers, and each field once in the log."""
+        if isinstance(reply, EventStream):
+            reply.heartbeat_s = self.http.sse_keep_alive_interval or math.inf
         if generation is not None:
             reply.headers["x-request-id"] = generation.id
         if fields:

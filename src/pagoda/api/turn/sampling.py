@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pagoda.api.turn.bodies import ChatBody, CompletionBody, SamplingFields
+from pagoda.api.turn.bodies import ChatBody, CompletionBody, SamplingFields, StreamOptions
 from pagoda.errors import BadRequest
+from pagoda.http_options import HttpOptions
 from pagoda.types import SamplingParams
 
 PRIORITY_HEADER = "x-vllm-priority"
@@ -74,6 +75,13 @@ def take_headers(body: SamplingFields, headers: Mapping[str, str]) -> None:
     if not re.fullmatch(r"-?[0-9]{1,10}", header):
         raise BadRequest(f"the header {PRIORITY_HEADER} must be a whole number", param="priority")
     body.priority = int(header)
+
+
+def apply_options(body: SamplingFields, http: HttpOptions) -> None:
+    """What the server does for all clients, whatever they ask."""
+    if http.enable_force_include_usage and body.stream:
+        body.stream_options = StreamOptions(include_usage=True, continuous_usage_stats=True)
+    body.return_tokens_as_token_ids |= http.return_tokens_as_token_ids
 
 
 def _refuse(body: ChatBody | CompletionBody) -> None:
