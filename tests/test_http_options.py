@@ -20,7 +20,8 @@ from pagoda.errors import ConfigError
 from pagoda.http_options import HttpOptions
 from pagoda.settings import resolve
 
-STREAMS = (
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+STREAMS = (("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "x"}))
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
     ("/v1/completions", {"prompt": "x"}),
 )
