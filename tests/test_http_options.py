@@ -22,9 +22,6 @@ from pagoda.settings import resolve
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
 STREAMS = (("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "x"}))
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
-    ("/v1/completions", {"prompt": "x"}),
-)
 
 
 def serving(**options: Any) -> Client:
