@@ -219,6 +219,8 @@ def test_scores_are_those_of_the_pairs(tmp_path: Path) -> None:
     with served(tmp_path) as (url, _, _):
         found = post(url, "/v1/score", text_1=QUERY, text_2=DOCUMENTS)
         pairs = post(url, "/score", queries=[QUERY] * 3, documents=DOCUMENTS)
+        bare = post(url, "/score", data_1=QUERY, data_2=DOCUMENTS, use_activation=False)["data"]
+        assert post(url, "/score", queries=QUERY, items=DOCUMENTS)["data"] == found["data"]
         assert post(url, "/score", text_1=["a", "b"], text_2=DOCUMENTS)[0] == 400
     assert [each["score"] for each in pairs["data"]] == [each["score"] for each in found["data"]]
     encoder = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
@@ -226,6 +228,7 @@ def test_scores_are_those_of_the_pairs(tmp_path: Path) -> None:
     expected = [model(**each).logits.sigmoid().item() for each in encoded]
     assert any(each["token_type_ids"].any() for each in encoded)
     np.testing.assert_allclose([each["score"] for each in found["data"]], expected, rtol=1e-4)
+    np.testing.assert_allclose(1 / (1 + np.exp([-each["score"] for each in bare])), expected, rtol=1e-4)
 
 
 def test_classes_and_poolings_are_those_of_transformers(tmp_path: Path, minilm: str) -> None:
@@ -250,6 +253,9 @@ def test_classes_and_poolings_are_those_of_transformers(tmp_path: Path, minilm: 
                 assert each["label"] == labels[int(np.argmax(each["probs"]))] and each["num_classes"] == 3
         pooled = post(url, "/pooling", input=texts[0], task="classify")["data"][0]
         assert pooled["object"] == "pooling" and np.allclose(pooled["data"], expected[0], atol=2e-3)
+        (bare,) = post(url, "/classify", input=texts[0], use_activation=False)["data"]
+        assert np.allclose(np.exp(bare["probs"]) / np.exp(bare["probs"]).sum(), expected[0], atol=2e-3)
+        assert abs(sum(bare["probs"]) - 1) > 1e-3
         assert (
             post(url, "/pooling", input="x", task="embed")[0]
             == post(url, "/rerank", query="a", documents=["b"])[0]
@@ -259,7 +265,7 @@ def test_classes_and_poolings_are_those_of_transformers(tmp_path: Path, minilm: 
     assert [each["data"] for each in post(minilm, "/pooling", input=texts)["data"]] == [e["embedding"] for e in whole]
     (raw,) = post(minilm, "/pooling", input=texts[:1], encoding_format="base64", task="embed")["data"]
     assert np.frombuffer(base64.b64decode(raw["data"]), "<f4").tolist() == pytest.approx(whole[0]["embedding"])
-    long = float(np.linalg.norm(post(minilm, "/pooling", input="a cat", normalize=False)["data"][0]["data"]))
+    long = float(np.linalg.norm(post(minilm, "/pooling", input="a cat", use_activation=False)["data"][0]["data"]))
     assert abs(long - 1) > 0.01 and post(minilm, "/classify", input="x")[0] == 400
     assert post(minilm, "/pooling", input="x", task="token_embed")[1]["error"]["param"] == "task"
 

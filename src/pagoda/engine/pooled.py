@@ -10,7 +10,7 @@ import numpy as np
 
 from pagoda.engine.messages import ModelInfo
 from pagoda.engine.shared import SharedCore
-from pagoda.engine.vectors import check_dimensions, probabilities, vector
+from pagoda.engine.vectors import check_dimensions, classes, vector
 from pagoda.errors import BadRequest, ContextLengthExceeded, EngineError
 from pagoda.text.rerank import pair_tokens
 from pagoda.text.sentence import SentenceFiles
@@ -110,7 +110,7 @@ class Pooler:
     def classify(self, prompts: Sequence[Any], params: PoolingParams, show: bool) -> list[ClassificationRequestOutput]:
         self._check("score", "classify()")
         found = self._ask([self._tokens(prompt, params, "") for prompt in prompts], show)
-        return [_of(raw, ClassificationOutput(_labels(raw, params).tolist())) for raw in found]
+        return [_of(raw, ClassificationOutput(_classes(raw, params))) for raw in found]
 
     def encode(
         self, prompts: Sequence[Any], params: PoolingParams, task: PoolingTask | None, show: bool
@@ -122,7 +122,7 @@ class Pooler:
             return [_of(raw, PoolingOutput(self._vector(raw, params))) for raw in self._embedded(prompts, params, show)]
         self._check("embed" if task == "embed" else "score", "encode()")
         found = self._ask([self._tokens(prompt, params, "") for prompt in prompts], show)
-        return [_of(raw, PoolingOutput(_labels(raw, params))) for raw in found]
+        return [_of(raw, PoolingOutput(np.asarray(_classes(raw, params), np.float32))) for raw in found]
 
     def score(
         self, first: Sequence[str], second: Sequence[str], params: PoolingParams, instruction: str | None, show: bool
@@ -147,7 +147,7 @@ class Pooler:
             pair_tokens(self._tokenizer, self._info.architecture, a, b, cut, instruction)
             for a, b in zip(firsts, second, strict=True)
         ]
-        return [_of(raw, ScoringOutput(float(_labels(raw, params)[0]))) for raw in self._ask(pairs, show)]
+        return [_of(raw, ScoringOutput(_classes(raw, params)[0])) for raw in self._ask(pairs, show)]
 
     def _cosines(
         self, first: Sequence[str], second: Sequence[str], params: PoolingParams, show: bool
@@ -221,11 +221,8 @@ class Pooler:
         return list(found.values())
 
 
-def _labels(raw: Raw, params: PoolingParams) -> Float32:
-    data = raw.data()
-    if params.use_activation is False:
-        return np.frombuffer(data, np.float32)
-    return np.asarray(probabilities(data), np.float32)
+def _classes(raw: Raw, params: PoolingParams) -> list[float]:
+    return classes(raw.data(), params.use_activation)
 
 
 def _of(raw: Raw, outputs: T) -> PoolingRequestOutput[T]:

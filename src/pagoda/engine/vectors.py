@@ -33,6 +33,11 @@ def probabilities(raw: bytes) -> list[float]:
     return [float(each) for each in weights / weights.sum()]
 
 
+def classes(raw: bytes, use_activation: bool | None = None) -> list[float]:
+    """A number for each label: its probability, or with `use_activation` False what the model gives."""
+    return [float(each) for each in np.frombuffer(raw, np.float32)] if use_activation is False else probabilities(raw)
+
+
 def check_dimensions(dimensions: int | None, width: int, allowed: tuple[int, ...] | None) -> None:
     """Raise BadRequest for a length that vectors of this model cannot be cut to; () allows all, None no other."""
     if dimensions is None or dimensions == width:

@@ -7,11 +7,11 @@ from starlette.requests import Request
 
 from pagoda.api.http.body import parse, read_body
 from pagoda.api.http.stream import Reply
-from pagoda.api.pooling.prompts import as_base64, cut_of, input_prompts, usage
+from pagoda.api.pooling.prompts import as_base64, cut_of, first_of, input_prompts, usage
 from pagoda.api.pooling.protocol import Class, ClassifyBody, ClassifyReply, PooledData, PoolingBody, PoolingReply
 from pagoda.api.pooling.replies import reply_to
 from pagoda.api.serving.server import Server
-from pagoda.engine.vectors import check_dimensions, probabilities, vector
+from pagoda.engine.vectors import check_dimensions, classes, vector
 from pagoda.errors import BadRequest
 from pagoda.types import Float32
 
@@ -27,7 +27,7 @@ async def classify(server: Server, request: Request) -> Reply:
     async def reply() -> ClassifyReply:
         data = []
         for index, raw in enumerate(await call.vectors()):
-            probs = probabilities(raw)
+            probs = classes(raw, body.use_activation)
             best = probs.index(max(probs))
             label = names[best] if best < len(names) else f"LABEL_{best}"
             data.append(Class(index=index, label=label, probs=probs, num_classes=len(probs)))
@@ -50,10 +50,12 @@ async def pooling(server: Server, request: Request) -> Reply:
     cut, before = cut_of(server, body), sentence.default_prompt if embeds else ""
     prompts = await input_prompts(server, body.input, cut, before, body.add_special_tokens)
     call = server.start_pooled("pool", prompts, model=model, priority=body.priority or 0)
-    normalize = sentence.normalize if body.normalize is None else body.normalize
+    normalize = first_of(body.normalize, body.use_activation, sentence.normalize)
 
     def values(raw: bytes) -> Float32:
-        return vector(raw, normalize, body.dimensions) if embeds else np.asarray(probabilities(raw), np.float32)
+        if embeds:
+            return vector(raw, normalize, body.dimensions)
+        return np.asarray(classes(raw, body.use_activation), np.float32)
 
     async def reply() -> PoolingReply:
         found = [values(raw) for raw in await call.vectors()]

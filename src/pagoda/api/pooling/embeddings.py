@@ -6,7 +6,7 @@ from starlette.requests import Request
 
 from pagoda.api.http.body import parse, read_body
 from pagoda.api.http.stream import Reply
-from pagoda.api.pooling.prompts import as_base64, cut_of, input_prompts, usage
+from pagoda.api.pooling.prompts import as_base64, cut_of, first_of, input_prompts, usage
 from pagoda.api.pooling.protocol import Embedding, EmbeddingBody, EmbeddingReply
 from pagoda.api.pooling.replies import reply_to
 from pagoda.api.serving.generation import Pooled
@@ -25,7 +25,7 @@ async def embeddings(server: Server, request: Request) -> Reply:
 
 
 async def _reply(server: Server, call: Pooled, body: EmbeddingBody) -> EmbeddingReply:
-    normalize = server.sentence.normalize if body.normalize is None else body.normalize
+    normalize = first_of(body.normalize, body.use_activation, server.sentence.normalize)
     found = [vector(raw, normalize, body.dimensions) for raw in await call.vectors()]
     text = body.encoding_format == "base64"
     data = [

@@ -114,3 +114,8 @@ def usage(tokens: int) -> PoolingUsage:
 
 def as_base64(values: Float32) -> str:
     return base64.b64encode(values.astype("<f4", copy=False).tobytes()).decode()
+
+
+def first_of(*switches: bool | None) -> bool:
+    """The first that somebody set."""
+    return next((each for each in switches if each is not None), False)

@@ -12,11 +12,13 @@ class PoolingFields(msgspec.Struct, kw_only=True):
     """What all of them share. `truncate_prompt_tokens` -1 cuts to what the model takes; without it nothing is cut.
 
     Cut is the end of a text; with `truncation_side` left, its beginning. Of a pair only the second text is cut.
+    `use_activation` false gives the model's bare numbers: no vectors of length 1, no probabilities.
     """
 
     model: str | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
+    use_activation: bool | None = None
     user: str | None = None
     priority: int | None = None
     drop_params: bool = False
@@ -70,6 +72,9 @@ class ScoreBody(PoolingFields, kw_only=True):
     text_2: str | list[str] | None = None
     queries: str | list[str] | None = None
     documents: str | list[str] | None = None
+    items: str | list[str] | None = None
+    data_1: str | list[str] | None = None
+    data_2: str | list[str] | None = None
     instruction: str | None = None
 
 

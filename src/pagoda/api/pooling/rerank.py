@@ -32,7 +32,7 @@ from pagoda.api.pooling.protocol import (
 from pagoda.api.pooling.replies import reply_to
 from pagoda.api.serving.generation import Pooled
 from pagoda.api.serving.server import Server
-from pagoda.engine.vectors import probability, vector
+from pagoda.engine.vectors import classes, vector
 from pagoda.errors import BadRequest
 
 _PLAIN_TEXTS = "/api/rerank"
@@ -87,7 +87,7 @@ class _Comparison:
     def __init__(self, server: Server, body: RerankBody | ScoreBody) -> None:
         self._server = server
         self._cut = cut_of(server, body)
-        self._instruction = body.instruction
+        self._instruction, self._activation = body.instruction, body.use_activation
         self._embeds = server.engine.info.task == "embed"
         self._places: list[tuple[int, int]] = []  # of each pair among the texts of an embedding model
 
@@ -124,7 +124,7 @@ class _Comparison:
     async def scores(self, call: Pooled) -> list[float]:
         raw = await call.vectors()
         if not self._embeds:
-            return [probability(each) for each in raw]
+            return [classes(each, self._activation)[0] for each in raw]
         vectors = [vector(each, True) for each in raw]
         return [float(vectors[first] @ vectors[second]) for first, second in self._places]
 
@@ -154,8 +154,9 @@ def _flag(value: bool | str) -> bool:
 
 
 def _pairs(body: ScoreBody) -> list[tuple[str, str]]:
-    first = body.text_1 if body.text_1 is not None else body.queries
-    second = body.text_2 if body.text_2 is not None else body.documents
+    first = next((each for each in (body.text_1, body.queries, body.data_1) if each is not None), None)
+    others_named = (body.text_2, body.documents, body.items, body.data_2)
+    second = next((each for each in others_named if each is not None), None)
     if first is None or second is None:
         raise BadRequest("text_1 and text_2 are required", param="text_1" if first is None else "text_2")
     ones = [first] if isinstance(first, str) else first
