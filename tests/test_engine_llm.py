@@ -270,7 +270,7 @@ def test_beams_end_with_the_end_of_the_answer_and_are_judged_by_their_length() -
 
     def found(penalty: float) -> list[tuple[list[int], str | None]]:
         params = BeamSearchParams(beam_width=2, max_tokens=2, length_penalty=penalty)
-        search = BeamSearch([1], params, [ord("e")], room=9)
+        search = BeamSearch([1], params, [ord("e")], most=2)
         search.take([table(e=-2.0, a=-1.0, b=-1.5)])
         search.take([table(a=-3.0, e=-9.0), table(a=-1.0, b=-8.0)])
         assert search.live == []

@@ -57,13 +57,13 @@ class BeamSearchOutput:
 
 
 class BeamSearch:
-    """The search for one prompt: ask for what comes after each of `live`, and give that to `take`."""
+    """The search for one prompt, of at most `most` tokens: ask for what comes after each of `live`, and `take` it."""
 
-    def __init__(self, prompt: Sequence[int], params: BeamSearchParams, eos: Sequence[int], room: int) -> None:
+    def __init__(self, prompt: Sequence[int], params: BeamSearchParams, eos: Sequence[int], most: int) -> None:
         self.live = [BeamSearchSequence(list(prompt))]
         self._params = params
         self._eos = frozenset(() if params.ignore_eos else eos)
-        self._left = min(params.max_tokens, room)
+        self._left = most
         self._done: list[BeamSearchSequence] = []
 
     def take(self, nexts: Sequence[Nexts]) -> None:
@@ -117,7 +117,8 @@ def search(
     run: Callable[[list[Encoded]], list[RequestOutput]],
 ) -> list[BeamSearchOutput]:
     """The best answers to each prompt; `run` does a step for the beginnings of all prompts at once."""
-    searches = [BeamSearch(prompt.ids, params, eos, max_model_len - len(prompt.ids)) for prompt in prompts]
+    most = [min(params.max_tokens, max_model_len - len(prompt.ids)) for prompt in prompts]
+    searches = [BeamSearch(prompt.ids, params, eos, each) for prompt, each in zip(prompts, most, strict=True)]
     both = list(zip(searches, prompts, strict=True))
     while asked := [Encoded(None, beam.tokens, prompt.images) for one, prompt in both for beam in one.live]:
         told = map(_next_tokens, run(asked))

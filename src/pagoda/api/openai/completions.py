@@ -18,7 +18,7 @@ from pagoda.api.serving.server import Server
 from pagoda.api.serving.usage import Usage
 from pagoda.api.turn.bodies import CompletionBody
 from pagoda.api.turn.logprobs import CompletionLogprobs, CompletionLogprobsBuilder, TokenNames, prompt_logprobs
-from pagoda.api.turn.sampling import apply_options, sampling_params, take_headers
+from pagoda.api.turn.sampling import apply_options, beam_search, sampling_params, take_headers
 from pagoda.api.turn.structured import plain_grammar
 from pagoda.errors import BadRequest
 from pagoda.types import Delta, SamplingParams, TokenLogprob
@@ -44,6 +44,7 @@ async def completions(server: Server, request: Request) -> Reply:
         priority=body.priority or 0,
         deadline_s=body.deadline_s,
         client_id=body.request_id,
+        beams=beam_search(body, params),
     )
     completion = _Completion(server, body, generation, given)
     if body.stream:

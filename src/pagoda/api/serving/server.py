@@ -22,6 +22,7 @@ from pagoda.api.http.errors import ShuttingDown
 from pagoda.api.http.stream import EventStream, Reply
 from pagoda.api.responses.store import ResponseStore
 from pagoda.api.serving.adapters import LoraSide, ServedAdapters
+from pagoda.api.serving.beams import Beams
 from pagoda.api.serving.derived import DerivedModels
 from pagoda.api.serving.engine import Engine
 from pagoda.api.serving.generation import Generation, Pooled, ThinkingLimit
@@ -29,6 +30,7 @@ from pagoda.api.serving.hub import Hub
 from pagoda.api.serving.metrics import Metrics
 from pagoda.api.serving.names import ServedNames
 from pagoda.api.serving.pictures import Pictures
+from pagoda.engine.beams import BeamSearchParams
 from pagoda.engine.grammar_check import GrammarCheck, Words
 from pagoda.engine.images import check_images
 from pagoda.errors import BadRequest, ContextLengthExceeded, Overloaded
@@ -223,11 +225,13 @@ class Server:
         deadline_s: float | None = None,
         thinking: ThinkingLimit | None = None,
         client_id: str | None = None,
+        beams: BeamSearchParams | None = None,
     ) -> Generation:
         """Admit one call: `params.n` sequences for each prompt. Whoever calls this must close the Generation.
 
         `images`: those of each prompt; empty where none has any.
         The special tokens in `shown` become part of the text. After `deadline_s` the call ends with an error.
+        With `beams` the `params.n` sequences are the best that a search finds.
         `client_id` is the client's own name for the call; what the engine calls it is drawn, for two may choose alike.
         """
         if self.draining:
@@ -256,9 +260,8 @@ class Server:
                 check_images(request, self.pictures.seeing.vision)
         if client_id is not None and _CLIENT_ID.fullmatch(client_id):
             generation_id = f"{kind}-{client_id}"
-        generation = Generation(
-            self, generation_id, model or self.names[0], requests, params.n, shown, deadline_s, thinking
-        )
+        made = (self, generation_id, model or self.names[0], requests, params.n, shown, deadline_s, thinking)
+        generation = Generation(*made) if beams is None else Beams(*made, beams=beams)
         self._admit(generation)
         return generation
 

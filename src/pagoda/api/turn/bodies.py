@@ -53,6 +53,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     bad_words: list[str] | None = None
     prompt_embeds: Any = None
     use_beam_search: bool = False
+    length_penalty: float = 1.0
     logprob_token_ids: list[int] | None = None
 
 

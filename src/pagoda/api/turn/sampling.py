@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pagoda.api.turn.bodies import ChatBody, CompletionBody, SamplingFields, StreamOptions
+from pagoda.engine.beams import BeamSearchParams
 from pagoda.errors import BadRequest
 from pagoda.http_options import HttpOptions
 from pagoda.types import SamplingParams
@@ -31,7 +32,6 @@ _AS_GIVEN = ("ignore_eos", "prompt_logprobs", "skip_special_tokens", "include_st
 _NOT_HERE: tuple[tuple[str, str], ...] = (
     ("prompt_embeds", "prompts are text or token ids, not embeddings"),
     ("logprob_token_ids", "the likeliest tokens are told of, and no others: use top_logprobs"),
-    ("use_beam_search", "beam search is not supported"),
 )
 
 
@@ -82,6 +82,25 @@ def apply_options(body: SamplingFields, http: HttpOptions) -> None:
     if http.enable_force_include_usage and body.stream:
         body.stream_options = StreamOptions(include_usage=True, continuous_usage_stats=True)
     body.return_tokens_as_token_ids |= http.return_tokens_as_token_ids
+
+
+def beam_search(body: SamplingFields, params: SamplingParams) -> BeamSearchParams | None:
+    """How to search, where the client wants the likeliest answers. Stop strings and penalties have no part in it."""
+    if not body.use_beam_search:
+        return None
+    if params.grammar:
+        raise BadRequest(
+            "use_beam_search: not together with structured output or forced calls", param="use_beam_search"
+        )
+    beams = BeamSearchParams(
+        beam_width=params.n,
+        max_tokens=1,  # how many there may be is known with the prompt
+        ignore_eos=params.ignore_eos,
+        length_penalty=body.length_penalty,
+        include_stop_str_in_output=params.include_stop_str_in_output,
+    )
+    beams.step()
+    return beams
 
 
 def _refuse(body: ChatBody | CompletionBody) -> None:

@@ -12,6 +12,7 @@ from pagoda.api.serving.server import Server
 from pagoda.api.turn.answers import Answer
 from pagoda.api.turn.bodies import ChatBody
 from pagoda.api.turn.prompt import all_kwargs, chat_prompt, thinking_budget
+from pagoda.api.turn.sampling import beam_search
 from pagoda.api.turn.structured import answer_part, checked
 from pagoda.api.turn.tools import allowed, forced, read_tools
 from pagoda.errors import BadRequest
@@ -148,10 +149,11 @@ def start_turn(
     server: Server, kind: str, turn: Turn, params: SamplingParams, body: ChatBody, *, model: str
 ) -> Generation:
     """Admit the call of one turn. Whoever calls this must close the Generation."""
+    params = turn.limit(params)
     return server.start(
         kind,
         [turn.prompt],
-        turn.limit(params),
+        params,
         images=[turn.images],
         model=model,
         cache_salt=body.cache_salt or "",
@@ -160,6 +162,7 @@ def start_turn(
         deadline_s=body.deadline_s,
         thinking=turn.thinking,
         client_id=body.request_id,
+        beams=beam_search(body, params),
     )
 
 
