@@ -172,7 +172,8 @@ def test_prompt_logprobs_stand_in_each_choice(client: Client) -> None:
         ({"prompt": "x", "structured_outputs": {"chioce": ["a"]}}, "structured_outputs"),
         ({"prompt": "x", "logprobs": 21}, "logprobs"),
         ({"prompt": "x", "prompt_embeds": "AAAA"}, "prompt_embeds"),
-        ({"prompt": "x", "use_beam_search": True}, "use_beam_search"),
+        ({"prompt": "x", "use_beam_search": True, "n": 11}, "beam_width"),
+        ({"prompt": "x", "use_beam_search": True, "guided_regex": "a"}, "use_beam_search"),
         ({"prompt": "x", "n": 0}, "n"),
         ({"prompt": None}, "prompt"),
         ({}, "prompt"),
@@ -214,3 +215,21 @@ def test_invocations_are_all_routes_in_one(client: Client) -> None:
     assert "prompt" in client.post("/invocations", {"max_tokens": 5}).json()["error"]["message"]
     assert client.post("/invocations", {"input": "x"}).status_code == 400  # this model makes no embeddings
     assert client.post("/invocations", b"{").status_code == 400
+
+
+def test_beam_search_gives_the_likeliest_answers(client: Client) -> None:
+    """The fake engine says H after anything, and I is the second likeliest."""
+    asked = {"use_beam_search": True, "n": 2, "max_tokens": 2, "logprobs": 1}
+    reply = client.complete(["x", "y"], **asked).json()
+    assert [choice["text"] for choice in reply["choices"]] == ["HH", "HI"] * 2
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+    assert reply["choices"][1]["logprobs"]["token_logprobs"] == [-0.5, -1.5]
+    assert reply["choices"][0]["finish_reason"] == "length" and reply["usage"]["completion_tokens"] == 8
+    assert {len(request.prompt_token_ids) for request in engine(client).requests} == {1, 2}
+    parts = events(client.complete("x", stream=True, **asked))[:-1]
+    texts = {index: "" for index in range(2)}
+    for choice in (part["choices"][0] for part in parts):
+        texts[choice["index"]] += choice["text"]
+    assert texts == {0: "HH", 1: "HI"}
+    chat = client.chat(use_beam_search=True, n=2, max_tokens=2).json()["choices"]
+    assert [choice["message"]["content"] for choice in chat] == ["HH", "HI"]
