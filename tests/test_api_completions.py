@@ -227,7 +227,7 @@ def test_beam_search_gives_the_likeliest_answers(client: Client) -> None:
     assert reply["choices"][0]["finish_reason"] == "length" and reply["usage"]["completion_tokens"] == 8
     assert {len(request.prompt_token_ids) for request in engine(client).requests} == {1, 2}
     parts = events(client.complete("x", stream=True, **asked))[:-1]
-    texts = {index: "" for index in range(2)}
+    texts = dict.fromkeys(range(2), "")
     for choice in (part["choices"][0] for part in parts):
         texts[choice["index"]] += choice["text"]
     assert texts == {0: "HH", 1: "HI"}
