@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from api_fake import Client, FakeEngine, events, make_server, on_port
+from starlette.applications import Starlette
 
 from pagoda.api.run import http_server
 from pagoda.cli.address import address
@@ -82,11 +83,11 @@ def test_lists_as_vllm_takes_them() -> None:
 
 def test_a_certificate_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.pem: No such file"):
-        http_server(lambda: None, HttpOptions(ssl_certfile=str(tmp_path / "nowhere.pem")))  # type: ignore[arg-type, return-value]
+        http_server(Starlette(), HttpOptions(ssl_certfile=str(tmp_path / "nowhere.pem")))
     bad = tmp_path / "bad.pem"
     bad.write_text("no certificate")
     with pytest.raises(ConfigError, match="--ssl-keyfile as PEM"):
-        http_server(lambda: None, HttpOptions(ssl_certfile=str(bad)))  # type: ignore[arg-type, return-value]
+        http_server(Starlette(), HttpOptions(ssl_certfile=str(bad)))
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -96,7 +97,7 @@ class BeamSearch:
 
         def score(beam: BeamSearchSequence) -> float:
             length = len(beam.tokens) - (beam.tokens[-1] in self._eos)
-            return beam.cum_logprob / max(1, length) ** self._params.length_penalty
+            return beam.cum_logprob / math.pow(max(1, length), self._params.length_penalty)
 
         return sorted(self._done, key=score, reverse=True)[: self._params.beam_width]
 
