@@ -205,7 +205,7 @@ def test_variables_of_the_guides() -> None:
 def test_every_option_has_a_variable() -> None:
     values = {
         "bool": "false",
-        "int": "7",
+        "int": "2",
         "float": "0.5",
         "str": "x",
         "tuple[str, ...]": "a,b",

@@ -26,7 +26,7 @@ STREAMS = (("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "x"}))
 
 
 def serving(**options: Any) -> Client:
-    return Client(make_server(http=HttpOptions(**options)))
+    return Client(make_server(options=HttpOptions(**options)))
 
 
 @pytest.mark.parametrize(("path", "body"), STREAMS)
@@ -68,7 +68,7 @@ def test_docs_may_be_left_out() -> None:
 def test_what_other_origins_may_do() -> None:
     asks = {"origin": "http://a.example", "access-control-request-method": "POST"}
     options = HttpOptions(allowed_methods=("GET",), allow_credentials=True)
-    with Client(make_server(http=options, allowed_origins=["http://a.example"])) as client:
+    with Client(make_server(options=options, allowed_origins=["http://a.example"])) as client:
         answer = client.get("/health", headers={"origin": "http://a.example"})
         assert answer.headers["access-control-allow-credentials"] == "true"
         assert client.call("OPTIONS", "/v1/completions", headers=asks).status_code == 400
@@ -99,7 +99,7 @@ def test_streams_over_tls(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     engine = FakeEngine()
     options = HttpOptions(ssl_certfile=str(cert), ssl_keyfile=str(key))
-    with on_port(make_server(engine, http=options), engine) as base:
+    with on_port(make_server(engine, options=options), engine) as base:
         url = base.replace("http://", "https://")
         trust = ssl.create_default_context(cafile=str(cert))
         with httpx.Client(verify=trust, base_url=url, trust_env=False) as client:

@@ -43,7 +43,7 @@ class Door:
     rejected: Callable[[str], None]
     api_keys: Sequence[str]
     allowed_origins: Sequence[str]
-    http: HttpOptions
+    options: HttpOptions
     local: bool
     root_path: str
     max_requests_per_key: int | None
@@ -62,7 +62,7 @@ def create_app(server: Server) -> Starlette:
         rejected=server.metrics.rejected,
         api_keys=server.api_keys,
         allowed_origins=server.allowed_origins,
-        http=server.http,
+        options=server.options,
         local=server.local,
         root_path=server.root_path,
         max_requests_per_key=server.max_requests_per_key,
@@ -73,7 +73,7 @@ def create_app(server: Server) -> Starlette:
 def guarded_app(door: Door) -> Starlette:
     """The application of whatever is behind the door."""
     keys = Keys(door.api_keys, door.max_requests_per_key)
-    if door.http.disable_fastapi_docs:
+    if door.options.disable_fastapi_docs:
         door = replace(door, table=[each for each in door.table if each.path not in ("/docs", "/openapi.json")])
     by_path: dict[str, list[Endpoint]] = {}
     for each in door.table:
@@ -85,9 +85,9 @@ def guarded_app(door: Door) -> Starlette:
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(door.allowed_origins),
-                allow_methods=list(door.http.allowed_methods),
-                allow_headers=list(door.http.allowed_headers),
-                allow_credentials=door.http.allow_credentials,
+                allow_methods=list(door.options.allowed_methods),
+                allow_headers=list(door.options.allowed_headers),
+                allow_credentials=door.options.allow_credentials,
                 expose_headers=["x-request-id", "x-pagoda-ignored", "retry-after"],
             )
         )

@@ -63,7 +63,7 @@ def run_server(
     listener already holds the port, but nobody is answered before the engine is ready. `on_ready` is called then.
     `notifier` tells the service manager, if there is one.
     """
-    http = http_server(create_app(server), server.http)
+    http = http_server(create_app(server), server.options)
     with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
         return runner.run(
             _Serving(server, engine, listener, http, notifier or Notifier({})).run(drain_s, on_progress, on_ready)

@@ -167,7 +167,7 @@ def make_server(options: Options, path: str, engine: Engine) -> Server:
         derived_dir=cache_path() / "derived",
         lora=lora_side(options, spec, gguf=bool(source.metadata)) if options.takes_adapters else None,
         pictures=None if seeing is None else Pictures(seeing),
-        http=options,
+        options=options,
         version=__version__,
     )
     source.close()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pagoda.engine.llm_inputs import Encoded
 from pagoda.engine.outputs import Logprob, RequestOutput
 from pagoda.errors import BadRequest, EngineError
+from pagoda.text.tokenizer import Tokenizer
 from pagoda.types import MAX_LOGPROBS, SamplingParams
 
 Nexts = Mapping[int, Logprob]
@@ -113,17 +114,22 @@ def _next_tokens(answer: RequestOutput) -> Nexts:
 def search(
     prompts: Sequence[Encoded],
     params: BeamSearchParams,
+    step: SamplingParams,
     eos: Sequence[int],
     max_model_len: int,
-    run: Callable[[list[Encoded]], list[RequestOutput]],
+    run: Callable[[list[Encoded], list[SamplingParams], bool], list[RequestOutput]],
+    tokenizer: Tokenizer,
 ) -> list[BeamSearchOutput]:
-    """The best answers to each prompt; `run` does a step for the beginnings of all prompts at once."""
+    """The best answers to each prompt; `run` does a `step` for the beginnings of all prompts at once, showing nothing."""
     most = [min(params.max_tokens, max_model_len - len(prompt.ids)) for prompt in prompts]
     searches = [BeamSearch(prompt.ids, params, eos, each) for prompt, each in zip(prompts, most, strict=True)]
     both = list(zip(searches, prompts, strict=True))
-    while asked := [Encoded(None, beam.tokens, prompt.images) for one, prompt in both for beam in one.live]:
-        told = map(_next_tokens, run(asked))
+    while asked := [replace(prompt, text=None, ids=beam.tokens) for one, prompt in both for beam in one.live]:
+        told = map(_next_tokens, run(asked, [step] * len(asked), False))
         for one in searches:
             if one.live:
                 one.take([next(told) for _ in one.live])
-    return [BeamSearchOutput(one.best()) for one in searches]
+    outputs = [BeamSearchOutput(one.best()) for one in searches]
+    for beam in (beam for output in outputs for beam in output.sequences):
+        beam.text = tokenizer.decode(beam.tokens, skip_special_tokens=params.skip_special_tokens)
+    return outputs

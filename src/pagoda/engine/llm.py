@@ -209,19 +209,16 @@ class LLM:
             self._shared.end(answers)
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: LoraRequests = None,
+        use_tqdm: bool = False,
     ) -> list[BeamSearchOutput]:
         """The likeliest answers to each prompt, best first, each with its prompt. `use_tqdm` has no effect."""
         step = self._checked(params.step())
-
-        def run(beginnings: list[Encoded]) -> list[RequestOutput]:
-            return self._run(beginnings, [step] * len(beginnings), False)
-
-        given = [self._encode(prompt) for prompt in as_list(prompts)]
-        outputs = search(given, params, self._eos_token_ids, self.info.max_model_len, run)
-        for beam in (beam for output in outputs for beam in output.sequences):
-            beam.text = self.tokenizer.decode(beam.tokens, skip_special_tokens=params.skip_special_tokens)
-        return outputs
+        given = adapters_of([self._encode(prompt) for prompt in as_list(prompts)], lora_request)
+        return search(given, params, step, self._eos_token_ids, self.info.max_model_len, self._run, self.tokenizer)
 
     def embed(
         self,

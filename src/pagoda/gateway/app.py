@@ -150,7 +150,7 @@ def create_app(gateway: Gateway, options: Options, *, local: bool) -> Starlette:
         rejected=lambda reason: None,
         api_keys=options.api_key,
         allowed_origins=options.allowed_origins,
-        http=options,
+        options=options,
         local=local,
         root_path=options.root_path,
         max_requests_per_key=options.max_requests_per_key,

@@ -27,7 +27,7 @@ from pagoda.types import Delta, TokenLogprob
 async def chat_completions(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), ChatBody)
     take_headers(body, request.headers)
-    apply_options(body, server.http)
+    apply_options(body, server.options)
     model = server.served.resolve(body.model)
     params = sampling_params(body, server.defaults(body.model), server.vocab_size)
     turn = await prepare_turn(server, body)

@@ -27,7 +27,7 @@ from pagoda.types import Delta, SamplingParams, TokenLogprob
 async def completions(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), CompletionBody)
     take_headers(body, request.headers)
-    apply_options(body, server.http)
+    apply_options(body, server.options)
     model = server.served.resolve(body.model)
     params = _params(body, server)
     params = msgspec.structs.replace(params, grammar=await plain_grammar(server, body))

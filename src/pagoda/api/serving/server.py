@@ -96,7 +96,7 @@ class Server:
     derived_dir: Path | None = None
     pictures: Pictures | None = None
     lora: LoraSide | None = None
-    http: HttpOptions = field(default_factory=HttpOptions)
+    options: HttpOptions = field(default_factory=HttpOptions)
     version: str = "0"
 
     def __post_init__(self) -> None:
@@ -159,8 +159,8 @@ class Server:
     @cached_property
     def fingerprint(self) -> str | None:
         """OpenAI's `system_fingerprint`: the same for answers of the same software, model and way to compute it."""
-        if self.http.fingerprint_mode in ("custom", "none"):
-            return self.http.fingerprint_value if self.http.fingerprint_mode == "custom" else None
+        if self.options.fingerprint_mode in ("custom", "none"):
+            return self.options.fingerprint_value if self.options.fingerprint_mode == "custom" else None
         info = self.engine.info
         made_by = f"{self.root}\0{info.weight_types}\0{info.device}\0{info.max_model_len}"
         return f"pagoda-{self.version}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
@@ -369,7 +369,7 @@ class Server:
     def dress(self, reply: Reply, fields: Sequence[str], generation: Generation | None = None) -> None:
         """Name the request, and the fields that nobody here knows: in headers, and each field once in the log."""
         if isinstance(reply, EventStream):
-            reply.heartbeat_s = self.http.sse_keep_alive_interval or math.inf
+            reply.heartbeat_s = self.options.sse_keep_alive_interval or math.inf
         if generation is not None:
             reply.headers["x-request-id"] = generation.id
         if fields:

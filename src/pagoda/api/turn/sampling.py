@@ -77,11 +77,11 @@ def take_headers(body: SamplingFields, headers: Mapping[str, str]) -> None:
     body.priority = int(header)
 
 
-def apply_options(body: SamplingFields, http: HttpOptions) -> None:
+def apply_options(body: SamplingFields, options: HttpOptions) -> None:
     """What the server does for all clients, whatever they ask."""
-    if http.enable_force_include_usage and body.stream:
+    if options.enable_force_include_usage and body.stream:
         body.stream_options = StreamOptions(include_usage=True, continuous_usage_stats=True)
-    body.return_tokens_as_token_ids |= http.return_tokens_as_token_ids
+    body.return_tokens_as_token_ids |= options.return_tokens_as_token_ids
 
 
 def beam_search(body: SamplingFields, params: SamplingParams) -> BeamSearchParams | None:
