@@ -120,7 +120,7 @@ def search(
     run: Callable[[list[Encoded], list[SamplingParams], bool], list[RequestOutput]],
     tokenizer: Tokenizer,
 ) -> list[BeamSearchOutput]:
-    """The best answers to each prompt; `run` does a `step` for the beginnings of all prompts at once, showing nothing."""
+    """The best answers to each prompt; `run` does a `step` for the beginnings of all prompts at once."""
     most = [min(params.max_tokens, max_model_len - len(prompt.ids)) for prompt in prompts]
     searches = [BeamSearch(prompt.ids, params, eos, each) for prompt, each in zip(prompts, most, strict=True)]
     both = list(zip(searches, prompts, strict=True))

@@ -58,8 +58,7 @@ class LLM:
 
     Options are the server's, under vLLM's names: `dtype`, `max_model_len`, `gpu_memory_utilization`, `max_num_seqs`,
     ... Those of vLLM that mean nothing here are accepted, each with one line in the log. `seed` makes the seeds of
-    requests that give none repeatable. `vllm_kwargs` is a further table of options; an option that is in both counts
-    as given by keyword, so that a shared table does not have to leave one out.
+    requests that give none repeatable. `vllm_kwargs` is a further table; an option in both counts as given by keyword.
     """
 
     def __init__(
@@ -98,7 +97,6 @@ class LLM:
         return list(self._sentence.prompts)
 
     def get_tokenizer(self) -> LLMTokenizer:
-        """The tokenizer under Hugging Face's names."""
         return LLMTokenizer(self.tokenizer, self.chat_template, self._eos_token_ids)
 
     def get_default_sampling_params(self) -> SamplingParams:
