@@ -43,6 +43,7 @@ GROUND = (
     "observe",
     "tasks",
     "heap",
+    "short_turns",
 )
 # The command line starts fast by importing late; the choice of a backend must not load the others; the root exports
 # its public names lazily; an engine reads its tokenizer only when a request has a grammar.

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import uvicorn
 from starlette.types import ASGIApp
 
-from pagoda import heap
+from pagoda import heap, short_turns
 from pagoda.api.app import create_app
 from pagoda.api.batch.runner import BatchRunner
 from pagoda.api.http.connection import Connection
@@ -86,6 +86,7 @@ class _Serving:
 
     async def run(self, drain_s: float, on_progress: Progress | None, on_ready: Callable[[], None] | None) -> int:
         self._engine.on_dead = self._on_dead
+        short_turns.take()
         try:
             with stop_signals(self._stopping):
                 loading = asyncio.ensure_future(self._engine.start(self._progress(on_progress)))

@@ -22,7 +22,7 @@ from pagoda.types import Image, StepPlan
 from pagoda.weights.files import drop_pages
 from pagoda.weights.source import Tensor, TensorSource
 
-_AHEAD_BYTES = 64 << 20
+_AHEAD_BYTES = 48 << 20
 """So much of the cache, behind what was used, is taken from the system while nothing is asked: on a virtual machine a
 new page of 2 MB may take 5 ms, and a prompt of SmolLM2 needs one for 90 tokens."""
 
