@@ -16,27 +16,35 @@ template <bool Int8> struct KvBlock {  // of one head
   const uint16_t *key_scales, *value_scales;  // in 8 bits only
 };
 
-template <bool Int8> PG_INLINE Part16 load_kv(const uint8_t* p, int i, int part) {
+// Values that a multiply-add takes at once: 16 bits may go in pairs.
+template <bool Int8> constexpr int kTogether = Int8 ? 1 : kHalves;
+
+template <bool Int8> PG_INLINE auto load_kv(const uint8_t* p, int i, int part) {
   if constexpr (Int8) return load_part_i8(p + i, part);
-  else return load_part_f16((const uint16_t*)p + i, part);
+  else return load_halves((const uint16_t*)p + i, part);
+}
+
+template <bool Int8> PG_INLINE auto splat_query(float x) {
+  if constexpr (Int8) return splat_part(x);
+  else return splat_halves(x);
 }
 
 // sums[n][b] += x(n) * k(b, part of 16). Only the fewer of both are held, and registers are left for all sums.
 template <int N, int B, typename X, typename K> PG_INLINE void multiply_add(X x, K k, W (&sums)[N][B]) {
   if constexpr (N < B * kParts) {
-    Part16 held[N];
-    for (int n = 0; n < N; n++) held[n] = splat_part(x(n));
+    decltype(x(0)) held[N];
+    for (int n = 0; n < N; n++) held[n] = x(n);
     for (int b = 0; b < B; b++)
       for (int i = 0; i < kParts; i++) {
-        const Part16 each = k(b, i);
+        const auto each = k(b, i);
         for (int n = 0; n < N; n++) part(sums[n][b], i) = fma(held[n], each, part(sums[n][b], i));
       }
   } else {
-    Part16 held[B][kParts];
+    decltype(k(0, 0)) held[B][kParts];
     for (int b = 0; b < B; b++)
       for (int i = 0; i < kParts; i++) held[b][i] = k(b, i);
     for (int n = 0; n < N; n++) {
-      const Part16 each = splat_part(x(n));
+      const auto each = x(n);
       for (int b = 0; b < B; b++)
         for (int i = 0; i < kParts; i++) part(sums[n][b], i) = fma(each, held[b][i], part(sums[n][b], i));
     }
@@ -48,6 +56,7 @@ template <int N, int B, typename X, typename K> PG_INLINE void multiply_add(X x,
 template <int N, int B, bool Int8>
 PG_INLINE void block_scores(const float* q, const KvBlock<Int8> (&blocks)[B], int dim, const uint8_t* const (&next)[B],
                             int64_t bytes, float* scores) {
+  constexpr int pair = kTogether<Int8>;
   W acc[N][B] = {};
   for (int from = 0; from < dim; from += kKvGroup) {
     const int end = from + kKvGroup < dim ? from + kKvGroup : dim;
@@ -55,10 +64,11 @@ PG_INLINE void block_scores(const float* q, const KvBlock<Int8> (&blocks)[B], in
     if constexpr (Int8)
       for (int n = 0; n < N; n++)
         for (int b = 0; b < B; b++) whole[n][b] = acc[n][b], acc[n][b] = W{};
-    for (int d = from; d < end; d++) {
-      if (d * 64 < bytes)
-        for (int b = 0; b < B; b++) __builtin_prefetch(next[b] + d * 64, 0, 2);
-      multiply_add<N, B>([&](int n) { return q[n * dim + d]; }, [&](int b, int i) { return load_kv<Int8>(blocks[b].keys, d * kTokens, i); }, acc);
+    for (int d = from; d < end; d += pair) {
+      for (int line = d * 64; line < (d + pair) * 64 && line < bytes; line += 64)
+        for (int b = 0; b < B; b++) __builtin_prefetch(next[b] + line, 0, 2);
+      multiply_add<N, B>([&](int n) { return splat_query<Int8>(q[n * dim + d / pair]); },
+                         [&](int b, int i) { return load_kv<Int8>(blocks[b].keys, d * kTokens, i); }, acc);
     }
     if constexpr (Int8)
       for (int b = 0; b < B; b++) {
@@ -73,33 +83,31 @@ PG_INLINE void block_scores(const float* q, const KvBlock<Int8> (&blocks)[B], in
 // sums [N][C] of 16 += weights [N] of `count` tokens times their values from column d, in the order of the tokens.
 template <int N, int C, bool Int8>
 PG_INLINE void block_values(const float* weights, const KvBlock<Int8>& block, int dim, int d, int count, W (&sums)[N][C]) {
-  constexpr int stride = Int8 ? kTokens : kSegment;
+  constexpr int stride = Int8 ? kTokens : kSegment, pair = kTogether<Int8>;
   float scaled[N * kTokens];
   if constexpr (Int8) {
     const W scale = load_wide_f16(block.value_scales + d / kKvGroup * kTokens);
     for (int n = 0; n < N; n++) store_wide(scaled + n * kTokens, load_wide(weights + n * kSegment) * scale);
   }
   const float* w = Int8 ? scaled : weights;
-  for (int t = 0; t < count; t++) {
-    multiply_add<N, C>([&](int n) { return w[n * stride + t]; }, [&](int c, int i) { return load_kv<Int8>(block.values, t * dim + d + 16 * c, i); }, sums);
-  }
+  const auto add = [&](int t, auto loaded) {
+    multiply_add<N, C>([&](int n) { return splat_query<Int8>(w[n * stride + t / pair]); },
+                       [&](int c, int i) { return loaded(block.values, t * dim + pair * (d + 16 * c), i); }, sums);
+  };
+  int t = 0;
+  for (; t + pair <= count; t += pair) add(t, load_kv<Int8>);
+  if (t < count) add(t, [](const uint8_t* p, int i, int part) { return first_half(load_kv<Int8>(p, i, part)); });
 }
 
 // Scores [from, count) to weights: those in front of `low`, at `high` and behind become 0. Returns maximum and sum.
-// `from` is a multiple of 8 and no number of its own: what lies in front of it would be 0 and change nothing.
+// `from` and `count` are multiples of 16. What lies in front of `from` would be 0 and change nothing.
 PG_INLINE void soften(float* s, int from, int count, int low, int high, float& top, float& total) {
   for (int i = from; i < low; i++) s[i] = -INFINITY;
   for (int i = high; i < count; i++) s[i] = -INFINITY;
   F m = load(s + from);
   for (int i = from + 8; i < count; i += 8) m = max(m, load(s + i));
   top = max_lanes(m);
-  F sum = {};
-  for (int i = from; i < count; i += 8) {
-    F e = exp(load(s + i) - top);
-    sum += e;
-    store(s + i, e);
-  }
-  total = sum_lanes(sum);
+  total = exponents(s + from, count - from, top);
 }
 
 // x = cap * tanh(x / cap), by tanh(u) = 1 - 2 / (e^2u + 1). NaN stays.
@@ -177,7 +185,7 @@ PG_INLINE int values_of(const AttentionJob& job, const int32_t* table, Seen seen
     W sums[N][C] = {};
     for (int b = seen.first; b < seen.last; b++) {
       const int count = seen.tokens - b * kTokens < kTokens ? seen.tokens - b * kTokens : kTokens;
-      block_values<N, C, Int8>(weights + b * kTokens, {cache, cache.at(job.layer, table[b], job.kv_head)}, dim, d, count, sums);
+      block_values<N, C, Int8>(weights + b * kTokens / kTogether<Int8>, {cache, cache.at(job.layer, table[b], job.kv_head)}, dim, d, count, sums);
     }
     for (int n = 0; n < N; n++)
       for (int c = 0; c < C; c++) store_wide(partials + n * partial_width(dim) + d + 16 * c, sums[n][c]);
@@ -205,6 +213,7 @@ void segment(const AttentionJob& job, int first, int start, const float* q, floa
     if (job.soft_cap > 0.0f) soft_cap(own + from, count - from, job.soft_cap);
     if (high > from && low < count) soften(own, from, count, low, high, tail[0], tail[1]);
     else memset(own + from, 0, (count - from) * sizeof(float));
+    if constexpr (!Int8) to_halves(own + from, count - from, own + from / kHalves);
   }
   constexpr int columns = Int8 && columns_at_once(N) > 2 ? 2 : columns_at_once(N);  // of one scale
   const int d = values_of<N, columns, Int8>(job, table, seen, 0, scores, partials);
@@ -229,14 +238,17 @@ PG_INLINE void segment_of_all(const AttentionJob& job, int start, const float* q
 }
 
 void one_segment(const AttentionJob& job, int start, const float* q, float* scores, float* partials) {
-  job.cache->int8 ? segment_of_all<true>(job, start, q, scores, partials) : segment_of_all<false>(job, start, q, scores, partials);
+  const bool int8 = kHalves == 1 && job.cache->kind == PG_KV_INT8;  // pairs are of 16 bits
+  int8 ? segment_of_all<true>(job, start, q, scores, partials) : segment_of_all<false>(job, start, q, scores, partials);
 }
 
 PG_INLINE void scale_queries(const AttentionJob& job, float* q) {
   const int dim = job.cache->head_dim;
-  for (int n = 0; n < job.tokens * job.group; n++)
+  for (int n = 0; n < job.tokens * job.group; n++) {
     for (int d = 0; d < dim; d += 8)
       store(q + n * dim + d, load(job.q + n / job.group * job.q_stride + n % job.group * dim + d) * job.scale);
+    if (job.cache->kind != PG_KV_INT8) to_halves(q + n * dim, dim, q + n * dim);
+  }
 }
 
 PG_INLINE void join_segment(const AttentionJob& job, const float* partials, Running* running, float* acc) {
@@ -323,14 +335,13 @@ PG_INLINE void store_kv_int8(const KvCache& cache, uint8_t* at, int offset, cons
 void store_kv(const KvCache& cache, int layer, int64_t block, int head, int offset, const float* k, const float* v) {
   const int dim = cache.head_dim;
   uint8_t* at = cache.at(layer, block, head);
-  if (cache.int8) return store_kv_int8(cache, at, offset, k, v);
-  uint16_t *keys = (uint16_t*)at, *values = keys + cache.values() + offset * dim;
-  uint16_t half[8];
-  for (int d = 0; d < dim; d += 8) {
-    store_f16(half, load(k + d));
-    for (int i = 0; i < 8; i++) keys[(d + i) * kTokens + offset] = half[i];
-    store_f16(values + d, load(v + d));
-  }
+  if (cache.kind == PG_KV_INT8) return store_kv_int8(cache, at, offset, k, v);
+  uint16_t halves[kMaxHeadDim], *keys = (uint16_t*)at + kHalves * offset;
+  store_halves(k, dim, halves);
+  for (int d = 0; d < dim; d += kHalves) memcpy(keys + d * kTokens, halves + d, 2 * kHalves);
+  uint16_t* values = (uint16_t*)at + cache.values() + offset / kHalves * kHalves * dim + offset % kHalves;
+  store_halves(v, dim, halves);
+  for (int d = 0; d < dim; d++) values[kHalves * d] = halves[d];
 }
 
 }  // namespace PG_NS

@@ -215,7 +215,7 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     c->ops.assign(ops, ops + n_ops);
     c->buffers.clear();
     for (int i = 0; i < n_buffers; i++) c->buffers.push_back(make_buffer(buffers[i], *d, reads_of(*c, i)));
-    c->kv = {nullptr, d->layers, d->kv_heads, d->head_dim, d->kv_int8 != 0};
+    c->kv = {nullptr, d->layers, d->kv_heads, d->head_dim, d->kv == PG_KV_BF16 && !c->kernels->bf16 ? PG_KV_F16 : d->kv};
     c->kv_pages = Pages((int64_t)d->layers * d->num_blocks * d->kv_heads * c->kv.stride(), true);
     c->kv.data = c->kv_pages.data();
     c->writers.assign(d->num_blocks, -1);

@@ -35,6 +35,7 @@ const Kernels* find_kernels(const std::string& isa) {
     static const bool works = vnni && may_use_amx() && same_product(*kernels_amx(), *kernels_avx512());
     return works ? kernels_amx() : nullptr;
   }
+  if (isa == "avx512-bf16") return vnni && __builtin_cpu_supports("avx512bf16") ? kernels_bf16() : nullptr;
   if (isa == "avx512") return vnni ? kernels_avx512() : nullptr;
   if (isa == "avx2") return avx2 ? kernels_avx2() : nullptr;
 #endif
@@ -52,7 +53,7 @@ using namespace pagoda;
 extern "C" {
 
 const char* pg_isa(int32_t i) {
-  for (const char* isa : {"amx", "avx512", "avx2", "neon-dotprod", "neon", "generic"})
+  for (const char* isa : {"amx", "avx512-bf16", "avx512", "avx2", "neon-dotprod", "neon", "generic"})
     if (find_kernels(isa) && i-- == 0) return isa;
   return nullptr;
 }

@@ -39,14 +39,15 @@ constexpr int kMaxHeadDim = 512;
 constexpr int kKvGroup = 32;      // values of a head that share a scale in an 8-bit cache
 
 // [block][layer][kv head] of K [head_dim][16], then V [16][head_dim]: in f16, or in signed bytes, and behind them the
-// f16 scales of K and those of V, [groups of head_dim][16] each.
+// f16 scales of K and those of V, [groups of head_dim][16] each. In bf16 two values of a key, and those of two tokens,
+// lie side by side: K [head_dim / 2][16][2], V [8][head_dim][2].
 struct KvCache {
   uint8_t* data;
   int layers, heads, head_dim;
-  bool int8;
+  int kind;  // PG_KV_*
   int64_t values() const { return (int64_t)kTokens * head_dim; }  // of K or V in a block
   int64_t scales() const { return (int64_t)kTokens * ((head_dim + kKvGroup - 1) / kKvGroup); }
-  int64_t stride() const { return int8 ? 2 * values() + 4 * scales() : 4 * values(); }
+  int64_t stride() const { return kind == PG_KV_INT8 ? 2 * values() + 4 * scales() : 4 * values(); }
   uint8_t* at(int layer, int64_t block, int head) const { return data + ((block * layers + layer) * heads + head) * stride(); }
 };
 
@@ -99,6 +100,7 @@ constexpr int64_t delta_state(int64_t key_dim, int64_t value_dim, int64_t shared
 struct Kernels {
   const char* name;
   bool wide;  // products read Rows::wide
+  bool bf16;  // attention multiplies bfloat16
   int chain_rows;  // that pay for a chain of phases, times the square of the number of chains: see step.cpp
   void (*matmul)(const Part&, int64_t first_panel, int64_t last_panel, const Rows&, int64_t first, int64_t last, const Out&);
   void (*dequantize_row)(const Part&, int64_t k, int64_t row, float* out);
@@ -138,6 +140,7 @@ const Kernels* kernels_generic();
 #if defined(__x86_64__)
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_bf16();
 const Kernels* kernels_amx();
 #elif defined(__aarch64__)
 const Kernels* kernels_neon();

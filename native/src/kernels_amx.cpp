@@ -1,4 +1,4 @@
-// Kernels for AMX: quantized products of many rows in tiles of 8-bit integers, the rest as for AVX-512.
+// Kernels for AMX: quantized products of many rows in tiles of 8-bit integers, the rest as for AVX-512, with BF16 where it is there.
 #define PG_NS amx
 #define PG_AVX2
 #define PG_VNNI
@@ -8,7 +8,7 @@ namespace pagoda {
 
 const Kernels* kernels_amx() {
   static const Kernels table = [] {
-    Kernels t = *kernels_avx512();
+    Kernels t = *(__builtin_cpu_supports("avx512bf16") ? kernels_bf16() : kernels_avx512());
     t.name = "amx", t.matmul = amx::matmul;
     return t;
   }();

@@ -99,12 +99,15 @@ struct pg_router {  // of a mixture
   float scale;
 };
 
+// How the cache keeps keys and values. PG_KV_BF16 is PG_KV_F16 where the processor has no products of bfloat16.
+enum { PG_KV_F16 = 0, PG_KV_INT8 = 1, PG_KV_BF16 = 2 };
+
 struct pg_dims {
   int32_t layers, heads, kv_heads, head_dim, vocab, max_tokens, max_rows, num_blocks;
   int32_t rope_dim, rope_interleaved;
   float rope_factor;
   const double* inv_freq;  // [rope_dim / 2]
-  int32_t kv_int8;         // the cache is kept in 8 bits instead of f16
+  int32_t kv;              // PG_KV_*
   pg_router router;        // experts 0: there are none
   int32_t piece_rows;      // tokens of a piece
   const int32_t* rope_axes;  // [rope_dim / 2] by which of the step's three rope positions each pair turns, or null
@@ -160,7 +163,7 @@ struct pg_step {
 
 struct pg_context;
 
-// The instruction sets this machine can run, the best first: of "amx", "avx512", "avx2", "neon-dotprod", "neon",
+// The instruction sets this machine can run, the best first: of "amx", "avx512-bf16", "avx512", "avx2", "neon-dotprod", "neon",
 // "generic". Null past the last.
 const char* pg_isa(int32_t i);
 const char* pg_best_isa();

@@ -11,6 +11,7 @@ from pagoda.arch.registry import bind
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.base import Capacity, Limits, Pending, Progress
+from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.adapters import Products, adapted_products, native_pairs
 from pagoda.backend.cpu.encoder_program import EncoderProgram
 from pagoda.backend.cpu.library import Native, matrix_bytes
@@ -64,7 +65,7 @@ class CpuExecutor:
             kind = Program if spec.encoder is None else EncoderProgram
             program = kind(lib, spec, text, progress, limits.quantization, limits.max_loras > 0)
             program.finish(
-                limits.max_num_batched_tokens, blocks, kv_int8=kv_type == "int8", requests=limits.max_num_seqs
+                limits.max_num_batched_tokens, blocks, _kind_of_cache(limits.kv_cache_dtype, text), limits.max_num_seqs
             )
             if spec.vision is not None:
                 vision = VisionEncoder(spec, seeing, progress, threads, limits)
@@ -99,6 +100,14 @@ class CpuExecutor:
         self._lib.close()
         if self._vision is not None:
             self._vision.close()
+
+
+def _kind_of_cache(asked: str, tensors: Mapping[str, Tensor]) -> int:
+    """`auto` is bfloat16 (where the processor multiplies it) unless all matrices are float32."""
+    if memory.kv_type(asked) == "int8":
+        return native.KV_INT8
+    exact = all(t.type == "F32" for t in tensors.values() if len(t.shape) > 1)
+    return native.KV_F16 if asked == "float16" or (asked == "auto" and exact) else native.KV_BF16
 
 
 def weight_bytes(tensors: Mapping[str, Tensor], quantization: str | None = None, vision: Vision | None = None) -> int:

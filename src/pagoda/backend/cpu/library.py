@@ -25,6 +25,7 @@ EMBED, NORM, GATHER, MATMUL, ROPE, ATTENTION, SILU, HEAD, HIDDEN, POSITIONS, LAY
 ROUTE, EXPERTS_UP, EXPERTS_DOWN, GATED = range(13, 17)
 PATCHES, QUICK_GELU, GELU_TANH, DELTA, OUT_GATE, GATED_GELU_TANH = range(17, 23)
 ADD_VECTORS, GRID, ADAPT = 26, 27, 28
+KV_F16, KV_INT8, KV_BF16 = range(3)
 ADD, QUANTIZE, LOGIT_ROWS, FRAMES, PIECES, CLAMPED, STILL, LOCAL, WHOLE = 1, 2, 4, 8, 16, 32, 64, 128, 256
 TOKENS, LOGITS, PIECE = range(3)
 
@@ -74,7 +75,7 @@ class Dims(c.Structure):
         )),
         ("rope_factor", c.c_float),
         ("inv_freq", c.c_void_p),
-        ("kv_int8", c.c_int32),
+        ("kv", c.c_int32),
         ("router", Router),
         ("piece_rows", c.c_int32),
         ("rope_axes", c.c_void_p),

@@ -153,7 +153,7 @@ class Program:
         values = np.concatenate([dequantize(self._tensors[s]) for s in slots], axis=-1).ravel() * np.float32(scale)
         return self._lib.vector(np.ascontiguousarray(values, dtype=np.float32))
 
-    def finish(self, max_tokens: int, num_blocks: int, kv_int8: bool = False, requests: int = 0) -> None:
+    def finish(self, max_tokens: int, num_blocks: int, kv: int = native.KV_F16, requests: int = 0) -> None:
         """Fix the program with its buffers and a KV cache of num_blocks blocks. Raises MemoryShort.
 
         `requests` run at once: of models that keep a state of each.
@@ -166,7 +166,7 @@ class Program:
         dims = Dims(
             layers, attention.heads, attention.kv_heads, attention.head_dim, spec.vocab_size, max_tokens,
             MAX_ROWS, num_blocks, spec.rope.dim, int(spec.rope.interleaved), spec.rope.attention_factor,
-            inv_freq.ctypes.data, int(kv_int8), _router(spec), 0, axes.ctypes.data if spec.rope.sections else None,
+            inv_freq.ctypes.data, kv, _router(spec), 0, axes.ctypes.data if spec.rope.sections else None,
             delta_dims(spec, requests),
         )  # fmt: skip
         dims.query_beta, dims.query_length = spec.rope.query_beta, spec.rope.query_length

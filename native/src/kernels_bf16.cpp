@@ -1,0 +1,30 @@
+// Kernels for AVX-512 with BF16: attention multiplies pairs of bfloat16, the rest is that of AVX-512.
+#define PG_NS bf16
+#define PG_AVX2
+#define PG_VNNI
+#define PG_PAIRS
+#include "attention.h"
+
+namespace pagoda {
+
+const Kernels* kernels_bf16() {
+  static const Kernels table = [] {
+    Kernels t = *kernels_avx512();
+    t.name = "avx512-bf16", t.bf16 = true;
+    t.store_kv = [](const KvCache& cache, int layer, int64_t block, int head, int offset, const float* k, const float* v) {
+      const auto store = cache.kind == PG_KV_BF16 ? bf16::store_kv : kernels_avx512()->store_kv;
+      store(cache, layer, block, head, offset, k, v);
+    };
+    t.attention = [](const AttentionJob& job, float* scratch) {
+      (job.cache->kind == PG_KV_BF16 ? bf16::attention : kernels_avx512()->attention)(job, scratch);
+    };
+    t.attention_segment = [](const AttentionJob& job, int index, float* partials, float* scratch) {
+      const auto segment = job.cache->kind == PG_KV_BF16 ? bf16::attention_segment : kernels_avx512()->attention_segment;
+      segment(job, index, partials, scratch);
+    };
+    return t;
+  }();
+  return &table;
+}
+
+}  // namespace pagoda
