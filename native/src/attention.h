@@ -99,7 +99,8 @@ PG_INLINE void block_values(const float* weights, const KvBlock<Int8>& block, in
   if (t < count) add(t, [](const uint8_t* p, int i, int part) { return first_half(load_kv<Int8>(p, i, part)); });
 }
 
-// Scores [from, count) to weights: those in front of `low`, at `high` and behind become 0. Returns maximum and sum.
+// Scores [from, count) to weights, packed as values are multiplied: those in front of `low`, at `high` and behind become 0.
+// Returns maximum and sum.
 // `from` and `count` are multiples of 16. What lies in front of `from` would be 0 and change nothing.
 PG_INLINE void soften(float* s, int from, int count, int low, int high, float& top, float& total) {
   for (int i = from; i < low; i++) s[i] = -INFINITY;
@@ -107,7 +108,7 @@ PG_INLINE void soften(float* s, int from, int count, int low, int high, float& t
   F m = load(s + from);
   for (int i = from + 8; i < count; i += 8) m = max(m, load(s + i));
   top = max_lanes(m);
-  total = exponents(s + from, count - from, top);
+  total = exponents(s + from, count - from, top, s + from / kHalves);
 }
 
 // x = cap * tanh(x / cap), by tanh(u) = 1 - 2 / (e^2u + 1). NaN stays.
@@ -212,8 +213,7 @@ void segment(const AttentionJob& job, int first, int start, const float* q, floa
     float *tail = partials + n * width + dim, *own = scores + n * kSegment;
     if (job.soft_cap > 0.0f) soft_cap(own + from, count - from, job.soft_cap);
     if (high > from && low < count) soften(own, from, count, low, high, tail[0], tail[1]);
-    else memset(own + from, 0, (count - from) * sizeof(float));
-    if constexpr (!Int8) to_halves(own + from, count - from, own + from / kHalves);
+    else memset(own + from / kHalves, 0, (count - from) / kHalves * sizeof(float));
   }
   constexpr int columns = Int8 && columns_at_once(N) > 2 ? 2 : columns_at_once(N);  // of one scale
   const int d = values_of<N, columns, Int8>(job, table, seen, 0, scores, partials);

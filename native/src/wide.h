@@ -19,33 +19,6 @@ PG_INLINE W& part(W& w, int) { return w; }
 PG_INLINE W load_part_f16(const uint16_t* p, int) { return load_wide_f16(p); }
 PG_INLINE W load_part_i8(const uint8_t* p, int) { return load_wide_i8(p); }
 PG_INLINE W splat_part(float x) { return splat_wide(x); }
-
-// e^x as `exp` has it, in 16 lanes.
-PG_INLINE W exp_wide(W x) {
-  const __m512 v = _mm512_min_ps(_mm512_max_ps((__m512)x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), v));
-  W p = splat_wide(1.9875691500e-4f);
-  p = fma(p, (W)r, splat_wide(1.3981999507e-3f));
-  p = fma(p, (W)r, splat_wide(8.3334519073e-3f));
-  p = fma(p, (W)r, splat_wide(4.1665795894e-2f));
-  p = fma(p, (W)r, splat_wide(1.6666665459e-1f));
-  p = fma(p, (W)r, splat_wide(5.0000001201e-1f));
-  p = fma(p, (W)_mm512_mul_ps(r, r), (W)_mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  const __mmask16 some = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
-  return (W)_mm512_maskz_scalef_ps(some, (__m512)p, n);
-}
-
-// x = e^(x - top), n of them, a multiple of 16; returns their sum.
-PG_INLINE float exponents(float* x, int n, float top) {
-  W sum = {};
-  for (int i = 0; i < n; i += 16) {
-    const W e = exp_wide(load_wide(x + i) - top);
-    sum += e;
-    store_wide(x + i, e);
-  }
-  return sum_lanes((F)_mm512_castps512_ps256((__m512)sum) + (F)_mm512_extractf32x8_ps((__m512)sum, 1));
-}
 #else
 struct W {
   F low, high;
@@ -64,20 +37,10 @@ PG_INLINE W load_wide_f16(const uint16_t* p) { return {load_f16(p), load_f16(p +
 PG_INLINE W load_wide_i8(const uint8_t* p) { return {load_i8(p), load_i8(p + 8)}; }
 PG_INLINE W operator*(W a, W b) { return {a.low * b.low, a.high * b.high}; }
 PG_INLINE W fma(W a, W b, W c) { return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)}; }
-
-PG_INLINE float exponents(float* x, int n, float top) {
-  F sum = {};
-  for (int i = 0; i < n; i += 8) {
-    const F e = exp(load(x + i) - top);
-    sum += e;
-    store(x + i, e);
-  }
-  return sum_lanes(sum);
-}
 #endif
 
 // The 16 bits in which a cache is kept: f16 in a register each, or bf16 by pairs, which one instruction multiplies and adds.
-// A pair for all lanes lies in the bits of a float, where `to_halves` has put it; n is a multiple of 8, `to` may be `x`.
+// A pair for all lanes lies in the bits of a float, where `to_halves` or `exponents` has put it. `to` may be `x`.
 #if defined(PG_PAIRS)
 constexpr int kHalves = 2;
 using Pairs = __m512bh;
@@ -89,6 +52,27 @@ PG_INLINE void store_halves(const float* x, int n, uint16_t* to) {
   for (int i = 0; i < n; i += 8) _mm_storeu_si128((__m128i*)(to + i), (__m128i)_mm256_cvtneps_pbh((__m256)load(x + i)));
 }
 PG_INLINE void to_halves(const float* x, int n, float* to) { store_halves(x, n, (uint16_t*)to); }
+
+// to = e^(x - top), n of them, a multiple of 16, to some 5e-6; returns their sum. Below 2^-150 it is 0. A NaN stays one.
+PG_INLINE float exponents(const float* x, int n, float top, float* to) {
+  constexpr float log2_e = 1.44269504f;
+  W sum = {};
+  for (int i = 0; i < n; i += 16) {
+    const W y = fma(load_wide(x + i), splat_wide(log2_e), splat_wide(-top * log2_e));
+    const __m512 z = _mm512_max_ps(_mm512_set1_ps(-160.0f), (__m512)y);
+    const __m512 whole = _mm512_roundscale_ps(z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const W r = (W)_mm512_sub_ps(z, whole);
+    W p = splat_wide(0.00957010221f);
+    p = fma(p, r, splat_wide(0.0559178628f));
+    p = fma(p, r, splat_wide(0.240247443f));
+    p = fma(p, r, splat_wide(0.693121791f));
+    p = fma(p, r, splat_wide(0.999999285f));
+    const __m512 e = _mm512_scalef_ps((__m512)p, whole);
+    sum += (W)e;
+    _mm256_storeu_si256((__m256i*)(to + i / 2), (__m256i)_mm512_cvtneps_pbh(e));
+  }
+  return sum_lanes((F)_mm512_castps512_ps256((__m512)sum) + (F)_mm512_extractf32x8_ps((__m512)sum, 1));
+}
 #else
 constexpr int kHalves = 1;
 PG_INLINE Part16 load_halves(const uint16_t* p, int i) { return load_part_f16(p, i); }
@@ -97,6 +81,16 @@ PG_INLINE void store_halves(const float* x, int n, uint16_t* to) {
   for (int i = 0; i < n; i += 8) store_f16(to + i, load(x + i));
 }
 PG_INLINE void to_halves(const float*, int, float*) {}
+
+PG_INLINE float exponents(const float* x, int n, float top, float* to) {
+  F sum = {};
+  for (int i = 0; i < n; i += 8) {
+    const F e = exp(load(x + i) - top);
+    sum += e;
+    store(to + i, e);
+  }
+  return sum_lanes(sum);
+}
 #endif
 PG_INLINE Part16 first_half(Part16 v) { return v; }
 
