@@ -173,10 +173,9 @@ class Options(HttpOptions):
     kv_cache_memory_bytes: int | None = option(None, "Exact size of the KV cache in bytes (512M, 2G)", "Machine", low=1)
     kv_cache_dtype: str = option(
         "auto",
-        "How keys and values are kept. On a GPU auto, float16 and bfloat16 are the type of computation. On a CPU auto "
-        "is bfloat16 if the processor multiplies it and the weights are not float32, else float16. int8, q8_0, "
-        "fp8, fp8_e4m3 and fp8_e5m2: 8 bits, about half the cache; on a GPU fp8_e4m3, on a CPU whole "
-        "numbers from -127 to 127 with a float16 scale for each 32, which is nearer to the values than fp8",
+        "How keys and values are kept. auto: on a GPU the type of computation, on a CPU bfloat16 if the processor "
+        "multiplies it and the weights are not float32, else float16. int8, q8_0, fp8, fp8_e4m3, fp8_e5m2: 8 bits, half "
+        "the cache; on a CPU numbers from -127 to 127 with a float16 scale for each 32, nearer to the values than fp8",
         "Machine",
         choices=("auto", "float16", "bfloat16", *KV_EIGHT_BITS),
     )
