@@ -14,6 +14,7 @@ import psutil
 from pagoda.arch.memory import size_text
 from pagoda.backend.cpu.library import Native
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
+from pagoda.backend.torch import toolchain
 from pagoda.deploy import probe
 from pagoda.deploy.download.default_model import cache_dir
 from pagoda.deploy.findings import Finding, note, of_error, ok, problem
@@ -37,6 +38,7 @@ def examine(environ: Mapping[str, str], *, port: int = 8000, offline: bool = Fal
         *cpu(),
         *memory(free_memory_bytes(), int(psutil.virtual_memory().total)),
         *gpus(probe.nvidia_gpus(), has_device=probe.has_nvidia_device()),
+        *(compiling(environ) if probe.has_nvidia_device() else ()),
         *storage(environ),
         *listening(port, probe.port_owner(port)),
         *proxies(environ),
@@ -106,6 +108,14 @@ def gpus(found: probe.Gpus, *, has_device: bool) -> Iterator[Finding]:
         cure = f"End it: kill {gpu.holders[0][0]}" if gpu.holders else "See who: sudo fuser -v /dev/nvidia*"
         cure += f"; or use another GPU with CUDA_VISIBLE_DEVICES, or a share below {_share(gpu):.2f}"
         yield note("gpu", f"{text}; held by {held or 'processes that are not shown'}", cure)
+
+
+def compiling(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """What the kernels of a GPU are compiled with, when they first run."""
+    if error := toolchain.lacking(environ):
+        yield note("gpu", error.message, error.remedy)
+    else:
+        yield ok("gpu", "a C compiler and Python's headers are there: kernels can be compiled")
 
 
 def _share(gpu: probe.Gpu) -> float:

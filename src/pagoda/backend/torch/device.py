@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -14,6 +16,8 @@ import torch
 
 from pagoda.arch.memory import DEFAULT_SHARE, size_text
 from pagoda.backend.cpu.machine import free_memory_bytes
+from pagoda.backend.torch.kernels.launch import gpu_of
+from pagoda.backend.torch.toolchain import lacking, use_writable_cache
 from pagoda.errors import ConfigError
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -22,6 +26,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 _FP8_CAPABILITY, _BF16_CAPABILITY = (8, 9), (8, 0)
 _QUERY_TIMEOUT_S = 10
 _MIB = 1 << 20
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,7 @@ def gpu_is_there() -> bool:
 
 
 def open_device(cuda: bool) -> Device:
-    """The current GPU, or the CPU. Raises ConfigError where there is no GPU."""
+    """The current GPU, or the CPU. Raises ConfigError where there is no GPU, or none to compile for it."""
     if not cuda:
         return Device(torch.device("cpu"), "PyTorch on the CPU", None)
     if not gpu_is_there():
@@ -64,9 +70,22 @@ def open_device(cuda: bool) -> Device:
         cure = "Use --device cpu" + (", or install a PyTorch with CUDA" if torch.version.cuda is None else "")
         raise ConfigError(f"--device cuda: {why}", remedy=cure, param="device")
     index = torch.cuda.current_device()
-    return Device(
-        torch.device("cuda", index), torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    )
+    device = torch.device("cuda", index)
+    _ready_to_compile(device)
+    return Device(device, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+
+
+def _ready_to_compile(device: torch.device) -> None:
+    """Raises ConfigError where Triton could not compile, and has not done so before."""
+    _log.debug("compiled kernels are kept in %s", use_writable_cache(os.environ))
+    error = lacking(os.environ)
+    if error is None:
+        return
+    try:
+        gpu_of(device)  # the first that is compiled
+    except Exception:
+        raise error from None
+    _log.warning("%s; what was compiled before is used", error)
 
 
 def choose_dtype(asked: str, config: Mapping[str, Any], device: Device) -> torch.dtype:

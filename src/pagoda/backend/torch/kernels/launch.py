@@ -4,6 +4,7 @@ a kernel may get ready while the one before still runs.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,6 +26,8 @@ class Gpu:
 
 
 CHAINS_SINCE = (9, 0)
+AHEAD = "PAGODA_LAUNCH_AHEAD"
+"""A variable of the environment: 0 has kernels start one after the other."""
 H200 = Gpu(132, 227 << 10, (9, 0))
 INTERPRETER = Gpu(1, 1 << 30, (9, 0))
 
@@ -52,7 +55,7 @@ def gpu_of(device: torch.device) -> Gpu:
 
 def chained(device: torch.device) -> dict[str, bool]:
     """Options with which a kernel is started as soon as there is room, ahead of the end of the one before it."""
-    if device.type == "cpu" or gpu_of(device).capability < CHAINS_SINCE:
+    if device.type == "cpu" or gpu_of(device).capability < CHAINS_SINCE or os.environ.get(AHEAD) == "0":
         return {"CHAINED": False}
     return {"CHAINED": True, "launch_pdl": True}
 
