@@ -5,11 +5,13 @@
     python bench/gpu.py --out DIR --quick                       # tiny shapes; without a GPU in Triton's interpreter
 
 Needs the package, PyTorch and Triton; no network and no checkpoint: weights are random, of the public shapes. First
-every kernel against plain PyTorch, then the kernels alone, whole models in the engine's own loop (decode at several
-batch sizes, prefill, offline throughput, top kernels of a profile), on several GPUs too where there are several, the
-time from the start to the first token, and last a search for better tiles. A process of its own does the work: a unit
-that raises, breaks the GPU or hangs is one line of the table, and the rest goes on. Every line is written to
-DIR/results.jsonl as it comes; tiles go to DIR/tuned.json, which src/pagoda/backend/torch/kernels/ takes as it is.
+kernels that start ahead of the end of the one before against the same ones without (where that fails the rest goes on
+without), then every kernel against plain PyTorch, then the kernels alone, whole models in the engine's own loop
+(decode at several batch sizes, prefill, offline throughput, top kernels of a profile), on several GPUs too where there
+are several, the time from the start to the first token, and last a search for better tiles. A process of its own does
+the work: a unit that raises, breaks the GPU or hangs is one line of the table, and the rest goes on. Every line is
+written to DIR/results.jsonl as it comes; tiles go to DIR/tuned.json, which src/pagoda/backend/torch/kernels/ takes
+as it is.
 """
 
 from __future__ import annotations
@@ -29,9 +31,18 @@ from typing import Any
 
 STARTED = time.monotonic()
 WORKER = Path(__file__).with_name("gpu_work.py")
-PHASES_S = {"correctness": 80, "kernels": 50, "models": 190, "parallel": 60, "start": 80, "autotune": 60}
+PHASES_S = {"ahead": 20, "correctness": 80, "kernels": 50, "models": 190, "parallel": 60, "start": 80, "autotune": 60}
 TOTAL_S = 455
-UNITS_S = {"begin": 90, "correctness": 30, "kernel": 30, "load": 90, "measure": 60, "start": 90, "tile": 60}
+UNITS_S = {
+    "begin": 90,
+    "ahead": 30,
+    "correctness": 30,
+    "kernel": 30,
+    "load": 90,
+    "measure": 60,
+    "start": 90,
+    "tile": 60,
+}
 """Longer than this nothing may take that goes well; `begin`: until the first unit."""
 SLOWER_WITHOUT_GPU = 4
 END_S = 10
@@ -149,11 +160,13 @@ class Run:
         self._open = None
         if error is not None:
             self._report.failed(unit, kind, error)
+            self._job["ahead"] &= kind != "ahead"  # the rest goes on without
         if error is not None or kind != "load":  # the next worker has to load what this one has loaded
             self._job["over"].append(unit)
 
 
 FORMATS = {
+    "ahead": "kernels that start ahead: {ahead_us:.2f} us each, one after the other {apart_us:.2f} us",
     "kernel": "  {kernel:42} rows {rows:4} {us:9.1f} us {gb_s:7.0f} GB/s {tflop_s:6.1f} TFLOP/s",
     "decode": "{model:14} decode {batch:4}: {step_ms:8.3f} ms {tok_s:8.0f} tok/s, {share:.0%} of the floor",
     "prefill": "{model:14} prefill {prompt:5}: {ms:8.1f} ms {tok_s:8.0f} tok/s, {share:.0%} of the matrix rate",
@@ -167,7 +180,7 @@ FORMATS = {
 def lines(report: Report) -> Iterator[str]:
     wrong = [row for row in report.of("correctness") if not row["ok"]]
     yield f"kernels: {len(report.of('correctness'))} cases, {len(wrong)} wrong"
-    yield from (f"  WRONG {row['kernel']}: {row['error']}" for row in wrong)
+    yield from (f"  WRONG {row['kernel']}: {row['error']}{', ' * ('why' in row)}{row.get('why', '')}" for row in wrong)
     for row in report.of("roof"):
         yield "roof: " + ", ".join(f"{k} {v:.1f}" for k, v in row.items() if k not in ("phase", "at_s"))
     for phase, form in FORMATS.items():
@@ -195,8 +208,8 @@ def main() -> None:
     job: Row = {
         "quick": args.quick,
         "phases": {name: PHASES_S[name] * args.seconds / TOTAL_S for name in args.phases.split(",")}, "begun": {},
-        "started": STARTED, "end": STARTED + args.seconds, "over": [], "roof": None, "folder": str(scratch),
-        "models": [name for name in args.models.split(",") if name],
+        "started": STARTED, "end": STARTED + args.seconds, "ahead": True, "over": [], "roof": None,
+        "folder": str(scratch), "models": [name for name in args.models.split(",") if name],
     }  # fmt: skip
     try:
         Run(report, job, args.unit_limit).all()

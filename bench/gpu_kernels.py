@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.batch import Batch, Heads
 from pagoda.backend.torch.kernels import attention, matmul
+from pagoda.backend.torch.kernels.launch import AHEAD
 from pagoda.backend.torch.kernels.tuning import DEFAULTS, Tile, bucket
 from pagoda.backend.torch.packs import F8, FP8, I8, W4, W4_CHUNK, W8, Dense, Weight
 
@@ -22,6 +24,10 @@ GROUP = 128
 """Inputs of a 4-bit group, and rows and columns of an FP8 block: what the public checkpoints have."""
 CACHE_BYTES = 256 << 20
 """Inputs take turns over so many bytes: what one call left in the cache is gone when its turn comes again."""
+
+
+ROW_KERNELS = 18
+"""Of `in_a_row`."""
 
 
 @contextmanager
@@ -145,6 +151,43 @@ def micro(
     for requests in many:
         name = f"attention {len(requests)} of {sum(requests[0])}, {requests[0][0]} at once"
         yield name, lambda r=requests: attention_row(r, dtype, device, small)  # type: ignore[misc]
+
+
+def in_a_row(x: torch.Tensor, norm: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """Each kernel takes what the one before it has just written."""
+    residual = x * 0
+    for _ in range(ROW_KERNELS // 3):
+        y, residual = ops.norm_matmul(x, residual, norm, 1e-6, weight)
+        x = ops.matmul(ops.rms_norm(y, norm, 1e-6), weight)
+    return x
+
+
+def ahead_row(dtype: torch.dtype, device: torch.device, small: bool) -> Row:
+    """The same kernels, started ahead and one after the other: as the results of both must be, to the bit. Raises
+    RuntimeError where they are not."""
+    n = 64 if small else 4096
+    x, norm = torch.randn(1, n, device=device).to(dtype), torch.rand(n, device=device)
+    weight = Dense(torch.randn(n, n, device=device).mul_(n**-0.5).to(dtype))
+    calls = [lambda: in_a_row(x, norm, weight)] * (1 if small else 20)
+    with dispatch(True):
+        with apart():
+            wanted, apart_s = in_a_row(x, norm, weight).clone(), timed(calls, device)
+        got = [in_a_row(x, norm, weight) for _ in range(1 if small else 200)]
+        wrong = sum(not torch.equal(each, wanted) for each in got)
+        if wrong:
+            raise RuntimeError(f"{wrong} of {len(got)} results differ where kernels start ahead; the rest runs without")
+        return {"ahead_us": timed(calls, device) * 1e6 / ROW_KERNELS, "apart_us": apart_s * 1e6 / ROW_KERNELS}
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Kernels start one after the other."""
+    before = os.environ.get(AHEAD)
+    os.environ[AHEAD] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(AHEAD) if before is None else os.environ.update({AHEAD: before})
 
 
 def product_row(

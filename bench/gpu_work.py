@@ -17,7 +17,8 @@ from typing import Any
 STARTED = time.monotonic()
 JOB = json.loads(sys.argv[1])
 """`quick`; `phases` with the seconds each may take; `end`, of all (a clock that processes share); `begun`, when phases
-began; `over`, units that are not to be done; `roof`, if measured; `models` to take, none: all; `folder` for files."""
+began; `over`, units that are not to be done; `ahead`, whether kernels start ahead; `roof`, if measured; `models` to
+take, none: all; `folder` for files."""
 EVENTS = os.dup(1)
 os.dup2(2, 1)  # what a library prints is no event
 if JOB["quick"] and not Path("/dev/nvidiactl").exists():
@@ -28,6 +29,9 @@ import gpu_kernels as kernels  # noqa: E402
 import gpu_models  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
+
+from pagoda.backend.torch import toolchain  # noqa: E402
+from pagoda.backend.torch.kernels.launch import AHEAD  # noqa: E402
 
 Row = dict[str, Any]
 SMALL: bool = JOB["quick"]
@@ -57,7 +61,9 @@ def unit(name: str, kind: str, work: Callable[[], Iterable[tuple[str, Row]]]) ->
         for phase, fields in work():
             row(phase, fields)
     except Exception as error:
-        tell("end", unit=name, kind=kind, error=repr(error)[:300])
+        if kind == "ahead":
+            os.environ[AHEAD] = "0"
+        tell("end", unit=name, kind=kind, error=told(error))
         if GPU:
             try:
                 torch.cuda.synchronize()
@@ -68,11 +74,21 @@ def unit(name: str, kind: str, work: Callable[[], Iterable[tuple[str, Row]]]) ->
     return True
 
 
+def told(error: Exception) -> str:
+    """Its text, or where that is long both ends of it: a compiler says at one what is wrong, at the other where."""
+    text = f"{type(error).__name__}: {error}"
+    return text if len(text) < 800 else f"{text[:300]} ... {text[-500:]}"
+
+
 def free() -> None:
     """Give the memory of what is done with back: the next model looks how much there is."""
     gc.collect()
     if GPU:
         torch.cuda.empty_cache()
+
+
+def ahead(end: float) -> Iterator[bool]:
+    yield unit("kernels that start ahead", "ahead", lambda: [("ahead", kernels.ahead_row(DTYPE, DEVICE, SMALL))])
 
 
 def correctness(end: float) -> Iterator[bool]:
@@ -161,8 +177,8 @@ def start(end: float) -> Iterator[bool]:
 
 
 PHASES: dict[str, Callable[[float], Iterator[bool]]] = {
-    "correctness": correctness, "kernels": micro, "models": models, "parallel": parallel, "start": start,
-    "autotune": autotune,
+    "ahead": ahead, "correctness": correctness, "kernels": micro, "models": models, "parallel": parallel,
+    "start": start, "autotune": autotune,
 }  # fmt: skip
 
 
@@ -180,7 +196,7 @@ def phase(name: str, limit_s: float) -> None:
             except StopIteration:
                 break
             except Exception as error:  # outside of any unit: what is left of the phase is lost, the next one is not
-                row("failed", {"what": name, "error": repr(error)[:300]})
+                row("failed", {"what": name, "error": told(error)})
                 break
         else:
             row("cut", {"what": name})
@@ -192,6 +208,11 @@ def phase(name: str, limit_s: float) -> None:
 def main() -> None:
     if not GPU and not SMALL:
         sys.exit("no GPU here; --quick runs everything on tiny shapes on a CPU")
+    if not JOB["ahead"]:
+        os.environ[AHEAD] = "0"
+    toolchain.use_writable_cache(os.environ)
+    if GPU and (error := toolchain.lacking(os.environ)):
+        row("failed", {"what": "machine", "error": f"{error.message}. {error.remedy}"})
     torch.manual_seed(0)
     if JOB["roof"] is None:
         name = torch.cuda.get_device_name() if GPU else "CPU, Triton's interpreter"

@@ -73,7 +73,7 @@ _FOLDERS = """\
 | `PAGODA_UPSTREAM_API_KEY` | the key that `--upstream` is sent |
 | `PAGODA_DEBUG` | `1` prints a traceback with an error |
 | `PAGODA_LAUNCH_AHEAD` | `0`: GPU kernels start one after the other, not ahead of the end of the one before |
-| `TRITON_CACHE_DIR` | folder of compiled GPU kernels (default: `~/.triton/cache`, or one in `/tmp` where that is not writable) |
+| `TRITON_CACHE_DIR` | folder of compiled GPU kernels (default: `~/.triton/cache`, else one in `/tmp`) |
 | `HF_HOME`, `HF_HUB_CACHE`, `MODELSCOPE_CACHE` | caches in which a hub name is looked up, and kept |
 | `HF_ENDPOINT`, `MODELSCOPE_ENDPOINT` | another address of the hub, such as `https://hf-mirror.com` |
 | `HF_TOKEN`, `MODELSCOPE_API_TOKEN` | for private and gated models; sent to the hub itself only |
