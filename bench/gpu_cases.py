@@ -93,7 +93,7 @@ def cases(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[tup
 def drawing(count: int, top_k: int, top_p: float, device: torch.device) -> Rows:
     zeros, ones = torch.zeros(count, device=device), torch.ones(count, device=device)
     at, free = torch.arange(count, device=device), torch.full((count,), -1, device=device)
-    near, far = top_k > 0, top_k == 0 and top_p < 1
+    near, nucleus = top_k > 0, top_k == 0 and top_p < 1
     how = Sampling(
         ones * 0.7,
         at * 0 + top_k,
@@ -109,7 +109,8 @@ def drawing(count: int, top_k: int, top_p: float, device: torch.device) -> Rows:
         None,
         True,
         near,
-        far,
+        False,
+        nucleus,
     )
     return Rows(0, count, free, how)
 

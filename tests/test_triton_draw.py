@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pagoda.backend.torch import ops
+from pagoda.backend.torch import ops, sampling
 from pagoda.backend.torch.answer import _found, _found_there
+from pagoda.backend.torch.kernels.nucleus import nucleus
 from pagoda.backend.torch.sampling import Ragged, Sampling
 from pagoda.backend.torch.upload import Rows
 
@@ -25,7 +26,7 @@ def how(seed: int, top_k: list[int], top_p: list[float]) -> Sampling:
     return Sampling(
         heat, k, p, torch.where(at % 3 == 1, 0.05, 0.0), (at + seed) * 0x123456789ABCD - (1 << 62), at * 7, ones * 0.5,
         ones * 0.1, ones * 1.2, None, None, None, True, bool(near.any()),
-        bool((~near & ((k > 0) | (p < 1))).any()),
+        bool((~near & (k > 0)).any()), bool(((k == 0) & (p < 1)).any()),
     )  # fmt: skip
 
 
@@ -42,9 +43,23 @@ def test_the_tokens_of_plain_pytorch(size: int, top_k: list[int], top_p: list[fl
     logits[6, 3:] = float("-inf")
     given = torch.full((ROWS,), -1, dtype=torch.int64, device=DEVICE)
     given[8] = 4
-    for seed in range(3):
+    for seed in range(1 if min(top_p) < 1 and 0 in top_k else 3):
         rows = Rows(0, ROWS, given, how(seed, top_k, top_p))
         assert torch.equal(_found_there(logits, rows), _found(logits, rows))
+
+
+def test_a_top_p_ends_where_it_ends_for_the_sorted_vocabulary() -> None:
+    torch.manual_seed(5)
+    logits = (torch.randn(ROWS, 8500, device=DEVICE) * 4).to(torch.bfloat16)  # many are alike
+    logits[0], logits[3], logits[6, 5:] = -2.5, -logits[3].abs(), 0.0
+    shares = [0.9, 0.5, 0.999, 1e-6, 0.9999999, 1.0]
+    asked = replace(how(0, [0, 0, 7], shares), near=False, sorted=False)
+    own = (asked.top_k == 0) & (asked.top_p < 1) & (asked.temperature > 0)
+    exact = logits.float()
+    wanted = sampling.cuts(exact, sampling.ranks(exact), asked)
+    found = nucleus(logits, asked)
+    assert 6 < int(own.sum()) < ROWS and torch.equal(found[own], wanted[own])
+    assert bool((found[~own] == torch.iinfo(torch.int64).min).all())
 
 
 def test_with_a_history_and_a_bias() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from pagoda.backend.torch import ops, sampling
 from pagoda.backend.torch.kernels.draw import drawn
 from pagoda.backend.torch.kernels.greedy import greedy
+from pagoda.backend.torch.kernels.nucleus import nucleus
 from pagoda.backend.torch.split import empty_result
 from pagoda.backend.torch.upload import Rows
 from pagoda.types import StepPlan, StepResult
@@ -58,13 +59,21 @@ def _found_there(logits: Tensor, rows: Rows) -> Tensor:
     if not how.random:
         found = greedy(values, rows.targets)
     else:
-        exact = values.float() if how.near or how.sorted else values
-        cuts = sampling.cuts(exact, sampling.ranks(exact), how) if how.near or how.sorted else None
-        found = drawn(exact, rows.targets, how, cuts)
+        found = drawn(values, rows.targets, how, _cuts_there(values, how))
     if how.raw:
         return found
     usable = found[1].bool() & logits.amax(-1).isfinite()
     return torch.stack((torch.where(usable | (rows.targets >= 0), found[0], sampling.NO_TOKEN), usable.long()))
+
+
+def _cuts_there(values: Tensor, how: sampling.Sampling) -> Tensor | None:
+    """See sampling.cuts; None where every token may be drawn."""
+    cuts = nucleus(values, how) if how.nucleus else None
+    if how.near or how.sorted:
+        exact = values.float()
+        own = sampling.cuts(exact, sampling.ranks(exact), replace(how, nucleus=False))
+        cuts = own if cuts is None else torch.maximum(cuts, own)
+    return cuts
 
 
 def _found(logits: Tensor, rows: Rows) -> Tensor:

@@ -40,7 +40,8 @@ class Sampling:
     mask: tuple[Tensor, Tensor] | None  # rows int64 [M]; words int32 [M, ceil(vocab / 32)], bit set: allowed
     random: bool  # any temperature above 0
     near: bool  # any top-k of at most NEAREST
-    sorted: bool  # any other top-k, or a top-p without one
+    sorted: bool  # any other top-k
+    nucleus: bool = False  # any top-p without a top-k
 
     @property
     def raw(self) -> bool:
@@ -108,7 +109,7 @@ def _drawn(values: Tensor, how: Sampling) -> Tensor:
     """The first id, in ascending order, whose cumulative weight exceeds the row's draw; float64 throughout."""
     exact = values.double()
     weights = torch.exp((exact - exact.amax(-1, keepdim=True)) / _heat(how))
-    if how.near or how.sorted:
+    if how.near or how.sorted or how.nucleus:
         weights = _shortened(values, weights, how)
     likely = weights >= how.min_p.double().unsqueeze(-1) * weights.amax(-1, keepdim=True)
     cumulative = torch.where(likely, weights, 0.0).cumsum(-1)
@@ -133,7 +134,7 @@ def cuts(values: Tensor, keys: Tensor, how: Sampling) -> Tensor:
     if how.near:  # what is further back than a top-k weighs nothing
         best = keys.topk(min(NEAREST, values.shape[1]), dim=-1).values
         out = torch.where(is_near, _least(best, values, how), out)
-    if how.sorted:
+    if how.sorted or how.nucleus:
         best = torch.sort(keys, dim=-1, descending=True).values
         out = torch.where(far, _least(best, values, how), out)
     return out

@@ -176,6 +176,7 @@ def _rows(parcel: Parcel, plan: StepPlan, first: int, last: int) -> Rows:
         mask=(number("mask_rows"), number("mask_words")) if len(number("mask_rows")) else None,
         random=bool(drawn.any()),
         near=bool((drawn & near).any()),
-        sorted=bool((drawn & ~near & ((top_k > 0) | (plan.top_p[request] < 1))).any()),
+        sorted=bool((drawn & ~near & (top_k > 0)).any()),
+        nucleus=bool((drawn & (top_k == 0) & (plan.top_p[request] < 1)).any()),
     )
     return Rows(first, last, number("targets"), sampling)

@@ -17,6 +17,13 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit
+def _order(values: tl.tensor) -> tl.tensor:
+    """Numbers in the order of float32 values, of which the two zeros are one. See sampling.ranks."""
+    bits = values.to(tl.int32, bitcast=True)
+    return tl.where(values == 0.0, 0, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)).to(tl.int64)
+
+
+@triton.jit
 def _weights(
     logits: tl.tensor,
     cuts: tl.tensor,
@@ -32,10 +39,8 @@ def _weights(
     scale = tl.maximum(temperature.to(tl.float64), _TINY)
     weights = tl.exp((values.to(tl.float64) - top.to(tl.float64)) / scale)
     kept = (at < size) & (weights >= min_p.to(tl.float64))
-    if CUT:  # see sampling.ranks
-        bits = values.to(tl.int32, bitcast=True)
-        order = tl.where(values == 0.0, 0, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)).to(tl.int64)
-        kept = kept & ((order << 32) + (4294967295 - at.to(tl.int64)) >= tl.load(cuts))
+    if CUT:
+        kept = kept & ((_order(values) << 32) + (4294967295 - at.to(tl.int64)) >= tl.load(cuts))
     return tl.where(kept, weights, 0.0)
 
 
