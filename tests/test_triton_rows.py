@@ -74,6 +74,17 @@ def test_quantize_to_fp8(size: int, given: bool) -> None:
     assert torch.equal(codes.float(), wanted.float())
 
 
+@pytest.mark.parametrize(("kind", "run"), [(torch.int8, 200), (ops.FP8, 200), (ops.FP8, 128), (ops.FP8, 32)])
+def test_a_norm_gives_the_8_bits_of_what_it_would_give(kind: torch.dtype, run: int) -> None:
+    x, residual, weight = random(3, 200), random(3, 200), random(200)
+    codes, scales, total = norm.coded_add_rms_norm(x, residual, weight, 1e-6, kind, run)
+    normed, added = norm.add_rms_norm(x, residual, weight, 1e-6)
+    wanted = norm.quantize_rows(normed) if kind == torch.int8 else norm.quantize_f8(normed, run)
+    assert (
+        torch.equal(codes.float(), wanted[0].float()) and torch.equal(scales, wanted[1]) and torch.equal(total, added)
+    )
+
+
 ROPES = [
     # head size, RoPE size, interleaved, norms
     (16, 16, False, True),

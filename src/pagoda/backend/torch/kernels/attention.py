@@ -386,7 +386,7 @@ def _run_decode(
         q.contiguous(), fp8.known(k_cache), fp8.known(v_cache), q if sinks is None else sinks, batch.starts,
         batch.contexts, batch.block_tables, batch.block_tables.stride(0), runs, parts, stats, out,
         arrivals(q.device, requests * shape.kv_heads), requests, shape.kv_heads, shape.scale * LOG2_E,
-        shape.window or NO_WINDOW, CAP=_cap(shape), SINKS=sinks is not None, R=block_of(requests), GROUP=group,
+        shape.window or NO_WINDOW, CAP=_cap(shape), SINKS=sinks is not None, R=block_of(requests, 64), GROUP=group,
         M=block_of(group), HEAD=shape.head_dim, D=size, TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages,
         **launch.chained(q.device),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from pagoda.backend.torch.kernels import fp8
-from pagoda.backend.torch.kernels.launch import await_others
+from pagoda.backend.torch.kernels.launch import await_others, fetch_ahead
 from pagoda.backend.torch.kernels.product import DENSE, F8, W8
 
 _UNIT = tl.constexpr(16)
@@ -95,6 +95,11 @@ def _gemv(
     if AHEAD:
         codes = _load(own, each[None, :], K, WHOLE)
         more = _load(other, each[None, :], K, WHOLE) if GATED else codes
+    elif ALL >= 128:
+        rows = tl.minimum(n, N - 1).to(tl.int64)
+        fetch_ahead((weight + rows * K).to(tl.int64), K, ALL // 128, CHAINED)
+        if GATED:
+            fetch_ahead((weight + (rows + N) * K).to(tl.int64), K, ALL // 128, CHAINED)
     await_others(CHAINED)
     scale = _root(x, residual, total, K, eps, kind, ALL) if NORM else 1.0
     acc, up = tl.zeros((BN, BK // _UNIT), tl.float32), tl.zeros((BN, BK // _UNIT), tl.float32)

@@ -70,6 +70,43 @@ def await_others(CHAINED: tl.constexpr) -> None:
         gdc_launch_dependents()
 
 
+@triton.jit
+def fetch_ahead(begin: tl.tensor, nbytes: tl.tensor, LINES: tl.constexpr, CHAINED: tl.constexpr) -> None:
+    """So many bytes behind each address (int64), in so many lines of 128 at most, on their way to the cache that all
+    share, before `await_others`: weights, which no kernel writes.
+    """
+    if CHAINED:
+        if nbytes > 0:
+            at = begin[:, None] + tl.minimum(tl.arange(0, LINES) * 128, nbytes - 1)[None, :]
+            tl.inline_asm_elementwise(
+                "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+                "=r,l",
+                [at],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+
+
+@triton.jit
+def join_parts(
+    parts: tl.tensor,
+    step: tl.tensor,
+    out: tl.tensor,
+    arrived: tl.tensor,
+    inside: tl.tensor,
+    SPLIT: tl.constexpr,
+) -> None:
+    """The last of SPLIT programs to store its part adds all of them, in order, and sets the counter back."""
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == SPLIT - 1:
+        whole = tl.load(parts, mask=inside, other=0.0, cache_modifier=".cg")
+        for each in range(1, SPLIT):
+            whole += tl.load(parts + each * step, mask=inside, other=0.0, cache_modifier=".cg")
+        tl.store(out, whole.to(out.dtype.element_ty), mask=inside)
+        tl.store(arrived, 0)
+
+
 def arrivals(device: torch.device, count: int) -> torch.Tensor:
     """So many counters of programs that share a result: 0 before and after each kernel, which run one by one."""
     return _counters(device, block_of(count, 1 << 16))

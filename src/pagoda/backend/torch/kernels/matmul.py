@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,10 @@ import triton
 from torch import Tensor
 
 from pagoda.backend.torch.kernels import fp8, launch, product
+from pagoda.backend.torch.kernels.activation import silu_mul
 from pagoda.backend.torch.kernels.gemv import _gemv
 from pagoda.backend.torch.kernels.launch import arrivals, block_of
-from pagoda.backend.torch.kernels.norm import quantize_f8, quantize_rows
+from pagoda.backend.torch.kernels.norm import coded_add_rms_norm, quantize_f8, quantize_rows
 from pagoda.backend.torch.kernels.tuning import Tile, bucket, measured
 from pagoda.backend.torch.kernels.unpack import _unpack
 from pagoda.backend.torch.kernels.w4 import _w4
@@ -24,6 +25,10 @@ FEW_ROWS = 64
 FEW_ROWS_F8 = 16
 """Up to here inputs stay floats beside an FP8 weight: making them FP8 costs more than it saves."""
 _UNPACK_BLOCK = 1024
+_UNDER_WAY_BYTES = 64 << 10
+"""Of weights, on their way to each multiprocessor: twice what the memory brings it within its delay."""
+_MOST_SPLIT = 8
+_DEEP_BYTES = 160 << 10
 _NAMES = {Dense: "dense", W4: "w4", W8: "w8", I8: "i8", F8: "f8"}
 
 
@@ -88,11 +93,9 @@ def matmul(x: Tensor, weight: Weight) -> Tensor | None:
     if isinstance(weight, Dense):
         return _dense(x, parts)
     if isinstance(weight, I8):
-        codes, scales = quantize_rows(x)
-        return tiled(codes, parts, x.dtype, x_scales=scales)
-    both = isinstance(weight, F8) and weight.quantize_input and launch.gpu_of(x.device).capability >= fp8.SINCE
-    if isinstance(weight, F8) and both and len(x) > FEW_ROWS_F8:
-        return _both_f8(x, weight, parts)
+        return _of_codes(*quantize_rows(x), weight, parts, x.dtype)
+    if isinstance(weight, F8) and (run := _coded_run(len(x), weight, parts, x.device)):
+        return _of_codes(*quantize_f8(x, run, weight.input_scale), weight, parts, x.dtype)
     if len(x) == 1 and not isinstance(weight, W4):
         return gemv(x, parts)[0]
     if len(x) <= FEW_ROWS:
@@ -110,15 +113,22 @@ def _dense(x: Tensor, parts: Operand) -> Tensor:
     return F.linear(x, parts.codes)
 
 
-def _both_f8(x: Tensor, weight: F8, parts: Operand) -> Tensor:
-    codes, scales = quantize_f8(x, parts.group or parts.k, weight.input_scale)
-    if parts.group or not x.is_cuda or parts.n % 16 or parts.k % 16:
-        return tiled(codes, parts, x.dtype, x_scales=scales)
+def _coded_run(rows: int, weight: Weight, parts: Operand, device: torch.device) -> int:
+    """How many inputs of such a product share a scale of 8 bits; 0 where they stay floats."""
+    if isinstance(weight, I8):
+        return parts.k
+    both = isinstance(weight, F8) and weight.quantize_input and launch.gpu_of(device).capability >= fp8.SINCE
+    return (parts.group or parts.k) if both and rows > FEW_ROWS_F8 else 0
+
+
+def _of_codes(codes: Tensor, scales: Tensor, weight: I8 | F8, parts: Operand, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, I8) or parts.group or not codes.is_cuda or parts.n % 16 or parts.k % 16:
+        return tiled(codes, parts, dtype, x_scales=scales)
     # the product of Hopper's own, with a scale for each row on both sides
     out = weight.scales.expand(parts.n, 1).t().contiguous()
-    half = x.dtype if x.dtype == torch.bfloat16 else torch.bfloat16
+    half = dtype if dtype == torch.bfloat16 else torch.bfloat16
     result = torch._scaled_mm(codes, parts.codes.t(), scales, out, out_dtype=half, use_fast_accum=True)
-    return result.to(x.dtype)
+    return result.to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +147,8 @@ def gemv(
     sum that was normed.
     """
     n = parts.n // 2 if gated else parts.n
-    tile = tile or measured(f"gemv_{parts.name}", parts.n, parts.k, 1) or gemv_tile(n, parts, x.device)
+    tile = tile or measured(f"gemv_{parts.name}", parts.n, parts.k, 1)
+    tile = tile or gemv_tile(n, parts, x.device, gated=gated)
     # whole parts need no masks; parts of odd sizes would be too small
     even = parts.k & -parts.k
     depth = min(tile.k, even if even >= 256 else block_of(parts.k))
@@ -153,32 +164,68 @@ def gemv(
     return out, total
 
 
-def gemv_tile(n: int, parts: Operand, device: torch.device) -> Tile:
-    """Rows enough for each program to be worth its start, and programs enough for each multiprocessor to have eight."""
-    rows = 4
-    while rows > 1 and n < rows * 8 * launch.gpu_of(device).processors:
+def gemv_tile(n: int, parts: Operand, device: torch.device, *, gated: bool) -> Tile:
+    """Rows enough for each program to be worth its start, and programs enough for each multiprocessor to have six."""
+    rows = 4 if gated else 8
+    while rows > 1 and n < rows * 6 * launch.gpu_of(device).processors:
         rows //= 2
     return Tile(n=rows, k=1024 if parts.codes.element_size() > 1 else 2048, warps=4)
 
 
 def fused(x: Tensor, weight: Weight, norm: Norm, *, gated: bool) -> tuple[Tensor, Tensor] | None:
-    """See ops.norm_matmul; None where one kernel cannot do it all."""
-    if len(x) != 1 or isinstance(weight, W4 | I8) or (isinstance(weight, W8) and weight.order is not None):
+    """See ops.norm_matmul; None where the norm is a kernel of its own, which gives floats."""
+    if isinstance(weight, W4) or (isinstance(weight, W8) and weight.order is not None):
         return None
     parts = operand(weight)
-    if parts is None or parts.k % 16 or x.dtype == torch.float32:
+    if parts is not None and isinstance(weight, F8 | I8) and (run := _coded_run(len(x), weight, parts, x.device)):
+        return None if getattr(weight, "input_scale", None) is not None else _coded(x, weight, parts, norm, run, gated)
+    if len(x) != 1 or parts is None or parts.k % 16 or x.dtype == torch.float32:
         return None
     return gemv(x, parts, norm=norm, gated=gated)
 
 
-def default_tile(rows: int, dtype: torch.dtype) -> Tile:
+def _coded(
+    x: Tensor, weight: I8 | F8, parts: Operand, norm: Norm, run: int, gated: bool
+) -> tuple[Tensor, Tensor] | None:
+    """The norm gives the inputs in 8 bits."""
+    if run < parts.k and run & (run - 1):
+        return None
+    kind = torch.int8 if isinstance(weight, I8) else fp8.FP8
+    codes, scales, total = coded_add_rms_norm(x, norm.residual, norm.weight, norm.eps, kind, run)
+    y = _of_codes(codes, scales, weight, parts, x.dtype)
+    return (silu_mul(y) if gated else y), total
+
+
+def default_tile(rows: int, experts: int, parts: Operand, x: Tensor, dtype: torch.dtype) -> Tile:
+    """Of rows times a weight (or so many times the weight of each expert), for results of that type."""
     if dtype == torch.float32:  # more would not fit the registers
         return Tile(m=16, n=32, k=32, warps=4, stages=2)
+    gpu, bytes_only = launch.gpu_of(x.device), x.element_size() == 1
     if rows <= 16:
-        return Tile(m=16, n=32, k=128, warps=4, stages=4)
-    if rows <= 64:
-        return Tile(m=64, n=64, k=64, warps=4, stages=4)
-    return Tile(m=128, n=128, k=64, warps=8, stages=3)
+        tile = Tile(m=16, n=32, k=128, warps=4, stages=4)
+    elif rows <= 64:
+        tile = Tile(m=64, n=64, k=128 if bytes_only else 64, warps=4, stages=3 if bytes_only else 4)
+    else:
+        few = not experts and triton.cdiv(rows, 128) * triton.cdiv(parts.n, 128) < 2 * gpu.processors
+        deep = bytes_only and gpu.shared_bytes >= _DEEP_BYTES
+        tile = Tile(m=128, n=64 if few else 128, k=128 if deep else 64, warps=8, stages=3)
+    programs = triton.cdiv(rows, tile.m) * triton.cdiv(parts.n, tile.n)
+    return replace(tile, split=shared_by(programs, rows, tile.k, tile.n * tile.k * tile.stages, parts, x.device))
+
+
+def shared_by(programs: int, rows: int, step: int, loaded: int, parts: Operand, device: torch.device) -> int:
+    """How many programs share the depth of each tile: so many that each multiprocessor has enough of the weights on
+    their way, as far as their parts are small beside the weights and each has some steps to do. `loaded` codes are on
+    their way to each program."""
+    if parts.kind == product.I8.value:  # whole sums of whole numbers are exact, whatever the tile is
+        return 1
+    width = parts.codes.element_size() * (1 if parts.kind != product.W4.value else 0.125)
+    wanted = launch.gpu_of(device).processors * _UNDER_WAY_BYTES // int(loaded * width)
+    most = min(_MOST_SPLIT, int(parts.k * width) // (16 * rows), parts.k // (4 * step))
+    split = 1
+    while 2 * split <= most and 4 * programs * split <= 3 * wanted:
+        split *= 2
+    return split
 
 
 def tiled(
@@ -196,24 +243,26 @@ def tiled(
         return _four_bits(x, parts, starts, tokens, tile)
     rows, experts = len(x if tokens is None else tokens), 0 if starts is None else len(starts) - 1
     each = rows if not experts else -(-rows // experts)
-    tile = tile or measured(parts.name, parts.n, parts.k, bucket(max(1, each))) or default_tile(each, dtype)
+    tile = tile or measured(parts.name, parts.n, parts.k, bucket(max(1, each)))
+    tile = tile or default_tile(max(1, each), experts, parts, x, dtype)
     split = 1 if experts else tile.split
     kind = product.F8_BOTH.value if x.dtype == fp8.FP8 else parts.kind
     # a step along the inputs stays within one group
     step = min(tile.k, block_of(parts.k, 32), parts.group & -parts.group or tile.k)
-    out = torch.empty(split, rows, parts.n, dtype=torch.float32 if split > 1 else dtype, device=x.device)
+    out = torch.empty(rows, parts.n, dtype=dtype, device=x.device)
+    sums = torch.empty(split, rows, parts.n, dtype=torch.float32, device=x.device) if split > 1 else out
     grid = (_tiles(rows, experts, tile.m), triton.cdiv(parts.n, tile.n), split)
     if rows:
         product._product[grid](
             x, parts.codes, parts.scales, parts.scales if parts.zeros is None else parts.zeros,
             parts.scales if x_scales is None else x_scales, parts.codes if starts is None else starts,
-            parts.codes if tokens is None else tokens, out, rows,
+            parts.codes if tokens is None else tokens, out, sums, arrivals(x.device, grid[0] * grid[1]), rows,
             parts.n, parts.k, parts.codes.shape[-1], *parts.scale_shape, experts, KIND=kind,
             ZERO=parts.zeros is not None, GROUP=parts.group, EXPERTS=block_of(experts) if experts else 0,
             GATHER=tokens is not None, SPLIT=split, BM=tile.m, BN=tile.n, BK=step, num_warps=tile.warps,
             num_stages=tile.stages, **launch.chained(x.device),
         )  # fmt: skip
-    return _joined(out, dtype) if split > 1 else out[0]
+    return out
 
 
 def _tiles(rows: int, experts: int, height: int) -> int:
@@ -246,27 +295,11 @@ def _four_bits(x: Tensor, parts: Operand, starts: Tensor | None, tokens: Tensor 
 
 
 def w4_tile(rows: int, parts: Operand, x: Tensor) -> Tile:
-    """So many programs share the depth that each multiprocessor has two or three, and each of them enough to do."""
     m = min(16 if x.dtype == torch.float32 else 64, block_of(rows))
-    programs, chunks = triton.cdiv(parts.n, 64) * triton.cdiv(rows, m), triton.cdiv(parts.k, W4_CHUNK)
-    split = 1
-    while split < 8 and programs * split * 2 <= launch.gpu_of(x.device).processors * 3 and chunks >= 8 * split:
-        split *= 2
+    programs = triton.cdiv(parts.n, 64) * triton.cdiv(rows, m)
+    # the codes of the last of three stages are on their way only when those of the first are used
+    split = shared_by(programs, rows, W4_CHUNK, 2 * 64 * W4_CHUNK, parts, x.device)
     return Tile(m=m, n=64, split=split, warps=4, stages=3)
-
-
-def _joined(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    product._add_parts[(triton.cdiv(out.numel(), 1024),)](
-        parts,
-        out,
-        out.numel(),
-        SPLIT=len(parts),
-        BLOCK=1024,
-        num_warps=4,
-        **launch.chained(out.device),
-    )
-    return out
 
 
 def unpacked(parts: Operand, dtype: torch.dtype) -> Tensor:

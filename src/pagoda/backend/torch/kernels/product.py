@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from pagoda.backend.torch.kernels import fp8
-from pagoda.backend.torch.kernels.launch import await_others
+from pagoda.backend.torch.kernels.launch import await_others, fetch_ahead, join_parts
 
 DENSE = tl.constexpr(0)
 W4 = tl.constexpr(1)  # see w4.py
@@ -20,6 +20,8 @@ W8 = tl.constexpr(2)  # int8; scale by group, zero point where there is one
 F8 = tl.constexpr(3)  # FP8 against floats; scale for all, by row or by block
 I8 = tl.constexpr(4)  # int8 on both sides; scale by row on both
 F8_BOTH = tl.constexpr(5)  # FP8 on both sides; scale by block on both
+_AHEAD = tl.constexpr(4)
+"""Lines of 128 bytes of each output's weights that are fetched before the kernel may begin."""
 
 
 @triton.jit
@@ -84,15 +86,30 @@ def _row(tokens: tl.tensor, m: tl.tensor, end: tl.tensor, GATHER: tl.constexpr) 
 
 
 @triton.jit
-def _scale_of(
-    table: tl.tensor, line: tl.tensor, at: tl.tensor, columns: tl.tensor, KIND: tl.constexpr, GROUP: tl.constexpr
-) -> tl.tensor:
-    """The scales of outputs for group or block `at` of the inputs."""
-    if KIND == F8 or KIND == F8_BOTH:
-        place = line // GROUP * columns + at
+def _scales_at(
+    table: tl.tensor,
+    x_scales: tl.tensor,
+    line: tl.tensor,
+    row: tl.tensor,
+    at: tl.tensor,
+    columns: tl.tensor,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+) -> Any:
+    """What group or block `at` of the inputs is multiplied with, for each output and for each row; where the outputs
+    of the tile share it, the rows have it all."""
+    own = line.to(tl.float32) * 0.0 + 1.0
+    if KIND == F8_BOTH:
+        rows = tl.load(x_scales + row * columns + at)
+        if GROUP % BN == 0:
+            rows *= tl.load(table + tl.program_id(1) * BN // GROUP * columns + at)
+        else:
+            own = tl.load(table + line // GROUP * columns + at)
     else:
-        place = at * columns + line
-    return tl.load(table + place).to(tl.float32)
+        rows = row.to(tl.float32) * 0.0 + 1.0
+        own = tl.load(table + (line // GROUP * columns + at if KIND == F8 else at * columns + line)).to(tl.float32)
+    return own, rows
 
 
 @triton.jit
@@ -105,6 +122,8 @@ def _product(
     starts: tl.tensor,
     tokens: tl.tensor,
     out: tl.tensor,
+    parts: tl.tensor,
+    arrived: tl.tensor,
     rows: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
@@ -123,12 +142,19 @@ def _product(
     BK: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
-    """out[part, rows, N] = x [rows, K] times the transpose of weight [experts, N, K], whose rows are `pitch` long.
+    """out [rows, N] = x [rows, K] times the transpose of weight [experts, N, K], whose rows are `pitch` long.
 
-    `scales` is [experts, table_rows, columns]. GROUP is how many inputs share a scale: 0 means all of them.
+    `scales` is [experts, table_rows, columns]. GROUP is how many inputs share a scale: 0 means all of them. Of SPLIT
+    programs that share the depth the last to arrive adds all parts, in order.
     """
-    await_others(CHAINED)
     part = tl.program_id(2)
+    depth = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
+    first, last = part * depth, tl.minimum(part * depth + depth, K)
+    if EXPERTS == 0:
+        ahead = tl.minimum(tl.program_id(1) * BN + tl.arange(0, BN), N - 1).to(tl.int64) * pitch + first
+        width: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+        fetch_ahead((weight + ahead).to(tl.int64), (last - first) * width, _AHEAD, CHAINED)
+    await_others(CHAINED)
     expert, begin, end = _rows_of(starts, tl.program_id(0), rows, experts, EXPERTS, BM)
     if begin < end:
         m, n = begin + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
@@ -136,17 +162,26 @@ def _product(
         matrix, table = weight + expert * N * pitch, scales + expert * table_rows * columns
         points, zero = zeros + expert * table_rows * columns, tl.zeros((BN,), tl.float32)
         total = tl.zeros((BM, BN), tl.int32 if KIND == I8 else tl.float32)
-        depth = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
-        for k0 in range(part * depth, tl.minimum(part * depth + depth, K), BK):
+        if GROUP:  # a step ahead: the products would wait for them
+            own, other = _scales_at(
+                table, x_scales, line, row, tl.minimum(first, K - 1) // GROUP, columns, KIND, GROUP, BN
+            )
+        for k0 in range(first, last, BK):
             at = k0 // GROUP if GROUP else 0
             if ZERO:
                 zero = tl.load(points + at * columns + line).to(tl.float32)
             if GROUP:
+                following = tl.minimum(k0 + BK, K - 1) // GROUP
+                next_own, next_other = _scales_at(table, x_scales, line, row, following, columns, KIND, GROUP, BN)
                 now = tl.zeros((BM, BN), tl.float32)
                 now = _depth(now, x, matrix, row, line, k0, zero, K, pitch, KIND, ZERO, BM, BK)
                 if KIND == F8_BOTH:
-                    now *= tl.load(x_scales + row * columns + at)[:, None]
-                total += now * _scale_of(table, line, at, columns, KIND, GROUP)[None, :]
+                    now *= other[:, None]
+                if KIND == F8_BOTH and GROUP % BN == 0:
+                    total += now
+                else:
+                    total += now * own[None, :]
+                own, other = next_own, next_other
             else:
                 total = _depth(total, x, matrix, row, line, k0, zero, K, pitch, KIND, ZERO, BM, BK)
         result = total.to(tl.float32)
@@ -154,17 +189,10 @@ def _product(
             result *= tl.load(x_scales + row)[:, None]
         if GROUP == 0 and KIND != DENSE:
             result *= tl.load(table + (line if table_rows * columns > 1 else line * 0)).to(tl.float32)[None, :]
-        place = (part * rows + m).to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(out + place, result.to(out.dtype.element_ty), mask=(m < end)[:, None] & (n < N)[None, :])
-
-
-@triton.jit
-def _add_parts(
-    parts: tl.tensor, out: tl.tensor, size: tl.tensor, SPLIT: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr
-) -> None:
-    await_others(CHAINED)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(SPLIT):
-        total += tl.load(parts + part * size + at, mask=at < size, other=0.0)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+        inside, place = (m < end)[:, None] & (n < N)[None, :], m.to(tl.int64)[:, None] * N + n[None, :]
+        if SPLIT == 1:
+            tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+        else:
+            tl.store(parts + part.to(tl.int64) * rows * N + place, result, mask=inside)
+            tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+            join_parts(parts + place, rows.to(tl.int64) * N, out + place, arrived + tile, inside, SPLIT)

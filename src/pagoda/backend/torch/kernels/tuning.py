@@ -24,7 +24,7 @@ class Tile:
 DEFAULTS = MappingProxyType(
     {
         "prefill": Tile(m=128, n=64, warps=8, stages=2),
-        "decode": Tile(n=64, warps=4, stages=3),
+        "decode": Tile(n=32, warps=4, stages=7),
     }
 )
 """By the name of the kernel."""

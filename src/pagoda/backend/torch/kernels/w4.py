@@ -10,12 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pagoda.backend.torch.kernels.launch import await_others
+from pagoda.backend.torch.kernels.launch import await_others, fetch_ahead, join_parts
 from pagoda.backend.torch.kernels.product import _row, _rows_of
 from pagoda.weights.device_size import W4_CHUNK
 
 _CHUNK = tl.constexpr(W4_CHUNK)
 _WORDS = tl.constexpr(W4_CHUNK // 8)
+_AHEAD = tl.constexpr(4)
+"""Chunks, of 128 bytes, of each output that are fetched before the kernel may begin."""
 
 
 @triton.jit
@@ -61,25 +63,6 @@ def _offset(
         zero = tl.load(zeros + group, mask=here[None, :], other=0.0).to(tl.float32)
         total += tl.sum(scale * (zero + added) * sums[None, :], axis=1)
     return total
-
-
-@triton.jit
-def _join(
-    parts: tl.tensor,
-    step: tl.tensor,
-    out: tl.tensor,
-    arrived: tl.tensor,
-    inside: tl.tensor,
-    SPLIT: tl.constexpr,
-) -> None:
-    """The last of SPLIT programs to store its part adds all of them, in order, and sets the counter back."""
-    tl.debug_barrier()
-    if tl.atomic_add(arrived, 1, sem="acq_rel") == SPLIT - 1:
-        whole = tl.load(parts, mask=inside, other=0.0, cache_modifier=".cg")
-        for each in range(1, SPLIT):
-            whole += tl.load(parts + each * step, mask=inside, other=0.0, cache_modifier=".cg")
-        tl.store(out, whole.to(out.dtype.element_ty), mask=inside)
-        tl.store(arrived, 0)
 
 
 @triton.jit
@@ -151,8 +134,13 @@ def _w4(
     """out [rows, N] = x [rows, K] times the transpose of a weight; see packs.W4 for the order of its codes.
     GROUP inputs share a scale (0: all), applied to sums of RUN slices of 32. SINGLE: rows is 1. WHOLE: the last chunk
     is full. Of SPLIT programs that share the depth the last to arrive adds all parts, in order."""
-    await_others(CHAINED)
     part = tl.program_id(2)
+    depth = tl.cdiv(tl.cdiv(K, _CHUNK), SPLIT)
+    first, last = part * depth, tl.minimum(part * depth + depth, tl.cdiv(K, _CHUNK))
+    if EXPERTS == 0:
+        ahead = tl.minimum(tl.program_id(1) * BN + tl.arange(0, BN), N - 1).to(tl.int64) * pitch + first * _WORDS
+        fetch_ahead((weight + ahead).to(tl.int64), (last - first) * _WORDS * 4, _AHEAD, CHAINED)
+    await_others(CHAINED)
     expert, begin, stop = _rows_of(starts, tl.program_id(0), rows, experts, EXPERTS, BM)
     if begin < stop:
         m, n = begin + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
@@ -160,13 +148,10 @@ def _w4(
         codes = weight + (expert * N + line)[:, None] * pitch + tl.arange(0, _WORDS)[None, :]
         scales += expert * groups * N
         zeros += expert * groups * N
-        depth = tl.cdiv(tl.cdiv(K, _CHUNK), SPLIT)
-        first, last = part * depth, tl.minimum(part * depth + depth, tl.cdiv(K, _CHUNK))
         total = tl.zeros((BN, BM), tl.float32)
-        if SINGLE:
+        if SINGLE:  # before the codes, of which the first are on their way: behind them it would take more registers
             end = tl.minimum(last * _CHUNK, K)
-            less = _offset(x, scales, zeros, line, N, first * _CHUNK, end, GROUP, RUN * 32)
-            total -= less[:, None]
+            total -= _offset(x, scales, zeros, line, N, first * _CHUNK, end, GROUP, RUN * 32)[:, None]
         for chunk in tl.range(first, last, num_stages=STAGES):
             total = _slices(
                 total, tl.load(codes + chunk * _WORDS), x + row[None, :] * K, scales + line, zeros + line,
@@ -179,4 +164,4 @@ def _w4(
         else:
             tl.store(parts + part * rows * N + own, total, mask=inside)
             tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-            _join(parts + own, rows * N, out + own, arrived + tile, inside, SPLIT)
+            join_parts(parts + own, rows * N, out + own, arrived + tile, inside, SPLIT)
