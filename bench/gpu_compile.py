@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -28,6 +26,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import gpu_cases
 import gpu_kernels as kernels
+import gpu_sass
 import torch
 import triton
 from gpu_launches import META, Launch, noted, plan_of, step, without_data
@@ -52,7 +51,6 @@ GPUS = {
 BF16, F32 = torch.bfloat16, torch.float32
 MODELS = ("Qwen3-0.6B", "Qwen3-8B", "Qwen3-8B-FP8", "Qwen3-32B-AWQ", "Qwen3-30B-A3B")
 TINY = ("tiny", "tiny-experts")
-TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def _frozen(value: Any) -> Any:
 
 
 def compiled(made: Source) -> dict[str, Any]:
-    """Registers, bytes of stack (spills) and of shared memory of a program, or the error."""
+    """What the machine code of a program says (see gpu_sass.facts), what it takes, how many fit; or the error."""
     kernel = getattr(sys.modules[made.module], made.name)
     attributes = {k: [list(item) for item in v] for k, v in made.attributes}
     found: dict[str, Any] = {"gpu": made.gpu, "kernel": made.name, "tile": tile_of(made)}
@@ -94,12 +92,12 @@ def compiled(made: Source) -> dict[str, Any]:
         )  # fmt: skip
     except Exception as error:
         return {**found, "error": f"{type(error).__name__}: {error}"[-400:]}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        text = subprocess.run([TOOL, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    used = dict(re.findall(r"(REG|STACK):(\d+)", text.stdout))
-    return {**found, "registers": int(used["REG"]), "stack": int(used["STACK"]), "shared": built.metadata.shared}
+    with tempfile.TemporaryDirectory() as folder:
+        found |= gpu_sass.facts(built.asm["cubin"], Path(folder))
+    shared, warps = built.metadata.shared, built.metadata.num_warps
+    room = GPUS[made.gpu][1].shared_bytes
+    found["programs"] = gpu_sass.programs(made.gpu, room, found["registers"], shared, warps)
+    return {**found, "shared": shared, "warps": warps}
 
 
 def tile_of(made: Source) -> str:
@@ -109,16 +107,20 @@ def tile_of(made: Source) -> str:
     return " ".join(f"{k}={v}" for k, v in {**constants, **dict(made.options)}.items() if v is not None)
 
 
-def of_models(models: Iterable[str], gpu: Gpu, batches: Iterable[int], prompts: Iterable[int]) -> Iterator[Launch]:
-    """What steps of these models launch."""
+def of_models(
+    models: Iterable[str], gpu: Gpu, batches: Iterable[int], prompts: Iterable[int]
+) -> Iterator[tuple[str, Launch]]:
+    """What steps of these models launch, and which one."""
     for model in models:
         decoder = without_data(model, 1, 4096, gpu)
         for requests in batches:
-            yield from step(decoder, plan_of(requests), gpu)
-            yield from step(decoder, plan_of(requests, temperature=0.7, top_k=40, top_p=0.9), gpu)
+            for sampling in ({}, {"top_k": 40, "top_p": 0.9}, {"top_p": 0.9}):
+                plan = plan_of(requests, temperature=0.7 if sampling else 0.0, **sampling)
+                yield from ((f"{model} {requests}", each) for each in step(decoder, plan, gpu))
         for tokens in prompts:
-            yield from step(decoder, plan_of(1, tokens), gpu)
-            yield from step(decoder, plan_of(2, tokens), gpu)
+            for requests in (1, 2):
+                name = f"{model} {requests} of {tokens}"
+                yield from ((name, each) for each in step(decoder, plan_of(requests, tokens), gpu))
 
 
 def of_cases(gpu: Gpu) -> Iterator[Launch]:
@@ -178,38 +180,51 @@ def _eight(part: Any) -> Any:
     return part.expand(8, *part.shape).contiguous() if isinstance(part, torch.Tensor) else part
 
 
-def sources(numbers: Iterable[int], *, quick: bool, tiles: bool) -> list[Source]:
-    found: dict[Source, None] = {}
+def sources(numbers: Iterable[int], sizes: tuple[Any, ...], *, cases: bool, tiles: bool) -> dict[Source, str]:
+    """All that is to be compiled, and what launches it first. `sizes`: models, batches, lengths of prompts."""
+    found: dict[Source, str] = {}
     for number in numbers:
         gpu = GPUS[number][1]
-        sizes: tuple[Any, ...] = (TINY, (1, 3), (20,)) if quick else (MODELS, (1, 8, 16, 64, 256), (128, 4096))
-        launches = [*of_models(sizes[0], gpu, *sizes[1:]), *(() if quick else (*of_cases(gpu), *of_shapes(gpu)))]
-        launches += of_tiles(gpu) if tiles else ()
-        found |= dict.fromkeys(source(note, number) for note in launches if note.kernel is not None)
-    return list(found)
+        launches = [*of_models(sizes[0], gpu, *sizes[1:])]
+        launches += [("", each) for each in (*of_cases(gpu), *of_shapes(gpu))] if cases else ()
+        launches += [("", each) for each in of_tiles(gpu)] if tiles else ()
+        for name, note in launches:
+            if note.kernel is not None:
+                found.setdefault(source(note, number), name)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", default=",".join(map(str, GPUS)), help="compute capabilities, such as 90,120")
     parser.add_argument("--quick", action="store_true", help="small shapes, a few kernels")
+    parser.add_argument("--models", help="steps of these alone, separated by commas")
+    parser.add_argument("--batches", default="1,8,64,256", help="with --models: requests of a token each")
+    parser.add_argument("--prompts", action="store_true", help="with --models: prompts too")
     parser.add_argument("--tiles", action="store_true", help="the tiles that bench/gpu.py tries, too; some may not fit")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--only", default="", help="kernels whose name has this")
+    parser.add_argument("--only", default="", help="kernels whose name has one of these, separated by commas")
+    parser.add_argument("--facts", action="store_true", help="a table of what the machine code of each program does")
     parser.add_argument("--out", type=Path, help="a file for one line of JSON for each kernel")
     args = parser.parse_args()
     numbers = [int(number) for number in args.gpus.split(",")]
-    todo = [s for s in sources(numbers, quick=args.quick, tiles=args.tiles) if args.only in s.name]
+    sizes: tuple[Any, ...] = (MODELS, (1, 8, 16, 64, 256), (128, 4096))
+    if args.quick:
+        sizes = (TINY, (1, 3), (20,))
+    elif args.models:
+        sizes = (args.models.split(","), [int(n) for n in args.batches.split(",")], (128, 4096) if args.prompts else ())
+    names = sources(numbers, sizes, cases=not (args.quick or args.models), tiles=args.tiles)
+    todo = [s for s in names if any(part in s.name for part in args.only.split(","))]
     print(f"{len(todo)} kernels", flush=True)
     rows = []
     with ProcessPoolExecutor(args.jobs) as pool:
-        for row in pool.map(compiled, todo):
-            rows.append(row)
+        for made, row in zip(todo, pool.map(compiled, todo), strict=True):
+            rows.append(row | {"of": names[made]})
             if "error" in row or row["shared"] > GPUS[row["gpu"]][1].shared_bytes or row["stack"]:
                 print(json.dumps(row), flush=True)
     if args.out:
         args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print("\n".join(table(rows)))
+    print("\n".join(facts_table(rows) if args.facts else table(rows)))
     if any("error" in row or row["shared"] > GPUS[row["gpu"]][1].shared_bytes for row in rows):
         sys.exit(1)
 
@@ -228,6 +243,22 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
             failed = f", {len(own) - len(good)} FAILED" if len(own) > len(good) else ""
             cells.append(f"{len(good)}: {most[0]} / {most[1]} / {most[2] / 1024:.0f} KiB{failed}")
         yield f"| `{name}` | " + " | ".join(cells) + " |"
+
+
+def facts_table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Programs that differ, in the order of the models that launch them."""
+    yield "| kernel | of a step of | sm | registers | spills | shared | programs | loads | matrix |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    seen = set()
+    for row in rows:
+        if "error" in row or not row["of"]:
+            continue
+        loads = ", ".join(f"{count} x {width}" for width, count in row["loads"].items())
+        matrix = ", ".join(f"{count} {name}" for name, count in row["matrix"].items()) or "–"
+        facts = (row["registers"], row["local"], f"{row['shared'] / 1024:.0f} KiB", row["programs"], loads, matrix)
+        if (row["gpu"], row["kernel"], facts) not in seen:
+            seen.add((row["gpu"], row["kernel"], facts))
+            yield f"| `{row['kernel']}` | {row['of']} | {row['gpu']} | " + " | ".join(map(str, facts)) + " |"
 
 
 if __name__ == "__main__":

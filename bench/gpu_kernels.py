@@ -30,6 +30,10 @@ ROW_KERNELS = 18
 """Of `in_a_row`."""
 
 
+SUPPOSED = {"read_gb_s": 4300.0, "copy_gb_s": 4300.0, "tflop_s": 790.0, "fp8_tflop_s": 1580.0}
+"""Of an H200: what shares are of where the roof cannot be measured."""
+
+
 @contextmanager
 def dispatch(kernels: bool) -> Iterator[None]:
     """Whether ops goes to the kernels, whatever the device: plain PyTorch is what they are compared with."""
@@ -245,7 +249,7 @@ W4_MANY = tuple(Tile(m=64, n=n, split=s, warps=w, stages=3) for n, w in ((64, 4)
 FEW_TILES = tuple(Tile(m=16, n=n, k=k, split=split, stages=4) for n in (16, 32) for k in (64, 128) for split in (1, 4))
 MANY_TILES = tuple(Tile(m=64, n=n, warps=w, stages=s) for n in (64, 128) for w in (4, 8) for s in (3, 4))
 PREFILL_TILES = tuple(Tile(m=m, n=n, warps=w, stages=2) for m in (64, 128) for n in (64, 128) for w in (4, 8))
-DECODE_TILES = tuple(Tile(n=n, warps=w) for n in (32, 64, 128) for w in (2, 4))
+DECODE_TILES = tuple(Tile(n=n, warps=w, stages=s) for n, s in ((32, 5), (32, 7), (64, 3), (64, 5)) for w in (2, 4))
 
 
 def best(tiles: tuple[Tile, ...], seconds_of: Callable[[Tile], float], until: float) -> tuple[Tile | None, float]:

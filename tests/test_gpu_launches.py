@@ -38,3 +38,22 @@ def test_kernels_compile_and_fit(gpu: int, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert all(f"`{name}`" in done.stdout for name in ("_rope", "_decode", "_prefill", "_gemv", "_w4", "_product"))
+
+
+def test_what_the_machine_code_of_large_kernels_does(tmp_path: Path) -> None:
+    """Nothing spills, weights and keys are read by 16 bytes, products of many rows are done by the matrix units."""
+    kernels, out = "_gemv,_decode,_product,_w4", tmp_path / "facts"
+    command = [sys.executable, str(BENCH / "gpu_compile.py"), "--gpus", "90", "--jobs", "1", "--only", kernels]
+    command += ["--models", "Qwen3-8B-FP8,Qwen3-32B-AWQ", "--batches", "1,64", "--out", str(out)]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["kernel"] for row in rows} == set(kernels.split(","))
+    for row in rows:
+        about = row["kernel"], row["of"], row["tile"]
+        assert row["local"] == 0 and row["stack"] == 0, about
+        assert row["loads"]["16"] >= 2, about
+        assert (row["kernel"] == "_gemv") != bool(row["matrix"]), about
+        assert row["programs"] * 32 * row["warps"] >= 256 and row["programs"] >= 2, about
+        assert (row["kernel"] == "_gemv") or row["ahead"] > 0, about
