@@ -85,21 +85,16 @@ def _gemv(
 ) -> None:
     """out [N] = weight times x [K]; GROUP inputs share a scale (0: all), which is by output where BY_ROW.
     NORM: total = x + residual, which is normed first. GATED: silu(first half) * second half of 2 * N products."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    n, each = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
     line = tl.minimum(n, N - 1).to(tl.int64)[:, None]
-    each = tl.arange(0, BK)
     kind: tl.constexpr = out.dtype.element_ty
-    # bytes would be taken apart to be carried from one round to the next
-    AHEAD: tl.constexpr = KIND == DENSE
+    AHEAD: tl.constexpr = KIND == DENSE  # bytes would be taken apart to be carried from one round to the next
     own, other = weight + line * K, weight + (line + N) * K
     if AHEAD:
         codes = _load(own, each[None, :], K, WHOLE)
         more = _load(other, each[None, :], K, WHOLE) if GATED else codes
     elif ALL >= 128:
-        rows = tl.minimum(n, N - 1).to(tl.int64)
-        fetch_ahead((weight + rows * K).to(tl.int64), K, ALL // 128, CHAINED)
-        if GATED:
-            fetch_ahead((weight + (rows + N) * K).to(tl.int64), K, ALL // 128, CHAINED)
+        _fetch(weight, n, N, K, GATED, ALL // 128, CHAINED)
     await_others(CHAINED)
     scale = _root(x, residual, total, K, eps, kind, ALL) if NORM else 1.0
     acc, up = tl.zeros((BN, BK // _UNIT), tl.float32), tl.zeros((BN, BK // _UNIT), tl.float32)
@@ -123,6 +118,22 @@ def _gemv(
     if GATED:
         result = _silu_mul(result, _scaled(up, scales, line + N, KIND, BY_ROW, GROUP), kind)
     tl.store(out + n, result.to(kind), mask=n < N)
+
+
+@triton.jit
+def _fetch(
+    weight: tl.tensor,
+    n: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    GATED: tl.constexpr,
+    LINES: tl.constexpr,
+    CHAINED: tl.constexpr,
+) -> None:
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    fetch_ahead((weight + row * K).to(tl.int64), K, LINES, CHAINED)
+    if GATED:
+        fetch_ahead((weight + (row + N) * K).to(tl.int64), K, LINES, CHAINED)
 
 
 @triton.jit

@@ -113,6 +113,72 @@ def _scales_at(
 
 
 @triton.jit
+def _by_groups(
+    total: tl.tensor,
+    x: tl.tensor,
+    matrix: tl.tensor,
+    table: tl.tensor,
+    points: tl.tensor,
+    x_scales: tl.tensor,
+    row: tl.tensor,
+    line: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    K: tl.tensor,
+    pitch: tl.tensor,
+    columns: tl.tensor,
+    KIND: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+) -> tl.tensor:
+    """The products of inputs first to last, each step times its scales, which are loaded a step ahead: the products
+    would wait for them."""
+    zero = line.to(tl.float32)
+    own, other = _scales_at(table, x_scales, line, row, tl.minimum(first, K - 1) // GROUP, columns, KIND, GROUP, BN)
+    for k0 in range(first, last, BK):
+        if ZERO:
+            zero = tl.load(points + k0 // GROUP * columns + line).to(tl.float32)
+        following = tl.minimum(k0 + BK, K - 1) // GROUP
+        next_own, next_other = _scales_at(table, x_scales, line, row, following, columns, KIND, GROUP, BN)
+        now = tl.zeros((BM, BN), tl.float32)
+        now = _depth(now, x, matrix, row, line, k0, zero, K, pitch, KIND, ZERO, BM, BK)
+        if KIND == F8_BOTH:
+            now *= other[:, None]
+        if KIND == F8_BOTH and GROUP % BN == 0:
+            total += now
+        else:
+            total += now * own[None, :]
+        own, other = next_own, next_other
+    return total
+
+
+@triton.jit
+def _store(
+    result: tl.tensor,
+    out: tl.tensor,
+    parts: tl.tensor,
+    arrived: tl.tensor,
+    part: tl.tensor,
+    m: tl.tensor,
+    n: tl.tensor,
+    end: tl.tensor,
+    rows: tl.tensor,
+    N: tl.tensor,
+    SPLIT: tl.constexpr,
+) -> None:
+    inside, place = (m < end)[:, None] & (n < N)[None, :], m.to(tl.int64)[:, None] * N + n[None, :]
+    if SPLIT == 1:
+        tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(parts + part.to(tl.int64) * rows * N + place, result, mask=inside)
+        tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        join_parts(parts + place, N.to(tl.int64) * rows, out + place, arrived + tile, inside, SPLIT)
+
+
+@triton.jit
 def _product(
     x: tl.tensor,
     weight: tl.tensor,
@@ -142,57 +208,34 @@ def _product(
     BK: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
-    """out [rows, N] = x [rows, K] times the transpose of weight [experts, N, K], whose rows are `pitch` long.
-
-    `scales` is [experts, table_rows, columns]. GROUP is how many inputs share a scale: 0 means all of them. Of SPLIT
-    programs that share the depth the last to arrive adds all parts, in order.
-    """
-    part = tl.program_id(2)
-    depth = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
+    """out [rows, N] = x [rows, K] times the transpose of weight [experts, N, K], whose rows are `pitch` long; GROUP of
+    inputs share one of `scales` [experts, table_rows, columns] (0: all); of SPLIT programs the last adds all parts."""
+    part, depth = tl.program_id(2), tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
     first, last = part * depth, tl.minimum(part * depth + depth, K)
     if EXPERTS == 0:
         ahead = tl.minimum(tl.program_id(1) * BN + tl.arange(0, BN), N - 1).to(tl.int64) * pitch + first
-        width: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-        fetch_ahead((weight + ahead).to(tl.int64), (last - first) * width, _AHEAD, CHAINED)
+        bits: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth
+        fetch_ahead((weight + ahead).to(tl.int64), (last - first) * bits // 8, _AHEAD, CHAINED)
     await_others(CHAINED)
     expert, begin, end = _rows_of(starts, tl.program_id(0), rows, experts, EXPERTS, BM)
     if begin < end:
         m, n = begin + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
         row, line = _row(tokens, m, end, GATHER), tl.minimum(n, N - 1).to(tl.int64)
-        matrix, table = weight + expert * N * pitch, scales + expert * table_rows * columns
-        points, zero = zeros + expert * table_rows * columns, tl.zeros((BN,), tl.float32)
+        matrix, skipped = weight + expert * N * pitch, expert * table_rows * columns
+        table, points = scales + skipped, zeros + skipped
         total = tl.zeros((BM, BN), tl.int32 if KIND == I8 else tl.float32)
-        if GROUP:  # a step ahead: the products would wait for them
-            own, other = _scales_at(
-                table, x_scales, line, row, tl.minimum(first, K - 1) // GROUP, columns, KIND, GROUP, BN
-            )
-        for k0 in range(first, last, BK):
-            at = k0 // GROUP if GROUP else 0
-            if ZERO:
-                zero = tl.load(points + at * columns + line).to(tl.float32)
-            if GROUP:
-                following = tl.minimum(k0 + BK, K - 1) // GROUP
-                next_own, next_other = _scales_at(table, x_scales, line, row, following, columns, KIND, GROUP, BN)
-                now = tl.zeros((BM, BN), tl.float32)
-                now = _depth(now, x, matrix, row, line, k0, zero, K, pitch, KIND, ZERO, BM, BK)
-                if KIND == F8_BOTH:
-                    now *= other[:, None]
-                if KIND == F8_BOTH and GROUP % BN == 0:
-                    total += now
-                else:
-                    total += now * own[None, :]
-                own, other = next_own, next_other
-            else:
+        if GROUP:
+            total = _by_groups(
+                total, x, matrix, table, points, x_scales, row, line, first, last, K, pitch, columns, KIND, ZERO, GROUP,
+                BM, BN, BK,
+            )  # fmt: skip
+        else:
+            zero = tl.load(points + line).to(tl.float32) if ZERO else line.to(tl.float32)
+            for k0 in range(first, last, BK):
                 total = _depth(total, x, matrix, row, line, k0, zero, K, pitch, KIND, ZERO, BM, BK)
         result = total.to(tl.float32)
         if GROUP == 0 and (KIND == I8 or KIND == F8_BOTH):
             result *= tl.load(x_scales + row)[:, None]
         if GROUP == 0 and KIND != DENSE:
             result *= tl.load(table + (line if table_rows * columns > 1 else line * 0)).to(tl.float32)[None, :]
-        inside, place = (m < end)[:, None] & (n < N)[None, :], m.to(tl.int64)[:, None] * N + n[None, :]
-        if SPLIT == 1:
-            tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
-        else:
-            tl.store(parts + part.to(tl.int64) * rows * N + place, result, mask=inside)
-            tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-            join_parts(parts + place, rows.to(tl.int64) * N, out + place, arrived + tile, inside, SPLIT)
+        _store(result, out, parts, arrived, part, m, n, end, rows, N, SPLIT)

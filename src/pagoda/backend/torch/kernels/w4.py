@@ -134,8 +134,7 @@ def _w4(
     """out [rows, N] = x [rows, K] times the transpose of a weight; see packs.W4 for the order of its codes.
     GROUP inputs share a scale (0: all), applied to sums of RUN slices of 32. SINGLE: rows is 1. WHOLE: the last chunk
     is full. Of SPLIT programs that share the depth the last to arrive adds all parts, in order."""
-    part = tl.program_id(2)
-    depth = tl.cdiv(tl.cdiv(K, _CHUNK), SPLIT)
+    part, depth = tl.program_id(2), tl.cdiv(tl.cdiv(K, _CHUNK), SPLIT)
     first, last = part * depth, tl.minimum(part * depth + depth, tl.cdiv(K, _CHUNK))
     if EXPERTS == 0:
         ahead = tl.minimum(tl.program_id(1) * BN + tl.arange(0, BN), N - 1).to(tl.int64) * pitch + first * _WORDS
@@ -146,12 +145,11 @@ def _w4(
         m, n = begin + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
         row, line = _row(tokens, m, stop, GATHER), tl.minimum(n, N - 1)
         codes = weight + (expert * N + line)[:, None] * pitch + tl.arange(0, _WORDS)[None, :]
-        scales += expert * groups * N
-        zeros += expert * groups * N
+        scales, zeros = scales + expert * groups * N, zeros + expert * groups * N
         total = tl.zeros((BN, BM), tl.float32)
         if SINGLE:  # before the codes, of which the first are on their way: behind them it would take more registers
-            end = tl.minimum(last * _CHUNK, K)
-            total -= _offset(x, scales, zeros, line, N, first * _CHUNK, end, GROUP, RUN * 32)[:, None]
+            less = _offset(x, scales, zeros, line, N, first * _CHUNK, tl.minimum(last * _CHUNK, K), GROUP, RUN * 32)
+            total -= less[:, None]
         for chunk in tl.range(first, last, num_stages=STAGES):
             total = _slices(
                 total, tl.load(codes + chunk * _WORDS), x + row[None, :] * K, scales + line, zeros + line,
