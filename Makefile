@@ -22,7 +22,8 @@ serve: $(VENV)/installed
 
 # Side by side, the tests of a file in one process; then those that want the machine for themselves.
 # A test that fails runs once more, alone: a shared machine may miss what a clock wants.
-PYTEST := $(BIN)/python -m pytest
+# One thread for numpy and torch in each: those of two workers would spin for each other's cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 TOGETHER := --numprocesses logical --maxprocesses 4 --dist loadfile
 ALONE := $(shell grep -l mark.alone tests/test_*.py)
 tried = $(PYTEST) $(1) || { [ $$? = 1 ] && $(PYTEST) -m "not slow" --last-failed; }

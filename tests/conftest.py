@@ -16,9 +16,6 @@ from pagoda.errors import ModelError
 # Triton reads this when a kernel is defined: without a GPU its kernels run in its interpreter.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
-# Torch reads this when it is imported: the threads of two workers would spin for each other's cores.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_finish() -> None:
