@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 from checkpoints import VOCAB, make_model, write_checkpoint, write_gguf_checkpoint
 from lora_files import write_adapter
+from packed_checkpoints import write as write_packed
 from reference_plans import Feed, make_plan
 
 from pagoda import LLM, LoRARequest, SamplingParams
@@ -29,7 +30,7 @@ from pagoda.types import Adapter, Delta, Request, StepPlan
 from pagoda.weights.lora import find_adapter
 from pagoda.weights.open import open_source
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 LIMITS = Limits(max_model_len=256, max_num_seqs=80, max_num_batched_tokens=512, num_blocks=200, max_loras=2)
 RNG = np.random.default_rng(0)
 PROMPTS = [[int(i) for i in RNG.integers(3, VOCAB, count)] for count in (40, 33, 21, 40, 5, 70)]
@@ -84,6 +85,26 @@ def test_the_native_kernels_give_what_the_reference_gives(model: str, folder: Pa
     assert error < (2e-3 if model == "model" else 0.2) * noise
     plain = load(CpuExecutor, folder / model, [], max_loras=0)
     assert np.array_equal(found[73:], logits(plain, replace(plan_of([-1, -1, -1]), adapters=None))[73:])
+
+
+PACKED = {
+    "awq": {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm", "group_size": 32},
+    "gptq": {"quant_method": "gptq", "bits": 8, "desc_act": True, "sym": False, "group_size": 64},
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_adapters_on_models_in_4_and_8_bits(kind: str, tmp_path: Path) -> None:
+    """Also where a product takes its inputs in an order of its own."""
+    (tmp_path / "model").mkdir()
+    model = write_packed(tmp_path / "model", "llama", PACKED[kind])
+    merged = write_adapter(tmp_path / "one", model, rank=8)
+    with torch.no_grad():
+        exact, bare = (np.asarray(m(torch.tensor([PROMPTS[0]])).logits[0]) for m in (merged, model))
+    noise = np.sqrt(((exact - bare) ** 2).mean())
+    for backend, bound in ((ReferenceExecutor, 1e-3), (CpuExecutor, 0.1)):
+        found = logits(load(backend, tmp_path / "model", [tmp_path / "one"]), plan_of([0]))
+        assert np.sqrt(((found - exact) ** 2).mean()) < bound * noise, backend
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
