@@ -61,7 +61,7 @@ def test_gguf_logits_equal_transformers(case: str, kind: str, folders: Folders) 
 
 
 @pytest.mark.parametrize("inner", ["mistral", "ministral3"])
-def test_the_language_model_of_mistral_small_3_runs_without_its_eyes(inner: str, tmp_path: Path) -> None:
+def test_the_language_model_of_mistral_small_3_behind_its_eyes(inner: str, tmp_path: Path) -> None:
     text = {**SMALL, "model_type": inner, "head_dim": 32}
     sees = {"model_type": "pixtral", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes = {"intermediate_size": 32, "patch_size": 4, "image_size": 16, "head_dim": 16}

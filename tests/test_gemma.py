@@ -51,7 +51,14 @@ def test_the_config_of_a_model_that_sees_may_say_little() -> None:
         text_config={"model_type": "gemma3_text", "rope_scaling": scaling, **text},
         eos_token_id=[1, 106],
         torch_dtype="bfloat16",
-        vision_config={"hidden_size": 1152},
+        vision_config={
+            "hidden_size": 1152,
+            "image_size": 896,
+            "intermediate_size": 4304,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 14,
+        },
     )
     first, sixth = spec.layers[0].attention, spec.layers[5].attention
     assert (spec.vocab_size, spec.max_position, spec.tied, spec.eos_token_ids) == (262208, 131072, True, (1, 106))
@@ -61,7 +68,10 @@ def test_the_config_of_a_model_that_sees_may_say_little() -> None:
     assert spec.local_rope is not None
     assert spec.rope.inv_freq[:2] == pytest.approx((1 / 8, 1e6 ** (-2 / 256) / 8))
     assert spec.local_rope.inv_freq[:2] == pytest.approx((1, 1e4 ** (-2 / 256)))
-    assert spec.vision is None
+    vision = spec.vision
+    assert vision is not None
+    assert (vision.side, vision.merge_size, vision.tokens((1, 64, 64)), vision.at_once) == (64, 4, 256, 256)
+    assert (vision.image_token_id, vision.ends, vision.head_dim) == (262144, (255999, 256000), 72)
 
 
 def test_a_window_as_long_as_the_context_is_none_but_the_rope_stays_local() -> None:
@@ -142,6 +152,7 @@ def write_seeing(folder: Path, **changes: Any) -> Any:
         vision_config={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
                        "image_size": 28, "patch_size": 14},
         image_token_index=7,
+        mm_tokens_per_image=4,
     )  # fmt: skip
     model = transformers.Gemma3ForConditionalGeneration(seeing).float().eval()
     model.model.language_model.load_state_dict(plain.model.state_dict())
@@ -195,7 +206,7 @@ def test_a_template_of_its_constructs() -> None:
     assert said == "<bos><start_of_turn>user\nBe short.\n\nHi<end_of_turn>\n<start_of_turn>model\n"
 
 
-def test_a_server_answers_and_refuses_pictures(tmp_path: Path) -> None:
+def test_a_server_answers_and_refuses_a_broken_picture(tmp_path: Path) -> None:
     size = len(json.loads(trained_json())["model"]["vocab"]) + 2
     model = write_seeing(tmp_path, vocab_size=size)
     (tmp_path / "tokenizer.json").write_text(trained_json(), encoding="utf-8")

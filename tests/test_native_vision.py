@@ -99,10 +99,7 @@ def logits(executor: CpuExecutor, spec: Any, asked: Prompt, cuts: Sequence[int] 
 
 def run(executor: CpuExecutor, step: StepPlan) -> Float32:
     out = np.zeros((len(step.rows), vl_tiny.VOCAB), np.float32)
-    vision = executor._vision
-    assert vision is not None
-    images = vision.rows(step.images, len(step.tokens)) if step.images else None
-    executor._lib.run(step, out, images)
+    executor.run(step, out)
     return out
 
 

@@ -144,9 +144,11 @@ PG_INLINE void join(Running& r, float* acc, const float* part, int dim, float to
 constexpr int partial_width(int dim) { return dim + 2; }
 
 // Positions that query vector n sees: [first, last].
-PG_INLINE int last_seen(const AttentionJob& job, int n) { return job.position + n / job.group; }
+PG_INLINE int last_seen(const AttentionJob& job, int n) {
+  return job.last_seen ? job.last_seen[n / job.group] : job.position + n / job.group;
+}
 PG_INLINE int first_seen(const AttentionJob& job, int n) {
-  const int first = last_seen(job, n) + 1 - job.window;
+  const int first = job.position + n / job.group + 1 - job.window;
   return first > 0 ? first : 0;
 }
 
@@ -283,7 +285,7 @@ void attention(const AttentionJob& job, float* scratch) {
   float* scores = partials + kQueryVectors * partial_width(dim);
   Running running[kQueryVectors] = {};
   scale_queries(job, q);
-  for (int start = first_seen(job, 0) / kSegment * kSegment; start < job.position + job.tokens; start += kSegment) {
+  for (int start = first_seen(job, 0) / kSegment * kSegment; start <= last_seen(job, job.tokens * job.group - 1); start += kSegment) {
     one_segment(job, start, q, scores, partials);
     join_segment(job, partials, running, acc);
   }

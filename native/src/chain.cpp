@@ -148,7 +148,8 @@ void Chain::split_attention() {
   whole.swap(attention);
   int64_t parts = 0;
   for (Tokens t : whole) {
-    const int segments = (int)ceil_div(st_.positions[t.request] + t.from + t.count, kSegment);
+    const int end = st_.last_seen ? st_.last_seen[st_.starts[t.request] + t.from + t.count - 1] + 1 : st_.positions[t.request] + t.from + t.count;
+    const int segments = (int)ceil_div(end, kSegment);
     if (segments == 1) { attention.push_back(t); continue; }
     t.partials = parts;
     joins.push_back({t, segments});

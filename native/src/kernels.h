@@ -64,6 +64,7 @@ struct AttentionJob {  // consecutive tokens of one request, the query heads of 
   int window;  // positions that a token sees, its own included
   const float* sinks;  // of the heads of the group, or null
   float soft_cap;      // of scores; 0: none
+  const int32_t* last_seen;  // the last position that each token sees, or null: its own
 };
 
 constexpr int kEncoderQueries = 96;  // of one encoder job

@@ -46,6 +46,8 @@ enum pg_op_kind : int32_t {
   PG_ADD_VECTORS = 26,   // out += the `layer`-th of the step's vectors of a token, where it has such
   PG_ADAPT = 28,         // out += what the adapters of the rows' requests add to the product of `in` and weight, which is
                          // stacked of `layer` matrices
+  PG_MEAN = 40,          // out = the mean of the `layer` parts of a row of `in`
+  PG_GATED_GELU = 41,    // out = gelu(in[:, :n]) * in[:, n:]
   PG_GRID = 27,          // out += the positions of the table `vector` with `layer` rows and columns, spread over the picture
 };
 
@@ -146,6 +148,7 @@ struct pg_step {
   const int32_t* second_texts;  // [requests] the position where a second text begins, or null
   const int32_t* rope_positions;  // [3, tokens_count], or null: a token turns by its position
   const int32_t* adapters;        // [requests] the place of a request's adapter, -1 for none; or null: no request has one
+  const int32_t* last_seen;       // [tokens_count] the last position that a token sees, or null: its own
   const float* vectors;           // rows of vectors_width values: vectors as wide as what they are put into; or null
   const int32_t* vector_of;       // [tokens_count] the vector that a token takes, -1 for its embedding; null: all do
   const int32_t* frames;          // [frames_count + 1] where frames of a picture begin, for PG_FRAMES

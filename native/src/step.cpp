@@ -57,10 +57,10 @@ class StepJob : public Job {
 
   // Threads that each take rows of their own through the whole step need not wait for each other, but each chain reads
   // all weights: there must be rows enough to make that cheap. Of the experts each has but a few rows;
-  // and in a delta net a token waits for the one before it.
+  // in a delta net a token waits for the one before it; and in a picture it may see one that comes later.
   int most_chains() const {
     int count = 1;
-    while (c_.kv.data && !c_.dims.router.experts && !c_.dims.delta.layers && 2 * count <= c_.team.size() && c_.kernels->chain_rows * 4 * count * count <= st_.tokens_count) count *= 2;
+    while (c_.kv.data && !st_.last_seen && !c_.dims.router.experts && !c_.dims.delta.layers && 2 * count <= c_.team.size() && c_.kernels->chain_rows * 4 * count * count <= st_.tokens_count) count *= 2;
     return std::is_sorted(st_.rows, st_.rows + st_.rows_count) ? count : 1;
   }
 
@@ -185,9 +185,10 @@ class StepJob : public Job {
       case PG_GELU: k.gelu(in, c_.buffers[op.out].width, out); break;
       case PG_QUICK_GELU: k.quick_gelu(in, c_.buffers[op.out].width, out); break;
       case PG_GELU_TANH: k.gelu_tanh(in, c_.buffers[op.out].width, out); break;
-      case PG_GATED_GELU_TANH: {
+      case PG_MEAN: mean_of_parts(in, op.layer, c_.buffers[op.out].width, out); break;
+      case PG_GATED_GELU: case PG_GATED_GELU_TANH: {
         const int64_t width = c_.buffers[op.out].width;
-        k.gelu_tanh(in, width, out);
+        (task.kind == PG_GATED_GELU ? k.gelu : k.gelu_tanh)(in, width, out);
         for (int64_t i = 0; i < width; i++) out[i] *= in[width + i];
         break;
       }
@@ -305,7 +306,8 @@ class StepJob : public Job {
     const float* sinks = vector(op.vector);
     return {&c_.kv, table_of(t.request), op.layer, head, group, t.count, st_.positions[t.request] + t.from,
             in.row(row) + column, in.width, out.row(row) + column, out.width, op.f,
-            op.window > 0 ? op.window : INT32_MAX, sinks ? sinks + head * group : nullptr, op.f2};
+            op.window > 0 ? op.window : INT32_MAX, sinks ? sinks + head * group : nullptr, op.f2,
+            st_.last_seen ? st_.last_seen + row : nullptr};
   }
 
   void attention(Chain& chain, const pg_op& op, int64_t chunk, int thread) {

@@ -15,8 +15,10 @@ inline bool valid(const pg_context& c, const pg_step& st) {
     if (st.rows[l] < 0 || st.rows[l] >= st.tokens_count) return false;
   if (!has_slots(c, st) || !has_adapters(c, st)) return false;
   for (int r = 0; r < st.requests && c.dims.num_blocks > 0; r++) {
-    const int last = (st.positions[r] + st.starts[r + 1] - st.starts[r] - 1) / kTokens;
+    const int last_position = st.positions[r] + st.starts[r + 1] - st.starts[r] - 1, last = last_position / kTokens;
     if (last >= st.table_width) return false;
+    for (int t = st.starts[r]; st.last_seen && t < st.starts[r + 1]; t++)
+      if (st.last_seen[t] < st.positions[r] + t - st.starts[r] || st.last_seen[t] > last_position) return false;
     for (int b = 0; b <= last; b++) {
       const int block = st.block_tables[(int64_t)st.slots[r] * st.table_width + b];
       if (block < 0 || block >= c.dims.num_blocks) return false;

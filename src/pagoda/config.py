@@ -47,6 +47,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_loras: int = 0
     max_lora_rank: int = 16
     adapters: tuple[Adapter, ...] = ()  # that are loaded with the model
+    mmproj: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,9 @@ class Options(HttpOptions):
     revision: str | None = option(
         None, "Branch, tag or commit of a model that is named as on a hub; it is fetched on first use", "Model"
     )
-    download_dir: str | None = option(
-        None, "Folder in which such models are kept, in Hugging Face's layout (default: its cache)", "Model"
+    download_dir: str | None = option(None, "Folder of such models, in Hugging Face's layout (default: its)", "Model")
+    mmproj: str | None = option(
+        None, "Image encoder of a GGUF model, a file (default: mmproj*.gguf in the folder of the model)", "Model"
     )
     load_format: str = option(
         "auto",
@@ -217,9 +219,7 @@ class Options(HttpOptions):
     )
 
     max_num_seqs: int | None = option(None, "Most requests that are computed in parallel", "Scheduling", low=1)
-    max_num_batched_tokens: int | None = option(
-        None, "Most tokens in one step, of all requests together", "Scheduling", low=1
-    )
+    max_num_batched_tokens: int | None = option(None, "Most tokens in one step, of all requests", "Scheduling", low=1)
     max_num_queued_reqs: int | None = option(
         None, "Most requests that wait; beyond it clients get 503 and when to come back", "Scheduling", low=0
     )
@@ -382,6 +382,7 @@ class Options(HttpOptions):
             if self.enable_lora or self.lora_modules
             else 0,
             max_lora_rank=self.max_lora_rank,
+            mmproj=self.mmproj,
         )
 
 

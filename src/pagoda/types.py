@@ -165,10 +165,11 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     """One picture, or the frames of one video, resized and ready for a model's vision encoder.
 
     Its placeholder tokens are `tokens` consecutive ones of the prompt from index `start` on: t * h * w / merge² of
-    them. `grid` is t, h, w in patches; t counts groups of `temporal_patch_size` frames. `pixels` are uint8 RGB
-    [frames, h * patch, w * patch, 3], not normalized; a picture has one frame, which the encoder repeats. `digest` is
-    16 bytes over kind, shape and pixels: what is encoded once is known by it. `second_per_grid` is the time between
-    groups of frames of a video, in seconds; `repeated` of its last frames only fill up their group.
+    them, and those that end its rows where a model has such. `grid` is t, h, w in patches; t counts groups of
+    `temporal_patch_size` frames. `pixels` are uint8 RGB [frames, h * patch, w * patch, 3], not normalized; a picture
+    has one frame, which the encoder repeats. `digest` is 16 bytes over kind, shape and pixels: what is encoded once is
+    known by it. `second_per_grid` is the time between groups of frames of a video, in seconds; `repeated` of its last
+    frames only fill up their group.
     """
 
     start: int
@@ -285,6 +286,7 @@ class StepPlan:
     turned (`Rope.sections`); None: a token's absolute position is all three. Place and mask follow `positions` always.
     An image may be cut over several steps, and come again: executors keep what they have encoded, by its digest.
     `adapters` are the places of the requests' adapters (`Executor.adapt`), -1 for none; None: no request has one.
+    `last_seen` is the last position that each token sees, its own or one behind it in the same step; None: its own.
     """
 
     step: int
@@ -320,6 +322,7 @@ class StepPlan:
     second_texts: Int32 | None = None  # [R] position where a second text begins; None: nowhere
     # of models that see
     rope_positions: Int32 | None = None  # [3, T]
+    last_seen: Int32 | None = None  # [T]
     images: tuple[PlannedImage, ...] = ()
     adapters: Int32 | None = None  # [R]
 

@@ -34,9 +34,11 @@ _SPREAD_OF_E2M1 = 2.9  # of 4-bit floats whose codes are evenly spread
 _STEP_OF_16, _STEP_OF_256 = 0.2, 0.0135  # scales with which evenly spread codes vary by 1
 
 
-def open_model(path: str, load_format: str, task: Task = "auto", spec: ModelSpec | None = None) -> TensorSource:
+def open_model(
+    path: str, load_format: str, task: Task = "auto", spec: ModelSpec | None = None, mmproj: str | None = None
+) -> TensorSource:
     """The checkpoint at a path, or with the format `dummy` one of random weights for the config.json there."""
-    return open_dummy(path, task, spec) if load_format == "dummy" else open_source(path)
+    return open_dummy(path, task, spec) if load_format == "dummy" else open_source(path, mmproj)
 
 
 def open_dummy(path: str, task: Task = "auto", spec: ModelSpec | None = None) -> Checkpoint:

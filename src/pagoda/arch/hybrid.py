@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pagoda.arch import decoder, mixture
+from pagoda.arch import decoder, mixture, visual
 from pagoda.arch.delta import DeltaNet
 from pagoda.arch.fields import MOST_LAYERS, Fields
 from pagoda.arch.spec import ModelSpec
@@ -16,12 +16,13 @@ _PARTS = decoder.Parts(qk_norm=True)
 _INTERVAL = 4
 _ROTATED = 0.25
 _OF_PICTURES = ("mrope_section", "mrope_interleaved")
+_SECTIONS = (11, 11, 10)
 
 
 def text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the language model, which of models that see are in `text_config`, with the family's defaults.
 
-    Text has one position for each token, so how a picture's tokens would turn is left out.
+    Text has one position for each token: how a picture's tokens turn is left out where there is no encoder.
     """
     inner = config.get("text_config")
     found = dict(inner) if isinstance(inner, Mapping) else dict(config)
@@ -30,7 +31,9 @@ def text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = config[name]
     recipe = found.get("rope_parameters") or found.get("rope_scaling")
     if isinstance(recipe, Mapping):
-        found["rope_parameters"] = {name: value for name, value in recipe.items() if name not in _OF_PICTURES}
+        text = {name: value for name, value in recipe.items() if name not in _OF_PICTURES}
+        turned = {"mrope_section": recipe.get("mrope_section") or _SECTIONS, "mrope_interleaved": True}
+        found["rope_parameters"] = {**text, **turned} if visual.sees(config) else text
     if found.get("partial_rotary_factor") is None:
         found["partial_rotary_factor"] = _ROTATED
     return found

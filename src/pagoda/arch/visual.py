@@ -1,4 +1,4 @@
-"""What Qwen's vision models share: the language model inside their config.json, and the fields of the encoder."""
+"""What models that see share: the language model inside their config.json, and the fields of the encoder."""
 
 from __future__ import annotations
 
@@ -45,12 +45,23 @@ def language(
     return found
 
 
+def sees(config: Mapping[str, Any]) -> bool:
+    """Whether there is an encoder."""
+    return isinstance(config.get("vision_config"), Mapping) and bool(config["vision_config"])
+
+
+def check_activation(fields: Fields, wanted: str) -> None:
+    activation = fields.get("hidden_act") or wanted
+    if activation != wanted:
+        raise fields.error("hidden_act", f"is {activation!r}; this encoder is supported with {wanted} only")
+
+
 def encoder_fields(config: Mapping[str, Any]) -> Fields:
     table = config.get("vision_config")
     if not isinstance(table, Mapping):
         raise ModelError("config.json: vision_config is missing, or no table")
     fields = Fields(table, "config.json (vision_config)")
-    for name in ("in_channels", "in_chans"):
+    for name in ("in_channels", "in_chans", "num_channels"):
         if fields.integer(name, 3) != 3:
             raise fields.error(name, f"is {fields.get(name)}; pictures have 3 channels")
     return fields
@@ -62,8 +73,10 @@ def with_encoder(spec: ModelSpec, vision: Vision, output_size: int) -> ModelSpec
         raise ModelError(
             f"config.json: the encoder gives vectors of {output_size}, the language model takes {spec.hidden_size}"
         )
-    if vision.hidden_size % (4 * vision.heads):
+    if vision.hidden_size % (vision.heads * (4 if vision.rope else 1)):
         raise ModelError(f"config.json: {vision.heads} heads of a row and a column do not fit {vision.hidden_size}")
+    if vision.side % vision.merge_size:
+        raise ModelError(f"config.json: {vision.side} patches of a row do not make whole tokens")
     if vision.window_size % (vision.patch_size * vision.merge_size):
         raise ModelError(f"config.json: window_size {vision.window_size} does not hold whole tokens")
     if len(vision.deep_layers) >= len(spec.layers):

@@ -21,18 +21,49 @@ _KINDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen3vl_merger": {"activation": "gelu_tanh", "gated": False, "norm": "layer", "patch_bias": True},
     }
 )
+_OTHERS = ("gemma3", "pixtral")
+"""Projectors of models whose own files know them."""
 POSITIONS = "v.position_embd.weight"
 
 
 def projector(metadata: Mapping[str, Any]) -> str | None:
     """What joins encoder and language model; None without an encoder."""
     kind = metadata.get("clip.projector_type") or metadata.get("clip.vision.projector_type")
-    if kind is not None and kind not in _KINDS:
+    if kind is not None and kind not in (*_KINDS, *_OTHERS):
         raise ModelError(
-            f"the mmproj file beside the model has the projector {kind!r} (supported: {', '.join(_KINDS)})",
+            f"the mmproj file has the projector {kind!r} (supported: {', '.join((*_KINDS, *_OTHERS))})",
             remedy="Take it out of the model's folder to serve the model for text alone",
         )
     return None if kind is None else str(kind)
+
+
+def clip_fields(metadata: Mapping[str, Any], wanted: str, spec: ModelSpec) -> Fields:
+    """What the mmproj file says, which must be one for this model."""
+    kind = projector(metadata)
+    clip = Fields(metadata, "GGUF metadata of the mmproj file", "clip.vision.")
+    if kind != wanted:
+        raise ModelError(f"the mmproj file, with a {kind}, is of another model", remedy="Take it away")
+    width = clip.integer("projection_dim", spec.hidden_size)
+    if width != spec.hidden_size:
+        raise ModelError(
+            f"the mmproj file gives vectors of {width}, and the model takes {spec.hidden_size}",
+            remedy="Take the mmproj file of this very model",
+        )
+    return clip
+
+
+def shape(clip: Fields) -> dict[str, Any]:
+    """What all mmproj files say."""
+    return {
+        "patch_size": clip.integer("patch_size"),
+        "hidden_size": clip.integer("embedding_length"),
+        "heads": clip.integer("attention.head_count"),
+        "depth": clip.integer("block_count", most=MOST_LAYERS),
+        "intermediate_size": clip.integer("feed_forward_length"),
+        "norm_eps": clip.number("attention.layer_norm_epsilon", 1e-6),
+        "mean": _three(clip, "image_mean"),
+        "std": _three(clip, "image_std"),
+    }
 
 
 def seeing(spec: ModelSpec, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
@@ -40,10 +71,10 @@ def seeing(spec: ModelSpec, metadata: Mapping[str, Any], tensors: Mapping[str, T
     kind = projector(metadata)
     if kind is None:
         return spec
-    if (kind == "qwen3vl_merger") != spec.model_type.startswith("qwen3"):
-        raise ModelError(f"the mmproj file beside the model, with a {kind}, is of another model", remedy="Take it away")
+    if kind in _OTHERS or (kind == "qwen3vl_merger") != spec.model_type.startswith("qwen3"):
+        raise ModelError(f"the mmproj file, with a {kind}, is of another model", remedy="Take it away")
     clip = Fields(metadata, "GGUF metadata of the mmproj file", "clip.vision.")
-    depth, patch = clip.integer("block_count", most=MOST_LAYERS), clip.integer("patch_size")
+    depth = clip.integer("block_count", most=MOST_LAYERS)
     about = dict(_KINDS[kind])
     if kind == "qwen2.5vl_merger":
         every = clip.integer("n_wa_pattern", 8)
@@ -55,21 +86,13 @@ def seeing(spec: ModelSpec, metadata: Mapping[str, Any], tensors: Mapping[str, T
         about["grid_side"] = int(tensors[POSITIONS].shape[0] ** 0.5)
         flags = clip.get("is_deepstack_layers")
         about["deep_layers"] = tuple(i for i, deep in enumerate([] if flags is None else flags) if deep)
-        about["frame_tokens"] = (_token(metadata, "<|vision_start|>"), _token(metadata, "<|vision_end|>"))
+        about["frame_tokens"] = (token(metadata, "<|vision_start|>"), token(metadata, "<|vision_end|>"))
     vision = Vision(
-        patch_size=patch,
+        **{**shape(clip), **about, "norm_eps": 1e-6},
         temporal_patch_size=2,
         merge_size=clip.integer("spatial_merge_size", 2),
-        hidden_size=clip.integer("embedding_length"),
-        heads=clip.integer("attention.head_count"),
-        depth=depth,
-        intermediate_size=clip.integer("feed_forward_length"),
-        norm_eps=1e-6,
-        image_token_id=_token(metadata, "<|image_pad|>"),
-        video_token_id=_token(metadata, "<|video_pad|>"),
-        mean=_three(clip, "image_mean"),
-        std=_three(clip, "image_std"),
-        **about,
+        image_token_id=token(metadata, "<|image_pad|>"),
+        video_token_id=token(metadata, "<|video_pad|>"),
     )
     fields = Fields(metadata, "GGUF metadata", f"{metadata['general.architecture']}.")
     sections = fields.token_ids("rope.dimension_sections")[:3]
@@ -88,9 +111,10 @@ def _three(clip: Fields, name: str) -> tuple[float, float, float]:
     return values[0], values[1], values[2]
 
 
-def _token(metadata: Mapping[str, Any], text: str) -> int:
+def token(metadata: Mapping[str, Any], text: str) -> int:
+    """The number of a token that the model must have to see."""
     tokens = metadata.get("tokenizer.ggml.tokens")
-    for i, token in enumerate([] if tokens is None else tokens):
-        if token == text:
+    for i, each in enumerate([] if tokens is None else tokens):
+        if each == text:
             return i
     raise ModelError(f"the model's vocabulary has no {text}, and so no place for pictures")

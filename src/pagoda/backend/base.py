@@ -24,7 +24,7 @@ class Limits:
     `kv_cache_dtype` is the option of that name; arch.memory.kv_type says what it means on a CPU. `reserved_bytes` of
     the memory that looks free is promised to somebody else. `enforce_eager`: no CUDA graphs.
     `tensor_parallel_size` GPUs share the model: of this machine, or with `distributed_executor_backend` "ray" of a Ray
-    cluster; each process opens the model by its path, as `load_format` says. `max_loras` adapters, of rank
+    cluster; each process opens the model by its path, as `load_format` and `mmproj` say. `max_loras` adapters, of rank
     `max_lora_rank` at most, are there at once.
     """
 
@@ -45,6 +45,7 @@ class Limits:
     load_format: str = "auto"
     max_loras: int = 0
     max_lora_rank: int = 16
+    mmproj: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

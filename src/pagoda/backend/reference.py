@@ -214,13 +214,14 @@ class ReferenceExecutor:
         if self.eight_bits:
             k, v = rounded_to_8_bits(k), rounded_to_8_bits(v)
         cache[0, cells], cache[1, cells] = k, v
-        out, sinks = np.empty_like(q), self.weights.get(name + "sinks")
+        out, sinks, seen = np.empty_like(q), self.weights.get(name + "sinks"), plan.last_seen
         for r, slot in enumerate(plan.slots):
             first, last = plan.starts[r], plan.starts[r + 1]
             context = table_cells(plan.block_tables[slot], np.arange(plan.positions[r] + last - first))
             keys, values = cache[:, context].astype(np.float32, copy=False)
             for token in range(first, last):
-                out[token] = attend(q[token], keys, values, int(positions[token]), a, sinks)
+                end = int(positions[token] if seen is None else seen[token]) + 1
+                out[token] = attend(q[token], keys[:end], values[:end], int(positions[token]), a, sinks)
         heads = out.reshape(len(x), a.heads * a.head_dim)
         if a.out_gate:
             heads = np.asarray(heads / (1 + np.exp(-self.linear(name + "q_gate", x))))
@@ -361,9 +362,9 @@ def matmul(x: Float32, weight: Float32) -> Float32:
 def attend(
     q: Float32, keys: Float32, values: Float32, position: int, a: Attention, sinks: Float32 | None = None
 ) -> Float32:
-    """One token over the keys and values [n, kv heads, head size] up to its own position. q: [heads, head size]."""
+    """A token at a position over the keys and values [n, kv heads, head size] within its window. q: [heads, size]."""
     first = 0 if a.window is None else max(0, position + 1 - a.window)
-    k, v = keys[first : position + 1].transpose(1, 2, 0), values[first : position + 1].transpose(1, 0, 2)
+    k, v = keys[first:].transpose(1, 2, 0), values[first:].transpose(1, 0, 2)
     grouped = q.reshape(a.kv_heads, a.heads // a.kv_heads, a.head_dim)
     scores = capped((grouped @ k) * np.float32(a.scale), a.soft_cap)
     others = None if sinks is None else sinks.reshape(a.kv_heads, -1, 1)
@@ -382,8 +383,3 @@ def rotate(x: Float32, cos: Float32, sin: Float32, rope: Rope) -> Float32:
     out[..., first] = x[..., first] * cos - x[..., second] * sin
     out[..., second] = x[..., second] * cos + x[..., first] * sin
     return out
-
-
-def rotate_halves(x: Float32, cos: Float32, sin: Float32) -> Float32:
-    """Turn the pairs (i, i + head size / 2) of whole heads."""
-    return rotate(x, cos, sin, Rope(x.shape[-1], ()))

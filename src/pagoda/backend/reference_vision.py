@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 
 from pagoda.arch.memory import KvType, encoded_bytes
-from pagoda.arch.spec import ModelSpec
+from pagoda.arch.spec import ModelSpec, Rope
 from pagoda.arch.vision_spec import Vision
-from pagoda.backend.reference import ReferenceExecutor, gelu, gelu_tanh, matmul, rotate_halves, silu, softmax
-from pagoda.backend.vision import Encoded, grid_taps, layout, patches
+from pagoda.backend.reference import ACTIVATIONS, ReferenceExecutor, gelu, matmul, rotate, softmax
+from pagoda.backend.rows import Index
+from pagoda.backend.vision import Encoded, grid_taps, layout, patches, vectors_taken
 from pagoda.types import Float32, Image, Int32, PlannedImage, StepPlan
+
+
+def quick_gelu(x: Float32) -> Float32:
+    return np.asarray(x / (1 + np.exp(np.float32(-1.702) * x)))
+
+
+_ACTIVATIONS = MappingProxyType({**ACTIVATIONS, "quick_gelu": quick_gelu})
 
 
 class ReferenceVision(ReferenceExecutor):
@@ -48,20 +57,22 @@ class ReferenceVision(ReferenceExecutor):
     def embed(self, plan: StepPlan) -> Float32:
         x = super().embed(plan)
         for part in plan.images:
-            x[part.row : part.row + part.count] = self.vectors(part, 0)
+            rows, vectors = self.vectors(part, 0)
+            x[rows] = vectors
         return x
 
     def added(self, i: int, x: Float32, plan: StepPlan) -> Float32:
         if 0 < i < self.encoder.vision.vectors:
             x = x.copy()
             for part in plan.images:
-                x[part.row : part.row + part.count] += self.vectors(part, i)
+                rows, vectors = self.vectors(part, i)
+                x[rows] += vectors
         return x
 
-    def vectors(self, part: PlannedImage, place: int) -> Float32:
-        """Of those that each token has the one at a place."""
-        all_of_them = self._encoded.vectors(part.image)[part.first : part.first + part.count]
-        return np.split(all_of_them, self.encoder.vision.vectors, axis=1)[place]
+    def vectors(self, part: PlannedImage, place: int) -> tuple[Index, Float32]:
+        """Rows of a step, and the vectors that they take: of those that each token has the one at a place."""
+        rows, which = vectors_taken(part, self.encoder.vision)
+        return rows, np.split(self._encoded.vectors(part.image)[which], self.encoder.vision.vectors, axis=1)[place]
 
     def encoded(self, image: Image, most_s: float) -> bool:
         return self._encoded.ready(image, most_s)
@@ -88,6 +99,8 @@ class ReferenceImages:
         if v.grid_side:
             taps, shares = grid_taps(place, image.grid, v.grid_side)
             x += (self.weights["vision.positions"][taps] * shares[:, :, None]).sum(axis=1)
+        if v.first_norm:
+            x = self.norm("vision.first_norm", x)
         deep: list[Float32] = []
         for i in range(v.depth):
             name = f"vision.layers.{i}."
@@ -97,7 +110,7 @@ class ReferenceImages:
             if i in v.deep_layers:
                 name = f"vision.deep.{len(deep)}."
                 deep.append(self.merged(name, self.norm(name + "merge_norm", x.reshape(-1, v.merged_size))))
-        last = self.merged("vision.", self.norm("vision.merge_norm", x).reshape(-1, v.merged_size))
+        last = self.merged("vision.", self.norm("vision.merge_norm", x, v.merge_eps).reshape(-1, v.merged_size))
         vectors = np.concatenate([last, *deep], axis=1)
         out = np.empty_like(vectors)
         out[place.order] = vectors
@@ -105,13 +118,20 @@ class ReferenceImages:
 
     def merged(self, name: str, x: Float32) -> Float32:
         """Of the patches of each token, side by side, its vector."""
+        v = self.vision
+        if v.merge == "averaged":
+            x = self.norm(name + "mean_norm", x.reshape(len(x), -1, v.hidden_size).mean(axis=1), v.merge_eps)
+            return self.linear(name + "merge_down", x)
+        if v.merge == "reduced":
+            x = self.linear(name + "merge_in", x)
         return self.linear(name + "merge_down", gelu(self.linear(name + "merge_up", x)))
 
     def attention(self, name: str, x: Float32, turns: tuple[Float32, Float32], segments: Int32) -> Float32:
         """Every patch over all patches of its segment."""
         heads, size = self.vision.heads, self.vision.head_dim
         q, k, v = self.linear(name + "qkv", x).reshape(-1, 3, heads, size).transpose(1, 0, 2, 3)
-        q, k = rotate_halves(q, *turns), rotate_halves(k, *turns)
+        if self.vision.rope:
+            q, k = rotate_halves(q, *turns), rotate_halves(k, *turns)
         out = np.empty_like(q)
         for first, last in pairwise(segments):
             part = slice(first, last)
@@ -122,17 +142,21 @@ class ReferenceImages:
     def mlp(self, name: str, x: Float32) -> Float32:
         up = self.linear(name + "up", x)
         if self.vision.gated:
-            return self.linear(name + "down", silu(self.linear(name + "gate", x)) * up)
-        inner = gelu_tanh(up) if self.vision.activation == "gelu_tanh" else up / (1 + np.exp(np.float32(-1.702) * up))
-        return self.linear(name + "down", inner)
+            return self.linear(name + "down", _ACTIVATIONS[self.vision.activation](self.linear(name + "gate", x)) * up)
+        return self.linear(name + "down", _ACTIVATIONS[self.vision.activation](up))
 
     def linear(self, slot: str, x: Float32) -> Float32:
-        return matmul(x, self.weights[slot]) + self.weights[slot + "_bias"]
+        return np.asarray(matmul(x, self.weights[slot]) + self.weights.get(slot + "_bias", 0))
 
-    def norm(self, slot: str, x: Float32) -> Float32:
+    def norm(self, slot: str, x: Float32, eps: float | None = None) -> Float32:
         """RMS norm, or with a bias layer norm."""
         bias = self.weights.get(slot + "_bias")
         if bias is not None:
             x = x - x.mean(axis=-1, keepdims=True)
-        y = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(self.vision.norm_eps))
+        y = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(eps or self.vision.norm_eps))
         return np.asarray(y * self.weights[slot] + (0 if bias is None else bias))
+
+
+def rotate_halves(x: Float32, cos: Float32, sin: Float32) -> Float32:
+    """Turn the pairs (i, i + head size / 2) of whole heads."""
+    return rotate(x, cos, sin, Rope(x.shape[-1], ()))

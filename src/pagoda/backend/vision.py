@@ -10,12 +10,11 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pagoda.arch.vision_spec import Vision
-from pagoda.types import Float32, Image, Int32
+from pagoda.arch.vision_spec import ROPE_BASE, Vision
+from pagoda.types import Float32, Image, Int32, PlannedImage
 
 Index = npt.NDArray[np.intp]
 
-ROPE_BASE = 10000.0
 WHOLE_S = 1e6
 """Longer than any image takes."""
 
@@ -48,10 +47,26 @@ class Layout:
 
         The first half of the pairs turns by the row of a patch, the second by its column.
         """
-        dim = vision.head_dim // 2
-        freq = np.power(ROPE_BASE, -np.arange(0, dim, 2, dtype=np.float64) / dim)
-        angles = np.concatenate([np.outer(self.places[1], freq), np.outer(self.places[2], freq)], axis=1)
+        freq = frequencies(vision)
+        half = len(freq) // 2
+        angles = np.concatenate([np.outer(self.places[1], freq[:half]), np.outer(self.places[2], freq[half:])], axis=1)
         return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def frequencies(vision: Vision) -> npt.NDArray[np.float64]:
+    """[head size / 2] of the pairs that turn by the row, and behind them of those that turn by the column."""
+    pairs = vision.head_dim // 2
+    if vision.rope is None:
+        return np.zeros(pairs)
+    every = np.power(ROPE_BASE, -np.arange(pairs, dtype=np.float64) / pairs)
+    return np.concatenate([every[::2], every[1::2] if vision.rope == "alternating" else every[::2]])
+
+
+def vectors_taken(part: PlannedImage, vision: Vision) -> tuple[Index, Index]:
+    """The token rows of a step that take vectors of an image, and which ones."""
+    places = vision.vector_places(part.image.grid)[part.first : part.first + part.count]
+    taken = np.flatnonzero(places >= 0)
+    return part.row + taken, places[taken].astype(np.intp)
 
 
 def patches(image: Image, vision: Vision) -> Float32:

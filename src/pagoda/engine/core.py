@@ -60,7 +60,7 @@ class EngineCore:
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
         started = time.monotonic()
         self._read_metadata = partial(_metadata, config)
-        source = open_model(config.model, config.load_format, config.task)
+        source = open_model(config.model, config.load_format, config.task, mmproj=config.mmproj)
         self.spec = load_spec(source, config.task)
         config = msgspec.structs.replace(config, device=resolve_device(config.device, self.spec))
         check_quantization(source, config.quantization, gpu=config.device in ("cuda", "torch-cpu"))
@@ -297,6 +297,8 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
     max_model_len = config.max_model_len or default_length(spec)
     if spec.encoder is not None:
         step_tokens = max(step_tokens, max_model_len)
+    if spec.vision is not None:  # beside what every stream needs
+        step_tokens = max(step_tokens, max_num_seqs + spec.vision.at_once)
     return Limits(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -315,6 +317,7 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
         load_format=config.load_format,
         max_loras=config.max_loras,
         max_lora_rank=config.max_lora_rank,
+        mmproj=config.mmproj,
     )
 
 

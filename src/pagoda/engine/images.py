@@ -86,16 +86,15 @@ def check_images(request: Request, vision: Vision | None) -> None:
             raise BadRequest("this model does not see pictures", param="messages")
         return
     kinds = (vision.image_token_id, vision.video_token_id)
-    place = 0
+    place = held = 0
     prompt = request.prompt_token_ids
     for image in request.images:
-        end = image.start + image.tokens
-        wanted = kinds[image.video]
-        if image.start < place or end > len(prompt) or any(token != wanted for token in prompt[image.start : end]):
-            raise BadRequest("an image does not lie on its placeholders in the prompt", param="messages")
         _check_image(image, vision)
+        end, wanted = image.start + image.tokens, vision.placeholders(image.grid, video=image.video)
+        if image.start < place or end > len(prompt) or prompt[image.start : end] != wanted:
+            raise BadRequest("an image does not lie on its placeholders in the prompt", param="messages")
         place = end
-    held = sum(image.tokens for image in request.images)
+        held += sum(token in kinds for token in wanted)
     if sum(token in kinds for token in prompt) != held:
         raise BadRequest("the prompt has placeholders of pictures that were not sent with it", param="prompt")
 
@@ -104,7 +103,11 @@ def _check_image(image: Image, vision: Vision) -> None:
     t, h, w = image.grid
     frames = t * vision.temporal_patch_size if image.video else 1
     whole = min(image.grid) > 0 and h % vision.merge_size == 0 and w % vision.merge_size == 0
-    if not whole or image.tokens != t * h * w // vision.merge_size**2 or (t > 1 and not image.video):
+    if vision.side and image.grid != (1, vision.side, vision.side):
+        raise BadRequest("an image has not the size that the model takes", param="messages")
+    if image.video and vision.video_token_id is None:
+        raise BadRequest("this model takes pictures, but no videos", param="messages")
+    if not whole or image.tokens != vision.tokens(image.grid) or (t > 1 and not image.video):
         raise BadRequest("an image's grid does not fit its tokens", param="messages")
     if len(image.pixels) != frames * h * w * vision.patch_size**2 * 3 or len(image.digest) != DIGEST_BYTES:
         raise BadRequest("an image's pixels do not fit its grid", param="messages")

@@ -40,7 +40,7 @@ class LocalPictures:
                 raise BadRequest(f"multi_modal_data: {str(kind)[:40]} is not known; it holds image and video")
             left[kind] = _several(given, video=_KINDS[kind])
         sources = []
-        kinds = {self._seeing.vision.image_token_id: "image", self._seeing.vision.video_token_id: "video"}
+        kinds = {self._seeing.vision.placeholder_id: "image", self._seeing.vision.video_token_id: "video"}
         for token in ids:
             kind = kinds.get(token, "")
             if left.get(kind):

@@ -11,7 +11,7 @@ from pagoda.arch.vision_spec import Vision
 from pagoda.config import Options
 from pagoda.errors import BadRequest, ConfigError, ContextLengthExceeded
 from pagoda.media.fetch import Permission
-from pagoda.media.place import Times, image_of, place
+from pagoda.media.place import Frame, Times, image_of, place
 from pagoda.media.size import Sizing, find_sizing
 from pagoda.media.sources import Source
 from pagoda.media.task import Pixels, Task, need_pillow
@@ -32,6 +32,8 @@ class Seeing:
     limits: Mapping[str, int]
 
     def check_count(self, sources: Sequence[Source]) -> None:
+        if self.vision.video_token_id is None and any(source.video for source in sources):
+            raise BadRequest("this model takes pictures, but no videos", param="messages")
         for kind, video in (("image", False), ("video", True)):
             held, limit = sum(source.video == video for source in sources), self.limits.get(kind)
             if limit is not None and held > limit:
@@ -53,7 +55,10 @@ class Seeing:
     ) -> tuple[list[int], list[Image]]:
         v = self.vision
         times = None if v.frame_tokens is None else Times(v.temporal_patch_size, *v.frame_tokens, encode)
-        return place(ids, images, v.image_token_id, v.video_token_id, times)
+        frame = None
+        if v.ends is not None or v.row_tokens is not None:
+            frame = Frame(lambda image: v.placeholders(image.grid), v.ends, encode)
+        return place(ids, images, v.placeholder_id, v.video_token_id, times, frame)
 
     def check_taken(self, images: Sequence[Image], count: int, limit: int) -> None:
         """ContextLengthExceeded where the first of `count` pictures alone are too many: the others need no decoding."""
@@ -61,10 +66,11 @@ class Seeing:
         if taken < limit:
             return
         most = self.sizing.pixels_for(max(4, limit * 3 // 4 // count))
+        smaller = f', or smaller ones: mm_processor_kwargs {{"max_pixels": {most}}}'
         raise ContextLengthExceeded(
             f"this model's maximum context length is {limit} tokens, and {len(images)} of the {count} pictures alone "
             f"take {taken}",
-            remedy=f'Send fewer pictures, or smaller ones: mm_processor_kwargs {{"max_pixels": {most}}}',
+            remedy="Send fewer pictures" + ("" if self.sizing.side else smaller),
             param="messages",
         )
 
@@ -76,6 +82,8 @@ class Seeing:
         room = limit - 1 - (len(ids) - taken)
         vectors = sum(image.grid[0] for image in images)
         fits = room // vectors if room > 0 else 0
+        if self.sizing.side:
+            fits = 0  # all are of one size
         kwargs = f'mm_processor_kwargs {{"max_pixels": {self.sizing.pixels_for(fits)}}}'
         raise ContextLengthExceeded(
             f"this model's maximum context length is {limit} tokens, but the prompt holds {len(ids)}, {taken} of them "
@@ -109,6 +117,9 @@ def find_seeing(options: Options, path: str, vision: Vision | None) -> Seeing | 
         (files[0], files[1]),
         options.mm_processor_kwargs,
         whole_videos=vision.frame_tokens is not None,
+        side=vision.side * vision.patch_size,
+        longest_edge=vision.longest_edge,
+        row_ends=vision.row_tokens is not None,
     )
     return Seeing(vision, sizing, Permission(options.allowed_media_domains, folder), limits)
 

@@ -41,7 +41,8 @@ def pixels_of(frames: Sequence[Picture], sizing: Sizing, *, video: bool, source_
     width, height = sizing.fit(frames[0].width, frames[0].height, video=video, frames=len(frames))
     if len(frames) * width * height * 3 > MAX_BYTES:
         raise BadRequest(f"its {len(frames)} frames of {width} x {height} are too much: send fewer, or smaller ones")
-    sized = [np.asarray(to_rgb(frame).resize((width, height), pil.Resampling.BICUBIC)) for frame in frames]
+    how = pil.Resampling(sizing.resample)
+    sized = [np.asarray(to_rgb(frame).resize((width, height), how)) for frame in frames]
     repeated = -len(sized) % sizing.temporal_patch_size if video else 0  # the model looks at whole groups of frames
     sized += [sized[-1]] * repeated
     data = b"".join(frame.tobytes() for frame in sized)

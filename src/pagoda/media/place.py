@@ -38,14 +38,27 @@ class Times(NamedTuple):
     encode: Callable[[str], list[int]]
 
 
+class Frame(NamedTuple):
+    """How a model is shown a picture: its tokens; with `ends` between these two, and a blank line around them."""
+
+    tokens: Callable[[Image], list[int]]
+    ends: tuple[int, int] | None
+    encode: Callable[[str], list[int]]
+
+
 def place(
-    ids: Sequence[int], images: Sequence[Image], image_token_id: int, video_token_id: int, times: Times | None = None
+    ids: Sequence[int],
+    images: Sequence[Image],
+    image_token_id: int,
+    video_token_id: int | None,
+    times: Times | None = None,
+    frame: Frame | None = None,
 ) -> tuple[list[int], list[Image]]:
     """The prompt with room for each picture, and the pictures with their places.
 
     Raises BadRequest unless the template has shown each of them once, and in their order.
     """
-    kinds = {image_token_id: False, video_token_id: True}
+    kinds = {image_token_id: False} | ({} if video_token_id is None else {video_token_id: True})
     shown = [kinds[token] for token in ids if token in kinds]
     if shown != [image.video for image in images]:
         raise BadRequest(
@@ -54,13 +67,27 @@ def place(
             param="messages",
         )
     out: list[int] = []
-    placed = []
+    placed: list[Image] = []
     left = iter(images)
+    breaks = _breaks(frame) if frame is not None and frame.ends is not None and images else {}
     for token in ids:
         if token not in kinds:
-            out.append(token)
+            if token in breaks and out and out[-1] in breaks and placed:
+                _add_breaks(out, breaks[token], breaks, frame)
+            else:
+                out.append(token)
             continue
         image = next(left)
+        if frame is not None and not image.video:
+            if frame.ends is not None:
+                _add_breaks(out, 2, breaks, frame)
+                out.append(frame.ends[0])
+            placed.append(msgspec.structs.replace(image, start=len(out)))
+            out += frame.tokens(image)
+            if frame.ends is not None:
+                out.append(frame.ends[1])
+                _add_breaks(out, 2, breaks, frame)
+            continue
         if not image.video or times is None:
             placed.append(msgspec.structs.replace(image, start=len(out)))
             out += [token] * image.tokens
@@ -70,6 +97,22 @@ def place(
             placed.append(msgspec.structs.replace(group, start=len(out)))
             out += [token] * group.tokens + [times.end]
     return out, placed
+
+
+_MOST_BREAKS = 31
+
+
+def _breaks(frame: Frame) -> dict[int, int]:
+    """The tokens that are line breaks alone, and how many each is."""
+    found = {count: frame.encode("\n" * count) for count in range(1, _MOST_BREAKS + 1)}
+    return {ids[0]: count for count, ids in found.items() if len(ids) == 1}
+
+
+def _add_breaks(out: list[int], count: int, breaks: dict[int, int], frame: Frame | None) -> None:
+    """So many line breaks more, cut into tokens together with those that stand there."""
+    while out and out[-1] in breaks:
+        count += breaks[out.pop()]
+    out += frame.encode("\n" * count) if frame is not None else []
 
 
 def _groups(video: Image, together: int) -> Iterator[tuple[float, Image]]:

@@ -13,13 +13,17 @@ from pagoda.errors import BadRequest, ConfigError
 MAX_RATIO = 200
 _MIN_PIXELS, _MAX_PIXELS = 56 * 56, 1280 * 28 * 28
 _LOW_PIXELS = 512 * 512
+_BILINEAR, _BICUBIC = 2, 3
+_FILTERS = (0, 1, _BILINEAR, _BICUBIC, 4, 5)
 _NAMES = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
 
 
 class Sizing(msgspec.Struct, frozen=True, kw_only=True):
     """What the model takes, and between how many pixels a picture, or a frame of a video, is brought.
 
-    `whole_videos`: those of all frames of a video together are counted.
+    `whole_videos`: those of all frames of a video together are counted. With `side` all pictures get so many pixels in
+    each direction; with `longest_edge` they become smaller only, until neither side has more. `row_ends`: each row of
+    tokens has one more. `resample` is Pillow's number of the filter.
     """
 
     patch_size: int = 14
@@ -30,6 +34,14 @@ class Sizing(msgspec.Struct, frozen=True, kw_only=True):
     min_frame_pixels: int = _MIN_PIXELS
     max_frame_pixels: int = _MAX_PIXELS
     whole_videos: bool = False
+    side: int = 0
+    longest_edge: int = 0
+    row_ends: bool = False
+    resample: int = 3
+
+    @property
+    def only_size(self) -> str:
+        return f"this model is given pictures of {self.side} x {self.side} pixels only, whatever they were"
 
     @property
     def factor(self) -> int:
@@ -38,12 +50,17 @@ class Sizing(msgspec.Struct, frozen=True, kw_only=True):
 
     def fit(self, width: int, height: int, *, video: bool = False, frames: int = 1) -> tuple[int, int]:
         """Width and height in the model: multiples of `factor`, as near to the picture's own as the limits allow."""
+        if self.side:
+            return self.side, self.side
         if max(height, width) > MAX_RATIO * min(height, width):
             raise BadRequest(f"its long side is more than {MAX_RATIO} times its short one ({width} x {height})")
         factor = self.factor
         least = self.min_frame_pixels if video else self.min_pixels
         most = self.max_frame_pixels if video else self.max_pixels
         rows, columns = round(height / factor), round(width / factor)
+        if self.longest_edge:
+            ratio = max(height / self.longest_edge, width / self.longest_edge, 1.0)
+            rows, columns = (math.ceil(math.floor(edge / ratio) / factor) or 1 for edge in (height, width))
         count = frames if self.whole_videos and video else 1
         groups = round(count / self.temporal_patch_size)
         pixels = rows * columns * factor**2 * max(groups * self.temporal_patch_size, 1)
@@ -61,15 +78,17 @@ class Sizing(msgspec.Struct, frozen=True, kw_only=True):
         return -(-frames // self.temporal_patch_size), height // self.patch_size, width // self.patch_size
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
-        return grid[0] * grid[1] * grid[2] // self.merge_size**2
+        return grid[0] * grid[1] * grid[2] // self.merge_size**2 + self.row_ends * (grid[1] // self.merge_size)
 
     def pixels_for(self, tokens: int) -> int:
         """The largest picture of so many tokens."""
-        return tokens * self.factor**2
+        return (tokens - self.row_ends * math.isqrt(2 * tokens)) * self.factor**2
 
     def lowered(self, asked: Mapping[str, Any], *, low: bool = False) -> Sizing:
         """With the limits that a request asks for, which can only be closer. `low`: it wants little detail."""
         given = pixel_limits(asked, "mm_processor_kwargs", self.factor)
+        if self.side and given:
+            raise BadRequest(f"mm_processor_kwargs: {self.only_size}", param="mm_processor_kwargs")
         most = min(given.get("max_pixels", self.max_pixels), self.max_pixels, _LOW_PIXELS if low else self.max_pixels)
         most_frame = min(most, self.max_frame_pixels)
         least = max(given.get("min_pixels", 0), self.min_pixels)
@@ -111,14 +130,27 @@ def find_sizing(
     given: Mapping[str, Any],
     *,
     whole_videos: bool = False,
+    side: int = 0,
+    longest_edge: int = 0,
+    row_ends: bool = False,
 ) -> Sizing:
     """From the model's preprocessor_config.json and video_preprocessor_config.json, and --mm-processor-kwargs."""
     factor = patch_size * merge_size
+    resample = files[0].get("resample")
+    if resample not in _FILTERS:
+        resample = _BILINEAR if side else _BICUBIC
+    if side or longest_edge:
+        longest_edge = longest_edge and _edge(files[0], longest_edge)
+        most = (side or -(-longest_edge // factor) * factor) ** 2
+        limits = {"min_pixels": min(factor**2, most), "max_pixels": most}
+        files = (limits, limits)
     picture, video = (_of_file(file, factor) for file in files)
     try:
         own = pixel_limits(given, "mm_processor_kwargs", factor)
     except BadRequest as error:
         raise ConfigError("--" + error.message.replace("_", "-", 2), remedy=_EXAMPLE) from None
+    if side and own:
+        raise ConfigError(f"--mm-processor-kwargs: {Sizing(side=side).only_size}", remedy="Leave it out")
     picture = {**picture, **own}
     video = {**picture, **video, **own}
     sizing = Sizing(
@@ -126,6 +158,10 @@ def find_sizing(
         temporal_patch_size=temporal_patch_size,
         merge_size=merge_size,
         whole_videos=whole_videos,
+        side=side,
+        longest_edge=longest_edge,
+        row_ends=row_ends,
+        resample=resample,
         **picture,
         **{name.replace("_", "_frame_"): value for name, value in video.items()},
     )
@@ -135,6 +171,12 @@ def find_sizing(
 
 
 _EXAMPLE = """Write --mm-processor-kwargs '{"max_pixels": 1003520}'"""
+
+
+def _edge(file: Mapping[str, Any], default: int) -> int:
+    size = file.get("size")
+    edge = size.get("longest_edge") if isinstance(size, Mapping) else None
+    return edge if isinstance(edge, int) and 0 < edge <= default else default
 
 
 def _of_file(file: Mapping[str, Any], factor: int) -> dict[str, int]:

@@ -55,11 +55,11 @@ class Batch:
         if steady and self._steady is not None and seqs == self._steady_seqs:
             plan = self._steady
             tokens, positions = [seq.known[-1] for seq, _ in seqs], [seq.computed for seq, _ in seqs]
-            if alone and plan.rope_positions is None:
+            if alone and plan.rope_positions is None and not plan.images:
                 plan.step, plan.tokens[:], plan.positions[:] = step, tokens, positions
                 return plan
             rope = _rope_positions(turns)
-            changed: dict[str, Any] = {"rope_positions": rope, "images": ()}
+            changed: dict[str, Any] = {"rope_positions": rope, "last_seen": None, "images": ()}
             plan = replace(plan, step=step, tokens=_ints(tokens), positions=_ints(positions), **changed)
         else:
             plan = self._whole_plan(step, turns)
@@ -117,6 +117,7 @@ class Batch:
             seed=self._seed[slots],
             second_texts=_second_texts(seqs),
             rope_positions=_rope_positions(turns),
+            last_seen=_last_seen(turns),
             images=_images(turns),
             adapters=_adapters(seqs),
             **_history(seqs),
@@ -138,7 +139,7 @@ class Batch:
 
 
 def _rope_positions(turns: list[Turn]) -> Int32 | None:
-    if all(turn.seq.sight is None for turn in turns):
+    if all(turn.seq.sight is None or turn.seq.sight.in_line for turn in turns):
         return None
     found = []
     for turn in turns:
@@ -146,6 +147,18 @@ def _rope_positions(turns: list[Turn]) -> Int32 | None:
         plain = np.broadcast_to(np.arange(first, first + count, dtype=np.int32), (3, count))
         found.append(plain if sight is None else sight.positions(first, count))
     return np.concatenate(found, axis=1)
+
+
+def _last_seen(turns: list[Turn]) -> Int32 | None:
+    """None where no token of the step sees one behind it."""
+    if not any(turn.seq.sight is not None and turn.seq.sight.looks_ahead(turn.seq.computed) for turn in turns):
+        return None
+    found = []
+    for turn in turns:
+        first, count, sight = turn.seq.computed, turn.count + len(turn.drafts), turn.seq.sight
+        plain = np.arange(first, first + count, dtype=np.int32)
+        found.append(plain if sight is None else sight.last_seen(first, count))
+    return np.concatenate(found)
 
 
 def _images(turns: list[Turn]) -> tuple[PlannedImage, ...]:

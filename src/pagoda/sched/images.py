@@ -33,9 +33,9 @@ class Images:
         image = self._next(seq)
         return image is not None and not self._encoded(image)
 
-    def clear(self, seq: Sequence, count: int) -> int:
-        """How many of its next `count` tokens can be computed now."""
-        return count if seq.sight is None else seq.sight.clear(seq.computed, count, self._encoded)
+    def clear(self, seq: Sequence, first: int, count: int, most: int) -> int:
+        """How many of about `count` tokens from place `first` on, at most `most`, can be computed now."""
+        return count if seq.sight is None else seq.sight.clear(first, count, most, self._encoded)
 
     def _next(self, seq: Sequence) -> Image | None:
         if seq.sight is None:

@@ -250,7 +250,7 @@ class Scheduler:
         lacks_more = [seq for seq in self._running if len(seq.known) - seq.computed > 1]
         turns = []
         for seq in lacks_one:
-            if budget > 0 and seq.slot >= 0 and self._images.clear(seq, 1) and self._make_room(seq, 1):
+            if budget > 0 and seq.slot >= 0 and self._images.clear(seq, seq.computed, 1, 1) and self._make_room(seq, 1):
                 turns.append(turn_of(seq, 1))
                 self._load.add_stream(seq.computed)
                 budget -= 1
@@ -258,7 +258,7 @@ class Scheduler:
             self.learn()
         for seq in lacks_more:
             count = min(len(seq.known) - seq.computed, budget, self._pace.prompt_tokens(self._load, seq.computed))
-            count = self._images.clear(seq, count)
+            count = self._images.clear(seq, seq.computed, count, budget)
             if count > 0 and seq.slot >= 0 and self._make_room(seq, count):
                 turns.append(turn_of(seq, count))
                 self._load.add_prompt(seq.computed, count)
@@ -300,15 +300,16 @@ class Scheduler:
                 place += 1
                 continue
             cached = self._cached_prefix(seq)
-            most = min(budget, self._pace.prompt_tokens(self._load, len(cached) * BLOCK_SIZE))
+            done = len(cached) * BLOCK_SIZE
+            most = min(budget, self._pace.prompt_tokens(self._load, done), len(seq.known) - done)
             if self._config.whole_prompts:
                 most = len(seq.known) if len(seq.known) <= budget or not turns else 0
+            count = self._images.clear(seq, done, most, budget)
             fresh = blocks_for(len(seq.known)) - len(cached)
-            if most == 0 or fresh + self._pool.free_among(cached) + promised > self._pool.free:
+            if count == 0 or fresh + self._pool.free_among(cached) + promised > self._pool.free:
                 break
             del self._waiting[place]
             self._seat(seq, cached)
-            count = self._images.clear(seq, min(len(seq.known) - seq.computed, most))
             self._make_room(seq, count)
             self._load.add_prompt(seq.computed, count)
             turn = turn_of(seq, count)

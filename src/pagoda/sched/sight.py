@@ -13,13 +13,30 @@ from pagoda.types import BLOCK_SIZE, Image, Int32, PlannedImage, Request
 
 
 class Sight:
-    """`delta` is what tokens behind the prompt add to their place to get their three positions."""
+    """`delta` is what tokens behind the prompt add to their place to get their three positions, where they have such.
 
-    __slots__ = ("_images", "_prompt", "delta")
+    Where the tokens of an image see each other a step takes them up to the last.
+    """
+
+    __slots__ = ("_both_ways", "_images", "_prompt", "delta", "in_line")
 
     def __init__(self, request: Request, vision: Vision) -> None:
-        self._images = request.images
-        self._prompt, self.delta = rope_positions(len(request.prompt_token_ids), request.images, vision)
+        self._images, self.in_line, self._both_ways = request.images, vision.in_line, vision.both_ways
+        self._prompt, self.delta = np.empty((3, 0), np.int32), 0
+        if not self.in_line:
+            self._prompt, self.delta = rope_positions(len(request.prompt_token_ids), request.images, vision)
+
+    def looks_ahead(self, first: int) -> bool:
+        """Whether tokens from place `first` on may see others behind them."""
+        return self._both_ways and self.next_image(first) is not None
+
+    def last_seen(self, first: int, count: int) -> Int32:
+        """[count] the last place that each token from place `first` on sees."""
+        out = np.arange(first, first + count, dtype=np.int32)
+        for image in self._images if self._both_ways else ():
+            end = image.start + image.tokens
+            out[max(0, image.start - first) : max(0, end - first)] = end - 1
+        return out
 
     def positions(self, first: int, count: int) -> Int32:
         """[3, count] of the tokens from place `first` on."""
@@ -40,11 +57,19 @@ class Sight:
         """The first that tokens from place `first` on are part of."""
         return next((image for image in self._images if image.start + image.tokens > first), None)
 
-    def clear(self, first: int, count: int, ready: Callable[[Image], bool]) -> int:
-        """How many of `count` tokens from place `first` on can be computed with the images that are encoded."""
+    def clear(self, first: int, count: int, most: int, ready: Callable[[Image], bool]) -> int:
+        """How many of about `count` tokens from place `first` on, at most `most`, can be computed with the images that
+        are encoded."""
         for image in self._images:
-            if first < image.start + image.tokens and image.start < first + count and not ready(image):
+            end = image.start + image.tokens
+            if end <= first or first + count <= image.start:
+                continue
+            if not ready(image):
                 return max(0, image.start - first)
+            if self._both_ways and first + count < end:
+                if image.start > first:
+                    return image.start - first
+                return end - first if end - first <= most else 0
         return count
 
 

@@ -234,7 +234,7 @@ def _cut_at(text: str, marker: str) -> str:
 
 
 def _walks_over_content(tree: nodes.Template) -> bool:
-    """Whether a template has a loop over a message's content, by itself or under a name it was given."""
+    """Whether a template has a loop over a message's content, by itself or under a name that it or a macro gave it."""
 
     def is_content(node: nodes.Node | None) -> bool:
         if isinstance(node, nodes.Filter | nodes.Test):
@@ -249,4 +249,9 @@ def _walks_over_content(tree: nodes.Template) -> bool:
     for assign in tree.find_all(nodes.Assign):
         if isinstance(assign.target, nodes.Name) and is_content(assign.node):
             aliases.add(assign.target.name)
+    macros = {macro.name: macro.args for macro in tree.find_all(nodes.Macro)}
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Name):
+            named = zip(call.args, macros.get(call.node.name, []), strict=False)
+            aliases |= {parameter.name for given, parameter in named if is_content(given)}
     return any(is_content(loop.iter) for loop in tree.find_all(nodes.For))

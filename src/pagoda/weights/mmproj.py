@@ -10,7 +10,9 @@ from pagoda.weights.files import Checkpoint
 from pagoda.weights.gguf import open_gguf
 
 MARK = "mmproj"
-_SEEING = ("qwen2vl", "qwen3vl", "qwen3vlmoe")
+_SEEING = ("qwen2vl", "qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "gemma3", "mistral3")
+_PIXTRAL, _MAY_SEE = "pixtral", "llama"
+"""Mistral's models are called llama too, and other encoders of that name are not run."""
 _PREFERRED = ("f16", "bf16", "f32", "q8_0")
 
 
@@ -25,16 +27,26 @@ def _rank(name: str) -> int:
     return next((i for i, kind in kinds if re.search(rf"(?<![a-z]){kind}", name.lower())), len(_PREFERRED))
 
 
-def with_mmproj(model: Checkpoint) -> Checkpoint:
-    """The model with the encoder that lies beside it, if it is one that can take that."""
-    if model.metadata.get("general.architecture") not in _SEEING:
+def with_mmproj(model: Checkpoint, file: str | None = None) -> Checkpoint:
+    """The model with the encoder in a file, or else with one that lies beside it, if it is one that can take that."""
+    architecture = model.metadata.get("general.architecture")
+    if file is not None:
+        return _together(model, Path(file), f"Give --mmproj the encoder of a {architecture} model, or leave it out")
+    if architecture not in (*_SEEING, _MAY_SEE):
         return model
     folder = Path(model.path).parent
     name = preferred([file.name for file in folder.iterdir()])
     if name is None:
         return model
-    encoder = open_gguf(folder / name)
+    found = _together(model, folder / name, "Take it out of the model's folder")
+    return model if architecture == _MAY_SEE and found.metadata.get("clip.projector_type") != _PIXTRAL else found
+
+
+def _together(model: Checkpoint, file: Path, remedy: str) -> Checkpoint:
+    if not file.is_file():
+        raise ModelError(f"{file} is no file", remedy=remedy)
+    encoder = open_gguf(file)
     if encoder.metadata.get("general.architecture") != "clip":
-        raise ModelError(f"{folder / name} is no image encoder", remedy="Take it out of the model's folder")
+        raise ModelError(f"{file} is no image encoder", remedy=remedy)
     own = {key: value for key, value in encoder.metadata.items() if key.startswith("clip.")}
     return Checkpoint(model.path, {**model.metadata, **own}, {}, {**model.tensors, **encoder.tensors})

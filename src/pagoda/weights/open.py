@@ -34,22 +34,30 @@ _SIDECARS = (MARK, "mtp-", "imatrix")  # in names of GGUF files that go with a m
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
 
-def open_source(path: str) -> TensorSource:
+def open_source(path: str, mmproj: str | None = None) -> TensorSource:
     """Open a GGUF, safetensors or PyTorch file, or a directory with a model in one of these formats.
 
     A directory that has several is opened as safetensors, else as GGUF; a file can be named by its own path.
+    `mmproj` is the file of a GGUF model's image encoder, None for one that lies beside it.
     """
+    source = _opened(path, mmproj)
+    if mmproj is not None and not source.metadata:
+        raise ModelError(f"--mmproj {mmproj}: {path} is no GGUF file, and has its encoder in it", remedy="Leave it out")
+    return source
+
+
+def _opened(path: str, mmproj: str | None) -> TensorSource:
     place = Path(path)
     with reading(path):
         if not path or not place.exists():
             raise _missing(path)
         if place.is_dir():
-            return _open_directory(place)
+            return _open_directory(place, mmproj)
     if place.name == INDEX:
         return unpacked(open_safetensors(place))
     kind = sniff(place)
     if kind == "gguf":
-        return with_mmproj(open_gguf(place))
+        return with_mmproj(open_gguf(place), mmproj)
     if kind == "safetensors":
         return unpacked(open_safetensors(place))
     if kind == "torch" or place.name == PT_INDEX:
@@ -82,13 +90,13 @@ def _missing(path: str) -> ModelError:
     return ModelError(f"{path or 'the empty path'} is no file or directory", remedy="Give the path of a model")
 
 
-def _open_directory(folder: Path) -> TensorSource:
+def _open_directory(folder: Path, mmproj: str | None) -> TensorSource:
     kinds = {file.name: sniff(file) for file in sorted(folder.iterdir()) if _is_candidate(file)}
     if INDEX in kinds or any(kind == "safetensors" and name.endswith(".safetensors") for name, kind in kinds.items()):
         return unpacked(open_safetensors(folder))
     ggufs = [name for name, kind in kinds.items() if kind == "gguf"]
     if ggufs:
-        return with_mmproj(open_gguf(folder / _choose(folder, ggufs)))
+        return with_mmproj(open_gguf(folder / _choose(folder, ggufs)), mmproj)
     if PT_INDEX in kinds or any(kind == "torch" and name.endswith(".bin") for name, kind in kinds.items()):
         return unpacked(open_pytorch(folder))
     for name, kind in kinds.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pagoda.arch import decoder, mixture
+from pagoda.arch import decoder, mixture, pixtral
 from pagoda.arch.fields import Fields
 from pagoda.arch.spec import Experts, ModelSpec
 from pagoda.weights.source import Tensor
@@ -25,4 +25,4 @@ def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mod
     if count := fields.integer("expert_count", 0, least=0):  # Mixtral
         experts = Experts(count, fields.integer("expert_used_count"), normalized=True)
         return mixture.with_mixtures(spec, spec.layers[0].mlp.size, experts)
-    return spec
+    return pixtral.seeing(spec, metadata, tensors)

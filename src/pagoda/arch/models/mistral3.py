@@ -1,4 +1,4 @@
-"""Mistral Small 3.1 and 3.2 and Ministral 3 as they are published: the language model, without its eyes."""
+"""Mistral Small 3.1 and 3.2 and Ministral 3 as they are published: their language model, and Pixtral's encoder."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from pagoda.arch import pixtral, visual
 from pagoda.arch.fields import Fields
 from pagoda.arch.models import ministral3, mistral
 from pagoda.arch.spec import ModelSpec
+from pagoda.weights.source import Tensor
 
 _OF_BOTH = ("eos_token_id", "bos_token_id", "tie_word_embeddings")
 _TEXT = MappingProxyType({"mistral": mistral.from_config, "ministral3": ministral3.from_config})
 
-from_gguf = ministral3.from_gguf
+
+def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
+    return pixtral.seeing(ministral3.from_gguf(metadata, tensors), metadata, tensors)
 
 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
@@ -25,4 +29,9 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
     if kind not in _TEXT:
         raise Fields(text, "config.json").error("model_type", f"is {kind!r} in text_config; known: {', '.join(_TEXT)}")
     shared = {name: config[name] for name in _OF_BOTH if config.get(name) is not None and text.get(name) is None}
-    return replace(_TEXT[kind]({"sliding_window": None, **text, **shared}), model_type="mistral3")
+    spec = replace(_TEXT[kind]({"sliding_window": None, **text, **shared}), model_type="mistral3")
+    return (
+        visual.with_encoder(spec, pixtral.encoder(config, spec.norm_eps), spec.hidden_size)
+        if visual.sees(config)
+        else spec
+    )

@@ -34,11 +34,10 @@ def language_fields(config: Mapping[str, Any]) -> Fields:
     return Fields(visual.language(config, sections=(24, 20, 20), theta=5e5, cyclic=True), "config.json")
 
 
-def encoder(config: Mapping[str, Any]) -> Vision:
+def encoder(config: Mapping[str, Any], *, deep_layers: tuple[int, ...] = _DEEP_LAYERS) -> Vision:
+    """`deep_layers`: what a file means that does not say."""
     fields, table = visual.encoder_fields(config), Fields(config, "config.json")
-    activation = fields.get("hidden_act") or "gelu_pytorch_tanh"
-    if activation != "gelu_pytorch_tanh":
-        raise fields.error("hidden_act", f"is {activation!r}; this encoder is supported with gelu_pytorch_tanh only")
+    visual.check_activation(fields, "gelu_pytorch_tanh")
     positions = fields.integer("num_position_embeddings", 2304)
     side = int(positions**0.5)
     if side**2 != positions or side < 2:
@@ -55,7 +54,7 @@ def encoder(config: Mapping[str, Any]) -> Vision:
         norm_eps=1e-6,
         patch_bias=True,
         grid_side=side,
-        deep_layers=_DEEP_LAYERS if deep is None else _layers(fields, fields.token_ids("deepstack_visual_indexes")),
+        deep_layers=deep_layers if deep is None else _layers(fields, fields.token_ids("deepstack_visual_indexes")),
         frame_tokens=(
             table.integer("vision_start_token_id", 151652, least=0),
             table.integer("vision_end_token_id", 151653, least=0),

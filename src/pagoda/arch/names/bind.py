@@ -130,14 +130,14 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
         tensors = deepseek_tensors(spec, tensors)
     if spec.recurrent:
         tensors = delta_tensors(spec, tensors, gguf=gguf)
-    if spec.model_type.startswith("gemma") and not gguf:
-        tensors = gemma_tensors(tensors)
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)
-    if spec.model_type == "mistral3":
-        tensors = language_tensors(tensors)
     if spec.vision is not None:
-        tensors = from_mmproj(tensors, spec.vision) if gguf else hub_tensors(tensors)
+        tensors = from_mmproj(tensors, spec.vision) if gguf else hub_tensors(tensors, spec.vision)
+    elif not gguf and spec.model_type in ("gemma3", "mistral3"):
+        tensors = language_tensors(tensors)
+    if spec.model_type.startswith("gemma") and not gguf:
+        tensors = gemma_tensors(tensors)
     tensors = apart_experts(tensors) if spec.model_type == "qwen3_vl_moe" else tensors
     return cut_tensors(spec, tensors) if spec.encoder is None else tensors
 

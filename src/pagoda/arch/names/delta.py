@@ -20,8 +20,9 @@ from pagoda.weights.source import Tensor
 Named = Iterator[tuple[str, Tensor]]
 Floats = npt.NDArray[np.float32]
 
-# several tokens are predicted at once with these, which no step does; and pictures are not read
-_UNUSED = re.compile(r"mtp\..*|(model\.)?visual\..*")
+# several tokens are predicted at once with these, which no step does
+_UNUSED = re.compile(r"mtp\..*")
+_EYES = re.compile(r"(model\.)?visual\..*")
 _WRAPPED = re.compile(r"^model\.language_model\.|^language_model\.model\.")
 _HUB_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _GGUF_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
@@ -73,7 +74,7 @@ def delta_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
 
 def _from_hub(spec: ModelSpec, name: str, tensor: Tensor) -> Named:
     name = _WRAPPED.sub("model.", name)
-    if _UNUSED.fullmatch(name):
+    if _UNUSED.fullmatch(name) or (spec.vision is None and _EYES.fullmatch(name)):
         return
     found = _HUB_LAYER.fullmatch(name)
     index, rest = (int(found[1]), found[2]) if found else (0, "")

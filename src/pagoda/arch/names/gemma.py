@@ -1,22 +1,23 @@
-"""A Gemma's tensors as other decoders have them: none for pictures, norms that are stored less 1 made whole."""
+"""A Gemma's tensors as other decoders have them: norms that are stored less 1 made whole."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
 
-from pagoda.arch.names.visual import language_tensors
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import Bytes, MadeTensor
 from pagoda.weights.source import Tensor
 
+_NORMS = re.compile(r"model\.norm\.weight|model\.layers\..*norm\.weight")
+
 
 def gemma_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A Gemma's tensors, those of its language model alone, with the norms' weights as they multiply."""
-    language = language_tensors(tensors).items()
-    return {name: _whole(t) if name.endswith("norm.weight") else t for name, t in language}
+    """The tensors with the weights of the language model's norms as they multiply."""
+    return {name: _whole(t) if _NORMS.fullmatch(name) else t for name, t in tensors.items()}
 
 
 def _whole(tensor: Tensor) -> Tensor:

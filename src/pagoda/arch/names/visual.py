@@ -8,9 +8,12 @@ from types import MappingProxyType
 
 import numpy as np
 
+from pagoda.arch.names import towers
+from pagoda.arch.names.towers import halves, stacked_rows
 from pagoda.arch.vision_spec import Vision
 from pagoda.errors import ModelError
 from pagoda.weights.grouped import Bytes, MadeTensor, Stacked, part_of_stack
+from pagoda.weights.parts import rows
 from pagoda.weights.source import Tensor
 
 FLOATS = ("F32", "F16", "BF16")
@@ -47,6 +50,18 @@ _MMPROJ = MappingProxyType(
         "merge_down": "mm.2",
     }
 )
+_MMPROJ_ENDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "siglip": {"mean_norm": "mm.soft_emb_norm", "merge_down": "mm.input_projection"},
+        "pixtral": {
+            "first_norm": "v.pre_ln",
+            "merge_norm": "mm.input_norm",
+            "merge_in": "mm.patch_merger",
+            "merge_up": "mm.1",
+        },
+    }
+)
+_MMPROJ_UNUSED = "v.token_embd.img_break"  # a row of the language model's own table
 _MMPROJ_LAYER = MappingProxyType(
     {
         "attn_norm": "ln1",
@@ -74,6 +89,8 @@ def encoder_slot_name(slot: str, vision: Vision) -> str:
     suffix = "bias" if part.endswith("_bias") else "weight"
     kind, _, number = prefix.partition(".")
     place = {"layers": f"blocks.{number}.", "deep": f"deepstack_merger_list.{number}.", "": ""}[kind]
+    if vision.names != "qwen":
+        return f"vision.{prefix}.{stem}.{suffix}" if prefix else f"vision.{stem}.{suffix}"
     if vision.grid_side:
         merger = "merger." if not prefix and stem.startswith("merge_") else ""
         return f"visual.{place}{merger}{_NAMES_3[stem]}.{suffix}"
@@ -83,20 +100,24 @@ def encoder_slot_name(slot: str, vision: Vision) -> str:
 
 def from_mmproj(tensors: Mapping[str, Tensor], vision: Vision) -> dict[str, Tensor]:
     """The tensors of a GGUF model and of its encoder's own file, those of the encoder under the hub's names."""
-    out = dict(tensors)
+    out = {name: tensor for name, tensor in tensors.items() if name != _MMPROJ_UNUSED}
     for slot in vision.slots(1):
         stored = _mmproj_name(slot, vision)
         ours = encoder_slot_name(f"vision.{slot}", vision)
         if slot == "patch" and f"{stored}.1" in out:  # a matrix for each frame of a group
             out[ours] = _frames_joined(out.pop(stored), out.pop(f"{stored}.1"))
         elif stored in out:
-            out[ours] = out.pop(stored)
+            out[ours] = towers.as_product(slot, out.pop(stored), vision)
         elif all(stored.replace("qkv", part) in out for part in "qkv"):
-            out[ours] = _stacked_rows([out.pop(stored.replace("qkv", part)) for part in "qkv"])
+            parts = [out.pop(stored.replace("qkv", part)) for part in "qkv"]
+            if vision.names == "pixtral":  # converters make the values of a pair neighbours
+                parts[:2] = (rows(part, halves(part.shape[0], vision.head_dim)) for part in parts[:2])
+            out[ours] = stacked_rows(parts)
     return out
 
 
 def _mmproj_name(slot: str, vision: Vision) -> str:
+    ends = _MMPROJ | _MMPROJ_ENDS.get(vision.names, {})
     prefix, _, part = slot.rpartition(".")
     stem = part.removesuffix("_bias")
     suffix = "bias" if part.endswith("_bias") else "weight"
@@ -105,7 +126,7 @@ def _mmproj_name(slot: str, vision: Vision) -> str:
         return f"v.blk.{number}.{_MMPROJ_LAYER[stem]}.{suffix}"
     if kind == "deep":
         return f"v.deepstack.{vision.deep_layers[int(number)]}.{_MMPROJ_DEEP[stem]}.{suffix}"
-    return f"{_MMPROJ[stem]}.{suffix}"
+    return f"{ends[stem]}.{suffix}"
 
 
 def _frames_joined(first: Tensor, second: Tensor) -> Tensor:
@@ -117,14 +138,6 @@ def _frames_joined(first: Tensor, second: Tensor) -> Tensor:
         return np.ascontiguousarray(np.stack(each, axis=2)).reshape(-1).view(np.uint8)
 
     return MadeTensor(first.name, (*first.shape[:2], 2, *first.shape[2:]), first.type, make)
-
-
-def _stacked_rows(parts: list[Tensor]) -> Tensor:
-    first = parts[0]
-    if len({(part.type, part.shape) for part in parts}) > 1:
-        raise ModelError(f"the tensor {first.name} of the mmproj file is not stored like its neighbours")
-    shape = (3 * first.shape[0], *first.shape[1:])
-    return MadeTensor(first.name, shape, first.type, lambda: np.concatenate([part.data for part in parts]))
 
 
 def apart_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -156,9 +169,10 @@ def _turned(stored: Tensor, first: int, last: int) -> Tensor:
     return MadeTensor(stored.name, (last - first, stored.shape[0]), stored.type, make)
 
 
-def hub_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A vision model's tensors under the hub's spelling."""
-    return {_WRAPPED.sub("", name, count=1): tensor for name, tensor in tensors.items()}
+def hub_tensors(tensors: Mapping[str, Tensor], vision: Vision | None = None) -> dict[str, Tensor]:
+    """A vision model's tensors under the hub's spelling; with an encoder of another name under ours."""
+    found = {_WRAPPED.sub("", name, count=1): tensor for name, tensor in tensors.items()}
+    return found if vision is None or vision.names == "qwen" else towers.from_hub(found, vision)
 
 
 def language_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
 from pagoda.backend.cpu.panels import in_their_order, panel_type
 from pagoda.backend.cpu.program import VECTORS, Program, buffer_bytes, check_spec
 from pagoda.backend.cpu.vision import VisionEncoder, check_vision, split_tensors, vision_quantization
-from pagoda.types import Image, StepPlan
+from pagoda.types import Float32, Image, Int32, StepPlan
 from pagoda.weights.files import drop_pages
 from pagoda.weights.source import Tensor, TensorSource
 
@@ -83,9 +83,15 @@ class CpuExecutor:
         return cls(lib, capacity, vision, adapted_products(program.ids, text) if limits.max_loras else None)
 
     def launch(self, plan: StepPlan) -> Pending:
-        images = self._vision.rows(plan.images, len(plan.tokens)) if self._vision and plan.images else None
-        self._lib.start(plan, images=images)
+        self._lib.start(plan, images=self._seen(plan))
         return self._lib
+
+    def run(self, plan: StepPlan, logits: Float32) -> None:
+        """A step in one go, whose raw logits [L, vocab] are wanted too."""
+        self._lib.run(plan, logits, self._seen(plan))
+
+    def _seen(self, plan: StepPlan) -> tuple[Float32, Int32] | None:
+        return self._vision.rows(plan.images, len(plan.tokens)) if self._vision and plan.images else None
 
     def encoded(self, image: Image, most_s: float) -> bool:
         return self._vision is None or self._vision.ready(image, most_s)

@@ -24,7 +24,7 @@ TYPES = {
 EMBED, NORM, GATHER, MATMUL, ROPE, ATTENTION, SILU, HEAD, HIDDEN, POSITIONS, LAYER_NORM, GELU, ATTEND_ALL = range(13)
 ROUTE, EXPERTS_UP, EXPERTS_DOWN, GATED = range(13, 17)
 PATCHES, QUICK_GELU, GELU_TANH, DELTA, OUT_GATE, GATED_GELU_TANH = range(17, 23)
-ADD_VECTORS, GRID, ADAPT = 26, 27, 28
+ADD_VECTORS, GRID, ADAPT, MEAN, GATED_GELU = 26, 27, 28, 40, 41
 KV_F16, KV_INT8, KV_BF16 = range(3)
 ADD, QUANTIZE, LOGIT_ROWS, FRAMES, PIECES, CLAMPED, STILL, LOCAL, WHOLE = 1, 2, 4, 8, 16, 32, 64, 128, 256
 TOKENS, LOGITS, PIECE = range(3)
@@ -109,7 +109,7 @@ _PLAN_ARRAYS = (
     "slots", "starts", "positions", "tokens", "block_tables", "rows", "row_request", "row_target", "row_top",
     "temperature", "top_k", "top_p", "min_p", "presence", "frequency", "repetition", "seed", "history_start",
     "history_ids", "history_counts", "bias_start", "bias_ids", "bias_values", "row_mask", "masks", "second_texts",
-    "rope_positions", "adapters",
+    "rope_positions", "adapters", "last_seen",
 )  # fmt: skip
 _RESULT_ARRAYS = ("tokens", "logprobs", "top_ids", "top_logprobs", "ok")
 

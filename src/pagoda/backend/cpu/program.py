@@ -34,6 +34,7 @@ ACTIVATIONS = MappingProxyType(
     {
         ("silu", True): native.SILU,
         ("gelu", False): native.GELU,
+        ("gelu", True): native.GATED_GELU,
         ("gelu_tanh", False): native.GELU_TANH,
         ("gelu_tanh", True): native.GATED_GELU_TANH,
         ("quick_gelu", False): native.QUICK_GELU,

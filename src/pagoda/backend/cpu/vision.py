@@ -18,7 +18,7 @@ from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Picture
 from pagoda.backend.cpu.panels import FLOATS
 from pagoda.backend.cpu.program import ACTIVATIONS, Program
-from pagoda.backend.vision import ROPE_BASE, Encoded, in_one_go, layout, scaling
+from pagoda.backend.vision import Encoded, frequencies, in_one_go, layout, scaling, vectors_taken
 from pagoda.errors import ModelError
 from pagoda.formats import QUANTIZE_ON_LOAD
 from pagoda.types import Float32, Image, Int32, PlannedImage
@@ -38,7 +38,7 @@ PIECE_ROWS = 512
 
 PREFIX = "vision."
 
-PATCHES, X, H, QKV, ATT, GATE_UP, MLP, JOINED, MERGED, MERGED_UP, OUT = range(11)
+PATCHES, X, H, QKV, ATT, GATE_UP, MLP, JOINED, MERGED, ONE, MERGED_UP, OUT = range(12)
 
 
 class VisionProgram(Program):
@@ -57,31 +57,33 @@ class VisionProgram(Program):
         super().__init__(lib, spec, tensors, progress, quantization)
 
     def _weights(self) -> None:
-        v, biased = self._vision, self._vision.norm == "layer"
+        v = self._vision
         self.ids = {"patch": self._matrix("patch")}
-        self.ids |= {name: self._vector(name) for name in ("patch_bias", "positions") if name in self._tensors}
         mergers = ["", *(f"deep.{k}." for k in range(len(v.deep_layers)))]
-        norms = [p + "merge_norm" for p in mergers]
-        products: dict[str, tuple[str, ...]] = {p + n: (p + n,) for p in mergers for n in ("merge_up", "merge_down")}
+        vectors = ["patch_bias", "positions", "first_norm", "mean_norm", *(p + "merge_norm" for p in mergers)]
+        products: dict[str, tuple[str, ...]] = {
+            p + n: (p + n,) for p in mergers for n in ("merge_in", "merge_up", "merge_down")
+        }
         for i in range(v.depth):
             p = f"layers.{i}."
-            norms += [p + "attn_norm", p + "mlp_norm"]
+            vectors += [p + "attn_norm", p + "mlp_norm"]
             products |= {p + name: (p + name,) for name in ("qkv", "o", "down")}
             products[p + "gate_up"] = (p + "gate", p + "up") if v.gated else (p + "up",)
-        for name in norms:
-            self.ids[name] = self._vector(name)
-            if biased:
-                self.ids[name + "_bias"] = self._vector(name + "_bias")
+        products = {name: slots for name, slots in products.items() if slots[0] in self._tensors}
+        for name in (each for vector in vectors for each in (vector, vector + "_bias")):
+            if name in self._tensors:
+                self.ids[name] = self._vector(name)
         for done, (name, slots) in enumerate(products.items(), start=1):
             self.ids[name] = self._matrix(*slots)
-            self.ids[name + "_bias"] = self._vector(*(slot + "_bias" for slot in slots))
+            if slots[0] + "_bias" in self._tensors:
+                self.ids[name + "_bias"] = self._vector(*(slot + "_bias" for slot in slots))
             self._progress("image encoder", done / len(products))
 
     def finish(self, max_tokens: int, num_blocks: int = 0, kv: int = 0, requests: int = 0) -> None:
         """Fix the program for images of `max_tokens` patches."""
         v = self._vision
         pairs = v.head_dim // 4  # of each of row and column
-        inv_freq = np.tile(ROPE_BASE ** (-np.arange(pairs, dtype=np.float64) / pairs), 2)
+        inv_freq = frequencies(v)
         axes = np.repeat(np.array([1, 2], np.int32), pairs)
         dims = Dims(
             0, v.heads, v.heads, padded_head(v), 1, max_tokens, MERGED_ROWS, 0, v.head_dim, 0, 1.0,
@@ -96,6 +98,8 @@ class VisionProgram(Program):
         self._emit(native.MATMUL, in_=PATCHES, out=X, weight="patch", vector="patch_bias", flags=native.PIECES)
         if v.grid_side:
             self._emit(native.GRID, out=X, vector="positions", layer=v.grid_side, flags=native.PIECES)
+        if v.first_norm:
+            self._vision_norm("first_norm", X, X, native.PIECES)
         for i in range(v.depth):
             self._vision_layer(i)
             if i in v.deep_layers:
@@ -107,19 +111,30 @@ class VisionProgram(Program):
 
     def _merge(self, p: str, place: int, parts: int) -> None:
         """Make vector `place` of each token; a norm is of each of the `parts` that are joined, or of them all."""
-        rows = native.LOGIT_ROWS
+        v, rows, joined = self._vision, native.LOGIT_ROWS, MERGED
+        eps = v.norm_eps if v.merge_eps is None else v.merge_eps
         self._emit(native.GATHER, in_=X, out=JOINED, flags=rows)
-        self._vision_norm(p + "merge_norm", JOINED, MERGED, rows, parts)
-        self._product(p + "merge_up", MERGED, MERGED_UP, rows)
-        self._emit(native.GELU, in_=MERGED_UP, out=MERGED_UP, flags=rows)
-        self._product(p + "merge_down", MERGED_UP, OUT, rows)
+        self._vision_norm(p + "merge_norm", JOINED, MERGED, rows, parts, eps)
+        if v.merge == "averaged":
+            joined = ONE
+            self._emit(native.MEAN, in_=MERGED, out=ONE, layer=parts, flags=rows)
+            self._emit(native.NORM, in_=ONE, out=ONE, vector=p + "mean_norm", f=eps, flags=rows)
+        if v.merge == "reduced":
+            joined = ONE
+            self._product(p + "merge_in", MERGED, ONE, rows)
+        if v.merge != "averaged":
+            self._product(p + "merge_up", joined, MERGED_UP, rows)
+            self._emit(native.GELU, in_=MERGED_UP, out=MERGED_UP, flags=rows)
+            joined = MERGED_UP
+        self._product(p + "merge_down", joined, OUT, rows)
         self._emit(native.HIDDEN, in_=OUT, layer=place, flags=rows)
 
     def _vision_layer(self, i: int) -> None:
         v, p, pieces = self._vision, f"layers.{i}.", native.PIECES
         self._vision_norm(p + "attn_norm", X, H, pieces)
         self._product(p + "qkv", H, QKV, pieces)
-        self._emit(native.ROPE, in_=QKV, flags=pieces)
+        if v.rope:
+            self._emit(native.ROPE, in_=QKV, flags=pieces)
         whole = native.FRAMES if v.sees_all(i) else 0
         self._emit(native.ATTEND_ALL, in_=QKV, out=ATT, f=v.head_dim**-0.5, flags=whole)
         self._product(p + "o", ATT, X, native.ADD | pieces)
@@ -128,10 +143,10 @@ class VisionProgram(Program):
         self._emit(ACTIVATIONS[v.activation, v.gated], in_=GATE_UP, out=MLP, flags=pieces)
         self._product(p + "down", MLP, X, native.ADD | pieces)
 
-    def _vision_norm(self, name: str, in_: int, out: int, flags: int, parts: int = 1) -> None:
+    def _vision_norm(self, name: str, in_: int, out: int, flags: int, parts: int = 1, eps: float | None = None) -> None:
         kind = native.LAYER_NORM if self._vision.norm == "layer" else native.NORM
-        bias, eps = name + "_bias", self._vision.norm_eps
-        self._emit(kind, in_=in_, out=out, vector=name, vector2=bias, f=eps, flags=flags, layer=parts)
+        f = self._vision.norm_eps if eps is None else eps
+        self._emit(kind, in_=in_, out=out, vector=name, vector2=name + "_bias", f=f, flags=flags, layer=parts)
 
     def _product(self, name: str, in_: int, out: int, flags: int) -> None:
         self._emit(native.MATMUL, in_=in_, out=out, weight=name, vector=name + "_bias", flags=flags)
@@ -168,10 +183,10 @@ class VisionEncoder:
         """The vectors of a step, and for each of its tokens the one that it takes, or -1."""
         parts, vector_of, used = [], np.full(tokens, -1, np.int32), 0
         for part in images:
-            vectors = self._encoded.vectors(part.image)
-            parts.append(vectors[part.first : part.first + part.count])
-            vector_of[part.row : part.row + part.count] = used + np.arange(part.count)
-            used += part.count
+            rows, which = vectors_taken(part, self._vision)
+            parts.append(self._encoded.vectors(part.image)[which])
+            vector_of[rows] = used + np.arange(len(rows))
+            used += len(rows)
         return np.concatenate(parts), vector_of
 
     def ready(self, image: Image, most_s: float) -> bool:
@@ -270,11 +285,14 @@ def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
     v = vision_of(spec)
     patch, inner = (-(-size // BLOCK) * BLOCK for size in (v.patch_values, v.intermediate_size))
     wide, heads, gates = v.hidden_size, v.heads * padded_head(v), 2 if v.gated else 1
+    up = {"joined": v.merged_size, "reduced": spec.hidden_size, "averaged": 0}[v.merge]
+    one = 0 if v.merge == "joined" else wide
     all_rows, piece, merged = native.TOKENS, native.PIECE, native.LOGITS
     return [
         BufferShape(patch, piece), BufferShape(wide, all_rows), BufferShape(wide, piece),
         BufferShape(3 * heads, all_rows), BufferShape(heads, all_rows), BufferShape(gates * inner, piece),
-        BufferShape(inner, piece), *[BufferShape(v.merged_size, merged)] * 3, BufferShape(spec.hidden_size, merged),
+        BufferShape(inner, piece), *[BufferShape(v.merged_size, merged)] * 2, BufferShape(one, merged),
+        BufferShape(up, merged), BufferShape(spec.hidden_size, merged),
     ]  # fmt: skip
 
 

@@ -6,8 +6,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Seen = tuple[tuple[int, Tensor], ...]
-"""Rows of a step from which on the vectors of images [n, hidden size] take the place of embeddings."""
+Seen = tuple[tuple[slice | Tensor, Tensor], ...]
+"""Rows of a step, and the vectors of images [n, hidden size] that take the place of their embeddings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Tokens first:last of a step, of one request and from `position` on, each of which sees all of them."""
+
+    first: int
+    last: int
+    request: int
+    position: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,7 @@ class Batch:
     rope_positions: Tensor | None = None  # int32 [3, T], where they are not `positions`
     seen: Seen = ()
     adapters: tuple[tuple[int, Tensor], ...] = ()  # places of adapters, and the tokens int64 [n] that each is for
+    ahead: tuple[Ahead, ...] = ()  # tokens that see others behind them
     whole: bool = False  # `rows` are all tokens, in their order
     runs: Tensor | None = None  # what `prepared` adds for the kernels
 

@@ -76,7 +76,7 @@ def _about(job: Job) -> About:
         ray.util.get_node_ip_address(), socket.gethostname(), tuple(map(str, ray.get_gpu_ids())), str(torch.__version__)
     )
     try:
-        source = open_model(job.path, job.limits.load_format, spec=job.spec)
+        source = open_model(job.path, job.limits.load_format, spec=job.spec, mmproj=job.limits.mmproj)
     except PagodaError as error:
         return replace(about, error=(error.message, error.remedy))
     return replace(about, model=fingerprint(source))

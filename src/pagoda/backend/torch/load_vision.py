@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pagoda.arch.vision_spec import Vision
@@ -11,6 +15,20 @@ from pagoda.backend.torch.convert import Converter, Target
 from pagoda.backend.torch.norms import LayerNorm, RmsNorm
 from pagoda.backend.torch.vision import Merger, Norm, Product, VisionEncoder, VisionLayer
 from pagoda.weights.source import Tensor as Stored
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),
+        "quick_gelu": _quick_gelu,
+    }
+)
 
 
 class VisionLoader:
@@ -24,13 +42,20 @@ class VisionLoader:
             patch=self._product("patch"),
             layers=tuple(self._layer(f"layers.{i}.") for i in range(self._vision.depth)),
             positions=self._floats("positions") if self._vision.grid_side else None,
-            merger=self._merger(""),
+            merger=self._merger("", self._vision.merge_eps),
             deep=tuple(self._merger(f"deep.{i}.") for i in range(len(self._vision.deep_layers))),
+            first_norm=self._norm("first_norm") if self._vision.first_norm else None,
         )
 
-    def _merger(self, p: str) -> Merger:
-        up, down = self._product(p + "merge_up"), self._product(p + "merge_down")
-        return Merger(self._norm(p + "merge_norm"), up, down, self._vision.merged_size)
+    def _merger(self, p: str, eps: float | None = None) -> Merger:
+        return Merger(
+            self._norm(p + "merge_norm", eps),
+            self._product(p + "merge_down"),
+            self._vision.merged_size,
+            up=self._product(p + "merge_up") if self._has(p + "merge_up") else None,
+            first=self._product(p + "merge_in") if self._has(p + "merge_in") else None,
+            mean_norm=self._norm(p + "mean_norm", eps) if self._has(p + "mean_norm") else None,
+        )
 
     def _layer(self, p: str) -> VisionLayer:
         return VisionLayer(
@@ -41,17 +66,17 @@ class VisionLoader:
             gate=self._product(p + "gate") if self._vision.gated else None,
             up=self._product(p + "up"),
             down=self._product(p + "down"),
-            by_tanh=self._vision.activation == "gelu_tanh",
+            activation=_ACTIVATIONS[self._vision.activation],
         )
 
     def _product(self, slot: str) -> Product:
         return Product(self._floats(slot), self._floats(slot + "_bias") if self._has(slot + "_bias") else None)
 
-    def _norm(self, slot: str) -> Norm:
-        weight = self._floats(slot).float()
+    def _norm(self, slot: str, eps: float | None = None) -> Norm:
+        weight, eps = self._floats(slot).float(), eps or self._vision.norm_eps
         if not self._has(slot + "_bias"):
-            return RmsNorm(weight, self._vision.norm_eps)
-        return LayerNorm(weight, self._floats(slot + "_bias").float(), self._vision.norm_eps)
+            return RmsNorm(weight, eps)
+        return LayerNorm(weight, self._floats(slot + "_bias").float(), eps)
 
     def _has(self, slot: str) -> bool:
         return f"vision.{slot}" in self._tensors

@@ -47,8 +47,8 @@ def with_seen(rows: Tensor, seen: Seen) -> Tensor:
     """With the vectors of images in their places; where a token has several, wide enough for all."""
     if seen:
         rows = F.pad(rows, (0, seen[0][1].shape[1] - rows.shape[1]))
-    for first, vectors in seen:
-        rows[first : first + len(vectors)] = vectors
+    for places, vectors in seen:
+        rows[places] = vectors
     return rows
 
 

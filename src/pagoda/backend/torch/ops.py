@@ -119,7 +119,8 @@ def paged_attention(
     Scores and sums are float32. Returns q's shape and type. Keys and values of the step are in the cache already.
     """
     if on_gpu(q):
-        return attention.paged_attention(q, k_cache, v_cache, batch, shape, sinks)
+        out = attention.paged_attention(q, k_cache, v_cache, batch, shape, sinks)
+        return _with_ahead(out, q, k_cache, v_cache, batch, shape)
     out = torch.zeros_like(q)
     starts, contexts = batch.starts.tolist(), batch.contexts.tolist()
     for r, context in enumerate(contexts):
@@ -133,6 +134,33 @@ def paged_attention(
             end = context - (last - 1 - token)
             begin = 0 if shape.window is None else max(0, end - shape.window)
             out[token] = _attend(q[token], keys[begin:end], values[begin:end], shape, sinks)
+    return _with_ahead(out, q, k_cache, v_cache, batch, shape)
+
+
+def _with_ahead(out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, shape: Heads) -> Tensor:
+    """With the results anew of tokens that see others behind them."""
+    for run in batch.ahead:
+        end = run.position + run.last - run.first
+        begin = 0 if shape.window is None else max(0, run.position + 1 - shape.window)
+        blocks = batch.block_tables[run.request, begin // BLOCK_SIZE : -(-end // BLOCK_SIZE)]
+        skipped = begin // BLOCK_SIZE * BLOCK_SIZE
+        keys, values = (
+            cache[blocks].flatten(0, 1)[begin - skipped : end - skipped].to(q.dtype).transpose(0, 1)
+            for cache in (k_cache, v_cache)
+        )
+        mask = None
+        if shape.window is not None and end > shape.window:
+            first = torch.arange(run.position, end, device=q.device)[:, None] + 1 - shape.window
+            mask = torch.arange(begin, end, device=q.device) >= first
+        seen = F.scaled_dot_product_attention(
+            q[run.first : run.last].transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=mask,
+            scale=shape.scale,
+            enable_gqa=shape.heads != shape.kv_heads,
+        )
+        out[run.first : run.last] = seen[0].transpose(0, 1)
     return out
 
 

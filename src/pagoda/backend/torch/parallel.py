@@ -23,10 +23,12 @@ from torch._C._distributed_c10d import Store
 from pagoda.arch.registry import bind
 from pagoda.arch.sharding import check_size
 from pagoda.arch.spec import ModelSpec
+from pagoda.arch.vision_spec import Vision
 from pagoda.backend.base import Limits, Pending, Progress
 from pagoda.backend.torch.executor import ALONE, Team, TorchExecutor
 from pagoda.backend.torch.group import Group
 from pagoda.backend.torch.upload import MAX_ROWS, Fed, upload, upload_batch
+from pagoda.backend.vision import vectors_taken
 from pagoda.errors import ConfigError, EngineError
 from pagoda.types import StepPlan
 from pagoda.weights.source import TensorSource
@@ -150,7 +152,7 @@ class ParallelExecutor(TorchExecutor):
     def _run(self, plan: StepPlan) -> Pending:
         if self.apart:
             raise EngineError("a step was interrupted, and the GPUs are at different places; load the model again")
-        plan = without_images(plan)
+        plan = without_images(plan, self.decoder.spec.vision)
         batch, turns = upload(plan, self._device.device, self.capacity.num_blocks)
         rows = len(plan.rows) if self.decoder.spec.pooling is None else 0
         self.apart = True
@@ -187,13 +189,13 @@ class ParallelCpuExecutor(ParallelExecutor):
     cuda = False
 
 
-def without_images(plan: StepPlan) -> StepPlan:
+def without_images(plan: StepPlan, vision: Vision | None) -> StepPlan:
     """The plan with tokens that are nobody's in the places of images: rank 0 alone has an encoder."""
-    if not plan.images:
+    if not plan.images or vision is None:
         return plan
     tokens = plan.tokens.copy()
     for part in plan.images:
-        tokens[part.row : part.row + part.count] = -1
+        tokens[vectors_taken(part, vision)[0]] = -1
     return changed(plan, tokens=tokens)
 
 

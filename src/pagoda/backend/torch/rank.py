@@ -27,7 +27,7 @@ def run(job: Job, meeting: str | Store) -> int:
     group = Group(job.rank, job.size, meeting, job.cuda)
     kind = TorchExecutor if job.cuda else TorchCpuExecutor
     try:
-        source = open_model(job.path, job.limits.load_format, spec=job.spec)
+        source = open_model(job.path, job.limits.load_format, spec=job.spec, mmproj=job.limits.mmproj)
         executor = kind.load(job.spec, source, job.limits, None, group)
     except PagodaError as error:
         return error.exit_code

@@ -20,7 +20,11 @@ def middle(plan: StepPlan, *, whole_requests: bool) -> int:
     """How many tokens of a plan the first half has; 0: it cannot be cut."""
     if whole_requests:
         return int(plan.starts[len(plan.slots) // 2])
-    return len(plan.tokens) // 2
+    cut = len(plan.tokens) // 2
+    inside = () if plan.last_seen is None else [i for i in plan.images if i.row < cut < i.row + i.count]
+    for image in inside:  # its tokens see each other
+        cut = image.row or image.row + image.count
+    return cut if cut < len(plan.tokens) else 0
 
 
 def part(plan: StepPlan, first: int, last: int) -> tuple[StepPlan, Places]:
@@ -55,6 +59,7 @@ def part(plan: StepPlan, first: int, last: int) -> tuple[StepPlan, Places]:
         second_texts=None if plan.second_texts is None else plan.second_texts[own],
         rope_positions=None if plan.rope_positions is None else plan.rope_positions[:, first:last],
         adapters=None if plan.adapters is None else plan.adapters[own],
+        last_seen=None if plan.last_seen is None else plan.last_seen[first:last],
         images=tuple(_images(plan, first, last)),
     )
     return smaller, rows

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pagoda.backend.rows import adapter_rows
-from pagoda.backend.torch.batch import Batch
+from pagoda.backend.torch.batch import Ahead, Batch
 from pagoda.backend.torch.sampling import NEAREST, Ragged, Sampling
 from pagoda.types import BLOCK_SIZE, Int32, StepPlan
 
@@ -43,6 +43,7 @@ class Fed(NamedTuple):
     block_tables: Int32
     rows: Int32
     rope_positions: Int32 | None = None
+    last_seen: Int32 | None = None
 
 
 class Parcel:
@@ -125,7 +126,20 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
         types=None if second is None else parcel["types"],
         rope_positions=None if plan.rope_positions is None else parcel["rope_positions"],
         adapters=tuple((place, parcel[f"adapter.{place}"]) for place, _ in adapted),
+        ahead=_ahead(plan.last_seen, positions, request_of),
     )
+
+
+def _ahead(
+    last_seen: Int32 | None, positions: npt.NDArray[np.intp], request_of: npt.NDArray[np.intp]
+) -> tuple[Ahead, ...]:
+    """Runs of tokens of one request that see up to the same one, which lies behind some of them."""
+    if last_seen is None:
+        return ()
+    ends = np.flatnonzero(last_seen == positions) + 1  # each run ends with the token that it sees last
+    begins = np.concatenate([[0], ends[:-1]])
+    runs = [(int(a), int(b)) for a, b in zip(begins, ends, strict=True) if b - a > 1]
+    return tuple(Ahead(a, b, int(request_of[a]), int(positions[a])) for a, b in runs)
 
 
 def _add_rows(parcel: Parcel, plan: StepPlan, first: int, last: int) -> None:

@@ -1,4 +1,4 @@
-"""The vision encoder of Qwen's models in PyTorch: one image at a time, from pixels to the vectors of its tokens."""
+"""Vision encoders in PyTorch: one image at a time, from pixels to the vectors of its tokens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagoda.arch.memory import MOST_IMAGE_TOKENS, VISION_TILE
+from pagoda.arch.memory import VISION_TILE, most_patches
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.torch.batch import Seen
 from pagoda.backend.torch.norms import LayerNorm, RmsNorm
-from pagoda.backend.vision import WHOLE_S, Encoded, Layout, grid_taps, in_one_go, layout, patch_bytes
+from pagoda.backend.vision import WHOLE_S, Encoded, Layout, grid_taps, in_one_go, layout, patch_bytes, vectors_taken
 from pagoda.types import Image, Int32, PlannedImage
 
 Norm = LayerNorm | RmsNorm
@@ -46,7 +46,7 @@ class VisionLayer:
     gate: Product | None
     up: Product
     down: Product
-    by_tanh: bool
+    activation: Callable[[Tensor], Tensor]
 
     def mlp(self, x: Tensor) -> Pieces[Tensor]:
         """By tiles: its inner values are the widest of all."""
@@ -60,8 +60,8 @@ class VisionLayer:
         x = self.mlp_norm(x)
         up = self.up(x)
         if self.gate is not None:
-            return self.down(F.silu(self.gate(x)) * up)
-        return self.down(F.gelu(up, approximate="tanh") if self.by_tanh else up * torch.sigmoid(1.702 * up))
+            return self.down(self.activation(self.gate(x)) * up)
+        return self.down(self.activation(up))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +69,21 @@ class Merger:
     """Patches [N, hidden] to the vectors of tokens; the norm is of each patch, or of all that become a token."""
 
     norm: Norm
-    up: Product
     down: Product
     size: int
+    up: Product | None = None  # None where the patches are averaged
+    first: Product | None = None
+    mean_norm: Norm | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         wide = self.norm.weight.shape[0] == self.size
         x = self.norm(x.view(-1, self.size)) if wide else self.norm(x).view(-1, self.size)
-        return self.down(F.gelu(self.up(x)))
+        if self.mean_norm is not None:
+            mean = x.view(len(x), -1, len(self.mean_norm.weight)).float().mean(1)
+            x = self.mean_norm(mean).to(x.dtype)
+        if self.first is not None:
+            x = self.first(x)
+        return self.down(x if self.up is None else F.gelu(self.up(x)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +113,7 @@ class VisionEncoder:
     positions: Tensor | None  # [side²,  hidden] of a table that is spread over the picture
     merger: Merger
     deep: tuple[Merger, ...]
+    first_norm: Norm | None = None
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +176,7 @@ class VisionEncoder:
             x = self.patch(((tile.float() - mean) / std).flatten(1).to(self.dtype))
             if self.positions is not None:
                 x = x + (self.positions[taps[i]].float() * shares[i].unsqueeze(-1)).sum(1).to(self.dtype)
-            out.append(x)
+            out.append(x if self.first_norm is None else self.first_norm(x))
         return torch.cat(out)
 
     def _taps(self, image: Image, laid: Layout) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -200,8 +208,10 @@ class VisionEncoder:
             yield
             tile = slice(first, first + VISION_TILE)
             q, k, v = torch.unflatten(layer.qkv(layer.attn_norm(x[tile])), -1, (3, heads, size)).unbind(1)
-            cos, sin = places.cos[tile], places.sin[tile]
-            out[0, tile], out[1, tile], out[2, tile] = turned(q, cos, sin), turned(k, cos, sin), v
+            if self.vision.rope:
+                cos, sin = places.cos[tile], places.sin[tile]
+                q, k = turned(q, cos, sin), turned(k, cos, sin)
+            out[0, tile], out[1, tile], out[2, tile] = q, k, v
         return out
 
 
@@ -240,18 +250,23 @@ class Sight:
         return self._encoded.ready(image, most_s)
 
     def seen(self, parts: Iterable[PlannedImage]) -> Seen:
-        """The vectors that take the place of embeddings in a step, and the first row of each run of them."""
-        found = []
+        """The vectors that take the place of embeddings in a step, and the rows that do."""
+        found: list[tuple[slice | Tensor, Tensor]] = []
         for part in parts:
             vectors = self._encoded.vectors(part.image)
-            found.append((part.row, vectors[part.first : part.first + part.count]))
+            rows, which = vectors_taken(part, self.encoder.vision)
+            if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+                found.append((slice(rows[0], rows[-1] + 1), vectors[which[0] : which[-1] + 1]))
+            elif len(rows):
+                found.append((torch.from_numpy(rows).to(vectors.device), vectors[which[0] : which[-1] + 1]))
         return tuple(found)
 
     def try_largest(self, max_model_len: int) -> int:
         """Encode a picture as large as memory is set aside for; what its vectors take is what is kept at most."""
-        merge = self.encoder.vision.merge_size
-        side = math.isqrt(min(max_model_len, MOST_IMAGE_TOKENS)) * merge
-        pixels = bytes(side * side * self.encoder.vision.patch_size**2 * 3)
+        vision = self.encoder.vision
+        merge = vision.merge_size
+        side = math.isqrt(most_patches(vision, max_model_len)) // merge * merge
+        pixels = bytes(side * side * vision.patch_size**2 * 3)
         image = Image(start=0, tokens=side * side // merge**2, grid=(1, side, side), pixels=pixels, digest=b"")
         return self.encoder.encode(image).nbytes
 

@@ -16,7 +16,7 @@ from pagoda.errors import ConfigError
 from pagoda.settings import DEFAULT, Settings
 
 _DONE_HERE = ("model", "download_dir", "revision")
-_OF_A_MACHINE = ("files_dir", "log_file", "uds")
+_OF_A_MACHINE = ("files_dir", "log_file", "mmproj", "uds")
 
 
 def plan(settings: Settings, model: str, out: str | None) -> Plan:

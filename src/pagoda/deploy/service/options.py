@@ -34,7 +34,7 @@ KEPT_ON_THIS_MACHINE = (
     *(name for proxy in ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY") for name in (proxy, proxy.lower())),
     "SSL_CERT_FILE",
 )
-_PATHS = ("download_dir", "files_dir", "log_file", "uds")
+_PATHS = ("download_dir", "files_dir", "log_file", "mmproj", "uds")
 
 
 def service_options(settings: Settings, environ: Mapping[str, str]) -> dict[str, Any]:

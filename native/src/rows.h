@@ -1,0 +1,22 @@
+// Small functions of one row of values.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+namespace pagoda {
+
+// The mean of `parts` values for each of the n of `out`.
+inline void mean_of_parts(const float* in, int64_t parts, int64_t n, float* out) {
+  std::copy(in, in + n, out);
+  for (int64_t p = 1; p < parts; p++)
+    for (int64_t i = 0; i < n; i++) out[i] += in[p * n + i];
+  for (int64_t i = 0; i < n; i++) out[i] *= 1.0f / (float)parts;
+}
+
+// function(in[:n]) * in[n:]
+inline void gated(void (*function)(const float*, int64_t, float*), const float* in, int64_t n, float* out) {
+  function(in, n, out);
+  for (int64_t i = 0; i < n; i++) out[i] *= in[n + i];
+}
+
+}  // namespace pagoda

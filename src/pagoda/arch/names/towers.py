@@ -1,0 +1,134 @@
+"""What checkpoints call the slots of SigLIP and of Pixtral's encoder, and how they store the products behind these."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from pagoda.arch.vision_spec import Vision
+from pagoda.errors import ModelError
+from pagoda.weights.ggml import dequantize
+from pagoda.weights.grouped import Bytes, MadeTensor
+from pagoda.weights.source import Tensor
+
+Floats = npt.NDArray[np.float32]
+Turn = Callable[[Floats], Floats]
+
+_NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "siglip": {
+            "patch": "vision_tower.embeddings.patch_embedding",
+            "positions": "vision_tower.embeddings.position_embedding",
+            "merge_norm": "vision_tower.post_layernorm",
+            "mean_norm": "multi_modal_projector.mm_soft_emb_norm",
+            "merge_down": "multi_modal_projector.mm_input_projection_weight",
+            "layers": "vision_tower.encoder.layers",
+            "attn_norm": "layer_norm1",
+            "qkv": "self_attn.*_proj",
+            "o": "self_attn.out_proj",
+            "mlp_norm": "layer_norm2",
+            "up": "mlp.fc1",
+            "down": "mlp.fc2",
+        },
+        "pixtral": {
+            "patch": "vision_tower.patch_conv",
+            "first_norm": "vision_tower.ln_pre",
+            "merge_norm": "multi_modal_projector.norm",
+            "merge_in": "multi_modal_projector.patch_merger.merging_layer",
+            "merge_up": "multi_modal_projector.linear_1",
+            "merge_down": "multi_modal_projector.linear_2",
+            "layers": "vision_tower.transformer.layers",
+            "attn_norm": "attention_norm",
+            "qkv": "attention.*_proj",
+            "o": "attention.o_proj",
+            "mlp_norm": "ffn_norm",
+            "gate": "feed_forward.gate_proj",
+            "up": "feed_forward.up_proj",
+            "down": "feed_forward.down_proj",
+        },
+    }
+)
+# newer versions of transformers have the first part; and no other, which older files do
+_WRAPPED = re.compile(r"^(model\.)?(?=multi_modal_projector\.|vision_tower\.)|(?<=^vision_tower\.)vision_model\.")
+_UNUSED = "vision_tower.head."
+"""What SigLIP makes one vector of a picture with."""
+
+
+def from_hub(tensors: Mapping[str, Tensor], vision: Vision) -> dict[str, Tensor]:
+    """The tensors with those of the encoder under the names of their slots."""
+    plain = {_plain(name): tensor for name, tensor in tensors.items()}
+    out = {name: tensor for name, tensor in plain.items() if not name.startswith(_UNUSED)}
+    for slot in vision.slots(1):
+        ours, stored = f"vision.{_with_suffix(slot)}", _stored(slot, vision)
+        parts = [stored.replace("*", part) for part in "qkv"]
+        if "*" in stored and all(part in out for part in parts):
+            out[ours] = stacked_rows([out.pop(part) for part in parts])
+        elif stored in out:
+            tensor = out.pop(stored)
+            if slot == "mean_norm":  # stored less 1, as all norms of a Gemma
+                tensor = MadeTensor(tensor.name, tensor.shape, "F32", partial(_plus_one, tensor))
+            out[ours] = as_product(slot, tensor, vision)
+    return out
+
+
+def as_product(slot: str, tensor: Tensor, vision: Vision) -> Tensor:
+    """A tensor as its slot has it, of those that both formats store in another order."""
+    if vision.merge == "averaged" and slot == "merge_down":  # [in, out]
+        return _floats_as(tensor, tensor.shape[::-1], lambda x: x.T)
+    if vision.merge == "reduced" and slot == "merge_in":  # the values of one channel of all neighbours side by side
+        return _floats_as(tensor, tensor.shape, partial(_by_neighbour, vision))
+    return tensor
+
+
+def _by_neighbour(vision: Vision, values: Floats) -> Floats:
+    apart = values.reshape(len(values), -1, vision.merge_size**2)
+    return apart.transpose(0, 2, 1).reshape(values.shape)
+
+
+def halves(count: int, head_dim: int) -> npt.NDArray[np.intp]:
+    """The places of rows whose pairs are neighbours, as heads in halves have them."""
+    places = np.arange(count, dtype=np.intp).reshape(-1, head_dim // 2, 2)
+    return places.transpose(0, 2, 1).reshape(-1)
+
+
+def stacked_rows(parts: list[Tensor]) -> Tensor:
+    first = parts[0]
+    if len({(part.type, part.shape) for part in parts}) > 1:
+        raise ModelError(f"the tensor {first.name} is not stored like its neighbours")
+    shape = (3 * first.shape[0], *first.shape[1:])
+    return MadeTensor(first.name, shape, first.type, lambda: np.concatenate([part.data for part in parts]))
+
+
+def _plain(name: str) -> str:
+    return _WRAPPED.sub("", _WRAPPED.sub("", name, count=1), count=1)
+
+
+def _with_suffix(slot: str) -> str:
+    return f"{slot.removesuffix('_bias')}.{'bias' if slot.endswith('_bias') else 'weight'}"
+
+
+def _stored(slot: str, vision: Vision) -> str:
+    names = _NAMES[vision.names]
+    prefix, _, part = slot.rpartition(".")
+    stem, suffix = part.removesuffix("_bias"), "bias" if part.endswith("_bias") else "weight"
+    if prefix:
+        return f"{names['layers']}.{prefix.removeprefix('layers.')}.{names[stem]}.{suffix}"
+    return names[stem] if names[stem].endswith("_weight") else f"{names[stem]}.{suffix}"
+
+
+def _floats_as(tensor: Tensor, shape: tuple[int, ...], turn: Turn) -> Tensor:
+    """The tensor in float32, turned into another order."""
+    return MadeTensor(tensor.name, shape, "F32", lambda: _bytes(turn(dequantize(tensor))))
+
+
+def _plus_one(tensor: Tensor) -> Bytes:
+    return _bytes(dequantize(tensor) + np.float32(1))
+
+
+def _bytes(values: Floats) -> Bytes:
+    return np.ascontiguousarray(values, dtype=np.float32).reshape(-1).view(np.uint8)
