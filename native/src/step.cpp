@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "adapt.h"
+#include "rows.h"
 #include "valid.h"
 
 using namespace pagoda;
@@ -186,12 +187,8 @@ class StepJob : public Job {
       case PG_QUICK_GELU: k.quick_gelu(in, c_.buffers[op.out].width, out); break;
       case PG_GELU_TANH: k.gelu_tanh(in, c_.buffers[op.out].width, out); break;
       case PG_MEAN: mean_of_parts(in, op.layer, c_.buffers[op.out].width, out); break;
-      case PG_GATED_GELU: case PG_GATED_GELU_TANH: {
-        const int64_t width = c_.buffers[op.out].width;
-        (task.kind == PG_GATED_GELU ? k.gelu : k.gelu_tanh)(in, width, out);
-        for (int64_t i = 0; i < width; i++) out[i] *= in[width + i];
-        break;
-      }
+      case PG_GATED_GELU: gated(k.gelu, in, c_.buffers[op.out].width, out); break;
+      case PG_GATED_GELU_TANH: gated(k.gelu_tanh, in, c_.buffers[op.out].width, out); break;
       case PG_POSITIONS: add_positions(op, row, out); break;
       case PG_OUT_GATE: k.sigmoid_gate(in + op.layer, c_.buffers[op.out].width, out); break;
       case PG_GATED: gate(in, vector(op.vector), c_.buffers[op.in].width, out, c_.buffers[op.out].width); break;
