@@ -14,8 +14,8 @@ from checkpoints import neighbours
 from gguf_writer import write_gguf
 from seeing_models import BREAK_TOKENS, IMAGE, START, STOP, VOCAB, load, logits, pictures, prompt, step, worst
 
-from pagoda.arch.names.bind import bind, checkpoint_name
-from pagoda.arch.registry import load_spec
+from pagoda.arch.names.bind import checkpoint_name
+from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
 from pagoda.weights.ggml import dequantize
