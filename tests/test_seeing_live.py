@@ -48,7 +48,7 @@ def test_a_server_sees(kind: str, tmp_path: Path) -> None:
             return reply.json() if reply.is_success else reply
 
         model = client.get("/v1/models").json()["data"][0]
-        assert "image" in model["input_modalities"]
+        assert "image" in model["architecture"]["input_modalities"]
         first, again, other = asked(picture("red")), asked(picture("red")), asked(picture("blue"))
         count = COUNTS[kind] or first["usage"]["prompt_tokens"]
         assert [each["usage"]["prompt_tokens"] for each in (first, again, other)] == [count] * 3
