@@ -15,9 +15,9 @@ from PIL import Image as pil
 from server_process import running, serve
 
 COUNTS = {
-    "gemma3": len("user\n\n\n\n\nWhat?\nmodel\n") + 1 + 16 + 1,
-    "mistral3": len("user\nWhat?\nmodel\n") + 2 * (2 + 1),
-    "qwen3_5": len("user\nWhat?\nmodel\n") + 2 + 4,
+    "gemma3": len("user\n\n\n\n\nWhat?model\n") + 1 + 16 + 1,
+    "mistral3": len("user\nWhat?model\n") + 2 * (2 + 1),
+    "qwen3_5": len("user\nWhat?model\n") + 2 + 4,
     "qwen3_vl": 0,  # has a template with a system message of its own
 }
 

@@ -146,7 +146,8 @@ def _rope_positions(turns: list[Turn]) -> Int32 | None:
         first, count, sight = turn.seq.computed, turn.count + len(turn.drafts), turn.seq.sight
         plain = np.broadcast_to(np.arange(first, first + count, dtype=np.int32), (3, count))
         found.append(plain if sight is None else sight.positions(first, count))
-    return np.concatenate(found, axis=1)
+    # as executors read them: numpy alone would lie them the other way round where text is beside pictures
+    return np.ascontiguousarray(np.concatenate(found, axis=1))
 
 
 def _last_seen(turns: list[Turn]) -> Int32 | None:
