@@ -86,9 +86,7 @@ class Options(HttpOptions):
         None, "Branch, tag or commit of a model that is named as on a hub; it is fetched on first use", "Model"
     )
     download_dir: str | None = option(None, "Folder of such models, in Hugging Face's layout (default: its)", "Model")
-    mmproj: str | None = option(
-        None, "Image encoder of a GGUF model, a file (default: mmproj*.gguf in the folder of the model)", "Model"
-    )
+    mmproj: str | None = option(None, "Image encoder of a GGUF model (default: mmproj*.gguf in its folder)", "Model")
     load_format: str = option(
         "auto",
         "File format of the weights. pt: PyTorch's .bin; dummy: random weights of the shapes in a folder's "

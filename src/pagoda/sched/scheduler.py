@@ -329,8 +329,7 @@ class Scheduler:
         seq.place = self.places.take(seq)
         self._batch.seat(seq)
         self._batch.add_blocks(seq, cached)
-        seq.offered = len(cached)
-        seq.computed = len(cached) * BLOCK_SIZE
+        seq.offered, seq.computed = len(cached), len(cached) * BLOCK_SIZE
         insort(self._running, seq, key=_ORDER)
         if seq.cached_tokens < 0:
             seq.cached_tokens = seq.computed
