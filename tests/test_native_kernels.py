@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -33,6 +35,22 @@ def quantized_rows(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     inverse = np.where(top > 0, np.float32(127) / np.where(top > 0, top, 1), 0).astype(np.float32)
     codes = np.rint(blocks * inverse)
     return (codes.astype(np.float64) * (top / np.float32(127))).reshape(len(x), -1)
+
+
+def bf16_rows(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """The nearest bf16, ties to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def taken_by(isa: str, kind: str) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float64]]:
+    """What products with such weights make of activations."""
+    if kind not in FLOAT:
+        return quantized_rows
+    if kind == "BF16" and isa in ("avx512-bf16", "amx"):
+        return bf16_rows
+    return lambda x: x.astype(np.float64)
 
 
 def flat_plan(tokens: int, rows: list[int], vocab: int) -> StepPlan:
@@ -86,14 +104,12 @@ def head_of(
     columns = sum(t.shape[0] for t in parts)
     inv_freq = np.ones(8)
     dims = Dims(1, 1, 1, 16, max(columns, m), 128, at_once, 64, 16, 0, 1.0, inv_freq.ctypes.data)
-    is_float = all((becomes or t.type) in FLOAT for t in parts)
-    flags = native.LOGIT_ROWS | (0 if is_float else native.QUANTIZE)
     lib.program(
         dims,
         [BufferShape(k, 0), BufferShape(k, 1)],
         [
             Op(native.EMBED, -1, 0, embed, -1, -1, 0, 0, 0),
-            Op(native.GATHER, 0, 1, -1, -1, -1, 0, flags, 0),
+            Op(native.GATHER, 0, 1, -1, -1, -1, 0, native.LOGIT_ROWS, 0),
             Op(native.HEAD, 1, -1, weight, -1, -1, 0, native.LOGIT_ROWS, 0),
         ],
     )
@@ -111,10 +127,20 @@ def test_product_is_exact_for_its_own_activations(isa: str, kind: str) -> None:
         x = rng.standard_normal((m, k)).astype(np.float32)
         w = stored(rng, rows, k, kind)
         seen = products(isa, x, [w])
-        taken = x.astype(np.float64) if kind in FLOAT else quantized_rows(x)
+        taken = taken_by(isa, kind)(x)
         expected = taken @ dequantize(w).astype(np.float64).T
         size = np.abs(taken) @ np.abs(dequantize(w)).T
         assert np.abs(seen - expected).max() <= 2e-6 * size.max()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("k", (2, 53, 90))
+def test_bf16_of_any_depth(isa: str, k: int) -> None:
+    rng = np.random.default_rng(8)
+    x, w = rng.standard_normal((13, k)).astype(np.float32), stored(rng, 43, k, "BF16")
+    taken = taken_by(isa, "BF16" if k % 2 == 0 else "F32")(x)
+    expected = taken @ dequantize(w).astype(np.float64).T
+    assert np.abs(products(isa, x, [w]) - expected).max() <= 2e-6 * (np.abs(taken) @ np.abs(dequantize(w)).T).max()
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)

@@ -77,8 +77,9 @@ def test_gguf_logits_equal_the_reference_on_the_same_weights(case: str, kind: st
     write_gguf_checkpoint(path, make_model(case), kind)
     expected = reference_logits(path)
     error = relative(native_logits(path, TOKENS) - expected, expected)
+    # activations in bf16, where the processor multiplies these: 0.2 %;
     # 8-bit activations: about 0.4 % of noise for each of the 12 products in a row, which these layers amplify
-    assert error < (3e-4 if kind in ("F32", "F16", "BF16") else 0.05)
+    assert error < {"F32": 3e-4, "F16": 3e-4, "BF16": 0.02}.get(kind, 0.05)
 
 
 def test_what_cannot_run_is_refused(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ void tile_product(const Part& part, int64_t first, int64_t last, const Rows& a, 
 }
 
 void matmul(const Part& part, int64_t p0, int64_t p1, const Rows& a, int64_t r0, int64_t r1, const Out& out) {
-  if (is_float(part.type) || r1 - r0 < kTileRows) return kernels_avx512()->matmul(part, p0, p1, a, r0, r1, out);
+  if (is_float(part.type) || r1 - r0 < kTileRows) return kernels_bf16()->matmul(part, p0, p1, a, r0, r1, out);
 #define PG_CALL(T) \
   if constexpr (!is_float(T)) tile_product<T>(part, p0, p1, a, r0, r1, out)
   PG_FOR_TYPE(part.type, PG_CALL)

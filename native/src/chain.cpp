@@ -97,7 +97,7 @@ void Chain::add(const pg_op& op, int64_t first) {
   }
   if (op.kind == PG_ROUTE) add(kGroup, &op, 1, first);
   if (op.kind == PG_ROPE) cached.push_back(items.size());
-  if ((op.kind == PG_ATTENTION || op.kind == PG_ATTEND_ALL || op.kind == PG_DELTA) && op.flags & PG_QUANTIZE) add(kFinishRows, &op, rows, first);
+  if ((op.kind == PG_MATMUL || op.kind == PG_ATTENTION || op.kind == PG_ATTEND_ALL || op.kind == PG_DELTA) && op.flags & PG_QUANTIZE) add(kFinishRows, &op, rows, first);
   if (op.kind == PG_HEAD) add(kSample, &op, rows, first);
 }
 

@@ -106,32 +106,54 @@ int32_t extend(pg_context* c, Weight& w, const pg_part* parts, int32_t n) {
   return 0;
 }
 
+// Whose weights give the form that is read of the input.
+bool is_product(const pg_op& op) {
+  return op.kind == PG_MATMUL || op.kind == PG_HEAD || op.kind == PG_EXPERTS_UP || op.kind == PG_EXPERTS_DOWN;
+}
+
+// Let the last operation that writes the input of a product make the form that it reads, once.
+void mark_producers(pg_context& c) {
+  std::vector<pg_op*> producers(c.buffers.size());
+  for (pg_op& op : c.ops) {
+    if (is_product(op))
+      for (const Part& p : c.weights[op.weight].parts)
+        if (form_of(*c.kernels, p.type, c.weights[op.weight].k) != Form::floats) producers[op.in]->flags |= PG_QUANTIZE;
+    if (op.out >= 0) producers[op.out] = &op;
+  }
+}
+
 // What is read of buffer `i`.
 struct Reads {
-  bool floats, wide;
+  bool floats, codes, wide, bf16;
 };
 
 Reads reads_of(const pg_context& c, int i) {
-  Reads reads = {false, false};
-  bool codes = false;
+  Reads reads = {};
+  bool made = false;
   for (const pg_op& op : c.ops) {
     const bool by_row = (op.kind == PG_NORM && !(op.flags & PG_ADD)) || op.kind == PG_LAYER_NORM || op.kind == PG_SILU || op.kind == PG_GELU ||
                         op.kind == PG_QUICK_GELU || op.kind == PG_GELU_TANH ||
                         op.kind == PG_GATED_GELU_TANH || op.kind == PG_GATED_GELU;  // writes a row, and reads no other of `out`
     const bool product = op.kind == PG_MATMUL || op.kind == PG_HEAD;
-    codes |= op.out == i && by_row && op.flags & PG_QUANTIZE;
+    made |= op.out == i && by_row && op.flags & PG_QUANTIZE;
     reads.floats |= (op.out == i && !(by_row && op.flags & PG_QUANTIZE)) || (op.in == i && !product);
-    if (op.in != i || op.weight < 0) continue;
-    for (const Part& p : c.weights[op.weight].parts) reads.floats |= is_float(p.type), reads.wide |= is_signed(p.type);
+    if (op.in != i || !is_product(op)) continue;
+    for (const Part& p : c.weights[op.weight].parts) {
+      const Form form = form_of(*c.kernels, p.type, c.weights[op.weight].k);
+      reads.floats |= form == Form::floats, reads.codes |= form == Form::codes, reads.bf16 |= form == Form::bf16;
+      reads.wide |= is_signed(p.type) && c.kernels->wide;
+    }
   }
-  return {reads.floats || !codes, reads.wide && c.kernels->wide};
+  reads.floats |= !made;
+  return reads;
 }
 
 Buffer make_buffer(const pg_buffer& from, const pg_dims& d, Reads reads) {
   const int64_t sizes[] = {d.max_tokens, d.max_rows, d.piece_rows}, rows = sizes[from.rows], blocks = from.width / kBlock;
-  Buffer b{from.width, rows, {}, {}, {}, {}, {}, {}, {}};
+  Buffer b{from.width, rows, {}, {}, {}, {}, {}, {}, {}, {}};
   if (reads.floats) b.f = Pages(rows * from.width * 4 + 32);
-  if (from.width % kBlock == 0) {
+  if (reads.bf16) b.bf16 = Pages(rows * from.width * 2);
+  if (reads.codes) {
     b.q = Pages(rows * from.width), b.d = Pages(rows * blocks * 4);
     b.s = Pages(rows * blocks * 4), b.n = Pages(rows * blocks * 4), b.h = Pages(rows * blocks * 8);
     if (reads.wide) b.wide = Pages(rows * from.width * 2);
@@ -213,8 +235,9 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     if (d->local_inv_freq) c->local_inv_freq.assign(d->local_inv_freq, d->local_inv_freq + d->rope_dim / 2);
     const int64_t tables = d->local_inv_freq ? 2 : 1;
     c->ops.assign(ops, ops + n_ops);
-    c->buffers.clear();
-    for (int i = 0; i < n_buffers; i++) c->buffers.push_back(make_buffer(buffers[i], *d, reads_of(*c, i)));
+    c->buffers.clear(), c->buffers.resize(n_buffers);
+    mark_producers(*c);
+    for (int i = 0; i < n_buffers; i++) c->buffers[i] = make_buffer(buffers[i], *d, reads_of(*c, i));
     c->kv = {nullptr, d->layers, d->kv_heads, d->head_dim, d->kv == PG_KV_BF16 && !c->kernels->bf16 ? PG_KV_F16 : d->kv};
     c->kv_pages = Pages((int64_t)d->layers * d->num_blocks * d->kv_heads * c->kv.stride(), true);
     c->kv.data = c->kv_pages.data();
@@ -240,7 +263,7 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
 
 void pg_release(pg_context* c) {
   for (auto& b : c->buffers)
-    for (const Pages* p : {&b.f, &b.q, &b.d, &b.s, &b.n, &b.h, &b.wide}) p->release();
+    for (const Pages* p : {&b.f, &b.q, &b.d, &b.s, &b.n, &b.h, &b.wide, &b.bf16}) p->release();
   c->rope_pages.release();
 }
 
@@ -270,7 +293,7 @@ int32_t pg_touch(pg_context* c, int64_t ahead_bytes) {
 
 int64_t pg_activation_bytes(pg_context* c) {
   int64_t total = c->rope_pages.bytes() + c->logit_pages.bytes();
-  for (auto& b : c->buffers) total += b.f.bytes() + b.q.bytes() + b.d.bytes() + b.s.bytes() + b.n.bytes() + b.h.bytes() + b.wide.bytes();
+  for (auto& b : c->buffers) total += b.f.bytes() + b.q.bytes() + b.d.bytes() + b.s.bytes() + b.n.bytes() + b.h.bytes() + b.wide.bytes() + b.bf16.bytes();
   return total;
 }
 }

@@ -55,19 +55,26 @@ struct Adapter {
   int64_t ranks = 0;  // most of one weight together
 };
 
-struct Buffer {  // [rows][width] floats, and the 8-bit form of the same rows
+struct Buffer {  // [rows][width] floats, and the other forms of the same rows that products read
   int64_t width;
   int64_t rows;  // as many as it has, after which it begins anew: of a piece
-  Pages f, q, d, s, n, h, wide;  // f is empty where only the 8-bit form is read
+  Pages f, q, d, s, n, h, wide, bf16;  // f is empty where only other forms are read
   float* row(int64_t r) const { return reinterpret_cast<float*>(f.data()) + r % rows * width; }
   Codes codes(int64_t r) const { return codes_at(r % rows * width); }
   Codes codes_at(int64_t value) const {  // of the block that begins with a value
+    uint16_t* rounded = bf16.data() ? reinterpret_cast<uint16_t*>(bf16.data()) + value : nullptr;
+    if (!q.data()) return {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, rounded};
     return {reinterpret_cast<int8_t*>(q.data()) + value, reinterpret_cast<float*>(d.data()) + value / kBlock,
             reinterpret_cast<float*>(s.data()) + value / kBlock, reinterpret_cast<int32_t*>(n.data()) + value / kBlock,
             reinterpret_cast<int32_t*>(h.data()) + value / kBlock * 2,
-            wide.data() ? reinterpret_cast<int16_t*>(wide.data()) + value : nullptr};
+            wide.data() ? reinterpret_cast<int16_t*>(wide.data()) + value : nullptr, rounded};
   }
 };
+
+inline void make_forms(const Kernels& k, const float* x, int64_t n, const Codes& to) {
+  if (to.q) k.quantize(x, n, to);
+  if (to.bf16) k.to_bf16(x, n, to.bf16);
+}
 
 }  // namespace pagoda
 

@@ -142,28 +142,34 @@ inline int64_t experts_scratch(const Weight& w) {
 
 inline Rows rows_of(const Buffer& b, int64_t k) {
   const Codes c = b.codes(0);
-  return {b.row(0), c.q, c.d, c.s, c.n, c.h, c.wide, k};
+  return {b.row(0), c.q, c.d, c.s, c.n, c.h, c.wide, c.bf16, k};
 }
 
+struct Forms {  // of activations, that are read
+  bool floats, codes, bf16;
+};
+
 // Rows [place, place + n) in the order of experts, copied to `to`: what products with these types read of them.
-inline Rows gather(const Buffer& from, const Routing& routing, int64_t place, int64_t n, int64_t k, bool floats, bool codes, float* to) {
+inline Rows gather(const Buffer& from, const Routing& routing, int64_t place, int64_t n, int64_t k, const Forms& forms, float* to) {
   const int64_t most = gathered_rows(k), blocks = k / kBlock;
   float* f = to;
   int8_t* q = (int8_t*)(f + most * k);
   float *d = (float*)(q + most * k), *s = d + most * blocks;
   int32_t *sums = (int32_t*)(s + most * blocks), *h = sums + most * blocks;
   int16_t* wide = (int16_t*)(h + 2 * most * blocks);
+  uint16_t* bf16 = (uint16_t*)wide;  // there are never both
   bool has_wide = false;
   for (int64_t i = 0; i < n; i++) {
     const int64_t row = routing.row(place + i);
-    if (floats) memcpy(f + i * k, from.row(row), k * 4);
-    if (!codes) continue;
+    if (forms.floats) memcpy(f + i * k, from.row(row), k * 4);
     const Codes c = from.codes(row);
+    if (forms.bf16) memcpy(bf16 + i * k, c.bf16, k * 2);
+    if (!forms.codes) continue;
     memcpy(q + i * k, c.q, k), memcpy(d + i * blocks, c.d, blocks * 4), memcpy(s + i * blocks, c.s, blocks * 4);
     memcpy(sums + i * blocks, c.n, blocks * 4), memcpy(h + 2 * i * blocks, c.h, blocks * 8);
     if ((has_wide = c.wide != nullptr)) memcpy(wide + i * k, c.wide, k * 2);
   }
-  return {f, q, d, s, sums, h, has_wide ? wide : nullptr, k};
+  return {f, q, d, s, sums, h, has_wide ? wide : nullptr, forms.bf16 ? bf16 : nullptr, k};
 }
 
 // Where the results of rows from `row` on and outputs from `output` on go.
@@ -180,14 +186,16 @@ inline void expert_up(pg_context& c, const Routing& routing, const pg_op& op, co
   const Weight& w = c.weights[op.weight];
   const Buffer &in = c.buffers[op.in], &out = c.buffers[op.out];
   const Part* parts = &w.parts[2 * group.expert];
-  const bool floats = is_float(parts[0].type) || is_float(parts[1].type), codes = !is_float(parts[0].type) || !is_float(parts[1].type);
+  const Form gate = form_of(*c.kernels, parts[0].type, w.k), up = form_of(*c.kernels, parts[1].type, w.k);
+  const auto reads = [=](Form form) { return gate == form || up == form; };
+  const Forms forms = {reads(Form::floats), reads(Form::codes), reads(Form::bf16)};
   const int64_t most = gathered_rows(w.k), size = parts[0].rows;
   const float* bias = bias_of(c, op);
   const auto gated = op.flags & PG_CLAMPED ? c.kernels->clamped : c.kernels->silu;
   float* at = scratch + 2 * most * w.k;
   for (int64_t done = 0; done < group.rows; done += most) {
     const int64_t n = std::min(most, group.rows - done), place = group.first + done;
-    const Rows a = n == 1 ? rows_of(in, w.k) : gather(in, routing, place, n, w.k, floats, codes, scratch);
+    const Rows a = n == 1 ? rows_of(in, w.k) : gather(in, routing, place, n, w.k, forms, scratch);
     const int64_t row = n == 1 ? routing.row(place) : 0, step = n <= kFewRows ? to - from : kOutputs;
     for (int64_t first = from; first < to; first += step) {
       const int64_t last = std::min(to, first + step), stride = ceil_div(last - first, kPanel) * kPanel;
@@ -198,7 +206,7 @@ inline void expert_up(pg_context& c, const Routing& routing, const pg_op& op, co
         const int64_t value = (routing.first_place() + place + i) * size + first;
         float* to_row = out.row(0) + value;
         gated(halves[0] + i * stride, halves[1] + i * stride, last - first, to_row);
-        if (op.flags & PG_QUANTIZE) c.kernels->quantize(to_row, last - first, out.codes_at(value));
+        if (op.flags & PG_QUANTIZE) make_forms(*c.kernels, to_row, last - first, out.codes_at(value));
       }
     }
   }

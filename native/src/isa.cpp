@@ -31,11 +31,12 @@ const Kernels* find_kernels(const std::string& isa) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool vnni = avx2 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
   if (isa == "amx") {
-    static const bool works = vnni && may_use_amx() && same_product(*kernels_amx(), *kernels_avx512());
+    static const bool works = bf16 && may_use_amx() && same_product(*kernels_amx(), *kernels_avx512());
     return works ? kernels_amx() : nullptr;
   }
-  if (isa == "avx512-bf16") return vnni && __builtin_cpu_supports("avx512bf16") ? kernels_bf16() : nullptr;
+  if (isa == "avx512-bf16") return bf16 ? kernels_bf16() : nullptr;
   if (isa == "avx512") return vnni ? kernels_avx512() : nullptr;
   if (isa == "avx2") return avx2 ? kernels_avx2() : nullptr;
 #endif

@@ -14,14 +14,16 @@ struct Rows {  // activations of a matmul: float rows, and their 8-bit form if t
   const int32_t* n;  // the sum of the codes of each block of 32
   const int32_t* h;  // of each half block of 16
   const int16_t* wide;  // see Codes
+  const uint16_t* bf16;
   int64_t k;
 };
 
-struct Codes {  // where the 8-bit form of a row goes
+struct Codes {  // where the other forms of a row go, each null if no product reads it
   int8_t* q;
   float *d, *s;
   int32_t *n, *h;
-  int16_t* wide;  // in 16 bits, in each block the even codes in front of the odd ones; null if no product reads it
+  int16_t* wide;  // in 16 bits, in each block the even codes in front of the odd ones
+  uint16_t* bf16;
 };
 
 struct Out {
@@ -129,7 +131,17 @@ struct Kernels {
   void (*sigmoid_gate)(const float* gate, int64_t n, float* x);
   // x = cap * tanh(x / cap)
   void (*soft_cap)(float* x, int64_t n, float cap);
+  // To the nearest bf16, ties to even; or null: products multiply weights in bf16 by floats.
+  void (*to_bf16)(const float* x, int64_t n, uint16_t* to);
 };
+
+enum class Form { floats, codes, bf16 };
+
+// What products with such a weight read of activations.
+inline Form form_of(const Kernels& kernels, int32_t type, int64_t k) {
+  if (!is_float(type)) return Form::codes;
+  return type == PG_BF16 && kernels.to_bf16 && k % 2 == 0 ? Form::bf16 : Form::floats;
+}
 
 // Floats of scratch that `attention` needs.
 constexpr int64_t attention_scratch(int head_dim) { return kQueryVectors * (int64_t)(kSegment + 3 * head_dim + 2); }

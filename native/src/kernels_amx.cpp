@@ -8,7 +8,7 @@ namespace pagoda {
 
 const Kernels* kernels_amx() {
   static const Kernels table = [] {
-    Kernels t = *(__builtin_cpu_supports("avx512bf16") ? kernels_bf16() : kernels_avx512());
+    Kernels t = *kernels_bf16();
     t.name = "amx", t.matmul = amx::matmul;
     return t;
   }();

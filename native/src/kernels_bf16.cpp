@@ -1,16 +1,17 @@
-// Kernels for AVX-512 with BF16: attention multiplies pairs of bfloat16, the rest is that of AVX-512.
+// Kernels for AVX-512 with BF16: products of bf16 weights, attention in pairs of bf16, the rest as for AVX-512.
 #define PG_NS bf16
 #define PG_AVX2
 #define PG_VNNI
 #define PG_PAIRS
 #include "attention.h"
+#include "bf16.h"
 
 namespace pagoda {
 
 const Kernels* kernels_bf16() {
   static const Kernels table = [] {
     Kernels t = *kernels_avx512();
-    t.name = "avx512-bf16", t.bf16 = true;
+    t.name = "avx512-bf16", t.bf16 = true, t.matmul = bf16::matmul, t.to_bf16 = bf16::to_bf16;
     t.store_kv = [](const KvCache& cache, int layer, int64_t block, int head, int offset, const float* k, const float* v) {
       const auto store = cache.kind == PG_KV_BF16 ? bf16::store_kv : kernels_avx512()->store_kv;
       store(cache, layer, block, head, offset, k, v);

@@ -11,7 +11,8 @@
 // signed bytes for codes; the nibbles of IQ4 types and MXFP4 number the entries of a table. A scale of MXFP4 is a byte, the
 // exponent of a power of two.
 // Quantized panels lie in pairs: block by block (and header by header) the first panel's, then the second's, so that a
-// kernel that takes both still reads one stream. Float panels are [k][8 rows], one behind the other.
+// kernel that takes both still reads one stream. Float panels are [k][8 rows], one behind the other; but those of bf16
+// lie in pairs too, two neighbouring k in a lane: [k / 2][16 rows][2], an odd k filled up with zeros.
 #pragma once
 #include <cstdint>
 
@@ -54,7 +55,7 @@ constexpr bool is_signed(int32_t t) { return t == PG_Q8_0 || t == PG_U8G || is_i
 constexpr int float_bytes(int32_t type) { return type == PG_F32 ? 4 : 2; }
 
 constexpr int64_t panel_bytes(int32_t type, int64_t k) {
-  if (is_float(type)) return k * kPanel * float_bytes(type);
+  if (is_float(type)) return (type == PG_BF16 ? k + k % 2 : k) * kPanel * float_bytes(type);
   Layout l = layout_of(type);
   int64_t blocks = k / kBlock;
   return blocks * l.block + (l.header ? blocks / kSuper * l.header : 0);

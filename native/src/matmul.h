@@ -42,21 +42,34 @@ PG_INLINE void quantized_panels(const uint8_t* w, bool second, const Rows& a, in
   }
 }
 
-template <int Type> PG_INLINE F load_float(const uint8_t* p) {
+// Of the 8 rows of a panel at p, the value with index J of those that lie side by side.
+template <int Type, int J> PG_INLINE F load_float(const uint8_t* p) {
   if constexpr (Type == PG_F32) return load((const float*)p);
   else if constexpr (Type == PG_F16) return load_f16((const uint16_t*)p);
-  else return load_bf16((const uint16_t*)p);
+  else return load_bf16((const uint16_t*)p, J);
+}
+template <int Type> constexpr int kSideBySide = Type == PG_BF16 ? 2 : 1;
+template <int Type> constexpr int kFloatStep = Type == PG_BF16 ? 4 * 2 * kPanel : kPanel * float_bytes(Type);  // bytes to what follows
+template <int Type> PG_INLINE const uint8_t* float_panel(const Part& part, int64_t panel) {
+  const int64_t second = Type == PG_BF16 ? panel % 2 : 0;
+  return part.data + (panel - second) * part.stride + second * kFloatStep<Type> / 2;
 }
 
 // P panels times M rows, one multiply-add after the other along K.
 template <int Type, int M, int P>
-PG_INLINE void float_panels(const uint8_t* w, int64_t stride, const Rows& a, int64_t row, F (*out)[M]) {
+PG_INLINE void float_panels(const Part& part, int64_t panel, const Rows& a, int64_t row, F (*out)[M]) {
+  const uint8_t* w[P];
+  for (int p = 0; p < P; p++) w[p] = float_panel<Type>(part, panel + p);
   F acc[P][M] = {};
-  for (int64_t k = 0; k < a.k; k++)
+  const auto add = [&](int64_t step, auto j) __attribute__((always_inline)) {
     for (int p = 0; p < P; p++) {
-      F v = load_float<Type>(w + p * stride + k * kPanel * float_bytes(Type));
-      for (int i = 0; i < M; i++) acc[p][i] = fma(v, splat(a.f[(row + i) * a.k + k]), acc[p][i]);
+      const F v = load_float<Type, j.value>(w[p] + step * kFloatStep<Type>);
+      for (int i = 0; i < M; i++) acc[p][i] = fma(v, splat(a.f[(row + i) * a.k + step * kSideBySide<Type> + j.value]), acc[p][i]);
     }
+  };
+  const int64_t steps = a.k / kSideBySide<Type>;
+  for (int64_t step = 0; step < steps; step++) unroll<kSideBySide<Type>>([&](auto j) __attribute__((always_inline)) { add(step, j); });
+  if (a.k % kSideBySide<Type>) add(steps, std::integral_constant<int, 0>{});
   for (int p = 0; p < P; p++)
     for (int i = 0; i < M; i++) out[p][i] = acc[p][i];
 }
@@ -72,16 +85,14 @@ template <int Type> constexpr int panels_at_once(int m) { return is_float(Type) 
 // P panels, or the last one alone.
 template <int Type, int M, int P>
 PG_INLINE void panels(const Part& part, int64_t panel, const Rows& a, int64_t row, const Out& out) {
-  const uint8_t* w = part.data + panel * part.stride;
   if constexpr (is_float(Type)) {
     F v[P][M];
-    float_panels<Type, M, P>(w, part.stride, a, row, v);
+    float_panels<Type, M, P>(part, panel, a, row, v);
     for (int p = 0; p < P; p++)
       for (int i = 0; i < M; i++) put(part, panel + p, row + i, out, v[p][i]);
   } else {
     Lanes::F v[M];
-    const bool second = panel % 2 != 0;
-    quantized_panels<Type, M>(w - second * part.stride, second, a, row, v);
+    quantized_panels<Type, M>(part.data + panel / 2 * 2 * part.stride, panel % 2 != 0, a, row, v);
     for (int p = 0; p < P; p++)
       for (int i = 0; i < M; i++) put(part, panel + p, row + i, out, Lanes::panel(v[i], p));
   }
@@ -127,15 +138,17 @@ void product(const Part& part, int64_t first, int64_t last, const Rows& a, int64
 }
 
 template <int Type> void row_of(const Part& part, int64_t k, int64_t row, float* out) {
-  const uint8_t* w = part.data + row / kPanel * part.stride;
   const int lane = row % kPanel, second = row / kPanel % 2;
   if constexpr (is_float(Type)) {
-    for (int64_t i = 0; i < k; i++) out[i] = load_float<Type>(w + i * kPanel * float_bytes(Type))[lane];
+    const uint8_t* w = float_panel<Type>(part, row / kPanel);
+    for (int64_t i = 0; i < k; i++) {
+      const uint8_t* at = w + i / kSideBySide<Type> * kFloatStep<Type>;
+      out[i] = (i % kSideBySide<Type> ? load_float<Type, 1>(at) : load_float<Type, 0>(at))[lane];
+    }
   } else {
     constexpr Layout layout = layout_of(Type);
     constexpr int groups = has_halves(Type) ? 2 : 1, steps = 8 / groups;
-    w -= second * part.stride;
-    const uint8_t* header = w;
+    const uint8_t *w = part.data + row / kPanel / 2 * 2 * part.stride, *header = w;
     for (int64_t b = 0; b < k / kBlock; b++, w += 2 * layout.block) {
       if (layout.header && b % kSuper == 0) header = w + second * layout.header, w += 2 * layout.header;
       const uint8_t* block = w + second * layout.block;

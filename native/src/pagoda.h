@@ -53,7 +53,7 @@ enum pg_op_kind : int32_t {
 
 enum pg_op_flags : int32_t {
   PG_ADD = 1,          // matmul, norm: add to out
-  PG_QUANTIZE = 2,     // quantize out to 8 bits for the matmul that reads it
+  PG_QUANTIZE = 2,     // set by pg_program: also make the forms of out that products read, in 8 bits or bf16
   PG_LOGIT_ROWS = 4,   // runs over rows of logits instead of tokens
   PG_FRAMES = 8,       // attend all: over the tokens of the frame instead of the request
   PG_CLAMPED = 32,     // experts up: clamped(gate, up) = min(gate, 7) * sigmoid(1.702 min(gate, 7)) * (up within -7 and 7, + 1)

@@ -241,6 +241,16 @@ template <typename T> void transpose_panel(const pg_part& from, int64_t panel, u
   }
 }
 
+// Of bf16: two values at a time, which stay side by side.
+void pair_panel(const pg_part& from, int64_t panel, uint8_t* to) {
+  for (int r = 0; r < kPanel && panel * kPanel + r < from.rows; r++) {
+    const uint8_t* row = from.data + (panel * kPanel + r) * from.k * 2;
+    uint8_t* lane = to + (panel % 2 * kPanel + r) * 4;
+    for (int64_t k = 0; k + 2 <= from.k; k += 2) memcpy(lane + k / 2 * 2 * kPanel * 4, row + k * 2, 4);
+    if (from.k % 2) memcpy(lane + from.k / 2 * 2 * kPanel * 4, row + (from.k - 1) * 2, 2);
+  }
+}
+
 using RepackPanel = void (*)(const pg_part&, int64_t, uint8_t*);
 
 template <int To> RepackPanel quantizer(int32_t from) {
@@ -259,7 +269,8 @@ RepackPanel repacker(const pg_part& from) {
   }
   switch (from.type) {
     case PG_F32: return transpose_panel<uint32_t>;
-    case PG_F16: case PG_BF16: return transpose_panel<uint16_t>;
+    case PG_F16: return transpose_panel<uint16_t>;
+    case PG_BF16: return pair_panel;
     case PG_Q4_0: return repack_panel<PG_Q4_0>;
     case PG_Q4_1: return repack_panel<PG_Q4_1>;
     case PG_Q5_0: return repack_panel<PG_Q5_0>;

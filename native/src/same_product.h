@@ -16,9 +16,9 @@ inline bool same_product(const Kernels& a, const Kernels& b) {
   for (size_t i = 0; i < x.size(); i++) x[i] = (float)(i * 29 % 101) - 50.0f;
   std::vector<int8_t> q(rows * k);
   std::vector<int32_t> n(rows * blocks), h(2 * rows * blocks);
-  b.quantize(x.data(), rows * k, {q.data(), d.data(), s.data(), n.data(), h.data(), nullptr});
+  b.quantize(x.data(), rows * k, {q.data(), d.data(), s.data(), n.data(), h.data(), nullptr, nullptr});
   const Part part = {PG_Q4_1, outputs, 0, 0, panel_bytes(PG_Q4_1, k), w.data()};
-  const Rows activations = {x.data(), q.data(), d.data(), s.data(), n.data(), h.data(), nullptr, k};
+  const Rows activations = {x.data(), q.data(), d.data(), s.data(), n.data(), h.data(), nullptr, nullptr, k};
   std::vector<float> one(rows * outputs), other(rows * outputs);
   a.matmul(part, 0, 2, activations, 0, rows, {one.data(), outputs, nullptr, false});
   b.matmul(part, 0, 2, activations, 0, rows, {other.data(), outputs, nullptr, false});

@@ -199,7 +199,7 @@ class StepJob : public Job {
       }
     }
     if (op.order > 0) put_in_order(c_.orders[op.order - 1], out, c_.row_scratch[thread].data());
-    if (op.flags & PG_QUANTIZE) c_.kernels->quantize(out, c_.buffers[op.out].width, c_.buffers[op.out].codes(row));
+    if (op.flags & PG_QUANTIZE) make_forms(k, out, c_.buffers[op.out].width, c_.buffers[op.out].codes(row));
   }
 
   static void put_in_order(const std::vector<int32_t>& places, float* row, float* scratch) {
@@ -223,7 +223,7 @@ class StepJob : public Job {
     return reinterpret_cast<float*>(c_.rope_pages.data()) + (token + (local ? c_.dims.max_tokens : 0)) * c_.dims.rope_dim;
   }
 
-  void quantize(const Buffer& b, int64_t row) { c_.kernels->quantize(b.row(row), b.width, b.codes(row)); }
+  void quantize(const Buffer& b, int64_t row) { make_forms(*c_.kernels, b.row(row), b.width, b.codes(row)); }
 
   int request_of(int64_t token) const {
     return (int)(std::upper_bound(st_.starts, st_.starts + st_.requests + 1, (int32_t)token) - st_.starts) - 1;
@@ -260,7 +260,7 @@ class StepJob : public Job {
     const Weight& w = c_.weights[op.weight];
     const Buffer& in = c_.buffers[op.in];
     const Codes codes = in.codes(task.row);
-    const Rows a = {in.row(task.row), codes.q, codes.d, codes.s, codes.n, codes.h, codes.wide, w.k};
+    const Rows a = {in.row(task.row), codes.q, codes.d, codes.s, codes.n, codes.h, codes.wide, codes.bf16, w.k};
     const Out out = {to, stride, vector(op.vector), (op.flags & PG_ADD) != 0};
     const Cut cut(w, task.rows, chain.threads);
     const int64_t block = chunk / cut.chunks, from = chunk % cut.chunks * cut.step, end = std::min(w.panels, from + cut.step);

@@ -25,8 +25,10 @@ PG_INLINE F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
 PG_INLINE F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 PG_INLINE F load_f16(const uint16_t* p) { return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 PG_INLINE void store_f16(uint16_t* p, F v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
-PG_INLINE F load_bf16(const uint16_t* p) {
-  return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+// The lower or the upper of each pair of values.
+PG_INLINE F load_bf16(const uint16_t* p, bool upper) {
+  const I both = *reinterpret_cast<const I*>(p);
+  return (F)(upper ? both & INT32_C(-65536) : both << 16);
 }
 PG_INLINE F load_u8(const uint8_t* p) { return to_float((I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
 PG_INLINE F load_i8(const uint8_t* p) { return to_float((I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }

@@ -60,7 +60,11 @@ PG_INLINE B load_bytes(const uint8_t* p) { return {load_half<B16>(p), load_half<
 PG_INLINE I load_u16(const uint16_t* p) {
   return {__builtin_convertvector(load_half<U4>(p), I4), __builtin_convertvector(load_half<U4>(p + 4), I4)};
 }
-PG_INLINE F load_bf16(const uint16_t* p) { return bits_to_float(load_u16(p) << 16); }
+// The lower or the upper of each pair of values.
+PG_INLINE F load_bf16(const uint16_t* p, bool upper) {
+  const I both = {load_half<I4>(p), load_half<I4>(p + 8)};
+  return bits_to_float(upper ? both & INT32_C(-65536) : both << 16);
+}
 PG_INLINE F load_u8(const uint8_t* p) { I4 a = {p[0], p[1], p[2], p[3]}, b = {p[4], p[5], p[6], p[7]}; return to_float(pair(a, b)); }
 PG_INLINE F load_i8(const uint8_t* p) {
   typedef int8_t C4 __attribute__((vector_size(4)));

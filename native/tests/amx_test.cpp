@@ -38,7 +38,7 @@ int check(const Kernels& base, const Kernels& t, int32_t type) {
   const Part part = {type, outputs, 0, 0, panel_bytes(type, k), w.data()};
   const std::vector<float> x = normal(rows * k), start = normal(rows * 40);
   const Quantized codes(base, x);
-  const Rows a = {x.data(), codes.q.data(), codes.d.data(), codes.s.data(), codes.n.data(), codes.h.data(), codes.wide.data(), k};
+  const Rows a = codes.rows(x, k);
   int failures = 0;
   for (Range r : {Range{0, 16}, {3, 20}, {0, 31}, {5, 37}, {0, 15}, {1, 2}, {2, 530}})
     for (Range p : {Range{0, 5}, {2, 3}}) {
@@ -65,6 +65,7 @@ const Kernels* kernels_avx512() {
   static const Kernels* found = table("avx512");
   return found;
 }
+const Kernels* kernels_bf16() { return kernels_avx512(); }
 }  // namespace pagoda
 
 int main() {

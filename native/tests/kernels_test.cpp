@@ -37,7 +37,7 @@ void test_product(const Kernels& t, int32_t type) {
   const int m = 19;  // tiles of several sizes; m = 1 and 2 below
   const std::vector<float> x = normal(m * k);
   const Quantized codes(t, x);
-  const Rows a = {x.data(), codes.q.data(), codes.d.data(), codes.s.data(), codes.n.data(), codes.h.data(), codes.wide.data(), k};
+  const Rows a = codes.rows(x, k);
   std::vector<float> out(m * panels * 8), bias = normal(panels * 8);
   for (auto [from, to] : {std::pair<int, int>{0, 19}, {0, 1}, {1, 3}})
     t.matmul(part, 0, panels, a, from, to, {out.data(), panels * 8, bias.data(), false});
@@ -49,7 +49,7 @@ void test_product(const Kernels& t, int32_t type) {
     for (int i = 0; i < m; i++) {
       double expected = 0, size = 0;
       for (int64_t j = 0; j < k; j++) {
-        const double v = is_float(type) ? x[i * k + j] : (double)codes.q[i * k + j] * codes.d[(i * k + j) / 32];
+        const double v = type == PG_BF16 ? codes.rounded(x[i * k + j], i * k + j) : is_float(type) ? x[i * k + j] : (double)codes.q[i * k + j] * codes.d[(i * k + j) / 32];
         expected += v * row[j], size += std::abs(v * row[j]);
       }
       check(close(out[i * panels * 8 + r], expected + bias[r], size), t.name, "product, type", type);

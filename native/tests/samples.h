@@ -19,12 +19,23 @@ inline std::vector<float> normal(int64_t n, float scale = 1.0f) {
 
 struct Quantized {  // activations
   Quantized(const Kernels& t, const std::vector<float>& x) : q(x.size()), d(x.size() / 32), s(d.size()), n(d.size()), h(2 * d.size()), wide(x.size()) {
-    t.quantize(x.data(), x.size(), {q.data(), d.data(), s.data(), n.data(), h.data(), wide.data()});
+    t.quantize(x.data(), x.size(), {q.data(), d.data(), s.data(), n.data(), h.data(), wide.data(), nullptr});
+    if (t.to_bf16) bf16.resize(x.size()), t.to_bf16(x.data(), x.size(), bf16.data());
   }
   std::vector<int8_t> q;
   std::vector<float> d, s;
   std::vector<int32_t> n, h;
   std::vector<int16_t> wide;
+  std::vector<uint16_t> bf16;
+  Rows rows(const std::vector<float>& x, int64_t k) const {
+    return {x.data(), q.data(), d.data(), s.data(), n.data(), h.data(), wide.data(), bf16.empty() ? nullptr : bf16.data(), k};
+  }
+  float rounded(float x, int64_t i) const {  // value i, as products in bf16 take it
+    if (bf16.empty()) return x;
+    const uint32_t bits = (uint32_t)bf16[i] << 16;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+  }
 };
 
 // Random panels: any bytes are codes; the f16 scales behind or in front of them are made small and finite.

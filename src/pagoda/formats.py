@@ -33,7 +33,7 @@ EIGHT_BITS_OF_INT4 = ("v", "down", "down_experts", "down_shared")
 """Slots that suffer most from rounding: --quantization int4 makes 8 bits of them."""
 
 EXACT = ("router", "beta", "decay")
-"""Slots of small matrices that decide much: they stay as they are stored."""
+"""Slots of small matrices that decide much: they stay as they are stored, or in float32."""
 
 INT4_GROUP = 32
 """Inputs that share a scale in what int4 makes on a GPU."""

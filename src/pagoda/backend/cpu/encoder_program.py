@@ -39,7 +39,6 @@ class EncoderProgram(Program):
             self._layer(i, layer)
         self._emit(native.GATHER, in_=X, out=LAST, flags=native.LOGIT_ROWS)
         self._emit(native.HIDDEN, in_=LAST, flags=native.LOGIT_ROWS)
-        self._quantize_inputs()
         return self._ops
 
     def _layer(self, i: int, layer: Layer) -> None:

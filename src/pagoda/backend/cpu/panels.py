@@ -38,6 +38,8 @@ def panel_type(slot: str, tensor: Tensor, quantization: str | None) -> str:
     """What a matrix is once it is repacked. `quantization` int8 or int4 makes 8 or 4 bits of float ones."""
     kind = tensor.type if tensor.type in native.TYPES else "F32"
     part = slot.rpartition(".")[2]
+    if part in EXACT and kind == "BF16":
+        return "F32"  # products in bf16 may round their input to bf16
     if quantization not in QUANTIZE_ON_LOAD or kind not in FLOATS or tensor.shape[-1] % 32 or part in EXACT:
         return kind
     return "Q8_0" if quantization == "int8" else _INT4.get(part, "Q4_1")
@@ -64,9 +66,9 @@ def in_their_order(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     return out, orders
 
 
-def runnable(tensor: Tensor) -> Tensor:
-    """The tensor in a type that the kernels run; others are widened to float32."""
-    if tensor.type in native.TYPES:
+def runnable(tensor: Tensor, panel_type: str) -> Tensor:
+    """The tensor in a type that the kernels run; others, and what is to be in float32, are widened."""
+    if tensor.type == panel_type or (tensor.type in native.TYPES and panel_type != "F32"):
         return tensor
     values = np.ascontiguousarray(dequantize(tensor), dtype=np.float32)
     return Tensor(tensor.name, tensor.shape, "F32", values.view(np.uint8).ravel())

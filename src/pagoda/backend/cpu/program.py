@@ -15,14 +15,12 @@ from pagoda.backend.base import Progress
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.delta_program import check_delta, delta_dims, delta_of, of_heads, product_width, taps
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Router
-from pagoda.backend.cpu.panels import FLOATS, FUSED, in_their_order, panel_type, runnable
+from pagoda.backend.cpu.panels import FUSED, in_their_order, panel_type, runnable
 from pagoda.errors import ModelError
 from pagoda.weights.files import drop_pages
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import part_of_stack
 from pagoda.weights.source import Tensor
-
-_PRODUCTS = (native.MATMUL, native.HEAD, native.EXPERTS_UP, native.EXPERTS_DOWN)
 
 MAX_ROWS = 32
 """Rows of logits that go through the head at a time; more are taken in turns."""
@@ -82,7 +80,6 @@ class Program:
         self._panel_types = {s: panel_type(s, t, quantization) for s, t in self._tensors.items() if len(t.shape) > 1}
         self._progress = progress or (lambda phase, share: None)
         self._ops: list[Op] = []
-        self._quantized: set[int] = set()  # ids of weights that hold a part which is not float
         check_spec(spec)
         self._orders = {name: lib.order(order) for name, order in orders.items()}
         self._weights()
@@ -141,12 +138,10 @@ class Program:
         return weight
 
     def _stack(self, tensors: Sequence[Tensor], slots: Sequence[str], behind: int = -1) -> int:
-        ready = [runnable(t) for t in tensors]
+        ready = [runnable(t, self._panel_types[s]) for s, t in zip(slots, tensors, strict=True)]
         parts = [(t.data, t.shape[0], t.shape[1], t.type) for t in ready]
         weight = self._lib.weight(parts, [self._panel_types[s] for s in slots], behind)
         drop_pages(tensors)  # so that the whole model is never there twice
-        if any(self._panel_types[s] not in FLOATS for s in slots):
-            self._quantized.add(weight)
         return weight
 
     def _vector(self, *slots: str, scale: float = 1.0) -> int:
@@ -204,7 +199,6 @@ class Program:
             self._emit(native.HEAD, in_=LAST_NORMED, weight="head", vector="head_bias", flags=rows, f2=cap)
         else:
             self._emit(native.HIDDEN, in_=LAST_NORMED, flags=rows)
-        self._quantize_inputs()
         return self._ops
 
     def _mixer(self, i: int, layer: Layer, order: str = "") -> None:
@@ -286,15 +280,6 @@ class Program:
     ) -> None:  # fmt: skip
         w, v, v2 = (self.ids.get(name, -1) for name in (weight, vector, vector2))
         self._ops.append(Op(kind, in_, out, w, v, v2, layer, flags, f, window, self._orders.get(order, 0), f2))
-
-    def _quantize_inputs(self) -> None:
-        """Let the producer of each quantized product's input quantize it, once."""
-        producer: dict[int, Op] = {}
-        for op in self._ops:
-            if op.kind in _PRODUCTS and op.weight in self._quantized:
-                producer[op.in_].flags |= native.QUANTIZE
-            if op.out >= 0:
-                producer[op.out] = op
 
 
 def narrow_end(spec: ModelSpec) -> bool:

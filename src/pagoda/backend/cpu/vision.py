@@ -106,7 +106,6 @@ class VisionProgram(Program):
                 place = v.deep_layers.index(i)
                 self._merge(f"deep.{place}.", place + 1, parts=1)
         self._merge("", 0, parts=v.merge_size**2)
-        self._quantize_inputs()
         return self._ops
 
     def _merge(self, p: str, place: int, parts: int) -> None:
