@@ -241,14 +241,17 @@ template <typename T> void transpose_panel(const pg_part& from, int64_t panel, u
   }
 }
 
-// Of bf16: two values at a time, which stay side by side.
+// Of bf16: two values at a time, which stay side by side; some k of all rows, so that what is written is in the cache.
 void pair_panel(const pg_part& from, int64_t panel, uint8_t* to) {
-  for (int r = 0; r < kPanel && panel * kPanel + r < from.rows; r++) {
-    const uint8_t* row = from.data + (panel * kPanel + r) * from.k * 2;
-    uint8_t* lane = to + (panel % 2 * kPanel + r) * 4;
-    for (int64_t k = 0; k + 2 <= from.k; k += 2) memcpy(lane + k / 2 * 2 * kPanel * 4, row + k * 2, 4);
-    if (from.k % 2) memcpy(lane + from.k / 2 * 2 * kPanel * 4, row + (from.k - 1) * 2, 2);
-  }
+  constexpr int64_t at_once = 128, step = 2 * kPanel * 4;
+  for (int64_t first = 0; first < from.k; first += at_once)
+    for (int r = 0; r < kPanel && panel * kPanel + r < from.rows; r++) {
+      const uint8_t* row = from.data + ((panel * kPanel + r) * from.k + first) * 2;
+      uint8_t* lane = to + first / 2 * step + (panel % 2 * kPanel + r) * 4;
+      const int64_t n = from.k - first < at_once ? from.k - first : at_once;
+      for (int64_t i = 0; i < n / 2; i++) memcpy(lane + i * step, row + i * 4, 4);
+      if (n % 2) memcpy(lane + n / 2 * step, row + (n - 1) * 2, 2);
+    }
 }
 
 using RepackPanel = void (*)(const pg_part&, int64_t, uint8_t*);

@@ -94,14 +94,15 @@ void test_delta(const Kernels& t, bool tiled) {
   const std::vector<float> in = normal(tokens * width), taps = normal(kernel * channels), norm = normal(dv), dt = normal(heads);
   const std::vector<float> rate(heads, 0.5f);
   std::vector<float> results[2];
-  for (const Kernels* k : {&t, kernels_generic()}) {
+  for (int table : {0, 1}) {
+    const Kernels* k = table ? kernels_generic() : &t;
     std::vector<float> state(delta_state(dk, dv, heads / keys, kernel), NAN), scratch(2 * (dk + dv)), out(tokens * heads * dv);
     for (int head = 0; head < keys; head++)
       for (auto [from, to] : {std::pair<int, int>{0, 2}, {2, tokens}})
         k->delta({in.data() + from * width, width, out.data() + from * heads * dv, heads * dv, to - from, head, keys, heads, dk, dv,
                   kernel, tiled, from == 0, taps.data(), channels, rate.data(), dt.data(), norm.data(), 1e-6f, state.data()}, scratch.data());
-    results[k != &t] = out;
-    results[k != &t].insert(results[k != &t].end(), state.begin(), state.end());
+    results[table] = out;
+    results[table].insert(results[table].end(), state.begin(), state.end());
   }
   double top = 0;
   for (float v : results[1]) top = std::max(top, (double)std::abs(v));
