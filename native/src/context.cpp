@@ -153,7 +153,7 @@ Buffer make_buffer(const pg_buffer& from, const pg_dims& d, Reads reads) {
   Buffer b{from.width, rows, {}, {}, {}, {}, {}, {}, {}, {}};
   if (reads.floats) b.f = Pages(rows * from.width * 4 + 32);
   if (reads.bf16) b.bf16 = Pages(rows * from.width * 2);
-  if (reads.codes) {
+  if (from.width % kBlock == 0 && (reads.codes || !reads.bf16)) {  // where none is read: pages that nobody touches cost nothing
     b.q = Pages(rows * from.width), b.d = Pages(rows * blocks * 4);
     b.s = Pages(rows * blocks * 4), b.n = Pages(rows * blocks * 4), b.h = Pages(rows * blocks * 8);
     if (reads.wide) b.wide = Pages(rows * from.width * 2);
