@@ -109,10 +109,10 @@ class CpuExecutor:
 
 
 def _kind_of_cache(asked: str, tensors: Mapping[str, Tensor]) -> int:
-    """`auto` is bfloat16 (where the processor multiplies it) unless all matrices are float32."""
+    """`auto` is bfloat16 (where the processor multiplies it) unless all matrices are finer floats."""
     if memory.kv_type(asked) == "int8":
         return native.KV_INT8
-    exact = all(t.type == "F32" for t in tensors.values() if len(t.shape) > 1)
+    exact = all(t.type in ("F32", "F16") for t in tensors.values() if len(t.shape) > 1)
     return native.KV_F16 if asked == "float16" or (asked == "auto" and exact) else native.KV_BF16
 
 
