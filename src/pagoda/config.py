@@ -174,7 +174,7 @@ class Options(HttpOptions):
     kv_cache_dtype: str = option(
         "auto",
         "How keys and values are kept. auto: on a GPU the type of computation, on a CPU bfloat16 if the processor "
-        "multiplies it and weights are no finer floats, else float16. int8, q8_0, fp8, fp8_e4m3, fp8_e5m2: 8 bits, half "
+        "multiplies it and weights are not finer, else float16. int8, q8_0, fp8, fp8_e4m3, fp8_e5m2: 8 bits, half "
         "the cache; on a CPU numbers from -127 to 127 with a float16 scale for each 32, nearer to the values than fp8",
         "Machine",
         choices=("auto", "float16", "bfloat16", *KV_EIGHT_BITS),
