@@ -24,6 +24,27 @@ _EXPERTS = {
 }
 _PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 
+_GROUPS = {"n_group": 4, "topk_group": 2}
+_LATENT = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+}
+# a small base and a long context spread the ramp over several pairs
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 128,
+}
+
 CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "glm4_moe": {
@@ -38,11 +59,29 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "model_type": "glm4_moe",
             **_EXPERTS,
             "head_dim": 32,
-            "n_group": 4,
-            "topk_group": 2,
+            **_GROUPS,
             "norm_topk_prob": False,
             "rope_parameters": _PARTIAL,
         },
+        "deepseek_v2-lite": {
+            "model_type": "deepseek_v2",
+            **_EXPERTS,
+            **_LATENT,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_parameters": _YARN,
+        },
+        "deepseek_v2": {
+            "model_type": "deepseek_v2",
+            **_EXPERTS,
+            **_LATENT,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+        },
+        "deepseek_v3": {"model_type": "deepseek_v3", **_EXPERTS, **_LATENT, **_GROUPS, "rope_parameters": _YARN},
+        "glm4_moe_lite": {"model_type": "glm4_moe_lite", **_EXPERTS, **_LATENT, "rms_norm_eps": 1e-6},
     }
 )
 _GGUF: Mapping[str, str] = MappingProxyType({"glm4_moe": "glm4moe"})
@@ -66,20 +105,22 @@ def write_case(path: Path, case: str, **changes: Any) -> Any:
     return model
 
 
-def write_case_gguf(path: Path, model: Any, kind: str = "F32", words: Mapping[str, Any] | None = None) -> None:
-    """Write a model as converters to GGUF do: matrices in `kind`, all else F32."""
+def write_case_gguf(
+    path: Path, model: Any, kind: str = "F32", words: Mapping[str, Any] | None = None, *, old: bool = False
+) -> None:
+    """Write a model as converters to GGUF do: matrices in `kind`, all else F32. `old`: with k_b and v_b in one."""
     config = model.config
-    arch = _GGUF[config.model_type]
+    arch = _GGUF.get(config.model_type, "deepseek2")
     tensors: dict[str, Any] = {}
-    for name, values in _stored(model, arch):
+    for name, values in _stored(model, arch, old):
         tensors[name] = (values, kind) if values.ndim > 1 and "ffn_gate_inp" not in name else values
     ends = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
-    table = {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in _numbers(config).items()}}
+    table = {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in _numbers(config, old).items()}}
     write_gguf(path, {**table, **(ends if words is None else words)}, tensors)
 
 
-def _numbers(config: Any) -> dict[str, Any]:
-    return {
+def _numbers(config: Any, old: bool) -> dict[str, Any]:
+    numbers = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -96,7 +137,33 @@ def _numbers(config: Any) -> dict[str, Any]:
         "expert_weights_norm": bool(config.norm_topk_prob),
         "expert_group_count": config.n_group,
         "expert_group_used_count": config.topk_group,
-        **_heads(config),
+        **(_latent(config, old) if hasattr(config, "kv_lora_rank") else _heads(config)),
+    }
+    if (recipe := config.rope_parameters)["rope_type"] == "yarn":
+        numbers |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": recipe["factor"],
+            "rope.scaling.original_context_length": recipe["original_max_position_embeddings"],
+            "rope.scaling.yarn_beta_fast": recipe["beta_fast"],
+            "rope.scaling.yarn_beta_slow": recipe["beta_slow"],
+            "rope.scaling.yarn_log_multiplier": 0.1 * recipe["mscale_all_dim"],
+        }
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def _latent(config: Any, old: bool) -> dict[str, Any]:
+    """Files that have the matrices of both directions in one speak of heads as they would be without what is kept."""
+    size, turned = config.qk_nope_head_dim + config.qk_rope_head_dim, config.qk_rope_head_dim
+    apart = {"attention.key_length_mla": size, "attention.value_length_mla": config.v_head_dim}
+    return {
+        "attention.head_count_kv": config.num_attention_heads if old else 1,
+        "attention.q_lora_rank": config.q_lora_rank,
+        "attention.kv_lora_rank": config.kv_lora_rank,
+        "attention.key_length": size if old else config.kv_lora_rank + turned,
+        "attention.value_length": config.v_head_dim if old else config.kv_lora_rank,
+        "rope.dimension_count": turned,
+        "expert_gating_func": None if config.model_type == "deepseek_v2" else 2,
+        **({} if old else apart),
     }
 
 
@@ -110,7 +177,7 @@ def _heads(config: Any) -> dict[str, Any]:
     }
 
 
-def _stored(model: Any, arch: str) -> Iterator[tuple[str, Any]]:
+def _stored(model: Any, arch: str, old: bool) -> Iterator[tuple[str, Any]]:
     """The tensors under the names of converters."""
     arch_id = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(arch_id, model.config.num_hidden_layers)
@@ -122,9 +189,138 @@ def _stored(model: Any, arch: str) -> Iterator[tuple[str, Any]]:
             yield f"blk.{layer}.ffn_up_exps.weight", np.ascontiguousarray(values[:, size:])
         elif name.endswith("experts.down_proj"):
             yield f"blk.{layer}.ffn_down_exps.weight", values
+        elif name.endswith("kv_b_proj.weight") and not old:
+            c = model.config
+            own = values.reshape(c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
+            k_b, v_b = own[:, : c.qk_nope_head_dim], own[:, c.qk_nope_head_dim :]
+            yield f"blk.{layer}.attn_k_b.weight", np.ascontiguousarray(k_b.transpose(0, 2, 1))
+            yield f"blk.{layer}.attn_v_b.weight", np.ascontiguousarray(v_b)
         elif name.endswith("e_score_correction_bias"):
             yield f"blk.{layer}.exp_probs_b.bias", values
         else:
             stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
             assert stored is not None, name
             yield stored, values
+
+
+_V2_ROPE = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+    "original_max_position_embeddings": 4096,
+    "type": "yarn",
+}
+PUBLIC: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "deepseek_v2-lite": {
+            "model_type": "deepseek_v2",
+            "vocab_size": 102400,
+            "hidden_size": 2048,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "n_shared_experts": 2,
+            "n_routed_experts": 64,
+            "num_experts_per_tok": 6,
+            "routed_scaling_factor": 1.0,
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 128,
+            "v_head_dim": 128,
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_layer_freq": 1,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": False,
+            "scoring_func": "softmax",
+            "max_position_embeddings": 163840,
+            "rope_theta": 10000,
+            "rope_scaling": _V2_ROPE,
+            "rms_norm_eps": 1e-06,
+        },
+        "deepseek_v3": {
+            "model_type": "deepseek_v3",
+            "vocab_size": 129280,
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "moe_intermediate_size": 2048,
+            "num_hidden_layers": 61,
+            "num_attention_heads": 128,
+            "n_shared_experts": 1,
+            "n_routed_experts": 256,
+            "num_experts_per_tok": 8,
+            "routed_scaling_factor": 2.5,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 1536,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 128,
+            "v_head_dim": 128,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "n_group": 8,
+            "topk_group": 4,
+            "first_k_dense_replace": 3,
+            "norm_topk_prob": True,
+            "max_position_embeddings": 163840,
+            "rope_theta": 10000,
+            "rope_scaling": {**_V2_ROPE, "mscale": 1.0, "mscale_all_dim": 1.0},
+            "rms_norm_eps": 1e-06,
+        },
+        "glm4_moe_lite": {
+            "model_type": "glm4_moe_lite",
+            "vocab_size": 154880,
+            "hidden_size": 2048,
+            "intermediate_size": 10240,
+            "moe_intermediate_size": 1536,
+            "num_hidden_layers": 47,
+            "num_attention_heads": 20,
+            "n_shared_experts": 1,
+            "n_routed_experts": 64,
+            "num_experts_per_tok": 4,
+            "routed_scaling_factor": 1.8,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 768,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 192,
+            "v_head_dim": 256,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "max_position_embeddings": 202752,
+            "rope_theta": 1000000,
+            "partial_rotary_factor": 1.0,
+            "rms_norm_eps": 1e-05,
+        },
+        "glm4_moe": {
+            "model_type": "glm4_moe",
+            "vocab_size": 151552,
+            "hidden_size": 4096,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "num_hidden_layers": 46,
+            "num_attention_heads": 96,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_bias": True,
+            "use_qk_norm": False,
+            "n_shared_experts": 1,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 8,
+            "routed_scaling_factor": 1.0,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "partial_rotary_factor": 0.5,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1000000,
+            "rms_norm_eps": 1e-05,
+        },
+    }
+)

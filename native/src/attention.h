@@ -11,7 +11,7 @@ namespace PG_NS {
 template <bool Int8> struct KvBlock {  // of one head
   KvBlock(const KvCache& c, const uint8_t* at)
       : keys(at), values(at + c.values() * (Int8 ? 1 : 2)),
-        key_scales((const uint16_t*)(at + 2 * c.values())), value_scales(key_scales + c.scales()) {}
+        key_scales((const uint16_t*)(at + c.both() * c.values())), value_scales(key_scales + c.scales()) {}
   const uint8_t *keys, *values;
   const uint16_t *key_scales, *value_scales;  // in 8 bits only
 };
@@ -196,13 +196,53 @@ PG_INLINE int values_of(const AttentionJob& job, const int32_t* table, Seen seen
   return d;
 }
 
+// The first `count` values of a column of keys, and zeros: what lies behind may be of another request, and no number.
+template <bool Int8> PG_INLINE W load_first(const uint8_t* keys, int column, int count) {
+  constexpr int bytes = Int8 ? 1 : 2;
+  uint8_t first[kTokens * bytes] = {};
+  memcpy(first, keys + (int64_t)column * kTokens * bytes, count * bytes);
+  if constexpr (Int8) return load_wide_i8(first);
+  else return load_wide_f16((const uint16_t*)first);
+}
+
+// The same of values that are a part of the keys: the lanes are tokens, and come together behind the last block.
+template <int N, int C, bool Int8>
+PG_INLINE void key_values_of(const AttentionJob& job, const int32_t* table, Seen seen, const float* weights, float* partials) {
+  const KvCache& cache = *job.cache;
+  const int size = cache.value_dim();
+  for (int d = 0; d < size; d += C) {
+    W sums[N][C] = {};
+    for (int b = seen.first; b < seen.last; b++) {
+      const KvBlock<Int8> block(cache, cache.at(job.layer, table[b], job.kv_head));
+      const int column = cache.turned + d, count = seen.tokens - b * kTokens;
+      W keys[C];
+      for (int c = 0; c < C; c++) {
+        if (count < kTokens) keys[c] = load_first<Int8>(block.keys, column + c, count);
+        else if constexpr (Int8) keys[c] = load_wide_i8(block.keys + (column + c) * kTokens);
+        else keys[c] = load_wide_f16((const uint16_t*)block.keys + (column + c) * kTokens);
+      }
+      for (int n = 0; n < N; n++) {
+        W weight = load_wide(weights + n * kSegment + b * kTokens);
+        if constexpr (Int8) weight = weight * load_wide_f16(block.key_scales + column / kKvGroup * kTokens);
+        for (int c = 0; c < C; c++) sums[n][c] = fma(weight, keys[c], sums[n][c]);
+      }
+    }
+    for (int n = 0; n < N; n++)
+      for (int c = 0; c < C; c++) {
+        float lanes[kTokens];
+        store_wide(lanes, sums[n][c]);
+        partials[n * partial_width(size) + d + c] = sum_lanes(load(lanes) + load(lanes + 8));
+      }
+  }
+}
+
 // The segment [start, start + 512) for N consecutive query vectors, from `first`.
 template <int N, bool Int8>
 void segment(const AttentionJob& job, int first, int start, const float* q, float* scores, float* partials) {
-  const int dim = job.cache->head_dim, width = partial_width(dim);
+  const int size = job.cache->value_dim(), width = partial_width(size);
   const int last = last_seen(job, first + N - 1), least = first_seen(job, first);  // of all these queries
-  q += first * dim, partials += first * width;
-  for (int n = 0; n < N; n++) partials[n * width + dim + 1] = 0.0f;
+  q += first * job.cache->head_dim, partials += first * width;
+  for (int n = 0; n < N; n++) partials[n * width + size + 1] = 0.0f;
   if (start > last || least >= start + kSegment) return;
   const int end = last + 1 < start + kSegment ? last + 1 - start : kSegment;
   const Seen seen = {least > start ? (least - start) / kTokens : 0, (end + kTokens - 1) / kTokens, end};
@@ -212,12 +252,14 @@ void segment(const AttentionJob& job, int first, int start, const float* q, floa
   for (int n = 0; n < N; n++) {
     const int low = first_seen(job, first + n) - start, high = last_seen(job, first + n) + 1 - start;
     const int from = seen.first * kTokens, count = seen.last * kTokens;
-    float *tail = partials + n * width + dim, *own = scores + n * kSegment;
+    float *tail = partials + n * width + size, *own = scores + n * kSegment;
     if (job.soft_cap > 0.0f) soft_cap(own + from, count - from, job.soft_cap);
     if (high > from && low < count) soften(own, from, count, low, high, tail[0], tail[1]);
     else memset(own + from / kHalves, 0, (count - from) / kHalves * sizeof(float));
   }
   constexpr int columns = Int8 && columns_at_once(N) > 2 ? 2 : columns_at_once(N);  // of one scale
+  if constexpr (kHalves == 1)
+    if (job.cache->turned > 0) return key_values_of<N, columns, Int8>(job, table, seen, scores, partials);
   const int d = values_of<N, columns, Int8>(job, table, seen, 0, scores, partials);
   values_of<N, 1, Int8>(job, table, seen, d, scores, partials);
 }
@@ -254,7 +296,7 @@ PG_INLINE void scale_queries(const AttentionJob& job, float* q) {
 }
 
 PG_INLINE void join_segment(const AttentionJob& job, const float* partials, Running* running, float* acc) {
-  const int dim = job.cache->head_dim, width = partial_width(dim);
+  const int dim = job.cache->value_dim(), width = partial_width(dim);
   for (int n = 0; n < job.tokens * job.group; n++) {
     const float *part = partials + n * width, top = part[dim], total = part[dim + 1];
     if (total > 0.0f || total != total) join(running[n], acc + n * dim, part, dim, top, total);
@@ -271,7 +313,7 @@ PG_INLINE float share(const Running& r, const float* sink) {
 }
 
 PG_INLINE void write_out(const AttentionJob& job, const Running* running, const float* acc) {
-  const int dim = job.cache->head_dim;
+  const int dim = job.cache->value_dim();
   for (int n = 0; n < job.tokens * job.group; n++) {
     float* to = job.out + n / job.group * job.out_stride + n % job.group * dim;
     const float scale = share(running[n], job.sinks ? job.sinks + n % job.group : nullptr);
@@ -323,12 +365,13 @@ PG_INLINE uint16_t quantize_kv(const float* x, int n, int8_t* codes) {
 PG_INLINE void store_kv_int8(const KvCache& cache, uint8_t* at, int offset, const float* k, const float* v) {
   const int dim = cache.head_dim;
   uint8_t* values = at + cache.values() + offset * dim;
-  uint16_t *key_scales = (uint16_t*)(at + 2 * cache.values()), *value_scales = key_scales + cache.scales();
+  uint16_t *key_scales = (uint16_t*)(at + cache.both() * cache.values()), *value_scales = key_scales + cache.scales();
   for (int d = 0, place = offset; d < dim; d += kKvGroup, place += kTokens) {
     const int n = dim - d < kKvGroup ? dim - d : kKvGroup;
     int8_t codes[kKvGroup];
     key_scales[place] = quantize_kv(k + d, n, codes);
     for (int i = 0; i < n; i++) at[(d + i) * kTokens + offset] = (uint8_t)codes[i];
+    if (cache.turned > 0) continue;
     value_scales[place] = quantize_kv(v + d, n, codes);
     memcpy(values + d, codes, n);
   }
@@ -341,6 +384,7 @@ void store_kv(const KvCache& cache, int layer, int64_t block, int head, int offs
   uint16_t halves[kMaxHeadDim], *keys = (uint16_t*)at + kHalves * offset;
   store_halves(k, dim, halves);
   for (int d = 0; d < dim; d += kHalves) memcpy(keys + d * kTokens, halves + d, 2 * kHalves);
+  if (cache.turned > 0) return;
   uint16_t* values = (uint16_t*)at + cache.values() + offset / kHalves * kHalves * dim + offset % kHalves;
   store_halves(v, dim, halves);
   for (int d = 0; d < dim; d++) values[kHalves * d] = halves[d];

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "latent_step.h"
+
 namespace pagoda {
 namespace {
 
@@ -78,13 +80,15 @@ void Chain::add(const pg_op& op, int64_t first) {
     const Cut cut(c_.weights[op.weight], rows, threads);
     add_phase(op.kind, &op, rows, first, cut.step, cut.row_blocks * cut.chunks);
   } else if (op.kind == PG_ATTENTION) {
-    add_phase(op.kind, &op, rows, first, 1, (int64_t)attention.size() * c_.dims.kv_heads);
+    add_phase(op.kind, &op, rows, first, 1, (int64_t)attention.size() * c_.head_jobs);
     items.back().attention = (int)cached.size() - 1;
-    if (!joins.empty()) add_phase(kJoin, &op, rows, first, 1, (int64_t)joins.size() * c_.dims.kv_heads);
+    if (!joins.empty()) add_phase(kJoin, &op, rows, first, 1, (int64_t)joins.size() * c_.head_jobs);
   } else if (op.kind == PG_DELTA) {
     add_phase(op.kind, &op, rows, first, 1, (int64_t)st_.requests * c_.dims.delta.key_heads);
   } else if (op.kind == PG_ADAPT) {
     add_adapted(op, rows, first);
+  } else if (op.kind == PG_ABSORB || op.kind == PG_EXPAND) {
+    add_phase(op.kind, &op, rows, first, 1, ceil_div(rows, kHeadRows) * c_.dims.heads);
   } else if (op.kind == PG_ATTEND_ALL) {
     add_encoder_attention(op);
   } else if (op.kind == PG_EXPERTS_UP) {
@@ -97,7 +101,7 @@ void Chain::add(const pg_op& op, int64_t first) {
   }
   if (op.kind == PG_ROUTE) add(kGroup, &op, 1, first);
   if (op.kind == PG_ROPE) cached.push_back(items.size());
-  if ((op.kind == PG_MATMUL || op.kind == PG_ATTENTION || op.kind == PG_ATTEND_ALL || op.kind == PG_DELTA) && op.flags & PG_QUANTIZE) add(kFinishRows, &op, rows, first);
+  if ((op.kind == PG_MATMUL || op.kind == PG_ATTENTION || op.kind == PG_ATTEND_ALL || op.kind == PG_DELTA || op.kind == PG_EXPAND) && op.flags & PG_QUANTIZE) add(kFinishRows, &op, rows, first);
   if (op.kind == PG_HEAD) add(kSample, &op, rows, first);
 }
 
@@ -132,14 +136,14 @@ void Chain::list_adapted(const pg_op& op, int64_t rows, int64_t first) {
 
 // The last tokens, which have the most to read, come first, so that the threads end together.
 void Chain::list_attention() {
-  const int width = std::max(1, kQueryVectors / (c_.dims.heads / c_.dims.kv_heads));
+  const int width = std::max(1, kQueryVectors / (c_.dims.heads / c_.head_jobs));
   for (int r = 0; r < st_.requests; r++) {
     const int from = (int)std::max<int64_t>(0, tokens_.begin - st_.starts[r]);
     const int tokens = (int)std::min<int64_t>(st_.starts[r + 1], tokens_.end) - st_.starts[r] - from;
     for (int tile = (int)ceil_div(tokens, width) - 1; tile >= 0 && tokens > 0; tile--)
       attention.push_back({r, from + tile * width, std::min(width, tokens - tile * width)});
   }
-  if ((int64_t)attention.size() * c_.dims.kv_heads < 4 * threads && threads > 1) split_attention();
+  if ((int64_t)attention.size() * c_.head_jobs < 4 * threads && threads > 1) split_attention();
 }
 
 // Few jobs: cut those with a long context into segments, so that all threads have work.
@@ -153,7 +157,7 @@ void Chain::split_attention() {
     if (segments == 1) { attention.push_back(t); continue; }
     t.partials = parts;
     joins.push_back({t, segments});
-    for (t.segment = 0; t.segment < segments; t.segment++, t.partials = parts += c_.dims.kv_heads) attention.push_back(t);
+    for (t.segment = 0; t.segment < segments; t.segment++, t.partials = parts += c_.head_jobs) attention.push_back(t);
   }
   partials.resize(parts * partial_stride(c_.dims.head_dim));
 }

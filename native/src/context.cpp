@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include "adapt.h"
+#include "latent_step.h"
 #include "isa.h"
 
 using namespace pagoda;
@@ -238,7 +239,13 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     c->buffers.clear(), c->buffers.resize(n_buffers);
     mark_producers(*c);
     for (int i = 0; i < n_buffers; i++) c->buffers[i] = make_buffer(buffers[i], *d, reads_of(*c, i));
-    c->kv = {nullptr, d->layers, d->kv_heads, d->head_dim, d->kv == PG_KV_BF16 && !c->kernels->bf16 ? PG_KV_F16 : d->kv};
+    // keys that are values too are not kept in pairs
+    const bool no_pairs = !c->kernels->bf16 || d->latent.rank;
+    c->kv = {nullptr, d->layers, d->kv_heads, d->head_dim, d->kv == PG_KV_BF16 && no_pairs ? PG_KV_F16 : d->kv,
+             d->latent.rank ? d->head_dim - d->latent.rank : 0};
+    int group = d->heads / d->kv_heads, cuts = 1;
+    while (group % cuts || group / cuts > kQueryVectors) cuts++;
+    c->head_jobs = d->kv_heads * cuts;
     c->kv_pages = Pages((int64_t)d->layers * d->num_blocks * d->kv_heads * c->kv.stride(), true);
     c->kv.data = c->kv_pages.data();
     c->writers.assign(d->num_blocks, -1);
@@ -254,7 +261,8 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     for (auto& b : c->buffers) row = std::max(row, b.width);
     widest = std::max(widest, row);
     for (auto& op : c->ops)
-      if (op.kind == PG_EXPERTS_UP || op.kind == PG_EXPERTS_DOWN) widest = std::max(widest, experts_scratch(c->weights[op.weight]));
+      if (op.kind == PG_ABSORB || op.kind == PG_EXPAND) widest = std::max(widest, heads_scratch(c->weights[op.weight].k));
+      else if (op.kind == PG_EXPERTS_UP || op.kind == PG_EXPERTS_DOWN) widest = std::max(widest, experts_scratch(c->weights[op.weight]));
     for (auto& s : c->row_scratch) s.resize(widest);
     for (auto& s : c->row_values) s.resize(row + kPanel);
     return 0;

@@ -36,20 +36,23 @@ struct Out {
 constexpr int kTokens = 16;       // tokens of a KV block
 constexpr int kSegment = 512;     // tokens attended at a time, cut at absolute positions
 constexpr int kQueryVectors = 32; // query vectors of one attention job
-constexpr int kMaxHeadDim = 512;
+constexpr int kMaxHeadDim = 1024;
 
 constexpr int kKvGroup = 32;      // values of a head that share a scale in an 8-bit cache
 
 // [block][layer][kv head] of K [head_dim][16], then V [16][head_dim]: in f16, or in signed bytes, and behind them the
 // f16 scales of K and those of V, [groups of head_dim][16] each. In bf16 two values of a key, and those of two tokens,
-// lie side by side: K [head_dim / 2][16][2], V [8][head_dim][2].
+// lie side by side: K [head_dim / 2][16][2], V [8][head_dim][2]. Where the values are a part of the keys there is no V.
 struct KvCache {
   uint8_t* data;
   int layers, heads, head_dim;
-  int kind;  // PG_KV_*
+  int kind;        // PG_KV_*
+  int turned = 0;  // > 0: the value of a token is its key from here on
+  int value_dim() const { return head_dim - turned; }
+  int64_t both() const { return turned > 0 ? 1 : 2; }
   int64_t values() const { return (int64_t)kTokens * head_dim; }  // of K or V in a block
   int64_t scales() const { return (int64_t)kTokens * ((head_dim + kKvGroup - 1) / kKvGroup); }
-  int64_t stride() const { return kind == PG_KV_INT8 ? 2 * values() + 4 * scales() : 4 * values(); }
+  int64_t stride() const { return both() * (kind == PG_KV_INT8 ? values() + 2 * scales() : 2 * values()); }
   uint8_t* at(int layer, int64_t block, int head) const { return data + ((block * layers + layer) * heads + head) * stride(); }
 };
 

@@ -43,6 +43,10 @@ enum pg_op_kind : int32_t {
                          // then the norm; eps in f
   PG_OUT_GATE = 21,      // out *= sigmoid(in from column `layer` on)
   PG_GATED_GELU_TANH = 22,  // out = gelu(in[:, :n]) * in[:, n:], by tanh
+  PG_LATENT_KEY = 23,    // out behind its heads = the key of latent attention: of `in` from column `layer` on first what turns,
+                         // which stands behind the rest there, then rmsnorm(the rest) * vector; eps in f
+  PG_ABSORB = 24,        // each head of out = what turns of that head of `in`, then the rest of it * weight^T, its own part
+  PG_EXPAND = 25,        // each head of out = that head of `in` * weight^T, its own part
   PG_ADD_VECTORS = 26,   // out += the `layer`-th of the step's vectors of a token, where it has such
   PG_ADAPT = 28,         // out += what the adapters of the rows' requests add to the product of `in` and weight, which is
                          // stacked of `layer` matrices
@@ -94,6 +98,10 @@ struct pg_delta {  // of gated delta nets; layers 0: there is none
   int32_t slots;  // requests that have a state at once
 };
 
+struct pg_latent {  // of latent attention; rank 0: there is none. A value is the last `rank` values of its key
+  int32_t rank, nope, value_dim;  // nope: of a query, what does not turn; value_dim: of a head, behind PG_EXPAND
+};
+
 struct pg_router {  // of a mixture
   int32_t experts, active, normalized;  // normalized: the shares of the chosen ones add up to 1, times scale
   int32_t sigmoid;                      // shares are the sigmoid of each expert's logit; 0: the softmax over all
@@ -118,6 +126,7 @@ struct pg_dims {
   float local_factor;
   float query_beta;          // the query at position p is multiplied by 1 + query_beta * ln(1 + p / query_length)
   int32_t query_length;
+  pg_latent latent;
 };
 
 struct pg_low_rank {  // what an adapter adds to a product: (in * down^T) * up^T, to the outputs from `column` on

@@ -2,6 +2,8 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <vector>
 
 namespace pagoda {
 
@@ -17,6 +19,15 @@ inline void mean_of_parts(const float* in, int64_t parts, int64_t n, float* out)
 inline void gated(void (*function)(const float*, int64_t, float*), const float* in, int64_t n, float* out) {
   function(in, n, out);
   for (int64_t i = 0; i < n; i++) out[i] *= in[n + i];
+}
+
+inline void put_in_order(const std::vector<int32_t>& places, float* row, float* scratch) {
+  memcpy(scratch, row, places.size() * sizeof(float));
+  for (size_t i = 0; i < places.size(); i++) row[i] = scratch[places[i]];
+}
+
+inline void add_to(float* out, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] += x[i];
 }
 
 }  // namespace pagoda

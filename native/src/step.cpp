@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "adapt.h"
+#include "latent_step.h"
 #include "rows.h"
 #include "valid.h"
 
@@ -124,6 +125,8 @@ class StepJob : public Job {
       case PG_DELTA: return run_delta(c_, st_, *task.op, chunk, c_.row_scratch[thread].data());
       case PG_ADAPT: return adapt_down(c_, chain, task, chunk);
       case kAdaptUp: return adapt_up(c_, chain, task, chunk);
+      case PG_ABSORB:
+      case PG_EXPAND: return head_products(c_, *task.op, task.row, task.rows, chunk, c_.row_scratch[thread].data());
       case kJoin: return join(chain, *task.op, chunk, thread);
       case PG_ATTEND_ALL: return attend_all(chain, task, chunk, thread);
       case PG_EXPERTS_UP:
@@ -174,6 +177,7 @@ class StepJob : public Job {
         memcpy(out, c_.buffers[op.in].row(st_.rows[logit]), c_.buffers[op.out].width * sizeof(float));
         break;
       case PG_PATCHES: take_patch(st_, row, out, c_.buffers[op.out].width); break;
+      case PG_LATENT_KEY: latent_key(c_, op, in, out); break;
       case PG_SILU: k.silu(in, in + c_.buffers[op.out].width, c_.buffers[op.out].width, out); break;
       case PG_ROPE: return rope(op, row);
       case PG_LAYER_NORM:
@@ -202,18 +206,10 @@ class StepJob : public Job {
     if (op.flags & PG_QUANTIZE) make_forms(k, out, c_.buffers[op.out].width, c_.buffers[op.out].codes(row));
   }
 
-  static void put_in_order(const std::vector<int32_t>& places, float* row, float* scratch) {
-    memcpy(scratch, row, places.size() * sizeof(float));
-    for (size_t i = 0; i < places.size(); i++) row[i] = scratch[places[i]];
-  }
-
   const float* vectors_of(int64_t token) const { return st_.vectors + (int64_t)st_.vector_of[token] * st_.vectors_width; }
-  static void add_to(float* out, const float* x, int64_t n) {
-    for (int64_t i = 0; i < n; i++) out[i] += x[i];
-  }
-  // Body(begin, size) of each part of a row of the operation's input.
+  // Body(begin, size) of each part of a row.
   template <typename Body> void in_parts(const pg_op& op, Body body) const {
-    const int64_t parts = std::max(1, op.layer), n = c_.buffers[op.in].width / parts;
+    const int64_t parts = std::max(1, op.layer), n = c_.buffers[op.out].width / parts;
     for (int64_t i = 0; i < parts; i++) body(i * n, n);
   }
 
@@ -298,29 +294,29 @@ class StepJob : public Job {
   AttentionJob job(const pg_op& op, const Tokens& t, int head) const {
     const pg_dims& d = c_.dims;
     const Buffer &in = c_.buffers[op.in], &out = c_.buffers[op.out];
-    const int group = d.heads / d.kv_heads;
-    const int64_t row = st_.starts[t.request] + t.from, column = (int64_t)head * group * d.head_dim;
+    const int group = d.heads / c_.head_jobs;
+    const int64_t row = st_.starts[t.request] + t.from, first = (int64_t)head * group;
     const float* sinks = vector(op.vector);
-    return {&c_.kv, table_of(t.request), op.layer, head, group, t.count, st_.positions[t.request] + t.from,
-            in.row(row) + column, in.width, out.row(row) + column, out.width, op.f,
-            op.window > 0 ? op.window : INT32_MAX, sinks ? sinks + head * group : nullptr, op.f2,
+    return {&c_.kv, table_of(t.request), op.layer, head * d.kv_heads / c_.head_jobs, group, t.count, st_.positions[t.request] + t.from,
+            in.row(row) + first * d.head_dim, in.width, out.row(row) + first * c_.kv.value_dim(), out.width, op.f,
+            op.window > 0 ? op.window : INT32_MAX, sinks ? sinks + first : nullptr, op.f2,
             st_.last_seen ? st_.last_seen + row : nullptr};
   }
 
   void attention(Chain& chain, const pg_op& op, int64_t chunk, int thread) {
-    const Tokens& t = chain.attention[chunk / c_.dims.kv_heads];
-    const int head = (int)(chunk % c_.dims.kv_heads);
+    const Tokens& t = chain.attention[chunk / c_.head_jobs];
+    const int head = (int)(chunk % c_.head_jobs);
     float* scratch = c_.row_scratch[thread].data();
     if (t.segment < 0) return c_.kernels->attention(job(op, t, head), scratch);
     c_.kernels->attention_segment(job(op, t, head), t.segment, &chain.partials[(t.partials + head) * partial_stride(c_.dims.head_dim)], scratch);
   }
 
   void join(const Chain& chain, const pg_op& op, int64_t chunk, int thread) {
-    const Join& j = chain.joins[chunk / c_.dims.kv_heads];
-    const int head = (int)(chunk % c_.dims.kv_heads);
+    const Join& j = chain.joins[chunk / c_.head_jobs];
+    const int head = (int)(chunk % c_.head_jobs);
     const int64_t stride = partial_stride(c_.dims.head_dim);
     c_.kernels->attention_join(job(op, j.tokens, head), &chain.partials[(j.tokens.partials + head) * stride],
-                               c_.dims.kv_heads * stride, j.segments, c_.row_scratch[thread].data());
+                               c_.head_jobs * stride, j.segments, c_.row_scratch[thread].data());
   }
 
   void add_positions(const pg_op& op, int64_t token, float* out) {

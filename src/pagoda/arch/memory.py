@@ -65,8 +65,7 @@ def kv_bytes_per_block(spec: ModelSpec, kv_type: KvType = "float16") -> int:
     if spec.encoder is not None:
         return 0
     attentions = [layer.attention for layer in spec.layers if layer.delta is None]
-    heads = sum(2 * a.kv_heads * _head_bytes(a.head_dim, kv_type) for a in attentions)
-    return heads * BLOCK_SIZE
+    return BLOCK_SIZE * sum(a.kept * _head_bytes(a.head_dim, kv_type) for a in attentions)
 
 
 def state_bytes(spec: ModelSpec) -> int:

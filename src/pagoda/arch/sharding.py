@@ -10,7 +10,7 @@ from pagoda.arch.memory import Limits, vision_bytes
 from pagoda.arch.spec import Attention, Layer, Mlp, ModelSpec
 from pagoda.errors import ConfigError, ModelError
 from pagoda.types import BLOCK_SIZE
-from pagoda.weights.parts import INPUTS, OUTPUTS, part
+from pagoda.weights.parts import INPUTS, OUTPUTS, STACK, part
 from pagoda.weights.source import Tensor
 
 VOCAB_MULTIPLE = 64
@@ -22,7 +22,7 @@ EXCHANGE_BYTES = 256 << 20
 _LOGITS_BYTES, _TABLE_BYTES = 2 * 4, 4  # logits in float32 and a copy to sample from; RoPE tables in float32
 _BY_VOCAB = ("embed", "head", "head_bias")
 _BY_KV_HEADS = ("k", "v", "k_bias", "v_bias")
-_BY_HEADS = ("q", "q_bias", "q_gate", "sinks")
+_BY_HEADS = ("q", "q_bias", "q_gate", "sinks", "q_b", "k_b", "v_b")
 _BY_MLP = ("gate", "up", "gate_bias", "up_bias", "gate_experts", "up_experts")
 _EXPERT_BIASES = ("gate_experts_bias", "up_experts_bias")
 _INPUTS_BY_HEADS, _INPUTS_BY_MLP = ("o",), ("down", "down_experts")
@@ -32,9 +32,10 @@ _WHOLE = (
     *("norm", "attn_norm", "mlp_norm", "norm_bias", "attn_norm_bias", "mlp_norm_bias", "q_norm", "k_norm", "z_norm"),
     *("attn_post_norm", "mlp_post_norm", "attn_post_norm_bias", "mlp_post_norm_bias"),
     *("positions", "o_bias", "down_bias", "down_experts_bias", "router", "router_bias", "router_shared"),
-    "router_choice_bias",
+    *("router_choice_bias", "q_a", "q_a_norm", "kv_a", "kv_a_norm"),
 )
 _BY_SHARED, _INPUTS_BY_SHARED = ("gate_shared", "up_shared"), ("down_shared",)
+_STACKED_HEADS = ("k_b", "v_b")
 _LAST_AXIS_CUT = (*_INPUTS_BY_HEADS, *_INPUTS_BY_MLP, *_INPUTS_BY_SHARED, *_EXPERT_BIASES)
 
 
@@ -52,7 +53,7 @@ def _divides(spec: ModelSpec, size: int, group: int) -> list[bool]:
     return [_divides_delta(layer.delta, size, group) for layer in spec.layers if layer.delta is not None] + [
         layer.attention.heads % size == 0
         and (layer.attention.kv_heads % size == 0 or size % layer.attention.kv_heads == 0)
-        and layer.attention.heads * layer.attention.head_dim // group % size == 0
+        and layer.attention.out_width // group % size == 0
         and layer.mlp.size // group % size == 0
         and _shared(layer.mlp) // group % size == 0
         and (size == 1 or not layer.attention.qk_norm_whole)
@@ -106,6 +107,7 @@ def share(spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int, size: int) 
         layer = spec.layers[int(slot.split(".")[1])] if slot.startswith("layers.") else None
         cut = _cut_of(spec, layer, name, rank, size)
         axis = INPUTS if len(tensor.shape) == 1 or name in _LAST_AXIS_CUT else OUTPUTS
+        axis = STACK if name in _STACKED_HEADS else axis
         bound[slot] = tensor if cut is None else part(tensor, axis, *cut)
     layers = tuple(
         replace(
@@ -135,7 +137,8 @@ def _cut_of(spec: ModelSpec, layer: Layer | None, name: str, rank: int, size: in
     if layer.delta is not None and (width := _delta_width(layer.delta, name)):
         return rank * width // size, (rank + 1) * width // size
     if name in (*_BY_HEADS, *_INPUTS_BY_HEADS):
-        each = a.heads // size * (1 if name == "sinks" else a.head_dim)
+        whole = {"sinks": a.heads, "k_b": a.heads, "v_b": a.heads, "o": a.out_width}.get(name, a.q_width)
+        each = whole // size
     elif name in (*_BY_MLP, *_INPUTS_BY_MLP, *_EXPERT_BIASES):
         each = layer.mlp.size // size
     elif name in (*_BY_SHARED, *_INPUTS_BY_SHARED):
@@ -201,7 +204,7 @@ def weight_bytes(spec: ModelSpec, stored: Mapping[str, int], size: int) -> int:
 def kv_bytes_per_block(spec: ModelSpec, size: int, kv_itemsize: int = 2) -> int:
     """Keys and values of BLOCK_SIZE tokens on each GPU."""
     attentions = [layer.attention for layer in spec.layers if layer.delta is None]
-    values = sum(2 * _kv_heads(a, size) * a.head_dim for a in attentions)
+    values = sum(a.kept * a.head_dim * _kv_heads(a, size) // a.kv_heads for a in attentions)
     return values * BLOCK_SIZE * kv_itemsize
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagoda.arch.delta import DeltaNet
+from pagoda.arch.latent import Latent
 from pagoda.arch.vision_spec import Vision
 
 
@@ -87,6 +88,28 @@ class Attention:
     local: bool = False  # turned by the model's `local_rope`
     rope: bool = True  # False: this layer turns nothing
     out_gate: bool = False  # what a head gives is multiplied by the sigmoid of another projection, `q_gate`
+    latent: Latent | None = None  # one KV head, whose value is the last part of its key
+
+    @property
+    def turned(self) -> int:
+        """Values of a key in front of those that are the value too; 0: keys and values are kept apart."""
+        return 0 if self.latent is None else self.head_dim - self.latent.rank
+
+    @property
+    def kept(self) -> int:
+        """Vectors of a head's size that the cache has of a token."""
+        return 1 if self.latent is not None else 2 * self.kv_heads
+
+    @property
+    def q_width(self) -> int:
+        """Outputs of q."""
+        each = self.head_dim if self.latent is None else self.latent.nope + self.turned
+        return self.heads * each
+
+    @property
+    def out_width(self) -> int:
+        """Inputs of o."""
+        return self.heads * (self.head_dim if self.latent is None else self.latent.value_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +263,7 @@ class ModelSpec:
         place of the last, the experts on the first axis, of a shared one `gate_shared`, `up_shared`, `down_shared` and
         its gate `router_shared`, and `router_choice_bias`; with biases also `router_bias`, `gate_experts_bias`, ... .
         Heads with sinks have `sinks`, those with an output gate `q_gate`; layers with a `delta` have its slots in place
-        of an attention's.
+        of an attention's, as those with a `latent` have.
         The norms behind the halves of a layer are `attn_post_norm` and `mlp_post_norm`. Learned `positions`
         are a table, layer norms may have a bias, encoders the table `types`; pooled models with labels `score`, and
         `pool_dense` in front of it where they have it. Models that see have the slots of their encoder behind
@@ -293,6 +316,8 @@ def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
     out: dict[str, tuple[int, ...]] = dict.fromkeys(_norms(layer), (hidden,))
     if layer.delta is not None:
         return out | layer.delta.slots(hidden) | _mlp_slots(m, hidden)
+    if a.latent is not None:
+        return out | a.latent.slots(hidden, a.heads, a.turned) | _mlp_slots(m, hidden)
     out |= {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
     if a.out_gate:
         out["q_gate"] = (q, hidden)

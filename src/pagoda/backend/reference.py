@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
 from pagoda.arch import memory
 from pagoda.arch.delta import DeltaNet
+from pagoda.arch.latent import Latent
 from pagoda.arch.lora import AdapterWeights, adapters_bytes
 from pagoda.arch.memory import KV_GROUP, KvType
 from pagoda.arch.registry import bind
 from pagoda.arch.spec import Attention, Experts, Mlp, ModelSpec, Rope
+from pagoda.backend.activations import ACTIVATIONS, clamped_swiglu, silu
 from pagoda.backend.base import Capacity, Due, Limits, Progress
 from pagoda.backend.cpu.machine import free_memory_bytes
 from pagoda.backend.reference_delta import PRODUCTS, WEIGHTS, advance, new_states
 from pagoda.backend.reference_experts import route
+from pagoda.backend.reference_latent import expanded, latent_queries
+from pagoda.backend.reference_product import matmul
 from pagoda.backend.rows import Index, adapter_rows, table_cells, token_cells, token_positions
 from pagoda.backend.sampling import sample_rows
 from pagoda.errors import EngineError
@@ -30,15 +32,12 @@ from pagoda.weights.source import TensorSource
 
 Cache = npt.NDArray[np.float32 | np.float16]
 
-TILE = 16
-"""Rows per matrix product. Always the same, so that a row's result does not depend on how many come with it."""
-
-_erf = np.frompyfunc(math.erf, 1, 1)
 _log = logging.getLogger(__name__)
 
 
 class ReferenceExecutor:
-    """Runs steps of one model. `caches[i]` holds keys and values of layer i: [2, cells, kv heads, head size].
+    """Runs steps of one model. `caches[i]` holds keys and values of layer i: [2, cells, kv heads, head size]; or the
+    keys alone, where the values are a part of them.
 
     Cell `block * BLOCK_SIZE + offset` is the place of one token.
     """
@@ -59,8 +58,9 @@ class ReferenceExecutor:
         cells, dtype = num_blocks * BLOCK_SIZE, np.dtype("float16" if kv_type == "float16" else "float32")
         self.eight_bits = kv_type == "int8"
         shapes = [
-            (2, 0 if layer.delta else cells, layer.attention.kv_heads, layer.attention.head_dim)
+            (a.kept // a.kv_heads, 0 if layer.delta else cells, a.kv_heads, a.head_dim)
             for layer in (() if spec.encoder is not None else spec.layers)
+            for a in (layer.attention,)
         ]
         self.caches: list[Cache] = [np.zeros(shape, dtype) for shape in shapes]
         self.states = {i: new_states(d, max_num_seqs) for i, layer in enumerate(spec.layers) if (d := layer.delta)}
@@ -198,6 +198,32 @@ class ReferenceExecutor:
         self, i: int, attention: Attention, x: Float32, plan: StepPlan, positions: Index, cells: Index
     ) -> Float32:
         a, name = attention, f"layers.{i}."
+        q, *kv = self.latent(name, a, a.latent, x) if a.latent is not None else self.projected(name, a, x)
+        k = kv[0]
+        if a.rope:
+            cos, sin = self.turns(plan, positions, a.local)
+            q, k = rotate(q, cos, sin, self.spec.rope), rotate(k, cos, sin, self.spec.rope)
+        q = q * self.spec.rope.query_scales(positions)[:, None, None]
+        # all keys and values of the step are written before any is read: requests may share blocks
+        cache = self.caches[i]
+        for place, values in enumerate([k, *kv[1:]]):
+            cache[place, cells] = rounded_to_8_bits(values) if self.eight_bits else values
+        out, sinks, far = np.empty_like(q[..., a.turned :]), self.weights.get(name + "sinks"), plan.last_seen
+        for r, slot in enumerate(plan.slots):
+            first, last = plan.starts[r], plan.starts[r + 1]
+            context = table_cells(plan.block_tables[slot], np.arange(plan.positions[r] + last - first))
+            seen = cache[:, context].astype(np.float32, copy=False)
+            keys, values = seen[0], seen[-1][..., a.turned :]
+            for token in range(first, last):
+                end = int(positions[token] if far is None else far[token]) + 1
+                out[token] = attend(q[token], keys[:end], values[:end], int(positions[token]), a, sinks)
+        heads = out.reshape(len(x), -1) if a.latent is None else expanded(out, self.weights[name + "v_b"])
+        if a.out_gate:
+            heads = np.asarray(heads / (1 + np.exp(-self.linear(name + "q_gate", x))))
+        return self.linear(name + "o", heads)
+
+    def projected(self, name: str, a: Attention, x: Float32) -> tuple[Float32, Float32, Float32]:
+        """Queries, keys and values of each token, [T, heads, head size]."""
         q, k = self.linear(name + "q", x), self.linear(name + "k", x)
         if a.qk_norm_whole:
             q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
@@ -205,27 +231,17 @@ class ReferenceExecutor:
         v = self.linear(name + "v", x).reshape(-1, a.kv_heads, a.head_dim)
         if a.qk_norm and not a.qk_norm_whole:
             q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
-        if a.rope:
-            cos, sin = self.turns(plan, positions, a.local)
-            q, k = rotate(q, cos, sin, self.spec.rope), rotate(k, cos, sin, self.spec.rope)
-        q = q * self.spec.rope.query_scales(positions)[:, None, None]
-        # all keys and values of the step are written before any is read: requests may share blocks
-        cache = self.caches[i]
-        if self.eight_bits:
-            k, v = rounded_to_8_bits(k), rounded_to_8_bits(v)
-        cache[0, cells], cache[1, cells] = k, v
-        out, sinks, seen = np.empty_like(q), self.weights.get(name + "sinks"), plan.last_seen
-        for r, slot in enumerate(plan.slots):
-            first, last = plan.starts[r], plan.starts[r + 1]
-            context = table_cells(plan.block_tables[slot], np.arange(plan.positions[r] + last - first))
-            keys, values = cache[:, context].astype(np.float32, copy=False)
-            for token in range(first, last):
-                end = int(positions[token] if seen is None else seen[token]) + 1
-                out[token] = attend(q[token], keys[:end], values[:end], int(positions[token]), a, sinks)
-        heads = out.reshape(len(x), a.heads * a.head_dim)
-        if a.out_gate:
-            heads = np.asarray(heads / (1 + np.exp(-self.linear(name + "q_gate", x))))
-        return self.linear(name + "o", heads)
+        return q, k, v
+
+    def latent(self, name: str, a: Attention, latent: Latent, x: Float32) -> tuple[Float32, Float32]:
+        """Queries and keys of each token, [T, heads, head size]."""
+        if latent.q_rank:
+            q = self.linear(name + "q_b", self.norm(name + "q_a_norm", self.linear(name + "q_a", x)))
+        else:
+            q = self.linear(name + "q", x)
+        c, r = np.split(self.linear(name + "kv_a", x), [latent.rank], axis=-1)
+        key = np.concatenate((r, self.norm(name + "kv_a_norm", c)), axis=-1)
+        return latent_queries(q.reshape(-1, a.heads, latent.nope + a.turned), self.weights[name + "k_b"]), key[:, None]
 
     def delta(self, i: int, d: DeltaNet, x: Float32, plan: StepPlan) -> Float32:
         name = f"layers.{i}."
@@ -284,24 +300,6 @@ class ReferenceExecutor:
         return np.asarray(y * self.weights[slot] + self.weights.get(slot + "_bias", 0))
 
 
-def silu(x: Float32) -> Float32:
-    return np.asarray(x / (1 + np.exp(-x)))
-
-
-def gelu(x: Float32) -> Float32:
-    """x times the share of a normal distribution that is below it (arXiv 1606.08415)."""
-    return np.asarray(x * 0.5 * (1 + _erf(x / math.sqrt(2)).astype(np.float32)), dtype=np.float32)
-
-
-def gelu_tanh(x: Float32) -> Float32:
-    """The same paper's form by tanh, which is near that."""
-    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)
-    return np.asarray(x * np.float32(0.5) * (1 + np.tanh(inner)))
-
-
-ACTIVATIONS = MappingProxyType({"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh})
-
-
 def capped(x: Float32, cap: float | None) -> Float32:
     """Values bent to stay below a cap."""
     return x if cap is None else np.asarray(np.tanh(x / np.float32(cap)) * np.float32(cap))
@@ -312,12 +310,6 @@ def softmax(x: Float32, others: Float32 | None = None) -> Float32:
     every = x if others is None else np.concatenate((x, others), axis=-1)
     weights = np.exp(every - every.max(axis=-1, keepdims=True))
     return np.asarray(weights[..., : x.shape[-1]] / weights.sum(axis=-1, keepdims=True))
-
-
-def clamped_swiglu(gate: Float32, up: Float32) -> Float32:
-    """The function of gpt-oss's experts."""
-    gate, up = np.minimum(gate, np.float32(7)), np.clip(up, np.float32(-7), np.float32(7))
-    return np.asarray(gate / (1 + np.exp(np.float32(-1.702) * gate)) * (up + 1))
 
 
 def rounded_to_8_bits(x: Float32) -> Float32:
@@ -348,17 +340,6 @@ def pooled_rows(hidden: Float32) -> StepResult:
     )
 
 
-def matmul(x: Float32, weight: Float32) -> Float32:
-    """x [T, in] times the transpose of weight [out, in], in tiles of TILE rows."""
-    rows = len(x)
-    padded = np.zeros((-(-rows // TILE) * TILE, x.shape[1]), np.float32)
-    padded[:rows] = x
-    out = np.empty((len(padded), len(weight)), np.float32)
-    for start in range(0, len(padded), TILE):
-        np.matmul(padded[start : start + TILE], weight.T, out=out[start : start + TILE])
-    return out[:rows]
-
-
 def attend(
     q: Float32, keys: Float32, values: Float32, position: int, a: Attention, sinks: Float32 | None = None
 ) -> Float32:
@@ -368,7 +349,7 @@ def attend(
     grouped = q.reshape(a.kv_heads, a.heads // a.kv_heads, a.head_dim)
     scores = capped((grouped @ k) * np.float32(a.scale), a.soft_cap)
     others = None if sinks is None else sinks.reshape(a.kv_heads, -1, 1)
-    return np.asarray(softmax(scores, others) @ v).reshape(a.heads, a.head_dim)
+    return np.asarray(softmax(scores, others) @ v).reshape(a.heads, -1)
 
 
 def rotate(x: Float32, cos: Float32, sin: Float32, rope: Rope) -> Float32:

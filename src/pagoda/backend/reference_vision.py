@@ -11,7 +11,9 @@ import numpy as np
 from pagoda.arch.memory import KvType, encoded_bytes
 from pagoda.arch.spec import ModelSpec, Rope
 from pagoda.arch.vision_spec import Vision
-from pagoda.backend.reference import ACTIVATIONS, ReferenceExecutor, gelu, matmul, rotate, softmax
+from pagoda.backend.activations import ACTIVATIONS, gelu
+from pagoda.backend.reference import ReferenceExecutor, rotate, softmax
+from pagoda.backend.reference_product import matmul
 from pagoda.backend.rows import Index
 from pagoda.backend.vision import Encoded, grid_taps, layout, patches, vectors_taken
 from pagoda.types import Float32, Image, Int32, PlannedImage, StepPlan

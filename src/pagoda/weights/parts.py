@@ -15,7 +15,7 @@ from pagoda.weights.ggml import BLOCKS, nbytes
 from pagoda.weights.grouped import BLOCK, Bytes, Grouped, MadeTensor, Stacked
 from pagoda.weights.source import Tensor
 
-OUTPUTS, INPUTS = -2, -1
+STACK, OUTPUTS, INPUTS = -3, -2, -1
 """The axes of a matrix; of stacked ones too."""
 
 
@@ -24,6 +24,8 @@ def part(tensor: Tensor, axis: int, first: int, last: int) -> Tensor:
     if (first, last) == (0, tensor.shape[axis]):
         return tensor
     match tensor.origin if isinstance(tensor, MadeTensor) else None:
+        case Stacked(parts) if axis == STACK:
+            return Stacked(parts[first:last]).tensor(tensor.name)
         case Stacked(parts):
             return Stacked(tuple(part(one, axis, first, last) for one in parts)).tensor(tensor.name)
         case Grouped() as m:

@@ -34,6 +34,13 @@ _LAYER_NAMES = {
     "attn_norm": ("input_layernorm", "attn_norm"),
     "q": ("self_attn.q_proj", "attn_q"),
     "q_gate": ("self_attn.q_gate", "attn_q_gate"),
+    "q_a": ("self_attn.q_a_proj", "attn_q_a"),
+    "q_a_norm": ("self_attn.q_a_layernorm", "attn_q_a_norm"),
+    "q_b": ("self_attn.q_b_proj", "attn_q_b"),
+    "kv_a": ("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa"),
+    "kv_a_norm": ("self_attn.kv_a_layernorm", "attn_kv_a_norm"),
+    "k_b": ("self_attn.k_b_proj", "attn_k_b"),
+    "v_b": ("self_attn.v_b_proj", "attn_v_b"),
     "k": ("self_attn.k_proj", "attn_k"),
     "v": ("self_attn.v_proj", "attn_v"),
     "o": ("self_attn.o_proj", "attn_output"),
@@ -81,7 +88,7 @@ _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "gemma2": {"mlp_norm": "pre_feedforward_layernorm"},
         "gemma3": {"mlp_norm": "pre_feedforward_layernorm"},
-        "glm4_moe": _SHARED_EXPERTS,
+        **dict.fromkeys(("glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3"), _SHARED_EXPERTS),
         "starcoder2": {"up": "mlp.c_fc", "down": "mlp.c_proj"},
     }
 )

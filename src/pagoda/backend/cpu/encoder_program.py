@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pagoda.arch.spec import Layer
 from pagoda.backend.cpu import library as native
+from pagoda.backend.cpu.buffers import ATT, GATE_UP, LAST, MLP, QKV, X
 from pagoda.backend.cpu.library import Op
-from pagoda.backend.cpu.program import ACTIVATIONS, ATT, GATE_UP, LAST, MLP, QKV, Program, X
+from pagoda.backend.cpu.program import ACTIVATIONS, Program
 
 
 class EncoderProgram(Program):

@@ -13,11 +13,12 @@ from pagoda.arch.vision_spec import Vision
 from pagoda.backend.base import Capacity, Limits, Pending, Progress
 from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.adapters import Products, adapted_products, native_pairs
+from pagoda.backend.cpu.buffers import buffer_bytes
 from pagoda.backend.cpu.encoder_program import EncoderProgram
 from pagoda.backend.cpu.library import Native, matrix_bytes
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
 from pagoda.backend.cpu.panels import in_their_order, panel_type
-from pagoda.backend.cpu.program import VECTORS, Program, buffer_bytes, check_spec
+from pagoda.backend.cpu.program import VECTORS, Program, check_spec
 from pagoda.backend.cpu.vision import VisionEncoder, check_vision, split_tensors, vision_quantization
 from pagoda.types import Float32, Image, Int32, StepPlan
 from pagoda.weights.files import drop_pages

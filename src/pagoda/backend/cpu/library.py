@@ -24,7 +24,7 @@ TYPES = {
 EMBED, NORM, GATHER, MATMUL, ROPE, ATTENTION, SILU, HEAD, HIDDEN, POSITIONS, LAYER_NORM, GELU, ATTEND_ALL = range(13)
 ROUTE, EXPERTS_UP, EXPERTS_DOWN, GATED = range(13, 17)
 PATCHES, QUICK_GELU, GELU_TANH, DELTA, OUT_GATE, GATED_GELU_TANH = range(17, 23)
-ADD_VECTORS, GRID, ADAPT, MEAN, GATED_GELU = 26, 27, 28, 40, 41
+LATENT_KEY, ABSORB, EXPAND, ADD_VECTORS, GRID, ADAPT, MEAN, GATED_GELU = *range(23, 29), 40, 41
 KV_F16, KV_INT8, KV_BF16 = range(3)
 ADD, LOGIT_ROWS, FRAMES, PIECES, CLAMPED, STILL, LOCAL, WHOLE = 1, 4, 8, 16, 32, 64, 128, 256
 TOKENS, LOGITS, PIECE = range(3)
@@ -59,6 +59,10 @@ class Delta(c.Structure):
     ]
 
 
+class Latent(c.Structure):
+    _fields_ = [(name, c.c_int32) for name in ("rank", "nope", "value_dim")]
+
+
 class Router(c.Structure):
     _fields_ = [
         *((name, c.c_int32) for name in ("experts", "active", "normalized", "sigmoid")),
@@ -84,6 +88,7 @@ class Dims(c.Structure):
         ("local_factor", c.c_float),
         ("query_beta", c.c_float),
         ("query_length", c.c_int32),
+        ("latent", Latent),
     ]  # fmt: skip
 
 

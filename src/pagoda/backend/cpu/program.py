@@ -10,11 +10,39 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pagoda.arch.spec import Experts, Layer, Mlp, ModelSpec
+from pagoda.arch.latent import Latent as LatentAttention
+from pagoda.arch.spec import Attention, Experts, Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.cpu import library as native
-from pagoda.backend.cpu.delta_program import check_delta, delta_dims, delta_of, of_heads, product_width, taps
-from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Router
+from pagoda.backend.cpu.buffers import (
+    ATT,
+    CHOSEN,
+    GATE_UP,
+    LAST,
+    LAST_ATT,
+    LAST_GATE_UP,
+    LAST_MLP,
+    LAST_NORMED,
+    MAX_ROWS,
+    MET,
+    MIXED,
+    MLP,
+    Q_A,
+    QKV,
+    ROUTER,
+    SHARED,
+    SHARED_GATE_UP,
+    SUMS,
+    H,
+    Q,
+    X,
+    buffer_shapes,
+    dense_sizes,
+    mixture_of,
+    narrow_end,
+)
+from pagoda.backend.cpu.delta_program import check_delta, delta_dims, of_heads, taps
+from pagoda.backend.cpu.library import Dims, Latent, Native, Op, Router
 from pagoda.backend.cpu.panels import FUSED, in_their_order, panel_type, runnable
 from pagoda.errors import ModelError
 from pagoda.weights.files import drop_pages
@@ -22,11 +50,14 @@ from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import part_of_stack
 from pagoda.weights.source import Tensor
 
-MAX_ROWS = 32
-"""Rows of logits that go through the head at a time; more are taken in turns."""
 
 VECTORS = ("positions", "types", "score", "pool_dense")
 """Tables that are added, or used for a whole request at once: kept in float32."""
+
+_VECTORS_OF_LAYERS = (
+    *("attn_norm", "attn_norm_bias", "attn_post_norm", "mlp_norm", "mlp_norm_bias", "mlp_post_norm"),
+    *("q_norm", "k_norm", "q_a_norm", "kv_a_norm", "sinks", "router_shared", "router_choice_bias"),
+)
 
 ACTIVATIONS = MappingProxyType(
     {
@@ -42,9 +73,6 @@ ACTIVATIONS = MappingProxyType(
 
 EXPERT_FLAGS = MappingProxyType({"silu": 0, "clamped_swiglu": native.CLAMPED})
 """Of the first products of experts, by their function."""
-
-X, H, QKV, ATT, GATE_UP, MLP, LAST, LAST_NORMED, ROUTER, CHOSEN, LAST_ATT, LAST_GATE_UP, LAST_MLP, MIXED = range(14)
-SHARED_GATE_UP, SHARED = range(14, 16)
 
 
 class Buffers(NamedTuple):
@@ -96,6 +124,10 @@ class Program:
             p = f"layers.{i}."
             for name in ("qkv", "o"):
                 ids[p + name] = self._matrix(*(p + s for s in FUSED[name] if p + s in self._tensors))
+            if layer.attention.latent is not None:
+                ids |= {p + name: self._experts(p + name) for name in ("k_b", "v_b")}
+                if p + "q_b" in self._tensors:
+                    ids[p + "q_b"] = self._matrix(p + "q_b")
             if layer.delta is not None:
                 ids[p + "taps"] = self._lib.vector(taps(self._tensors, p))
                 ids[p + "of_heads"] = self._lib.vector(of_heads(self._tensors, p))
@@ -113,8 +145,7 @@ class Program:
                 if layer.mlp.experts.shared:
                     ids[p + "gate_up_shared"] = self._matrix(p + "gate_shared", p + "up_shared")
                     ids[p + "down_shared"] = self._matrix(p + "down_shared")
-            norms = ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "attn_post_norm", "mlp_post_norm")
-            for name in (*norms, "q_norm", "k_norm", "sinks", "router_shared", "router_choice_bias"):
+            for name in _VECTORS_OF_LAYERS:
                 if p + name in self._tensors:
                     ids[p + name] = self._vector(p + name)
             if layer.attention.qkv_bias and layer.delta is None:
@@ -131,7 +162,7 @@ class Program:
         return self._stack([self._tensors[s] for s in slots], slots)
 
     def _experts(self, *slots: str) -> int:
-        """The matrices of the first expert, those of the second, ..."""
+        """The matrices of the first expert, those of the second, ...; or of the heads."""
         weight = -1
         for expert in range(self._tensors[slots[0]].shape[0]):
             weight = self._stack([part_of_stack(self._tensors[s], expert) for s in slots], slots, weight)
@@ -165,6 +196,8 @@ class Program:
             inv_freq.ctypes.data, kv, _router(spec), 0, axes.ctypes.data if spec.rope.sections else None,
             delta_dims(spec, requests),
         )  # fmt: skip
+        if attention.latent is not None:
+            dims.latent = Latent(attention.latent.rank, attention.latent.nope, attention.latent.value_dim)
         dims.query_beta, dims.query_length = spec.rope.query_beta, spec.rope.query_length
         if spec.local_rope is not None:
             local: npt.NDArray[np.float64] = np.asarray(spec.local_rope.inv_freq, dtype=np.float64)
@@ -211,6 +244,8 @@ class Program:
         if layer.delta is not None:
             v, v2 = p + "taps", p + "of_heads"
             return self._emit(native.DELTA, in_=QKV, out=MIXED, vector=v, vector2=v2, layer=place, f=eps, order=order)
+        if a.latent is not None:
+            return self._latent(p, a, a.latent, place, order)
         turns = native.LOCAL * a.local | native.STILL * (not a.rope) | native.WHOLE * a.qk_norm_whole
         self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=place, flags=turns, f=eps)
         last = "" if a.out_gate else order
@@ -221,6 +256,18 @@ class Program:
         if a.out_gate:
             gate = (a.heads + 2 * a.kv_heads) * a.head_dim
             self._emit(native.OUT_GATE, in_=QKV, out=ATT, layer=gate, order=order)
+
+    def _latent(self, p: str, a: Attention, latent: LatentAttention, place: int, order: str) -> None:
+        """Latent attention, from the products with x on."""
+        if latent.q_rank:
+            self._norm(p + "q_a_norm", QKV, Q_A, order=p + "q_b")
+            self._emit(native.MATMUL, in_=Q_A, out=Q, weight=p + "q_b")
+        column, norm = latent.q_rank or a.q_width, p + "kv_a_norm"
+        self._emit(native.LATENT_KEY, in_=QKV, out=MET, vector=norm, layer=column, f=self._spec.norm_eps)
+        self._emit(native.ABSORB, in_=Q if latent.q_rank else QKV, out=MET, weight=p + "k_b")
+        self._emit(native.ROPE, in_=MET, layer=place)
+        self._emit(native.ATTENTION, in_=MET, out=SUMS, layer=place, f=a.scale)
+        self._emit(native.EXPAND, in_=SUMS, out=ATT, weight=p + "v_b", order=order)
 
     def _rest(self, i: int, layer: Layer, b: Buffers) -> None:
         """What a layer does behind its attention."""
@@ -282,60 +329,11 @@ class Program:
         self._ops.append(Op(kind, in_, out, w, v, v2, layer, flags, f, window, self._orders.get(order, 0), f2))
 
 
-def narrow_end(spec: ModelSpec) -> bool:
-    """Whether, behind the attention of the last layer, only the rows go on that want logits: of a prompt one in all."""
-    return spec.pooling is None and spec.layers[-1].mlp.experts is None
-
-
-def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
-    """Width of each buffer, in the order of the constants."""
-    a, h = spec.layers[0].attention, spec.hidden_size
-    gated = 2 if spec.layers[0].mlp.gated else 1
-    mlp, mixture = max(_dense_sizes(spec), default=0), mixture_of(spec)
-    shared = 0 if mixture is None else mixture.shared
-    chosen = max((m.size * m.experts.active for m in (layer.mlp for layer in spec.layers) if m.experts), default=0)
-    att, narrow, delta = a.heads * a.head_dim, narrow_end(spec), delta_of(spec)
-    mixed = 0 if delta is None else delta.value_width
-    qkv = max(att * (1 + a.out_gate) + 2 * a.kv_heads * a.head_dim, 0 if delta is None else product_width(delta))
-    last = att if spec.layers[-1].delta is None else mixed
-    widths = [(h, 0), (h, 0), (qkv, 0), (att, 0), (gated * mlp, 0), (mlp, 0), (h, 1), (h, 1)]
-    widths += [
-        (0 if mixture is None else mixture.count, 0),
-        (chosen, 0),
-        (last * narrow, 1),
-        (gated * mlp * narrow, 1),
-        (mlp * narrow, 1),
-    ]
-    widths += [(mixed, 0), (2 * shared, 0), (shared, 0)]
-    return [BufferShape(width, rows) for width, rows in widths]
-
-
-def buffer_bytes(spec: ModelSpec, max_tokens: int) -> int:
-    """What the buffers, the rows of logits and the RoPE table of a program take."""
-    total = 0
-    for shape in buffer_shapes(spec):
-        rows = MAX_ROWS if shape.rows == native.LOGITS else max_tokens
-        quantized = rows * shape.width + rows * (shape.width // 32) * 20 if shape.width % 32 == 0 else 0
-        total += rows * shape.width * 4 + quantized
-    logits = 0 if spec.pooling is not None else MAX_ROWS * spec.vocab_size * 4
-    return total + logits + max_tokens * sum(rope.dim for rope in spec.ropes) * 4
-
-
-def mixture_of(spec: ModelSpec) -> Experts | None:
-    """The mixture that all layers with experts have."""
-    return next((layer.mlp.experts for layer in spec.layers if layer.mlp.experts is not None), None)
-
-
 def _router(spec: ModelSpec) -> Router:
     e = mixture_of(spec)
     if e is None:
         return Router()
     return Router(e.count, e.active, e.normalized, e.sigmoid, e.groups, e.active_groups, e.group_best, e.scale)
-
-
-def _dense_sizes(spec: ModelSpec) -> set[int]:
-    """Of the MLPs of layers without experts."""
-    return {layer.mlp.size for layer in spec.layers if layer.mlp.experts is None}
 
 
 def _inner(layer: Layer) -> Sequence[str]:
@@ -353,7 +351,7 @@ def check_spec(spec: ModelSpec) -> None:
     check_delta(spec)
     shapes = {replace(layer.attention, window=None, rope=True, local=False) for layer in spec.layers}
     mixtures = {layer.mlp for layer in spec.layers if layer.mlp.experts is not None}
-    if max(len(shapes), len(_dense_sizes(spec)), len(mixtures)) > 1:
+    if max(len(shapes), len(dense_sizes(spec)), len(mixtures)) > 1:
         raise ModelError("the CPU backend needs all layers of one shape", remedy="Try --device reference")
     if any(not _has_activation(layer.mlp) for layer in spec.layers):
         raise ModelError(f"the CPU backend has no activation {first.mlp.activation!r} here")
@@ -363,10 +361,15 @@ def check_spec(spec: ModelSpec) -> None:
         raise ModelError("the CPU backend has no layer norms behind the halves of a layer")
     if len({(rope.dim, rope.interleaved) for rope in spec.ropes}) > 1:
         raise ModelError("the CPU backend needs ropes of one shape in all layers", remedy="Try --device reference")
-    if first.attention.head_dim % 16 or first.attention.head_dim > 512:
+    latent = first.attention.latent
+    if latent is not None and (latent.rank % 16 or latent.value_dim % 16):
         raise ModelError(
-            f"the CPU backend needs a head size that is a multiple of 16 up to 512, not {first.attention.head_dim}",
+            f"the CPU backend needs latent vectors and heads in multiples of 16, not {latent.rank} and "
+            f"{latent.value_dim}",
             remedy="Try --device reference",
         )
-    if first.attention.heads // first.attention.kv_heads > 32:
-        raise ModelError("more than 32 query heads share a key head", remedy="Try --device reference")
+    if first.attention.head_dim % 16 or first.attention.head_dim > 1024:
+        raise ModelError(
+            f"the CPU backend needs a head size that is a multiple of 16 up to 1024, not {first.attention.head_dim}",
+            remedy="Try --device reference",
+        )

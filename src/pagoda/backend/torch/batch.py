@@ -72,3 +72,4 @@ class Heads:
     rope: bool = True  # False: nothing is turned
     local: bool = False  # turned by the second table of angles
     soft_cap: float | None = None  # scores s become soft_cap * tanh(s / soft_cap)
+    turned: int = 0  # of latent attention: values of a key in front of those that are the value too

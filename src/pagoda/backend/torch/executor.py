@@ -288,8 +288,10 @@ def make_caches(spec: ModelSpec, blocks: int, kind: torch.dtype, device: torch.d
         if layer.delta is not None:
             out.append(make_states(layer.delta, requests, device))
         else:
-            shape = (blocks, BLOCK_SIZE, layer.attention.kv_heads, layer.attention.head_dim)
-            out.append((_zeros(shape, kind, device), _zeros(shape, kind, device)))
+            a = layer.attention
+            shape = (blocks, BLOCK_SIZE, a.kv_heads, a.head_dim)
+            keys = _zeros(shape, kind, device)
+            out.append((keys, keys[..., a.turned :] if a.latent is not None else _zeros(shape, kind, device)))
     return out
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pagoda.arch.delta import DeltaNet
+from pagoda.arch.latent import Latent
 from pagoda.arch.memory import encoded_bytes
 from pagoda.arch.spec import Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
@@ -20,6 +21,7 @@ from pagoda.backend.torch.batch import Heads
 from pagoda.backend.torch.convert import FLOATS, Converter, Target
 from pagoda.backend.torch.delta import PRODUCTS, Delta
 from pagoda.backend.torch.join import side_by_side
+from pagoda.backend.torch.latent import LatentAttention
 from pagoda.backend.torch.load_vision import VisionLoader
 from pagoda.backend.torch.model import (
     Decoder,
@@ -126,8 +128,12 @@ class Loader:
             a.rope,
             a.local,
             a.soft_cap,
+            a.turned,
         )
+        latent = None if a.latent is None else self._latent(p, a.latent, shape)
         products = ("q", "k", "v") + (("q_gate",) if a.out_gate else ()) if layer.delta is None else PRODUCTS
+        if a.latent is not None:
+            products = ("q_a" if a.latent.q_rank else "q", "kv_a")
         return DecoderLayer(
             heads=shape,
             attn_norm=self._norm(p + "attn_norm"),
@@ -142,7 +148,15 @@ class Loader:
             sinks=self._vector(p + "sinks") if a.sinks else None,
             delta=None if layer.delta is None else self._delta(p, layer.delta),
             out_gate=a.out_gate,
+            latent=latent,
         )
+
+    def _latent(self, p: str, shape: Latent, heads: Heads) -> LatentAttention:
+        eps, norm, q_b = self._spec.norm_eps, None, None
+        if shape.q_rank:
+            norm, q_b = RmsNorm(self._vector(p + "q_a_norm"), eps), self._weight(p + "q_b")
+        own = RmsNorm(self._vector(p + "kv_a_norm"), eps)
+        return LatentAttention(shape, heads, own, self._table(p + "k_b"), self._table(p + "v_b"), norm, q_b)
 
     def _delta(self, p: str, shape: DeltaNet) -> Delta:
         taps = torch.cat([self._vector(f"{p}{letter}_conv") for letter in "qkv"]).t().contiguous()

@@ -15,6 +15,7 @@ from pagoda.backend.torch import ops
 from pagoda.backend.torch.adapters import Adapted, Adapters
 from pagoda.backend.torch.batch import Batch, Heads, Seen
 from pagoda.backend.torch.delta import Delta
+from pagoda.backend.torch.latent import LatentAttention
 from pagoda.backend.torch.norms import Norm, RmsNorm
 from pagoda.backend.torch.packs import Dense, Weight
 from pagoda.backend.torch.vision import Sight
@@ -164,6 +165,7 @@ class DecoderLayer:
     sinks: Tensor | None = None  # float32 [heads]
     delta: Delta | None = None
     out_gate: bool = False
+    latent: LatentAttention | None = None
 
     def attention(
         self,
@@ -176,6 +178,8 @@ class DecoderLayer:
         """What the layer makes of the tokens before one, by its delta net where it has one."""
         if self.delta is not None:
             return self.attn_post_norm(self.o(self.delta(qkv, cache, batch)))
+        if self.latent is not None:
+            return self.attn_post_norm(self.o(self.latent(qkv, tables[0], batch, *cache, query_scales)))
         h, gate = self.heads, None
         if self.out_gate:
             width = (h.heads + 2 * h.kv_heads) * h.head_dim

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pagoda.arch.spec import Experts
 from pagoda.backend.torch.batch import Batch, Heads, Routed
-from pagoda.backend.torch.kernels import activation, attention, experts, norm, rope, stage
+from pagoda.backend.torch.kernels import activation, attention, experts, latent, norm, rope, stage
 from pagoda.backend.torch.kernels import matmul as products
 from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight
 from pagoda.types import BLOCK_SIZE
@@ -75,6 +75,27 @@ def rope_and_cache(
     return q
 
 
+def rope_and_keep(q: Tensor, key: Tensor, cos_sin: Tensor, batch: Batch, k_cache: Tensor, shape: Heads) -> Tensor:
+    """Turn q [T, heads, head_dim] and key [T, head_dim], write the key into the cache, return q."""
+    table = cos_sin[batch.positions].unsqueeze(1)
+    both = _rotate(torch.cat((q, key.unsqueeze(1)), dim=1), table, shape.interleaved)
+    kept = _as_cached(both[:, -1:], k_cache.dtype)
+    cells = k_cache.flatten(0, 1)
+    if on_gpu(q):
+        latent.keep(kept, cells, batch.cells)
+    else:
+        written = batch.cells >= 0
+        cells[batch.cells[written]] = kept[written]
+    return both[:, :-1].contiguous()
+
+
+def by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """[T, heads, out] of x [T, heads, in]: each head times the transpose of its own of weight [heads, out, in]."""
+    if on_gpu(x) and x.is_cuda:
+        return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+    return torch.stack([_product(x[:, head], own) for head, own in enumerate(weight)], dim=1)
+
+
 def _normed_whole(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> Tensor:
     """qkv with q and k normed over all their heads together."""
     q, k, v = torch.split(qkv, [len(q_norm), len(k_norm), qkv.shape[-1] - len(q_norm) - len(k_norm)], dim=-1)
@@ -116,12 +137,15 @@ def paged_attention(
 
     `sinks` float32 [heads]: logits beside the scores, that have no value.
 
-    Scores and sums are float32. Returns q's shape and type. Keys and values of the step are in the cache already.
+    Scores and sums are float32. Returns q's type, as much for each head as a value has. Keys and values of the step are
+    in the cache already.
     """
     if on_gpu(q):
+        if shape.turned:
+            return latent.latent_attention(q, k_cache, batch, shape)
         out = attention.paged_attention(q, k_cache, v_cache, batch, shape, sinks)
         return _with_ahead(out, q, k_cache, v_cache, batch, shape)
-    out = torch.zeros_like(q)
+    out = q.new_zeros(*q.shape[:-1], v_cache.shape[-1])
     starts, contexts = batch.starts.tolist(), batch.contexts.tolist()
     for r, context in enumerate(contexts):
         first, last = starts[r], starts[r + 1]

@@ -12,7 +12,7 @@ import msgspec
 from pagoda.arch import memory, sharding
 from pagoda.arch.lora import adapters_bytes
 from pagoda.backend.base import Limits
-from pagoda.backend.cpu import executor, program
+from pagoda.backend.cpu import buffers, executor, program
 from pagoda.config import EngineConfig
 from pagoda.deploy.plan.machines import Machine
 from pagoda.deploy.plan.model import PlannedModel, packed, planned_model
@@ -112,7 +112,7 @@ def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Pl
     kv_type = memory.kv_type(limits.kv_cache_dtype)
     seeing, language = _parted(model)
     weights = executor.weight_bytes(language, asked) + adapters_bytes(model.spec, limits)
-    work = program.buffer_bytes(model.spec, limits.max_num_batched_tokens)
+    work = buffers.buffer_bytes(model.spec, limits.max_num_batched_tokens)
     draft = _draft_bytes(config, limits, machine)
     processes = _PROCESS_BYTES + LIBRARY_BYTES + _TOKEN_BYTES * model.spec.vocab_size + _table_bytes(model)
     images = executor.weight_bytes(seeing, asked, model.spec.vision) + memory.vision_bytes(
@@ -186,7 +186,7 @@ def _draft_bytes(config: EngineConfig, limits: Limits, machine: Machine) -> int:
         kv_item = 1 if own.kv_cache_dtype in KV_EIGHT_BITS else item
         return sum(stored) + work + blocks * sharding.kv_bytes_per_block(model.spec, 1, kv_item)
     program.check_spec(model.spec)
-    work = program.buffer_bytes(model.spec, own.max_num_batched_tokens)
+    work = buffers.buffer_bytes(model.spec, own.max_num_batched_tokens)
     cache = blocks * memory.kv_bytes_per_block(model.spec, memory.kv_type(own.kv_cache_dtype))
     return executor.weight_bytes(model.tensors, own.quantization) + work + cache + _table_bytes(model)
 
