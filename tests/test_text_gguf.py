@@ -74,6 +74,7 @@ def test_same_ids_as_the_tokenizer_json_it_came_from(tmp_path: Path, pre: str, s
         ("tekken", "HelloWorld 12/\n", ["Hello", "World", " ", "1", "2", "/\n"]),
         ("gpt-4o", "it's HelloWorld 1234", ["it's", " Hello", "World", " ", "123", "4"]),
         ("deepseek-coder", "a b!\n你好12", ["a", " b", "!", "\n", "你好", "1", "2"]),
+        ("deepseek-llm", "Straße a! 12你好", ["Stra", "ß", "e", " a", "!", " ", "12", "你好"]),
         ("deepseek-v3", "a+b 1234你好!", ["a", "+b", " ", "123", "4", "你好", "!"]),
         ("qwen35", "e\u0301a 12", ["\u00e9a", " ", "1", "2"]),
     ],

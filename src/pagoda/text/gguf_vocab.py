@@ -46,6 +46,19 @@ _LLAMA3_PATTERN = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|{_SPACES}"
 _LLAMA3 = _Pre((_LLAMA3_PATTERN,), ignore_merges=True, add_bos=True)
 _QWEN2_PATTERN = rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_SIGNS}|{_SPACES}"
 _CJK = r"[\x{4e00}-\x{9fa5}\x{0800}-\x{4e00}\x{ac00}-\x{d7ff}]+"
+_CASED_LETTERS = "".join(
+    "-".join(chr(int(end, 16)) for end in run.split("-"))
+    for run in (
+        "b5 c0-d6 d8-f6 f8-1ba 1bc-1bf 1c4-293 295-2af 370-373 376 377 37b-37d 37f 386 388-38a 38c 38e-3a1 3a3-3f5 "
+        "3f7-481 48a-52f 531-556 10a0-10c5 13a0-13f5 13f8-13fd 1c90-1cba 1cbd-1cbf 1d00-1d2b 1d6b-1d77 1d79-1d9a "
+        "1e00-1f15 1f18-1f1d 1f20-1f45 1f48-1f4d 1f50-1f57 1f59 1f5b 1f5d 1f5f-1f7d 1f80-1fb4 1fb6-1fbc 1fbe "
+        "1fc2-1fc4 1fc6-1fcc 1fd0-1fd3 1fd6-1fdb 1fe0-1fec 1ff2-1ff4 1ff6-1ffc 2102 2107 210a-2113 2115 2119-211d "
+        "2124 2126 2128 212a-212d 212f-2134 2139 213c-213f 2145-2149 214e 2183 2184 2c00-2c7b 2c7e-2ce4 2ceb-2cee "
+        "2cf2 2cf3 a640-a66d a680-a69b a722-a76f a771-a787 a78b-a78e ab70-abbf fb00-fb06 fb13-fb17 ff21-ff3a "
+        "ff41-ff5a 10400-1044f 104b0-104d3 104d8-104fb 10c80-10cb2 10cc0-10cf2 118a0-118df 1e900-1e943"
+    ).split()
+)
+"""Letters that have a case, of an old Unicode."""
 _FAMILIES: dict[str, _Pre] = {
     **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "mellum", "modern-bert", "olmo", "mpt", "jais", "default"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
@@ -70,13 +83,26 @@ _FAMILIES: dict[str, _Pre] = {
         _Pre((_CASED % (_CONTRACTION + "?", _CONTRACTION + "?") + rf"|\p{{N}}{{1,3}}|{_CASED_SIGNS}",)),
     ),
     "deepseek-coder": _Pre((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
-    "deepseek-v3": _Pre(
+    "deepseek-llm": _Pre(
         (
-            r"\p{N}{1,3}",
-            r"[一-龥぀-ゟ゠-ヿ]+",
-            r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-            rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
+            r"[\r\n]",
+            rf"\s?[A-Za-z{_CASED_LETTERS}]+",
+            r"\s?[!-/:-~\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff5e}\x{2018}-\x{201f}\x{3000}-\x{3002}]+",
+            r"\s+$",
+            _CJK,
+            r"\p{N}+",
         )
+    ),
+    **dict.fromkeys(
+        ("deepseek-v3", "hunyuan-dense"),
+        _Pre(
+            (
+                r"\p{N}{1,3}",
+                r"[一-龥぀-ゟ゠-ヿ]+",
+                r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+                rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
+            )
+        ),
     ),
 }
 
