@@ -81,10 +81,18 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "topk_method": "group_limited_greedy",
         },
         "deepseek_v3": {"model_type": "deepseek_v3", **_EXPERTS, **_LATENT, **_GROUPS, "rope_parameters": _YARN},
+        "hunyuan_v1_moe": {
+            "model_type": "hunyuan_v1_moe",
+            "head_dim": 32,
+            "num_experts": 8,
+            "moe_topk": [3] * 3,
+            "intermediate_size": 64,
+            "pad_token_id": 0,
+        },
         "glm4_moe_lite": {"model_type": "glm4_moe_lite", **_EXPERTS, **_LATENT, "rms_norm_eps": 1e-6},
     }
 )
-_GGUF: Mapping[str, str] = MappingProxyType({"glm4_moe": "glm4moe"})
+_GGUF: Mapping[str, str] = MappingProxyType({"glm4_moe": "glm4moe", "hunyuan_v1_moe": "hunyuan-moe"})
 
 
 def make_case(case: str, **changes: Any) -> Any:
@@ -128,15 +136,7 @@ def _numbers(config: Any, old: bool) -> dict[str, Any]:
         "attention.head_count": config.num_attention_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
-        "leading_dense_block_count": config.first_k_dense_replace,
-        "expert_count": config.n_routed_experts,
-        "expert_used_count": config.num_experts_per_tok,
-        "expert_shared_count": config.n_shared_experts,
-        "expert_feed_forward_length": config.moe_intermediate_size,
-        "expert_weights_scale": float(config.routed_scaling_factor),
-        "expert_weights_norm": bool(config.norm_topk_prob),
-        "expert_group_count": config.n_group,
-        "expert_group_used_count": config.topk_group,
+        **_of_experts(config),
         **(_latent(config, old) if hasattr(config, "kv_lora_rank") else _heads(config)),
     }
     if (recipe := config.rope_parameters)["rope_type"] == "yarn":
@@ -149,6 +149,23 @@ def _numbers(config: Any, old: bool) -> dict[str, Any]:
             "rope.scaling.yarn_log_multiplier": 0.1 * recipe["mscale_all_dim"],
         }
     return {name: value for name, value in numbers.items() if value is not None}
+
+
+def _of_experts(config: Any) -> dict[str, Any]:
+    if config.model_type == "hunyuan_v1_moe":
+        size = {"expert_feed_forward_length": config.intermediate_size}
+        return {"expert_count": config.num_experts, "expert_used_count": config.moe_topk[0], **size}
+    return {
+        "leading_dense_block_count": getattr(config, "first_k_dense_replace", 1),
+        "expert_count": config.n_routed_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_weights_norm": bool(config.norm_topk_prob),
+        "expert_group_count": config.n_group,
+        "expert_group_used_count": config.topk_group,
+    }
 
 
 def _latent(config: Any, old: bool) -> dict[str, Any]:
@@ -172,8 +189,8 @@ def _heads(config: Any) -> dict[str, Any]:
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim // 2,
-        "expert_gating_func": 2,
+        **({"rope.dimension_count": config.head_dim // 2} if config.model_type == "glm4_moe" else {}),
+        "expert_gating_func": 2 if config.model_type == "glm4_moe" else None,
     }
 
 

@@ -69,6 +69,13 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "shared_intermediate_size": 128,
         },
         "glm4": {"model_type": "glm4", "head_dim": 32, "attention_bias": True, "rope_parameters": _PARTIAL},
+        "hunyuan": {
+            "model_type": "hunyuan_v1_dense",
+            "head_dim": 32,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0},
+        },
         "olmo2": {"model_type": "olmo2"},
         "olmo3": {
             "model_type": "olmo3",
@@ -108,6 +115,7 @@ _GGUF: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
             "granite",
             {"embedding_scale": 3.0, "attention.scale": 0.2, "residual_scale": 0.4, "logit_scale": 3.0},
         ),
+        "hunyuan": ("hunyuan-dense", {"rope.freq_base": 10000.0 * 50.0 ** (32 / 30), "rope.scaling.type": "none"}),
         "olmo2": ("olmo2", {}),
         "exaone4": ("exaone4", {"attention.sliding_window": 24}),
         "exaone4-full": ("exaone4", {}),

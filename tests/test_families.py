@@ -99,7 +99,7 @@ def test_greedy_text_equals_transformers(case: str, folders: Folders) -> None:
     assert generate(core, TOKENS[:20], 12) == tokens_of(model, TOKENS[:20], 12)
 
 
-@pytest.mark.parametrize("case", ["phi", "cohere2", "olmo2", "ministral3"])
+@pytest.mark.parametrize("case", ["phi", "cohere2", "olmo2", "ministral3", "hunyuan"])
 def test_through_the_triton_kernels(case: str, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan([Feed([3, 4, 5, 6, 7], 0, [1, 2], rows=[(4, -1, -1)])], VOCAB)
     plain = logits(load(folders[case][0], "torch"), plan)

@@ -65,6 +65,7 @@ enum pg_op_flags : int32_t {
   PG_PIECES = 16,      // such operations in a row are done for some tokens before they are for the next
   PG_STILL = 64,       // rope: nothing is turned
   PG_WHOLE = 256,      // rope: the norms are over all heads of q, and of k, together
+  PG_LATE = 512,       // rope: the norms come behind the rotation
 };
 
 struct pg_part {  // one stored matrix [rows, k], row-major blocks

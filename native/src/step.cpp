@@ -276,8 +276,11 @@ class StepJob : public Job {
     for (int h = 0; h < d.heads + d.kv_heads; h++) {
       const float* weight = vector(h < d.heads ? op.vector : op.vector2);
       const int together = !whole ? 1 : h == 0 ? d.heads : h == d.heads ? d.kv_heads : 0;
-      if (weight && together) c_.kernels->norm(row + h * d.head_dim, weight, together * d.head_dim, op.f, row + h * d.head_dim);
-      if (!(op.flags & PG_STILL)) c_.kernels->rotate(row + h * d.head_dim, cos, cos + d.rope_dim / 2, d.rope_dim, d.rope_interleaved != 0);
+      float* head = row + h * d.head_dim;
+      const auto norm = [&] { if (weight && together) c_.kernels->norm(head, weight, together * d.head_dim, op.f, head); };
+      if (!(op.flags & PG_LATE)) norm();
+      if (!(op.flags & PG_STILL)) c_.kernels->rotate(head, cos, cos + d.rope_dim / 2, d.rope_dim, d.rope_interleaved != 0);
+      if (op.flags & PG_LATE) norm();
     }
     if (d.query_beta > 0.0f) {
       const float scale = (float)(1.0 + d.query_beta * std::log1p((double)(position_of(token) / d.query_length)));

@@ -33,6 +33,7 @@ class Parts:
     mlp_bias: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
+    qk_norm_late: bool = False
     gated: bool = True
     activation: str = "silu"
     norms: Norms = "before"
@@ -149,8 +150,8 @@ def _refuse_unsupported(config: Fields, activation: str) -> None:
 def _attention(fields: Fields, heads: int, kv_heads: int, head_dim: int, parts: Parts) -> Attention:
     if heads % kv_heads:
         raise ModelError(f"{fields.where}: {heads} attention heads cannot share {kv_heads} KV heads evenly")
-    biases = (parts.qkv_bias, parts.out_bias)
-    return Attention(heads, kv_heads, head_dim, head_dim**-0.5, *biases, parts.qk_norm, parts.qk_norm_whole)
+    biases, norms = (parts.qkv_bias, parts.out_bias), (parts.qk_norm, parts.qk_norm_whole, parts.qk_norm_late)
+    return Attention(heads, kv_heads, head_dim, head_dim**-0.5, *biases, *norms)
 
 
 def _layers(layer: Layer, windows: Sequence[int | None], max_position: int) -> tuple[Layer, ...]:

@@ -77,9 +77,12 @@ def from_config(config: Fields, head_dim: int, max_position: int) -> tuple[Rope,
     base = table.number("rope_theta", config.number("rope_theta", 10000.0))
     share = table.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     dim = int(head_dim * share)
+    kind = recipe.get("rope_type") or recipe.get("type") or "default"
+    if kind == "dynamic" and recipe.get("alpha"):  # Hunyuan's: the same for all contexts
+        base *= table.number("alpha") ** (dim / (dim - 2))
     freq = frequencies(dim, base)
     attention_factor = 1.0
-    match recipe.get("rope_type") or recipe.get("type") or "default":
+    match kind:
         case "default" | "dynamic" | "mrope":
             # dynamic changes the frequencies only beyond max_position, the longest context we serve
             pass
@@ -98,7 +101,7 @@ def from_config(config: Fields, head_dim: int, max_position: int) -> tuple[Rope,
             max_position = max(max_position, int(yarn.original_length * yarn.factor))
         case "longrope" | "su":
             return _longrope(config, table, freq, max_position), max_position
-        case kind:
+        case _:
             raise ModelError(f"{config.where}: rope type {kind!r} is not supported (supported: {', '.join(SUPPORTED)})")
     cyclic = table.flag("mrope_interleaved", False)
     found = Rope(dim, tuple(freq.tolist()), attention_factor, sections=_sections(table, dim), cyclic=cyclic)

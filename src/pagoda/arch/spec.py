@@ -82,6 +82,7 @@ class Attention:
     out_bias: bool = False
     qk_norm: bool = False  # RMS norm over each head of q and k, before RoPE
     qk_norm_whole: bool = False  # ... over all heads of q, and of k, together
+    qk_norm_late: bool = False  # ... over each head, but behind RoPE
     window: int | None = None  # sliding window in tokens
     soft_cap: float | None = None  # scaled scores s become soft_cap * tanh(s / soft_cap)
     sinks: bool = False  # of each head a logit beside the scores, that takes a share of the softmax and has no value

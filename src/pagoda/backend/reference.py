@@ -203,6 +203,8 @@ class ReferenceExecutor:
         if a.rope:
             cos, sin = self.turns(plan, positions, a.local)
             q, k = rotate(q, cos, sin, self.spec.rope), rotate(k, cos, sin, self.spec.rope)
+        if a.qk_norm_late:
+            q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
         q = q * self.spec.rope.query_scales(positions)[:, None, None]
         # all keys and values of the step are written before any is read: requests may share blocks
         cache = self.caches[i]
@@ -229,7 +231,7 @@ class ReferenceExecutor:
             q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
         q, k = q.reshape(-1, a.heads, a.head_dim), k.reshape(-1, a.kv_heads, a.head_dim)
         v = self.linear(name + "v", x).reshape(-1, a.kv_heads, a.head_dim)
-        if a.qk_norm and not a.qk_norm_whole:
+        if a.qk_norm and not a.qk_norm_whole and not a.qk_norm_late:
             q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
         return q, k, v
 

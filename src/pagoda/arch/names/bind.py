@@ -65,6 +65,14 @@ _LAYER_NAMES = {
     "router_choice": ("mlp.gate.e_score_correction", "exp_probs_b"),
 }
 _SHARED_EXPERTS = MappingProxyType({f"{p}_shared": f"mlp.shared_experts.{p}_proj" for p in ("gate", "up", "down")})
+_HUNYUAN = MappingProxyType(
+    {
+        "q_norm": "self_attn.query_layernorm",
+        "k_norm": "self_attn.key_layernorm",
+        "router": "mlp.gate.wg",
+        **{f"{p}_shared": f"mlp.shared_mlp.{p}_proj" for p in ("gate", "up", "down")},
+    }
+)
 # the names in safetensors of families that have their own
 _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -79,6 +87,8 @@ _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "mlp_norm": "post_attention_layernorm",
             "mlp_post_norm": "post_mlp_layernorm",
         },
+        "hunyuan_v1_dense": _HUNYUAN,
+        "hunyuan_v1_moe": _HUNYUAN,
         "granitemoehybrid": {"down": "shared_mlp.output_linear"},
         "phi": {
             "norm": "model.final_layernorm",

@@ -247,6 +247,7 @@ class Program:
         if a.latent is not None:
             return self._latent(p, a, a.latent, place, order)
         turns = native.LOCAL * a.local | native.STILL * (not a.rope) | native.WHOLE * a.qk_norm_whole
+        turns |= native.LATE * a.qk_norm_late
         self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=place, flags=turns, f=eps)
         last = "" if a.out_gate else order
         self._emit(

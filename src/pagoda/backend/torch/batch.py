@@ -72,4 +72,5 @@ class Heads:
     rope: bool = True  # False: nothing is turned
     local: bool = False  # turned by the second table of angles
     soft_cap: float | None = None  # scores s become soft_cap * tanh(s / soft_cap)
+    late: bool = False  # the norms of q and k come behind the rotation
     turned: int = 0  # of latent attention: values of a key in front of those that are the value too

@@ -128,6 +128,7 @@ class Loader:
             a.rope,
             a.local,
             a.soft_cap,
+            a.qk_norm_late,
             a.turned,
         )
         latent = None if a.latent is None else self._latent(p, a.latent, shape)

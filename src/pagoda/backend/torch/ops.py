@@ -64,10 +64,13 @@ def rope_and_cache(
         return rope.rope_and_cache(qkv, q_norm, k_norm, cos_sin, batch, k_cache, v_cache, shape)
     a = shape
     q, k, v = torch.split(torch.unflatten(qkv, -1, (-1, a.head_dim)), [a.heads, a.kv_heads, a.kv_heads], dim=1)
-    if q_norm is not None and k_norm is not None:
-        q, k = rms_norm(q, q_norm, a.eps), rms_norm(k, k_norm, a.eps)
+    norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
+    if norms and not a.late:
+        q, k = rms_norm(q, norms[0], a.eps), rms_norm(k, norms[1], a.eps)
     table = cos_sin[batch.positions].unsqueeze(1)
     q, k = _rotate(q, table, a.interleaved), _rotate(k, table, a.interleaved)
+    if norms and a.late:
+        q, k = rms_norm(q, norms[0], a.eps), rms_norm(k, norms[1], a.eps)
     written = batch.cells >= 0
     cells = batch.cells[written]
     k_cache.flatten(0, 1)[cells] = _as_cached(k[written], k_cache.dtype)

@@ -54,6 +54,7 @@ def _rope(
     kv_heads: tl.tensor,
     eps: tl.tensor,
     NORM: tl.constexpr,
+    LATE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     DIM: tl.constexpr,
     HEAD: tl.constexpr,
@@ -78,16 +79,20 @@ def _rope(
         pair, sign = tl.where(first, at, at - DIM // 2), tl.where(first, -1.0, 1.0)
     turned = inside & (at < DIM) & (head < q_heads + kv_heads)
     values, others = raw.to(tl.float32), tl.load(source + partner, mask=turned, other=0.0).to(tl.float32)
+    is_q = head < q_heads
     if NORM:
-        is_q = head < q_heads
         kind: tl.constexpr = qkv.dtype.element_ty
         scale = tl.rsqrt(tl.sum(values * values, axis=1)[:, None] / HEAD + eps)
+    if NORM and not LATE:
         values = _scaled(values, scale, q_norm, k_norm, is_q, at, HEAD).to(kind).to(tl.float32)
         others = _scaled(others, scale, q_norm, k_norm, is_q, partner, DIM).to(kind).to(tl.float32)
     position = tl.load(positions + token).to(tl.int64)
     cos = tl.load(cos_sin + position * DIM + pair, mask=at < DIM, other=1.0)
     sin = tl.load(cos_sin + position * DIM + DIM // 2 + pair, mask=at < DIM, other=0.0)
-    result = tl.where(turned, values * cos + others * sin * sign, values).to(qkv.dtype.element_ty)
+    result = tl.where(turned, values * cos + others * sin * sign, values)
+    if NORM and LATE:  # turning changes no length
+        result = _scaled(result.to(kind).to(tl.float32), scale, q_norm, k_norm, is_q, at, HEAD)
+    result = result.to(qkv.dtype.element_ty)
     tl.store(q_out + (token * q_heads + head) * HEAD + at, result, mask=inside & (head < q_heads))
     cell = tl.load(cells + token)
     written = inside & (cell >= 0)
@@ -115,8 +120,8 @@ def rope_and_cache(
     if tokens:
         _rope[(tokens, triton.cdiv(a.heads + 2 * a.kv_heads, _HEADS))](
             qkv.contiguous(), *norms, cos_sin, batch.positions, batch.cells, fp8.known(k_cache), fp8.known(v_cache), q,
-            a.heads, a.kv_heads, a.eps, NORM=q_norm is not None, INTERLEAVED=a.interleaved, DIM=cos_sin.shape[1],
-            HEAD=a.head_dim, BLOCK=block_of(a.head_dim), HEADS=_HEADS, num_warps=2,
+            a.heads, a.kv_heads, a.eps, NORM=q_norm is not None, LATE=a.late, INTERLEAVED=a.interleaved,
+            DIM=cos_sin.shape[1], HEAD=a.head_dim, BLOCK=block_of(a.head_dim), HEADS=_HEADS, num_warps=2,
             **launch.chained(qkv.device),
         )  # fmt: skip
     return q
