@@ -20,6 +20,7 @@ from test_reference_models import generate
 
 from pagoda.arch import memory
 from pagoda.arch.dummy import open_dummy
+from pagoda.arch.names.deepseek import deepseek_tensors
 from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.sharding import kv_bytes_per_block, share, weight_bytes
 from pagoda.backend.cpu.executor import CpuExecutor
@@ -28,8 +29,10 @@ from pagoda.config import EngineConfig
 from pagoda.deploy.plan.model import model_of_config, planned_model
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ModelError
+from pagoda.weights.fp8 import Scaled
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.open import open_source
+from pagoda.weights.source import Tensor
 
 Folders = dict[str, tuple[Path, Any]]
 KV_ERROR = 5e-3
@@ -198,6 +201,21 @@ def test_blocks_that_predict_several_tokens_are_left_out(folders: Folders, tmp_p
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     executor = load(tmp_path, "reference")
     assert relative(logits(executor, LAST), expected(model)) < 1e-4
+
+
+@pytest.mark.parametrize("block", [32, 48])
+def test_blocks_of_fp8_need_not_end_with_the_heads(block: int) -> None:
+    spec, rng = model_of_config({**PUBLIC["deepseek_v2-lite"], "kv_lora_rank": 32}, ()).spec, np.random.default_rng(0)
+    rows = 16 * 256
+    codes = Tensor("c", (rows, 32), "F8_E4M3", rng.integers(0, 120, rows * 32, np.uint8))
+    scales = rng.uniform(0.5, 2, (-(-rows // block), 1)).astype(np.float32)
+    stored = Tensor("s", scales.shape, "F32", scales.reshape(-1).view(np.uint8))
+    whole = Scaled(codes, stored, (block, 32), None).tensor()
+    found = deepseek_tensors(spec, {"model.layers.0.self_attn.kv_b_proj.weight": whole})
+    k_b, v_b = (dequantize(found[f"model.layers.0.self_attn.{name}_b_proj.weight"]) for name in "kv")
+    values = dequantize(whole).reshape(16, 256, 32)
+    np.testing.assert_array_equal(k_b.transpose(0, 2, 1), values[:, :128])
+    np.testing.assert_array_equal(v_b, values[:, 128:])
 
 
 def test_the_sizes_of_the_published_models_are_planned() -> None:

@@ -27,7 +27,6 @@ _OTHER_NAMES = MappingProxyType(
         "command-r": "cohere",
         "deepseek2": "deepseek_v2",
         "gemma3_text": "gemma3",
-        "kimi_k2": "deepseek_v3",
         "hunyuan-dense": "hunyuan_v1_dense",
         "hunyuan-moe": "hunyuan_v1_moe",
         "phi2": "phi",

@@ -1,4 +1,4 @@
-"""DeepSeek-V3, R1 and Kimi K2: V2's layers, whose experts have sigmoid shares and a bias for the choice."""
+"""DeepSeek-V3 and R1: V2's layers, whose experts have sigmoid shares and a bias for the choice."""
 
 from __future__ import annotations
 

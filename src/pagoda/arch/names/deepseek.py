@@ -11,6 +11,7 @@ import numpy as np
 
 from pagoda.arch.latent import Latent
 from pagoda.arch.spec import ModelSpec
+from pagoda.weights.fp8 import Scaled
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import Bytes, MadeTensor, Stacked
 from pagoda.weights.parts import OUTPUTS, part
@@ -57,10 +58,18 @@ def _apart(
     if tensor.shape != (heads * each, latent.rank):
         yield k, tensor
         return
-    starts = range(0, heads * each, each)
+    starts, tensor = range(0, heads * each, each), _cuttable(tensor, each, latent.nope)
     keys = tuple(_turned(part(tensor, OUTPUTS, at, at + latent.nope)) for at in starts)
     yield k, Stacked(keys).tensor(k)
     yield v, Stacked(tuple(part(tensor, OUTPUTS, at + latent.nope, at + each) for at in starts)).tensor(v)
+
+
+def _cuttable(tensor: Tensor, *sizes: int) -> Tensor:
+    """The tensor, as plain values where its blocks of FP8 do not end with the heads."""
+    m = tensor.origin if isinstance(tensor, MadeTensor) else None
+    if isinstance(m, Scaled) and m.block is not None and any(size % m.block[0] for size in sizes):
+        return MadeTensor(tensor.name, tensor.shape, tensor.type, lambda: tensor.data)
+    return tensor
 
 
 def _turned(tensor: Tensor) -> Tensor:
