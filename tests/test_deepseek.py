@@ -20,6 +20,7 @@ from test_reference_models import generate
 
 from pagoda.arch import memory
 from pagoda.arch.dummy import open_dummy
+from pagoda.arch.lora import check_adapters
 from pagoda.arch.names.deepseek import deepseek_tensors
 from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.sharding import kv_bytes_per_block, share, weight_bytes
@@ -28,7 +29,7 @@ from pagoda.backend.torch import ops
 from pagoda.config import EngineConfig
 from pagoda.deploy.plan.model import model_of_config, planned_model
 from pagoda.engine.core import EngineCore
-from pagoda.errors import ModelError
+from pagoda.errors import ConfigError, ModelError
 from pagoda.weights.fp8 import Scaled
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.open import open_source
@@ -216,6 +217,11 @@ def test_blocks_of_fp8_need_not_end_with_the_heads(block: int) -> None:
     values = dequantize(whole).reshape(16, 256, 32)
     np.testing.assert_array_equal(k_b.transpose(0, 2, 1), values[:, :128])
     np.testing.assert_array_equal(v_b, values[:, 128:])
+
+
+def test_adapters_are_refused() -> None:
+    with pytest.raises(ConfigError, match="latent attention"):
+        check_adapters(model_of_config(PUBLIC["deepseek_v3"], ()).spec)
 
 
 def test_the_sizes_of_the_published_models_are_planned() -> None:

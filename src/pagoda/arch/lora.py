@@ -57,6 +57,8 @@ def check_adapters(spec: ModelSpec) -> None:
     why = ""
     if spec.encoder is not None or spec.pooling is not None:
         why = "this model gives vectors or scores, and adapters are for models that generate"
+    elif any(layer.attention.latent is not None for layer in spec.layers):
+        why = "adapters for models with latent attention are not read"
     elif spec.model_type == "gpt2" or not adaptable(spec):
         why = f"adapters for models of the type {spec.model_type} are not read"
     if why:
