@@ -64,11 +64,8 @@ class Latent(c.Structure):
 
 
 class Router(c.Structure):
-    _fields_ = [
-        *((name, c.c_int32) for name in ("experts", "active", "normalized", "sigmoid")),
-        *((name, c.c_int32) for name in ("groups", "active_groups", "group_best")),
-        ("scale", c.c_float),
-    ]
+    _numbers = ("experts", "active", "normalized", "sigmoid", "groups", "active_groups", "group_best")
+    _fields_ = [*((name, c.c_int32) for name in _numbers), ("scale", c.c_float)]
 
 
 class Dims(c.Structure):
