@@ -66,7 +66,7 @@ def _rope(
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     at = tl.arange(0, BLOCK)[None, :]
-    rows = q_heads + 2 * kv_heads
+    rows, is_q = q_heads + 2 * kv_heads, head < q_heads
     inside = (head < rows) & (at < HEAD)
     source = qkv + (token * rows + head) * HEAD
     raw = tl.load(source + at, mask=inside, other=0.0)
@@ -79,7 +79,6 @@ def _rope(
         pair, sign = tl.where(first, at, at - DIM // 2), tl.where(first, -1.0, 1.0)
     turned = inside & (at < DIM) & (head < q_heads + kv_heads)
     values, others = raw.to(tl.float32), tl.load(source + partner, mask=turned, other=0.0).to(tl.float32)
-    is_q = head < q_heads
     if NORM:
         kind: tl.constexpr = qkv.dtype.element_ty
         scale = tl.rsqrt(tl.sum(values * values, axis=1)[:, None] / HEAD + eps)
