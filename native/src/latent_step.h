@@ -12,16 +12,19 @@ constexpr int64_t heads_scratch(int64_t k) { return 2 * kHeadRows * k; }
 // k values from `column` on of n rows, one behind the other in `to`, as the weight reads them.
 inline Rows head_rows(const pg_context& c, const Buffer& from, int64_t row, int64_t n, int64_t column, const Part& part, int64_t k, float* to) {
   const int64_t blocks = k / kBlock;
+  const Form form = form_of(*c.kernels, part.type, k);
+  uint16_t* bf16 = form == Form::bf16 ? (uint16_t*)(to + kHeadRows * k) : nullptr;
   int8_t* q = (int8_t*)(to + kHeadRows * k);
   float *d = (float*)(q + kHeadRows * k), *s = d + kHeadRows * blocks;
   int32_t *sums = (int32_t*)(s + kHeadRows * blocks), *h = sums + kHeadRows * blocks;
   int16_t* wide = c.kernels->wide ? (int16_t*)(h + 2 * kHeadRows * blocks) : nullptr;
   for (int64_t i = 0; i < n; i++) {
     memcpy(to + i * k, from.row(row + i) + column, k * sizeof(float));
-    if (is_float(part.type)) continue;
-    c.kernels->quantize(to + i * k, k, {q + i * k, d + i * blocks, s + i * blocks, sums + i * blocks, h + 2 * i * blocks, wide ? wide + i * k : nullptr});
+    if (bf16) c.kernels->to_bf16(to + i * k, k, bf16 + i * k);
+    if (form != Form::codes) continue;
+    c.kernels->quantize(to + i * k, k, {q + i * k, d + i * blocks, s + i * blocks, sums + i * blocks, h + 2 * i * blocks, wide ? wide + i * k : nullptr, nullptr});
   }
-  return {to, q, d, s, sums, h, wide, k};
+  return {to, q, d, s, sums, h, wide, bf16, k};
 }
 
 // PG_ABSORB and PG_EXPAND: a chunk is one head of some of the `rows` tokens from `row` on.

@@ -50,7 +50,6 @@ from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import part_of_stack
 from pagoda.weights.source import Tensor
 
-
 VECTORS = ("positions", "types", "score", "pool_dense")
 """Tables that are added, or used for a whole request at once: kept in float32."""
 
