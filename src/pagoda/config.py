@@ -85,7 +85,7 @@ class Options(HttpOptions):
     revision: str | None = option(
         None, "Branch, tag or commit of a model that is named as on a hub; it is fetched on first use", "Model"
     )
-    download_dir: str | None = option(None, "Folder of such models, in Hugging Face's layout (default: its)", "Model")
+    download_dir: str | None = option(None, "Folder of downloads, laid out like Hugging Face's (the default)", "Model")
     mmproj: str | None = option(None, "Image encoder of a GGUF model (default: mmproj*.gguf in its folder)", "Model")
     load_format: str = option(
         "auto",
