@@ -110,7 +110,7 @@ def install(patch: Callable[[Any, str, Any], None], **behaviour: float) -> None:
             time.sleep(behaviour.get("load_s", 0.0) / 2)
         return FakeExecutor(limits, **behaviour)
 
-    patch(core, "open_model", lambda path, load_format, task: source)
+    patch(core, "open_model", lambda path, load_format, task, mmproj=None: source)
     patch(core, "load_spec", lambda source, task: spec())
     patch(core, "load_executor", load)
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from api_fake import TEXT, FakeEngine, make_server, on_port
 
-from pagoda.api.http.stream import EventStream
+from pagoda.http_options import HttpOptions
 
 HI = [anthropic.types.UserMessageParam(role="user", content="Hi")]
 
@@ -68,11 +68,10 @@ def test_an_error_in_a_stream_is_raised() -> None:
             list(stream)
 
 
-def test_a_silent_stream_gets_pings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(EventStream.__init__.__kwdefaults__ or {}, "heartbeat_s", 0.02)
+def test_a_silent_stream_gets_pings() -> None:
     engine = FakeEngine(text="a", delay_s=0.1)
     body = {"model": "fake-model", "max_tokens": 9, "messages": HI, "stream": True}
-    with on_port(make_server(engine), engine) as base:
+    with on_port(make_server(engine, options=HttpOptions(sse_keep_alive_interval=0.02)), engine) as base:
         text = httpx.post(base + "/v1/messages", json=body).text
         with client_of(base).messages.stream(model="fake-model", max_tokens=9, messages=HI) as stream:
             assert "".join(stream.text_stream) == "a"

@@ -10,7 +10,7 @@ import ollama
 import pytest
 from api_fake import TEXT, FakeEngine, make_server, on_port
 
-from pagoda.api.http.stream import EventStream
+from pagoda.http_options import HttpOptions
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -77,11 +77,10 @@ def test_an_error_in_a_stream_is_raised() -> None:
             list(parts)
 
 
-def test_lines_come_one_by_one_without_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(EventStream.__init__.__kwdefaults__ or {}, "heartbeat_s", 0.02)
+def test_lines_come_one_by_one_without_heartbeats() -> None:
     engine = FakeEngine(text="some words", delay_s=0.05)
     times = []
-    with on_port(make_server(engine), engine) as base:
+    with on_port(make_server(engine, options=HttpOptions(sse_keep_alive_interval=0.02)), engine) as base:
         assert httpx.head(base).status_code == 200
         with httpx.stream("POST", base + "/api/chat", json={"messages": HI}) as response:
             for piece in response.iter_raw():

@@ -196,7 +196,7 @@ def test_a_step_crosses_as_one_array_of_numbers() -> None:
     assert fed.block_tables[fed.slots].tolist() == [[3, 9], [2, 0]]
     for name in ("slots", "starts", "positions", "tokens", "rows"):
         assert np.array_equal(getattr(fed, name), getattr(plan, name)), name
-    assert len(_packed(plan)) == 5 + 2 + 3 + 2 + 4 + 4 + 3
+    assert len(_packed(plan)) == 6 + 2 + 3 + 2 + 4 + 4 + 3
 
 
 def config(path: Path, size: int, **more: Any) -> EngineConfig:
