@@ -20,7 +20,7 @@ GROUPS = {
     "throughput_c32": "writing, 32 requests at once over HTTP, tokens/s",
 }
 OURS = "pagoda"
-WIDTH, NAME, BAR, ROW, GAP = 760, 210, 440, 20, 44
+WIDTH, NAME, BAR, ROW, GAP = 760, 210, 390, 20, 44
 COLORS = {True: "#2563eb", False: "#a8b3c4"}
 
 
