@@ -1,6 +1,7 @@
 // Products of weights in bf16 with activations rounded to bf16, by the instruction that adds two products to a float.
 #pragma once
 #include "panel.h"
+#include "wide.h"
 
 namespace pagoda {
 namespace PG_NS {
@@ -8,8 +9,8 @@ namespace PG_NS {
 constexpr int kBf16Rows = 8;  // in a tile
 
 void to_bf16(const float* x, int64_t n, uint16_t* to) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+  const int64_t i = n / 8 * 8;
+  store_halves(x, i, to);
   if (i == n) return;
   const __mmask16 rest = (__mmask16)((1u << (n - i)) - 1);
   _mm256_mask_storeu_epi16(to + i, rest, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(rest, x + i)));

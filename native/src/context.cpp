@@ -240,7 +240,7 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     mark_producers(*c);
     for (int i = 0; i < n_buffers; i++) c->buffers[i] = make_buffer(buffers[i], *d, reads_of(*c, i));
     // keys that are values too are not kept in pairs
-    const bool no_pairs = !c->kernels->bf16 || d->latent.rank;
+    const bool no_pairs = !c->kernels->to_bf16 || d->latent.rank;
     c->kv = {nullptr, d->layers, d->kv_heads, d->head_dim, d->kv == PG_KV_BF16 && no_pairs ? PG_KV_F16 : d->kv,
              d->latent.rank ? d->head_dim - d->latent.rank : 0};
     int group = d->heads / d->kv_heads, cuts = 1;

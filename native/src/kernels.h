@@ -106,7 +106,6 @@ constexpr int64_t delta_state(int64_t key_dim, int64_t value_dim, int64_t shared
 struct Kernels {
   const char* name;
   bool wide;  // products read Rows::wide
-  bool bf16;  // attention multiplies bfloat16
   int chain_rows;  // that pay for a chain of phases, times the square of the number of chains: see step.cpp
   void (*matmul)(const Part&, int64_t first_panel, int64_t last_panel, const Rows&, int64_t first, int64_t last, const Out&);
   void (*dequantize_row)(const Part&, int64_t k, int64_t row, float* out);
@@ -134,7 +133,7 @@ struct Kernels {
   void (*sigmoid_gate)(const float* gate, int64_t n, float* x);
   // x = cap * tanh(x / cap)
   void (*soft_cap)(float* x, int64_t n, float cap);
-  // To the nearest bf16, ties to even; or null: products multiply weights in bf16 by floats.
+  // To the nearest bf16, ties to even; or null: neither products nor attention multiply bf16 by bf16.
   void (*to_bf16)(const float* x, int64_t n, uint16_t* to);
 };
 

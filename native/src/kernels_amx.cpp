@@ -1,4 +1,4 @@
-// Kernels for AMX: quantized products of many rows in tiles of 8-bit integers, the rest as for AVX-512, with BF16 where it is there.
+// Kernels for AMX: quantized products of many rows in tiles of 8-bit integers, the rest as for AVX-512 with BF16.
 #define PG_NS amx
 #define PG_AVX2
 #define PG_VNNI

@@ -11,7 +11,7 @@ namespace pagoda {
 const Kernels* kernels_bf16() {
   static const Kernels table = [] {
     Kernels t = *kernels_avx512();
-    t.name = "avx512-bf16", t.bf16 = true, t.matmul = bf16::matmul, t.to_bf16 = bf16::to_bf16;
+    t.name = "avx512-bf16", t.matmul = bf16::matmul, t.to_bf16 = bf16::to_bf16;
     t.store_kv = [](const KvCache& cache, int layer, int64_t block, int head, int offset, const float* k, const float* v) {
       const auto store = cache.kind == PG_KV_BF16 ? bf16::store_kv : kernels_avx512()->store_kv;
       store(cache, layer, block, head, offset, k, v);

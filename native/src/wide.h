@@ -48,8 +48,8 @@ PG_INLINE W fma(Pairs a, Pairs b, W c) { return (W)_mm512_dpbf16_ps((__m512)c, a
 PG_INLINE Pairs load_halves(const uint16_t* p, int) { return (Pairs)_mm512_loadu_si512(p); }
 PG_INLINE Pairs splat_halves(float x) { return (Pairs)_mm512_set1_ps(x); }
 PG_INLINE Pairs first_half(Pairs v) { return (Pairs)_mm512_and_si512((__m512i)v, _mm512_set1_epi32(0xffff)); }
-PG_INLINE void store_halves(const float* x, int n, uint16_t* to) {
-  for (int i = 0; i < n; i += 8) _mm_storeu_si128((__m128i*)(to + i), (__m128i)_mm256_cvtneps_pbh((__m256)load(x + i)));
+PG_INLINE void store_halves(const float* x, int64_t n, uint16_t* to) {
+  for (int64_t i = 0; i < n; i += 8) _mm_storeu_si128((__m128i*)(to + i), (__m128i)_mm256_cvtneps_pbh((__m256)load(x + i)));
 }
 PG_INLINE void to_halves(const float* x, int n, float* to) { store_halves(x, n, (uint16_t*)to); }
 
