@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from pagoda.arch.dummy import dummy
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
+from pagoda.options.config import EngineConfig
 from pagoda.types import Delta, Request, SamplingParams
 
 Row = dict[str, Any]

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from vision import config, picture
 
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
+from pagoda.options.config import EngineConfig
 from pagoda.types import Image, Request, SamplingParams
 
 PLACEHOLDER = 7

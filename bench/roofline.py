@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
+from pagoda.options.config import EngineConfig
 from pagoda.types import Request, SamplingParams
 from pagoda.weights.open import open_source
 

@@ -8,8 +8,8 @@ import statistics
 import time
 from pathlib import Path
 
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
+from pagoda.options.config import EngineConfig
 from pagoda.types import Request, SamplingParams
 
 SCHEMA = {

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from api_fake import TEXT, FakeEngine, make_server, on_port
 
-from pagoda.http_options import HttpOptions
+from pagoda.options.http import HttpOptions
 
 HI = [anthropic.types.UserMessageParam(role="user", content="Hi")]
 

@@ -19,9 +19,9 @@ from pagoda.cli.inputs import load, read_config, split
 from pagoda.cli.main import main
 from pagoda.cli.model import sampling_defaults
 from pagoda.cli.screen import ProgressLine, size, table
-from pagoda.config import Options
 from pagoda.deploy.download.find_model import check_format, find_model
 from pagoda.errors import ConfigError, ModelError
+from pagoda.options.config import Options
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

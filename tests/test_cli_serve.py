@@ -18,9 +18,9 @@ import pytest
 
 from pagoda.cli.address import address, is_loopback
 from pagoda.cli.serve import welcome
-from pagoda.config import Options
 from pagoda.deploy.download.default_model import FILE
 from pagoda.engine.messages import ModelInfo
+from pagoda.options.config import Options
 
 START_S = 60
 ENVIRON = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from pagoda.cli.help import page, serve_help
-from pagoda.config import Options, declared
 from pagoda.errors import ConfigError
-from pagoda.flags import not_yet, without_effect
-from pagoda.settings import Catalog, Settings, check, each_model, resolve
+from pagoda.options.config import Options, declared
+from pagoda.options.flags import not_yet, without_effect
+from pagoda.options.resolve import Catalog, Settings, check, each_model, resolve
 
 
 def options(line: str = "", environ: dict[str, str] | None = None, file: dict[str, Any] | None = None) -> Settings:

@@ -26,10 +26,10 @@ from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.sharding import kv_bytes_per_block, share, weight_bytes
 from pagoda.backend.cpu.executor import CpuExecutor
 from pagoda.backend.torch import ops
-from pagoda.config import EngineConfig
 from pagoda.deploy.plan.model import model_of_config, planned_model
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
+from pagoda.options.config import EngineConfig
 from pagoda.weights.fp8 import Scaled
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.open import open_source

@@ -12,10 +12,10 @@ import vl_tiny
 
 from pagoda.arch.dummy import dummy, open_dummy, open_model
 from pagoda.arch.registry import bind, load_spec
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.engine.llm import LLM
 from pagoda.errors import ModelError
+from pagoda.options.config import EngineConfig
 from pagoda.types import Request, SamplingParams
 from pagoda.weights.ggml import dequantize
 

@@ -16,11 +16,11 @@ import engine_fake as fake
 import psutil
 import pytest
 
-from pagoda.config import EngineConfig
 from pagoda.engine.client import EngineClient
 from pagoda.engine.roster import SET_ASIDE
 from pagoda.engine.stream import merge
 from pagoda.errors import EngineError, MemoryShort, Overloaded
+from pagoda.options.config import EngineConfig
 from pagoda.types import Delta, Request, SamplingParams
 
 KILL, HANG = 250, 251

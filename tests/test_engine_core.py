@@ -7,9 +7,9 @@ from typing import Any
 import engine_fake as fake
 import pytest
 
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, MemoryShort
+from pagoda.options.config import EngineConfig
 from pagoda.types import Delta, Request, SamplingParams
 
 

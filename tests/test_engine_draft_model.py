@@ -9,13 +9,13 @@ from typing import Any
 import engine_tiny
 import pytest
 
-from pagoda.config import EngineConfig, Options
 from pagoda.engine.core import EngineCore
 from pagoda.engine.draft_model import DraftModel
 from pagoda.errors import ConfigError, ModelError
+from pagoda.options.config import EngineConfig, Options
+from pagoda.options.speculation import Speculation, speculation_from
 from pagoda.sched.draft import Speculator
 from pagoda.sched.stats import SchedulerStats
-from pagoda.speculation import Speculation, speculation_from
 from pagoda.types import Request, SamplingParams, TokenLogprob
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "logprobs": 2}

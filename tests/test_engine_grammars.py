@@ -10,9 +10,9 @@ from typing import Any
 import engine_tiny
 import pytest
 
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
-from pagoda.speculation import Speculation
+from pagoda.options.config import EngineConfig
+from pagoda.options.speculation import Speculation
 from pagoda.text.matcher import load_vocabulary
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
 from pagoda.types import Delta, Request, SamplingParams

@@ -18,7 +18,6 @@ import msgspec
 import psutil
 import pytest
 
-from pagoda.config import EngineConfig
 from pagoda.engine import process as engine_process
 from pagoda.engine.messages import (
     MAX_FRAME_BYTES,
@@ -36,6 +35,7 @@ from pagoda.engine.messages import (
     frame,
 )
 from pagoda.engine.spawn import COMMAND, EngineProcess
+from pagoda.options.config import EngineConfig
 from pagoda.sched.stats import SchedulerStats
 from pagoda.types import Delta, Request, SamplingParams
 
@@ -242,7 +242,7 @@ def test_the_process_imports_no_web_server_and_no_tokenizer() -> None:
 def test_the_engine_dies_with_its_parent() -> None:
     code = (
         "import engine_fake as fake, sys, time\n"
-        "from pagoda.config import EngineConfig\n"
+        "from pagoda.options.config import EngineConfig\n"
         "from pagoda.engine.client import EngineClient\n"
         "engine = EngineClient(EngineConfig(model='fake'), command=fake.command(load_s=30))\n"
         "engine.spawn()\n"

@@ -10,10 +10,10 @@ from typing import Any
 import engine_tiny
 import pytest
 
-from pagoda.config import EngineConfig
 from pagoda.engine.client import EngineClient
 from pagoda.engine.core import EngineCore
 from pagoda.engine.stream import merge
+from pagoda.options.config import EngineConfig
 from pagoda.text.output import TextOutput
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
 from pagoda.types import Delta, Request, SamplingParams

@@ -20,10 +20,10 @@ from pagoda.arch.registry import load_spec
 from pagoda.arch.sharding import parallel_sizes
 from pagoda.backend.cpu.executor import CpuExecutor
 from pagoda.backend.torch import ops
-from pagoda.config import EngineConfig
 from pagoda.deploy.plan.model import planned_model
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ModelError
+from pagoda.options.config import EngineConfig
 
 Folders = dict[str, tuple[Path, Any]]
 KV_ERROR = 5e-3

@@ -29,22 +29,7 @@ FLOORS = MappingProxyType(
         "weights": 1,
     }
 )
-GROUND = (
-    "types",
-    "errors",
-    "formats",
-    "speculation",
-    "setting",
-    "http_options",
-    "config",
-    "accepted",
-    "flags",
-    "settings",
-    "observe",
-    "tasks",
-    "heap",
-    "short_turns",
-)
+GROUND = ("types", "errors", "options", "observe", "heap", "short_turns")
 # The command line starts fast by importing late; the choice of a backend must not load the others; the root exports
 # its public names lazily; an engine reads its tokenizer only when a request has a grammar.
 MAY_IMPORT_LATE = ("pagoda.cli.", "pagoda.backend.select", "pagoda.engine.grammars")

@@ -15,7 +15,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pagoda.config import Options
 from pagoda.gateway import child as child_module
 from pagoda.gateway import proxy as proxy_module
 from pagoda.gateway.app import Gateway, create_app
@@ -23,6 +22,7 @@ from pagoda.gateway.fleet import Fleet
 from pagoda.gateway.policy import Seen, Step, next_step
 from pagoda.gateway.proxy import Proxy
 from pagoda.gateway.sizes import Sized
+from pagoda.options.config import Options
 
 SERVER = """
 import http.server, json, os, socket, socketserver, sys, time

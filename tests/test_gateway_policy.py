@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagoda.config import Options
 from pagoda.deploy.plan.machines import Machine
 from pagoda.errors import BadRequest, MemoryShort
 from pagoda.gateway.lists import merged
 from pagoda.gateway.policy import BUSY_GRACE_S, Seen, Step, expired, keep_alive_s, next_step
 from pagoda.gateway.sizes import budget_bytes, sized
 from pagoda.gateway.wire import Place, place_of
+from pagoda.options.config import Options
 
 WANTED = Seen("wanted", "stopped", 4)
 

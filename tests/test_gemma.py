@@ -23,9 +23,9 @@ from pagoda.arch.registry import load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.cpu.executor import CpuExecutor
 from pagoda.backend.cpu.library import isas
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ModelError
+from pagoda.options.config import EngineConfig
 from pagoda.text.chat import ChatTemplate
 from pagoda.text.tokenizer import load_tokenizer
 

@@ -11,8 +11,8 @@ import pytest
 
 from pagoda.cli.inputs import load, split
 from pagoda.cli.main import COMMANDS
-from pagoda.config import declared
-from pagoda.settings import Settings
+from pagoda.options.config import declared
+from pagoda.options.resolve import Settings
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = ("guides.md", "guides.zh-CN.md")

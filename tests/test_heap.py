@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
+from pagoda.options.config import EngineConfig
 
 FREED = """
 from pathlib import Path

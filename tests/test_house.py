@@ -13,7 +13,7 @@ import pytest
 
 from pagoda.cli.help import page
 from pagoda.cli.main import COMMANDS
-from pagoda.config import declared
+from pagoda.options.config import declared
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src").rglob("*.py"))

@@ -16,10 +16,10 @@ from starlette.applications import Starlette
 
 from pagoda.api.run import http_server
 from pagoda.cli.address import address
-from pagoda.config import Options
 from pagoda.errors import ConfigError
-from pagoda.http_options import HttpOptions
-from pagoda.settings import resolve
+from pagoda.options.config import Options
+from pagoda.options.http import HttpOptions
+from pagoda.options.resolve import resolve
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
 STREAMS = (("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "x"}))

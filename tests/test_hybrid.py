@@ -26,10 +26,10 @@ from pagoda.backend.reference import ReferenceExecutor
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.executor import TorchCpuExecutor
 from pagoda.backend.torch.graphs import DecodeGraphs
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, MemoryShort
-from pagoda.speculation import Speculation
+from pagoda.options.config import EngineConfig
+from pagoda.options.speculation import Speculation
 from pagoda.types import Float32, Request, SamplingParams
 from pagoda.weights.open import open_source
 

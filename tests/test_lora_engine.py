@@ -22,10 +22,10 @@ from pagoda.arch.registry import load_spec
 from pagoda.backend.base import Limits
 from pagoda.backend.cpu.executor import CpuExecutor
 from pagoda.backend.reference import ReferenceExecutor
-from pagoda.config import EngineConfig
 from pagoda.engine.adapters import named_adapters
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
+from pagoda.options.config import EngineConfig
 from pagoda.types import Adapter, Delta, Request, StepPlan
 from pagoda.weights.lora import find_adapter
 from pagoda.weights.open import open_source

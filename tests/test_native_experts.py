@@ -21,8 +21,8 @@ from pagoda.backend.cpu import library as native
 from pagoda.backend.cpu.executor import CpuExecutor, weight_bytes
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Router
 from pagoda.backend.reference import ReferenceExecutor
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
+from pagoda.options.config import EngineConfig
 from pagoda.types import Request, SamplingParams
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.open import open_source

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
+from pagoda.options.config import EngineConfig
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
 from pagoda.types import Request, SamplingParams, TokenLogprob
 

@@ -10,7 +10,7 @@ import ollama
 import pytest
 from api_fake import TEXT, FakeEngine, make_server, on_port
 
-from pagoda.http_options import HttpOptions
+from pagoda.options.http import HttpOptions
 
 HI = [{"role": "user", "content": "Hi"}]
 

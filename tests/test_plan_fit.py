@@ -26,7 +26,6 @@ from pagoda.arch.sharding import kv_bytes_per_block, parallel_sizes, weight_byte
 from pagoda.backend.cpu.machine import free_memory_bytes
 from pagoda.backend.torch.convert import Converter, Target
 from pagoda.cli.main import main
-from pagoda.config import EngineConfig
 from pagoda.deploy.download import hub as hubs
 from pagoda.deploy.plan.machines import Machine, parse_gpus, parse_memory
 from pagoda.deploy.plan.model import planned_model
@@ -34,7 +33,8 @@ from pagoda.deploy.plan.plan import GGUF_TOKEN_BYTES, LIBRARY_BYTES, Plan, make_
 from pagoda.deploy.plan.remote import remote_config
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
-from pagoda.speculation import Speculation
+from pagoda.options.config import EngineConfig
+from pagoda.options.speculation import Speculation
 from pagoda.weights.device_size import is_product
 from pagoda.weights.files import Checkpoint
 from pagoda.weights.open import open_source

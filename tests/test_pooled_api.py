@@ -28,8 +28,8 @@ from pooled_models import hidden_states, minilm_folder, write_model, write_sente
 
 from pagoda.api.serving.server import Server
 from pagoda.cli.serve import make_server
-from pagoda.config import Options
 from pagoda.engine.client import EngineClient
+from pagoda.options.config import Options
 from pagoda.text.rerank import judged, pair_tokens
 from pagoda.text.tokenizer import Cut, load_tokenizer
 

@@ -15,7 +15,6 @@ from pooled_models import hidden_states, minilm_folder, write_model, write_sente
 
 from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.encoder import Encoder
-from pagoda.config import EngineConfig
 from pagoda.deploy.check.check import check_model
 from pagoda.deploy.findings import problems
 from pagoda.deploy.plan.machines import Machine
@@ -23,6 +22,7 @@ from pagoda.deploy.plan.model import planned_model
 from pagoda.deploy.plan.plan import make_plan
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
+from pagoda.options.config import EngineConfig
 from pagoda.types import Float32, Request, SamplingParams
 
 LENGTHS = (1, 2, 17, 64, 65, 200)

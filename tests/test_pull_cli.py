@@ -15,9 +15,9 @@ from pagoda.cli.main import main
 from pagoda.cli.model import local_model
 from pagoda.cli.pull import Meter
 from pagoda.cli.words import read_words
-from pagoda.config import Options
 from pagoda.deploy.download.transfer import Progress
 from pagoda.errors import ConfigError
+from pagoda.options.config import Options
 
 FILES = {"config.json": b"{}", "model.safetensors": b"\x01" * 300_000, "tokenizer.json": b"{}"}
 

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from server_process import running, serve
 from test_engine_client import check, collect, twenty, until
 
-from pagoda.config import EngineConfig
 from pagoda.deploy.service.scrape import parse
 from pagoda.engine.client import EngineClient
 from pagoda.errors import ConfigError, EngineError
 from pagoda.gateway.replicas import Replicas, environments, part_of
 from pagoda.gateway.spread import CHUNK_TOKENS, MOST_BUSIER, Prefixes, choose, chunk_keys
+from pagoda.options.config import EngineConfig
 from pagoda.types import Request
 
 MANY = "Tell me a story about the number "

@@ -11,8 +11,8 @@ import pytest
 from sched_fake import Harness, solo
 
 from pagoda.arch.vision_spec import Vision
+from pagoda.options.speculation import Speculation
 from pagoda.sched.scheduler import SchedulerConfig
-from pagoda.speculation import Speculation
 from pagoda.types import BLOCK_SIZE, Image, Request, SamplingParams
 
 PLACEHOLDER = 39

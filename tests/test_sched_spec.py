@@ -14,11 +14,11 @@ from sched_fake import VOCAB, Harness, harness, request, solo
 from test_sched_pace import Machine
 from test_sched_random import RNG, SETTINGS, Mix, check_disturbed, check_undisturbed, draw_mix
 
-from pagoda.config import Options
 from pagoda.errors import ConfigError
+from pagoda.options.config import Options
+from pagoda.options.speculation import Speculation, speculation_from
 from pagoda.sched.draft import Drafter, Speculator
 from pagoda.sched.pace import Load, Pace
-from pagoda.speculation import Speculation, speculation_from
 from pagoda.types import BLOCK_SIZE
 
 ALWAYS = Speculation(num_tokens=5, lookup_max=3, lookup_min=1, always=True)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
+from pagoda.options.config import EngineConfig
+from pagoda.options.speculation import Speculation
 from pagoda.sched.stats import SchedulerStats
-from pagoda.speculation import Speculation
 from pagoda.text.tokenizer import load_tokenizer
 from pagoda.types import Delta, Request, SamplingParams, TokenLogprob
 from pagoda.weights.open import open_source

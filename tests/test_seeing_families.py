@@ -33,12 +33,12 @@ from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_
 
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.torch.split import middle
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.engine.images import check_images
 from pagoda.errors import BadRequest, ConfigError
 from pagoda.media.place import Frame, place
 from pagoda.media.size import find_sizing
+from pagoda.options.config import EngineConfig
 from pagoda.sched.sight import Sight
 from pagoda.types import Image, Request, SamplingParams
 

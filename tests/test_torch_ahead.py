@@ -11,9 +11,9 @@ import torch
 
 from pagoda.backend.base import Pending
 from pagoda.backend.torch import executor as torch_executor
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.errors import EngineError
+from pagoda.options.config import EngineConfig
 from pagoda.types import Request, SamplingParams, StepPlan, StepResult
 
 CASES: dict[str, dict[str, Any]] = {

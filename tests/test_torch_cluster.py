@@ -29,9 +29,9 @@ from pagoda.backend.torch import cluster
 from pagoda.backend.torch.cluster import About, RayCpuExecutor, check_alike, fingerprint, gpu_index
 from pagoda.backend.torch.parallel import Job
 from pagoda.cli.serve import make_server
-from pagoda.config import Options
 from pagoda.engine.client import EngineClient
 from pagoda.errors import ConfigError, ModelError, PagodaError
+from pagoda.options.config import Options
 from pagoda.weights.open import open_source
 
 _SMALL = {"num_cpus": 1, "object_store_memory": 80 << 20}

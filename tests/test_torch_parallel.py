@@ -33,10 +33,10 @@ from pagoda.backend.torch import ops, parallel
 from pagoda.backend.torch.group import _packed, _unpacked
 from pagoda.backend.torch.parallel import ParallelExecutor
 from pagoda.cli.serve import make_server
-from pagoda.config import EngineConfig, Options
 from pagoda.engine.client import EngineClient
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, MemoryShort, ModelError
+from pagoda.options.config import EngineConfig, Options
 from pagoda.types import Request, SamplingParams
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import MadeTensor

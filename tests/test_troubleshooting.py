@@ -23,7 +23,7 @@ from test_cli_serve import ENVIRON, START_S, launch, wait_for_port
 from test_plan_fit import QWEN3_4B
 
 from pagoda.cli.main import COMMANDS
-from pagoda.config import declared
+from pagoda.options.config import declared
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = ("troubleshooting.md", "troubleshooting.zh-CN.md")
@@ -88,7 +88,7 @@ def small_cache(case: Case) -> str:
 def no_torch(case: Case) -> str:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from pagoda.config import EngineConfig\nfrom pagoda.engine.core import EngineCore\n"
+        "from pagoda.options.config import EngineConfig\nfrom pagoda.engine.core import EngineCore\n"
         f"EngineCore(EngineConfig(model={case.model!r}, device='cuda'))"
     )
     return command(code=code)

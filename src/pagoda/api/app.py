@@ -27,7 +27,7 @@ from pagoda.api.serving.server import Server
 from pagoda.api.serving.tasks import check_task
 from pagoda.api.status import page, wants_page
 from pagoda.errors import EngineError, MethodNotAllowed, NotFound, PagodaError, RateLimited, Unauthorized
-from pagoda.http_options import HttpOptions
+from pagoda.options.http import HttpOptions
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 

@@ -24,7 +24,7 @@ from pagoda.api.notify import Notifier
 from pagoda.api.serving.server import Server
 from pagoda.backend.base import Progress
 from pagoda.errors import ConfigError
-from pagoda.http_options import HttpOptions
+from pagoda.options.http import HttpOptions
 
 __all__ = ["bind_socket", "run_server", "settle_memory"]
 

@@ -18,8 +18,8 @@ from pagoda.arch.names.bind import slot_name
 from pagoda.arch.registry import load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
-from pagoda.formats import EXACT
-from pagoda.tasks import Task
+from pagoda.options.formats import EXACT
+from pagoda.options.tasks import Task
 from pagoda.weights.files import Checkpoint
 from pagoda.weights.ggml import BLOCKS, nbytes
 from pagoda.weights.grouped import Bytes, MadeTensor, group_size

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from pagoda.arch.spec import Layer, ModelSpec
 from pagoda.arch.vision_spec import Vision
 from pagoda.errors import MemoryShort
-from pagoda.formats import KV_EIGHT_BITS
+from pagoda.options.formats import KV_EIGHT_BITS
 from pagoda.types import BLOCK_SIZE
 from pagoda.weights.source import Tensor
 

@@ -12,7 +12,7 @@ import msgspec
 from pagoda.arch.fields import Fields
 from pagoda.arch.spec import ModelSpec, Pooling
 from pagoda.errors import ModelError
-from pagoda.tasks import Task
+from pagoda.options.tasks import Task
 from pagoda.text.sentence import sentence_files
 from pagoda.weights.source import TensorSource
 

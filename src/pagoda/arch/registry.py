@@ -17,7 +17,7 @@ from pagoda.arch.pooling import with_pooling
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.visual import with_pixels
 from pagoda.errors import ModelError
-from pagoda.tasks import Task
+from pagoda.options.tasks import Task
 from pagoda.weights.source import Tensor, TensorSource
 
 _OTHER_NAMES = MappingProxyType(

@@ -6,8 +6,8 @@ import ipaddress
 import socket
 import sys
 
-from pagoda.config import Options
-from pagoda.settings import Settings
+from pagoda.options.config import Options
+from pagoda.options.resolve import Settings
 
 
 def is_loopback(host: str) -> bool:

@@ -13,7 +13,6 @@ from pagoda.api.notify import Notifier
 from pagoda.cli.address import address, is_loopback, print_notes
 from pagoda.cli.model import local_model
 from pagoda.cli.screen import size, table
-from pagoda.config import Options
 from pagoda.deploy.download.default_model import NAME, cache_path
 from pagoda.errors import ConfigError
 from pagoda.gateway.run import run_gateway
@@ -21,7 +20,8 @@ from pagoda.gateway.sizes import Sized, budget_bytes, machine_here, sized
 from pagoda.gateway.upstream import Upstream
 from pagoda.gateway.wire import Place, place_of
 from pagoda.observe import setup_logging
-from pagoda.settings import Settings
+from pagoda.options.config import Options
+from pagoda.options.resolve import Settings
 
 KEY_VARIABLE = "PAGODA_UPSTREAM_API_KEY"
 

@@ -7,9 +7,9 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from pagoda.config import declared
-from pagoda.flags import not_yet, without_effect
-from pagoda.setting import Setting
+from pagoda.options.config import declared
+from pagoda.options.flags import not_yet, without_effect
+from pagoda.options.setting import Setting
 
 SERVE_HELP = """\
 Usage: pagoda serve [MODEL ...] [options]
@@ -40,7 +40,7 @@ off; numbers may end in k, m, g (thousands) or K, M, G (1024s). Every option is 
 PAGE = """\
 # Configuration
 
-<!-- This page is made from src/pagoda/config.py: `make docs` writes it, and a test checks that it is up to date. -->
+<!-- Made from src/pagoda/options/config.py: `make docs` writes this page, and a test checks that it is up to date. -->
 
 Every option has four homes; the stronger wins: **command line** > **environment** > **`--config FILE`** > **default**.
 `pagoda serve --show-config` prints each value with where it came from (keys are masked).

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pagoda.config import declared
 from pagoda.errors import ConfigError
-from pagoda.settings import Settings, resolve
+from pagoda.options.config import declared
+from pagoda.options.resolve import Settings, resolve
 
 
 @dataclass(frozen=True, slots=True)

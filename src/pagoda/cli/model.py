@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from pagoda.cli.screen import ProgressLine
-from pagoda.config import Options
 from pagoda.deploy.download.default_model import default_model_path
 from pagoda.deploy.download.find_model import cached_model, check_format, find_model
 from pagoda.deploy.download.hub import offline, split_name
 from pagoda.errors import BadRequest, ConfigError
+from pagoda.options.config import Options
 
 SAMPLING = (
     "temperature",

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from pagoda.cli.findings import take
 from pagoda.cli.inputs import load, split
 from pagoda.cli.screen import size, table
-from pagoda.config import declared
 from pagoda.deploy.download.find_model import find_model
 from pagoda.errors import ConfigError, ModelError
-from pagoda.settings import COMMAND_LINE, DEFAULT, Settings, check
-from pagoda.tasks import Task
+from pagoda.options.config import declared
+from pagoda.options.resolve import COMMAND_LINE, DEFAULT, Settings, check
+from pagoda.options.tasks import Task
 
 if TYPE_CHECKING:
     from pagoda.deploy.plan.machines import Machine
@@ -135,7 +135,7 @@ def _text(settings: Settings, model: PlannedModel, plan: Plan) -> str:
 
 
 def _kinds(model: PlannedModel, plan: Plan) -> str:
-    from pagoda.formats import QUANTIZATION_METHODS
+    from pagoda.options.formats import QUANTIZATION_METHODS
 
     found = model.method or next(iter(model.tensors.values())).type
     asked = plan.quantization

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from pagoda.cli.model import sampling_defaults
 from pagoda.cli.screen import ProgressLine
-from pagoda.config import Options
 from pagoda.errors import ConfigError, ContextLengthExceeded, EngineError, ModelError
+from pagoda.options.config import Options
 
 Message = dict[str, Any]
 CONNECT_TIMEOUT_S = 10

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from pagoda.backend.base import Progress
-from pagoda.config import EngineConfig
 from pagoda.engine.deaths import Deaths
 from pagoda.engine.images import SentImages
 from pagoda.engine.link import Link, describe_exit
@@ -29,6 +28,7 @@ from pagoda.engine.roster import Roster
 from pagoda.engine.spawn import COMMAND, EngineProcess
 from pagoda.engine.stream import DeltaStream, Stream
 from pagoda.errors import ConfigError, EngineError, MemoryShort, ModelError, Overloaded, PagodaError
+from pagoda.options.config import EngineConfig
 from pagoda.sched.stats import SchedulerStats
 from pagoda.types import Request
 

@@ -21,7 +21,6 @@ from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Executor, Limits, Pending, Progress
 from pagoda.backend.pooler import Head
 from pagoda.backend.select import load_executor, resolve_device
-from pagoda.config import EngineConfig
 from pagoda.engine.adapters import Adapters
 from pagoda.engine.describe import describe
 from pagoda.engine.draft_limits import check_speculation, speculation_of
@@ -30,6 +29,7 @@ from pagoda.engine.images import check_images
 from pagoda.engine.looking import look
 from pagoda.engine.messages import EngineStats
 from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
+from pagoda.options.config import EngineConfig
 from pagoda.sched.scheduler import Scheduler, SchedulerConfig
 from pagoda.sched.state import Grammar
 from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan

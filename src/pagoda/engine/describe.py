@@ -7,9 +7,9 @@ from collections import Counter
 
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Limits
-from pagoda.config import EngineConfig
 from pagoda.engine.messages import ModelInfo
-from pagoda.formats import QUANTIZE_ON_LOAD_GPU
+from pagoda.options.config import EngineConfig
+from pagoda.options.formats import QUANTIZE_ON_LOAD_GPU
 from pagoda.types import BLOCK_SIZE
 from pagoda.weights.grouped import OrderedTensor
 from pagoda.weights.source import TensorSource

@@ -8,7 +8,7 @@ from pagoda.arch.memory import blocks_for
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Limits
 from pagoda.errors import ConfigError
-from pagoda.speculation import Speculation
+from pagoda.options.speculation import Speculation
 from pagoda.types import BLOCK_SIZE
 
 _CACHE_TOKENS = 32768

@@ -16,10 +16,10 @@ from pagoda.backend.base import Capacity, Limits
 from pagoda.backend.select import load_executor
 from pagoda.engine.draft_limits import CATCH_UP_TOKENS, draft_limits
 from pagoda.errors import ConfigError
+from pagoda.options.speculation import Speculation
 from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
 from pagoda.sched.state import Sequence, Turn
-from pagoda.speculation import Speculation
 from pagoda.text.tokenizer import load_tokenizer
 from pagoda.weights.open import open_source
 from pagoda.weights.quantization import check_quantization

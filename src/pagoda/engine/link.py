@@ -11,9 +11,9 @@ from typing import cast
 
 import msgspec
 
-from pagoda.config import EngineConfig
 from pagoda.engine.messages import Framer, FromEngine, ProtocolError, Shutdown, ToEngine, frame
 from pagoda.engine.spawn import COMMAND, EngineProcess
+from pagoda.options.config import EngineConfig
 
 _EXIT_S = 2.0
 _POLL_S = 0.01

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pagoda.config import Options
-from pagoda.settings import Catalog, check, resolve
+from pagoda.options.config import Options
+from pagoda.options.resolve import Catalog, check, resolve
 from pagoda.types import Adapter, Image
 
 _log = logging.getLogger("pagoda")

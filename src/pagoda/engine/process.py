@@ -17,7 +17,6 @@ from collections.abc import Callable
 import msgspec
 
 from pagoda import heap
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.engine.images import HeldImages
 from pagoda.engine.messages import (
@@ -38,6 +37,7 @@ from pagoda.engine.messages import (
 )
 from pagoda.errors import PagodaError
 from pagoda.observe import setup_logging
+from pagoda.options.config import EngineConfig
 from pagoda.types import Delta
 
 BACKLOG_BYTES = 64 << 20

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pagoda.arch.vision_spec import Vision
-from pagoda.config import Options
 from pagoda.errors import BadRequest, ConfigError, ContextLengthExceeded
 from pagoda.media.fetch import Permission
 from pagoda.media.place import Frame, Times, image_of, place
 from pagoda.media.size import Sizing, find_sizing
 from pagoda.media.sources import Source
 from pagoda.media.task import Pixels, Task, need_pillow
+from pagoda.options.config import Options
 from pagoda.text.files import read_json
 from pagoda.types import Image
 

@@ -21,10 +21,10 @@ from pagoda.api.serving.access import check_may_change
 from pagoda.api.serving.endpoint import Endpoint
 from pagoda.api.serving.names import not_served
 from pagoda.api.status import ServerLoad, StatusReply, VersionReply, Welcome
-from pagoda.config import Options
 from pagoda.gateway import lists
 from pagoda.gateway.passing import CHANGES
 from pagoda.gateway.proxy import Proxy
+from pagoda.options.config import Options
 
 Handler = Callable[[Request], Awaitable[Reply]]
 

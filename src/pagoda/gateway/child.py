@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pagoda.config import Options, declared
 from pagoda.errors import MemoryShort, ModelError, Overloaded, PagodaError
 from pagoda.gateway.policy import Seen, State, keep_alive_s
 from pagoda.gateway.sizes import Sized
 from pagoda.gateway.wire import Place
+from pagoda.options.config import Options, declared
 
 COMMAND = (sys.executable, "-P", "-m", "pagoda.cli.child")
 WATCHDOG_S = 120.0

@@ -11,12 +11,12 @@ import msgspec
 from pagoda.api.serving.engine import Engine
 from pagoda.backend.base import Progress
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
-from pagoda.config import EngineConfig
 from pagoda.engine.client import EngineClient
 from pagoda.engine.messages import EngineStats, ModelInfo
 from pagoda.engine.stream import DeltaStream, Stream
 from pagoda.errors import ConfigError
 from pagoda.gateway.spread import Prefixes, choose, chunk_keys
+from pagoda.options.config import EngineConfig
 from pagoda.sched.stats import SchedulerStats
 from pagoda.types import Request
 

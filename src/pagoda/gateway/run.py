@@ -13,12 +13,12 @@ from pathlib import Path
 
 from pagoda.api.notify import Notifier
 from pagoda.api.run import HttpServer, either, http_server, listen, stop_signals
-from pagoda.config import Options
 from pagoda.gateway.app import Gateway, create_app
 from pagoda.gateway.fleet import Fleet, looked_at
 from pagoda.gateway.proxy import Proxy
 from pagoda.gateway.sizes import Sized
 from pagoda.gateway.upstream import Upstream
+from pagoda.options.config import Options
 
 _TICK_S = 0.02
 

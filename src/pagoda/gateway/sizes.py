@@ -9,12 +9,12 @@ from pathlib import Path
 
 from pagoda.arch.memory import DEFAULT_SHARE
 from pagoda.backend.cpu.machine import free_memory_bytes
-from pagoda.config import Options
 from pagoda.deploy.plan.machines import Machine
 from pagoda.deploy.plan.model import planned_model
 from pagoda.deploy.plan.plan import Plan, make_plan
 from pagoda.deploy.probe import nvidia_gpus
 from pagoda.errors import MemoryShort
+from pagoda.options.config import Options
 
 _MIB = 1 << 20
 

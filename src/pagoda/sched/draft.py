@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from pagoda.options.speculation import Speculation
 from pagoda.sched.pace import LinearCost, Load, Pace
-from pagoda.speculation import Speculation
 
 _READ_AT_ONCE = 1024  # tokens: a long prompt is read over several steps, none of which waits for it
 _FIRST_RATE, _FORCED_RATE, _RATE_WEIGHT = 0.3, 0.9, 0.2

@@ -14,6 +14,7 @@ from operator import attrgetter
 
 from pagoda.arch.memory import blocks_for
 from pagoda.arch.vision_spec import Vision
+from pagoda.options.speculation import Speculation
 from pagoda.sched.adapters import Places
 from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
@@ -25,7 +26,6 @@ from pagoda.sched.pace import Load, Pace
 from pagoda.sched.pooled import PoolKind
 from pagoda.sched.state import Grammar, Proposer, Sequence, Turn, turn_of
 from pagoda.sched.stats import SchedulerStats
-from pagoda.speculation import Speculation
 from pagoda.types import BLOCK_SIZE, Adapter, Delta, Image, Request, StepPlan, StepResult
 
 _ORDER = attrgetter("order")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from pagoda.formats import INT4_GROUP, on_load_gpu
+from pagoda.options.formats import INT4_GROUP, on_load_gpu
 from pagoda.weights.fp8 import Scaled
 from pagoda.weights.grouped import Grouped, MadeTensor, Stacked
 from pagoda.weights.source import Tensor

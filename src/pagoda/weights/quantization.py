@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pagoda.errors import ConfigError
-from pagoda.formats import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU
+from pagoda.options.formats import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU
 from pagoda.weights.ggml import BLOCKS
 from pagoda.weights.source import TensorSource
 

@@ -34,8 +34,8 @@ from pagoda.engine.beams import BeamSearchParams
 from pagoda.engine.grammar_check import GrammarCheck, Words
 from pagoda.engine.images import check_images
 from pagoda.errors import BadRequest, ContextLengthExceeded, Overloaded
-from pagoda.http_options import HttpOptions
 from pagoda.observe import log_request
+from pagoda.options.http import HttpOptions
 from pagoda.text.bad_words import with_bad_words
 from pagoda.text.reply import find_format
 from pagoda.text.sentence import SentenceFiles

@@ -9,7 +9,7 @@ from typing import Any
 from pagoda.api.turn.bodies import ChatBody, CompletionBody, SamplingFields, StreamOptions
 from pagoda.engine.beams import BeamSearchParams
 from pagoda.errors import BadRequest
-from pagoda.http_options import HttpOptions
+from pagoda.options.http import HttpOptions
 from pagoda.types import SamplingParams
 
 PRIORITY_HEADER = "x-vllm-priority"

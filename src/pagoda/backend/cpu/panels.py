@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagoda.backend.cpu import library as native
-from pagoda.formats import EIGHT_BITS_OF_INT4, EXACT, QUANTIZE_ON_LOAD
+from pagoda.options.formats import EIGHT_BITS_OF_INT4, EXACT, QUANTIZE_ON_LOAD
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import OrderedTensor
 from pagoda.weights.source import Tensor

@@ -20,7 +20,7 @@ from pagoda.backend.cpu.panels import FLOATS
 from pagoda.backend.cpu.program import ACTIVATIONS, Program
 from pagoda.backend.vision import Encoded, frequencies, in_one_go, layout, scaling, vectors_taken
 from pagoda.errors import ModelError
-from pagoda.formats import QUANTIZE_ON_LOAD
+from pagoda.options.formats import QUANTIZE_ON_LOAD
 from pagoda.types import Float32, Image, Int32, PlannedImage
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import MadeTensor

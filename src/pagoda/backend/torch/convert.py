@@ -12,7 +12,7 @@ from torch import Tensor
 from pagoda.backend.torch import gguf
 from pagoda.backend.torch.join import stacked
 from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight, pack_w4
-from pagoda.formats import INT4_GROUP, on_load_gpu
+from pagoda.options.formats import INT4_GROUP, on_load_gpu
 from pagoda.weights.awq import EVEN, ODD, AwqCodes
 from pagoda.weights.fp8 import Scaled
 from pagoda.weights.ggml import dequantize

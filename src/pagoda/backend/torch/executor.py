@@ -35,7 +35,7 @@ from pagoda.backend.torch.size import weight_bytes
 from pagoda.backend.torch.split import joined, middle, part
 from pagoda.backend.torch.upload import Rows, upload
 from pagoda.errors import EngineError
-from pagoda.formats import KV_EIGHT_BITS
+from pagoda.options.formats import KV_EIGHT_BITS
 from pagoda.types import BLOCK_SIZE, Image, StepPlan, StepResult
 from pagoda.weights.source import Tensor, TensorSource
 

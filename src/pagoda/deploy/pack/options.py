@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pagoda.config import Options, declared
 from pagoda.deploy.download.default_model import NAME
 from pagoda.deploy.pack.pack import HERE, Draft, Plan
 from pagoda.deploy.service.options import plain
 from pagoda.deploy.service.service import name_for
 from pagoda.errors import ConfigError
-from pagoda.settings import DEFAULT, Settings
+from pagoda.options.config import Options, declared
+from pagoda.options.resolve import DEFAULT, Settings
 
 _DONE_HERE = ("model", "download_dir", "revision")
 _OF_A_MACHINE = ("files_dir", "log_file", "mmproj", "uds")

@@ -14,7 +14,7 @@ import numpy as np
 from pagoda.arch.registry import bind, load_spec, supported
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
-from pagoda.tasks import Task
+from pagoda.options.tasks import Task
 from pagoda.weights.files import Checkpoint
 from pagoda.weights.open import open_source
 from pagoda.weights.quantization import method_of

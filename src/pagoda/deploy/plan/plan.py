@@ -13,13 +13,13 @@ from pagoda.arch import memory, sharding
 from pagoda.arch.lora import adapters_bytes
 from pagoda.backend.base import Limits
 from pagoda.backend.cpu import buffers, executor, program
-from pagoda.config import EngineConfig
 from pagoda.deploy.plan.machines import Machine
 from pagoda.deploy.plan.model import PlannedModel, packed, planned_model
 from pagoda.engine.core import resolve_limits
 from pagoda.engine.draft_limits import draft_limits
 from pagoda.errors import ConfigError, MemoryShort
-from pagoda.formats import KV_EIGHT_BITS, QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU
+from pagoda.options.config import EngineConfig
+from pagoda.options.formats import KV_EIGHT_BITS, QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU
 from pagoda.types import BLOCK_SIZE
 from pagoda.weights import device_size
 from pagoda.weights.grouped import MadeTensor

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pagoda.config import declared
 from pagoda.deploy.download.find_model import cached_model, find_model
 from pagoda.deploy.download.hub import split_name
 from pagoda.errors import ConfigError
-from pagoda.settings import DEFAULT, Settings
+from pagoda.options.config import declared
+from pagoda.options.resolve import DEFAULT, Settings
 
 KEPT_VARIABLES = (
     "HF_TOKEN",

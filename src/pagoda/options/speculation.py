@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from pagoda.errors import ConfigError
-from pagoda.formats import QUANTIZE_ON_LOAD
+from pagoda.options.formats import QUANTIZE_ON_LOAD
 
 
 class Speculation(msgspec.Struct, frozen=True, kw_only=True):

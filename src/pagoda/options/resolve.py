@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pagoda.config import Options, declared
 from pagoda.errors import ConfigError
-from pagoda.flags import REFUSED_VALUES, not_yet, without_effect
-from pagoda.formats import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD_GPU
-from pagoda.setting import Setting
-from pagoda.speculation import speculation_from
+from pagoda.options.config import Options, declared
+from pagoda.options.flags import REFUSED_VALUES, not_yet, without_effect
+from pagoda.options.formats import QUANTIZATION_METHODS, QUANTIZE_ON_LOAD_GPU
+from pagoda.options.setting import Setting
+from pagoda.options.speculation import speculation_from
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"

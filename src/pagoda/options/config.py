@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
-from pagoda.formats import KV_EIGHT_BITS, QUANTIZE_ON_LOAD_GPU
-from pagoda.http_options import HttpOptions
-from pagoda.setting import Setting, option
-from pagoda.speculation import Speculation, speculation_from
-from pagoda.tasks import Task, task_of
+from pagoda.options.formats import KV_EIGHT_BITS, QUANTIZE_ON_LOAD_GPU
+from pagoda.options.http import HttpOptions
+from pagoda.options.setting import Setting, option
+from pagoda.options.speculation import Speculation, speculation_from
+from pagoda.options.tasks import Task, task_of
 from pagoda.types import Adapter
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pagoda.setting import option
+from pagoda.options.setting import option
 
 _GROUP = "Clients"
 

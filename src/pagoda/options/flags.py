@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from pagoda.accepted import ACCEPTED, ACCEPTED_ALIKE
-from pagoda.setting import Setting
+from pagoda.options.accepted import ACCEPTED, ACCEPTED_ALIKE
+from pagoda.options.setting import Setting
 
 # reason -> the flags it holds for, with their defaults.
 _LATER: tuple[tuple[str, Mapping[str, Any]], ...] = (
