@@ -39,7 +39,7 @@ MEASURES = {
 }
 CORE = """
 import json, sys, time
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.types import Request, SamplingParams
 import random

@@ -30,7 +30,7 @@ FIRST, LAST = 1996, 29000  # whole words in the vocabulary
 
 def pagoda(path: str, threads: int, quantization: str | None) -> Callable[[list[list[int]]], None]:
     from pagoda.engine.core import EngineCore
-    from pagoda.options.config import EngineConfig
+    from pagoda.options.engine_config import EngineConfig
     from pagoda.types import Request, SamplingParams
 
     core = EngineCore(EngineConfig(model=path, threads=threads, quantization=quantization))

@@ -26,7 +26,7 @@ from pagoda.weights.open import open_source
 PROMPT, OUTPUT, STREAMS = 64, 48, (1, 8, 16)
 CORE = """
 import json, random, sys, time
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.types import Request, SamplingParams
 model, threads, prompt, output, streams = sys.argv[1], *map(int, sys.argv[2:5]), json.loads(sys.argv[5])

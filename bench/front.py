@@ -30,7 +30,8 @@ from typing import Any
 from pagoda.arch.registry import load_spec
 from pagoda.engine.messages import EngineStats, ModelInfo
 from pagoda.engine.process import main as engine_main
-from pagoda.options.config import EngineConfig, Options
+from pagoda.options.config import Options
+from pagoda.options.engine_config import EngineConfig
 from pagoda.sched.stats import SchedulerStats
 from pagoda.types import Delta, Request
 from pagoda.weights.open import open_source

@@ -19,7 +19,7 @@ import torch
 
 from pagoda.arch.dummy import dummy
 from pagoda.engine.core import EngineCore
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Delta, Request, SamplingParams
 
 Row = dict[str, Any]

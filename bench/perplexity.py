@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pagoda.engine.core import EngineCore
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.text.tokenizer import load_tokenizer
 from pagoda.types import Request, SamplingParams
 

@@ -19,7 +19,7 @@ import numpy as np
 from vision import config, picture
 
 from pagoda.engine.core import EngineCore
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Image, Request, SamplingParams
 
 PLACEHOLDER = 7

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pagoda.engine.core import EngineCore
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Request, SamplingParams
 from pagoda.weights.open import open_source
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from pagoda.engine.core import EngineCore
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Request, SamplingParams
 
 SCHEMA = {

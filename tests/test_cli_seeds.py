@@ -11,7 +11,8 @@ import pytest
 
 from pagoda.cli.inputs import load, split
 from pagoda.errors import ConfigError
-from pagoda.options.resolve import Settings, check, each_model, resolve
+from pagoda.options.check import check
+from pagoda.options.resolve import Settings, each_model, resolve
 
 GUIDE_0 = """python3 -m pagoda.entrypoints.openai.api_server \
   --model /home/user/vllm/models/qwen3-32b --served-model-name Qwen3-32B-AWQ --tensor-parallel-size 2 \

@@ -9,9 +9,10 @@ import pytest
 
 from pagoda.cli.help import page, serve_help
 from pagoda.errors import ConfigError
+from pagoda.options.check import check
 from pagoda.options.config import Options, declared
 from pagoda.options.flags import not_yet, without_effect
-from pagoda.options.resolve import Catalog, Settings, check, each_model, resolve
+from pagoda.options.resolve import Catalog, Settings, each_model, resolve
 
 
 def options(line: str = "", environ: dict[str, str] | None = None, file: dict[str, Any] | None = None) -> Settings:

@@ -29,7 +29,7 @@ from pagoda.backend.torch import ops
 from pagoda.deploy.plan.model import model_of_config, planned_model
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.weights.fp8 import Scaled
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.open import open_source

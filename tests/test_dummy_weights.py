@@ -15,7 +15,7 @@ from pagoda.arch.registry import bind, load_spec
 from pagoda.engine.core import EngineCore
 from pagoda.engine.llm import LLM
 from pagoda.errors import ModelError
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Request, SamplingParams
 from pagoda.weights.ggml import dequantize
 

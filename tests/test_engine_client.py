@@ -20,7 +20,7 @@ from pagoda.engine.client import EngineClient
 from pagoda.engine.roster import SET_ASIDE
 from pagoda.engine.stream import merge
 from pagoda.errors import EngineError, MemoryShort, Overloaded
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Delta, Request, SamplingParams
 
 KILL, HANG = 250, 251

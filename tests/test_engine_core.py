@@ -9,7 +9,7 @@ import pytest
 
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, MemoryShort
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Delta, Request, SamplingParams
 
 

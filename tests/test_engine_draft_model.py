@@ -12,7 +12,8 @@ import pytest
 from pagoda.engine.core import EngineCore
 from pagoda.engine.draft_model import DraftModel
 from pagoda.errors import ConfigError, ModelError
-from pagoda.options.config import EngineConfig, Options
+from pagoda.options.config import Options
+from pagoda.options.engine_config import EngineConfig
 from pagoda.options.speculation import Speculation, speculation_from
 from pagoda.sched.draft import Speculator
 from pagoda.sched.stats import SchedulerStats

@@ -11,7 +11,7 @@ import engine_tiny
 import pytest
 
 from pagoda.engine.core import EngineCore
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.options.speculation import Speculation
 from pagoda.text.matcher import load_vocabulary
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer

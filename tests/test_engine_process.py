@@ -35,7 +35,7 @@ from pagoda.engine.messages import (
     frame,
 )
 from pagoda.engine.spawn import COMMAND, EngineProcess
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.sched.stats import SchedulerStats
 from pagoda.types import Delta, Request, SamplingParams
 
@@ -242,7 +242,7 @@ def test_the_process_imports_no_web_server_and_no_tokenizer() -> None:
 def test_the_engine_dies_with_its_parent() -> None:
     code = (
         "import engine_fake as fake, sys, time\n"
-        "from pagoda.options.config import EngineConfig\n"
+        "from pagoda.options.engine_config import EngineConfig\n"
         "from pagoda.engine.client import EngineClient\n"
         "engine = EngineClient(EngineConfig(model='fake'), command=fake.command(load_s=30))\n"
         "engine.spawn()\n"

@@ -13,7 +13,7 @@ import pytest
 from pagoda.engine.client import EngineClient
 from pagoda.engine.core import EngineCore
 from pagoda.engine.stream import merge
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.text.output import TextOutput
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
 from pagoda.types import Delta, Request, SamplingParams

@@ -23,7 +23,7 @@ from pagoda.backend.torch import ops
 from pagoda.deploy.plan.model import planned_model
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ModelError
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 
 Folders = dict[str, tuple[Path, Any]]
 KV_ERROR = 5e-3

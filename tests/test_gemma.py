@@ -25,7 +25,7 @@ from pagoda.backend.cpu.executor import CpuExecutor
 from pagoda.backend.cpu.library import isas
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ModelError
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.text.chat import ChatTemplate
 from pagoda.text.tokenizer import load_tokenizer
 

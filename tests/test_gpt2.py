@@ -31,7 +31,7 @@ from pagoda.backend.torch.upload import upload
 from pagoda.deploy.check.check import check_model
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.text.chat import load_chat_template
 from pagoda.text.tokenizer import load_tokenizer
 from pagoda.types import Float32, StepPlan

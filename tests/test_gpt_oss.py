@@ -31,7 +31,7 @@ from pagoda.deploy.check.check import check_model
 from pagoda.deploy.plan.model import model_of_config
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ModelError
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.text.chat import load_chat_template
 from pagoda.text.generation import load_generation_defaults
 from pagoda.text.tokenizer import load_tokenizer

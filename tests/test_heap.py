@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pagoda.engine.core import EngineCore
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 
 FREED = """
 from pathlib import Path

@@ -28,7 +28,7 @@ from pagoda.backend.torch.executor import TorchCpuExecutor
 from pagoda.backend.torch.graphs import DecodeGraphs
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, MemoryShort
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.options.speculation import Speculation
 from pagoda.types import Float32, Request, SamplingParams
 from pagoda.weights.open import open_source

@@ -25,7 +25,7 @@ from pagoda.backend.reference import ReferenceExecutor
 from pagoda.engine.adapters import named_adapters
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Adapter, Delta, Request, StepPlan
 from pagoda.weights.lora import find_adapter
 from pagoda.weights.open import open_source

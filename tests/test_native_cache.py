@@ -24,7 +24,7 @@ from pagoda.backend.base import Limits
 from pagoda.backend.cpu.executor import CpuExecutor
 from pagoda.backend.reference import ReferenceExecutor, rounded_to_8_bits
 from pagoda.engine.core import EngineCore
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.options.formats import KV_EIGHT_BITS
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
 from pagoda.types import Request, SamplingParams

@@ -22,7 +22,7 @@ from pagoda.backend.cpu.executor import CpuExecutor, weight_bytes
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Router
 from pagoda.backend.reference import ReferenceExecutor
 from pagoda.engine.core import EngineCore
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Request, SamplingParams
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.open import open_source

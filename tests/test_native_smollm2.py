@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pagoda.engine.core import EngineCore
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
 from pagoda.types import Request, SamplingParams, TokenLogprob
 

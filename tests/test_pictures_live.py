@@ -24,7 +24,7 @@ from vl_trained import COLOURS, trained
 from pagoda import LLM, SamplingParams
 from pagoda.engine.client import EngineClient
 from pagoda.engine.stream import merge
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Delta, Request
 
 QUESTION = "What colour is this?"

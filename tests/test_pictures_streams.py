@@ -11,7 +11,7 @@ import vl_tiny
 
 from pagoda.engine.core import EngineCore
 from pagoda.errors import EngineError
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.sched.pace import Pace
 from pagoda.types import Delta, Request, SamplingParams
 

@@ -33,7 +33,7 @@ from pagoda.deploy.plan.plan import GGUF_TOKEN_BYTES, LIBRARY_BYTES, Plan, make_
 from pagoda.deploy.plan.remote import remote_config
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.options.speculation import Speculation
 from pagoda.weights.device_size import is_product
 from pagoda.weights.files import Checkpoint

@@ -22,7 +22,7 @@ from pagoda.deploy.plan.model import planned_model
 from pagoda.deploy.plan.plan import make_plan
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Float32, Request, SamplingParams
 
 LENGTHS = (1, 2, 17, 64, 65, 200)

@@ -16,7 +16,7 @@ from pagoda.arch.registry import load_spec
 from pagoda.backend.base import Limits
 from pagoda.backend.reference import ReferenceExecutor
 from pagoda.engine.core import EngineCore
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.text.tokenizer import load_tokenizer
 from pagoda.types import Float32, Request, SamplingParams
 from pagoda.weights.open import open_source

@@ -26,7 +26,7 @@ from pagoda.engine.client import EngineClient
 from pagoda.errors import ConfigError, EngineError
 from pagoda.gateway.replicas import Replicas, environments, part_of
 from pagoda.gateway.spread import CHUNK_TOKENS, MOST_BUSIER, Prefixes, choose, chunk_keys
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Request
 
 MANY = "Tell me a story about the number "

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pagoda.engine.core import EngineCore
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.options.speculation import Speculation
 from pagoda.sched.stats import SchedulerStats
 from pagoda.text.tokenizer import load_tokenizer

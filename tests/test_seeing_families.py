@@ -38,7 +38,7 @@ from pagoda.engine.images import check_images
 from pagoda.errors import BadRequest, ConfigError
 from pagoda.media.place import Frame, place
 from pagoda.media.size import find_sizing
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.sched.sight import Sight
 from pagoda.types import Image, Request, SamplingParams
 

@@ -14,7 +14,7 @@ from api_fake import make_server, on_port
 from pydantic import BaseModel, Field
 
 from pagoda.engine.client import EngineClient
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.text.chat import load_chat_template
 from pagoda.text.generation import load_generation_defaults
 from pagoda.text.tokenizer import load_tokenizer

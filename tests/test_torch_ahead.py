@@ -13,7 +13,7 @@ from pagoda.backend.base import Pending
 from pagoda.backend.torch import executor as torch_executor
 from pagoda.engine.core import EngineCore
 from pagoda.errors import EngineError
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Request, SamplingParams, StepPlan, StepResult
 
 CASES: dict[str, dict[str, Any]] = {

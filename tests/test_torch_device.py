@@ -16,7 +16,7 @@ from pagoda.backend.select import load_executor, resolve_device
 from pagoda.backend.torch import device
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, MemoryShort
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Request, SamplingParams
 from pagoda.weights.open import open_source
 
@@ -32,7 +32,7 @@ def test_nothing_imports_torch_on_a_cpu(tmp_path: Path) -> None:
     path = engine_tiny.write(tmp_path / "tiny")
     code = (
         "import sys, pagoda.cli.main, pagoda.cli.serve, pagoda.api.serving.server\n"
-        "from pagoda.options.config import EngineConfig; from pagoda.engine.core import EngineCore\n"
+        "from pagoda.options.engine_config import EngineConfig; from pagoda.engine.core import EngineCore\n"
         "EngineCore(EngineConfig(model=sys.argv[1], device='cpu', num_blocks=32)).close()\n"
         "print(sorted({'torch', 'triton'} & set(sys.modules)))"
     )
@@ -42,7 +42,7 @@ def test_nothing_imports_torch_on_a_cpu(tmp_path: Path) -> None:
 def test_without_torch_the_error_names_the_extra(tmp_path: Path) -> None:
     path = engine_tiny.write(tmp_path / "tiny")
     code = (
-        WITHOUT + "from pagoda.options.config import EngineConfig; from pagoda.engine.core import EngineCore\n"
+        WITHOUT + "from pagoda.options.engine_config import EngineConfig; from pagoda.engine.core import EngineCore\n"
         "from pagoda.errors import ConfigError\n"
         "try: EngineCore(EngineConfig(model=sys.argv[1], device='cuda'))\n"
         "except ConfigError as error: print(error, error.exit_code)"

@@ -23,7 +23,7 @@ from pagoda.backend.torch.packs import F8, I8, W4, W8, Dense
 from pagoda.backend.torch.size import weight_bytes
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.weights.device_size import FORMS
 from pagoda.weights.fp8 import e4m3_values
 from pagoda.weights.ggml import dequantize

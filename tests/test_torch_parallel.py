@@ -36,7 +36,8 @@ from pagoda.cli.serve import make_server
 from pagoda.engine.client import EngineClient
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, MemoryShort, ModelError
-from pagoda.options.config import EngineConfig, Options
+from pagoda.options.config import Options
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Request, SamplingParams
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import MadeTensor

@@ -27,7 +27,7 @@ from pagoda.backend.torch.executor import TorchCpuExecutor
 from pagoda.backend.torch.graphs import DecodeGraphs
 from pagoda.backend.torch.split import part
 from pagoda.engine.core import EngineCore
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Float32, Request, SamplingParams, StepPlan
 from pagoda.weights.device_size import tensor_bytes
 from pagoda.weights.open import open_source

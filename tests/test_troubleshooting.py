@@ -88,7 +88,7 @@ def small_cache(case: Case) -> str:
 def no_torch(case: Case) -> str:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from pagoda.options.config import EngineConfig\nfrom pagoda.engine.core import EngineCore\n"
+        "from pagoda.options.engine_config import EngineConfig\nfrom pagoda.engine.core import EngineCore\n"
         f"EngineCore(EngineConfig(model={case.model!r}, device='cuda'))"
     )
     return command(code=code)

@@ -12,7 +12,7 @@ from typing import Any, cast
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Executor, Limits, Progress
 from pagoda.errors import ConfigError
-from pagoda.options.resolve import check_one_device
+from pagoda.options.check import check_one_device
 from pagoda.weights.source import TensorSource
 
 _EXECUTORS = MappingProxyType(

@@ -13,7 +13,7 @@ from pagoda.cli.inputs import load, split
 from pagoda.cli.model import local_model
 from pagoda.cli.talk import Local, Message, Partner, Remote
 from pagoda.errors import ConfigError, PagodaError
-from pagoda.options.resolve import check
+from pagoda.options.check import check
 
 HELP = """\
 Usage: pagoda chat [MODEL] [options]

@@ -13,7 +13,7 @@ from pagoda.cli.inputs import split
 from pagoda.cli.model import local_model
 from pagoda.cli.screen import ProgressLine, size, table
 from pagoda.errors import ConfigError
-from pagoda.options.resolve import check as check_options
+from pagoda.options.check import check as check_options
 
 HELP = """\
 Usage: pagoda pack MODEL [-o FILE] [options] [options of pagoda serve]

@@ -14,8 +14,9 @@ from pagoda.cli.inputs import load, split
 from pagoda.cli.screen import size, table
 from pagoda.deploy.download.find_model import find_model
 from pagoda.errors import ConfigError, ModelError
+from pagoda.options.check import check
 from pagoda.options.config import declared
-from pagoda.options.resolve import COMMAND_LINE, DEFAULT, Settings, check
+from pagoda.options.resolve import COMMAND_LINE, DEFAULT, Settings
 from pagoda.options.tasks import Task
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pagoda.cli.inputs import load, split
 from pagoda.cli.model import local_model
 from pagoda.cli.screen import ProgressLine
 from pagoda.errors import BadRequest, ConfigError
-from pagoda.options.resolve import check
+from pagoda.options.check import check
 
 if TYPE_CHECKING:
     from pagoda.api.batch.protocol import BatchResult

@@ -18,8 +18,9 @@ from pagoda.cli.address import address, is_loopback, print_notes
 from pagoda.cli.help import serve_help
 from pagoda.cli.inputs import load, show, split
 from pagoda.cli.screen import ProgressLine, size, table
+from pagoda.options.check import check
 from pagoda.options.config import Options
-from pagoda.options.resolve import Settings, check, each_model
+from pagoda.options.resolve import Settings, each_model
 
 if TYPE_CHECKING:
     from pagoda.api.serving.adapters import LoraSide

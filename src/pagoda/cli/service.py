@@ -25,7 +25,8 @@ from pagoda.deploy.service.service import Manager, Service, State
 from pagoda.deploy.service.systemd import Systemd, owner_of
 from pagoda.deploy.service.tmux import Tmux
 from pagoda.errors import ConfigError
-from pagoda.options.resolve import check, each_model
+from pagoda.options.check import check
+from pagoda.options.resolve import each_model
 
 HELP = """\
 Usage: pagoda service install MODEL [options] [options of pagoda serve]

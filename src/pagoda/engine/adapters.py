@@ -12,7 +12,8 @@ from pagoda.arch.lora import AdapterWeights, check_adapters, read_adapter
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Executor
 from pagoda.errors import BadRequest, ConfigError, PagodaError
-from pagoda.options.config import EngineConfig, Options
+from pagoda.options.config import Options
+from pagoda.options.engine_config import EngineConfig
 from pagoda.sched.scheduler import Scheduler
 from pagoda.types import Adapter, Delta, Request
 from pagoda.weights.lora import find_adapter

@@ -28,7 +28,7 @@ from pagoda.engine.roster import Roster
 from pagoda.engine.spawn import COMMAND, EngineProcess
 from pagoda.engine.stream import DeltaStream, Stream
 from pagoda.errors import ConfigError, EngineError, MemoryShort, ModelError, Overloaded, PagodaError
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.sched.stats import SchedulerStats
 from pagoda.types import Request
 

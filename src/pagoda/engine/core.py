@@ -29,7 +29,7 @@ from pagoda.engine.images import check_images
 from pagoda.engine.looking import look
 from pagoda.engine.messages import EngineStats
 from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.sched.scheduler import Scheduler, SchedulerConfig
 from pagoda.sched.state import Grammar
 from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan

@@ -8,7 +8,7 @@ from collections import Counter
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Limits
 from pagoda.engine.messages import ModelInfo
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.options.formats import QUANTIZE_ON_LOAD_GPU
 from pagoda.types import BLOCK_SIZE
 from pagoda.weights.grouped import OrderedTensor

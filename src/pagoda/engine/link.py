@@ -13,7 +13,7 @@ import msgspec
 
 from pagoda.engine.messages import Framer, FromEngine, ProtocolError, Shutdown, ToEngine, frame
 from pagoda.engine.spawn import COMMAND, EngineProcess
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 
 _EXIT_S = 2.0
 _POLL_S = 0.01

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pagoda.options.check import check
 from pagoda.options.config import Options
-from pagoda.options.resolve import Catalog, check, resolve
+from pagoda.options.resolve import Catalog, resolve
 from pagoda.types import Adapter, Image
 
 _log = logging.getLogger("pagoda")

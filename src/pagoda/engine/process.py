@@ -37,7 +37,7 @@ from pagoda.engine.messages import (
 )
 from pagoda.errors import PagodaError
 from pagoda.observe import setup_logging
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Delta
 
 BACKLOG_BYTES = 64 << 20

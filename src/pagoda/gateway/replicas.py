@@ -16,7 +16,7 @@ from pagoda.engine.messages import EngineStats, ModelInfo
 from pagoda.engine.stream import DeltaStream, Stream
 from pagoda.errors import ConfigError
 from pagoda.gateway.spread import Prefixes, choose, chunk_keys
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.sched.stats import SchedulerStats
 from pagoda.types import Request
 

@@ -18,7 +18,7 @@ from pagoda.deploy.plan.model import PlannedModel, packed, planned_model
 from pagoda.engine.core import resolve_limits
 from pagoda.engine.draft_limits import draft_limits
 from pagoda.errors import ConfigError, MemoryShort
-from pagoda.options.config import EngineConfig
+from pagoda.options.engine_config import EngineConfig
 from pagoda.options.formats import KV_EIGHT_BITS, QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU
 from pagoda.types import BLOCK_SIZE
 from pagoda.weights import device_size
