@@ -374,3 +374,10 @@ def test_what_an_encoder_cannot_be(changes: dict[str, Any], vision: dict[str, An
 def test_the_page_of_models_names_every_architecture(page: str) -> None:
     text = (Path(__file__).parent.parent / "docs" / page).read_text("utf-8")
     assert [name for name in registry.supported() if f"`{name}`" not in text] == []
+
+
+def test_the_page_on_adding_a_model_shows_a_file_that_is_served() -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "adding-a-model.md").read_text("utf-8")
+    file = (root / "src" / "pagoda" / "arch" / "models" / "seed_oss.py").read_text("utf-8")
+    assert "\n".join(f"   {line}".rstrip() for line in file.splitlines()) in page
