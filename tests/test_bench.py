@@ -139,7 +139,8 @@ def test_prompts_of_a_file(base: str, served: tuple[str, FakeEngine], tmp_path: 
         (["--backend", "tgi"], 78, "openai-chat"),
         (["--extra-body", "[]"], 78, "--extra-body"),
         (["--lora-modules", "x"], 78, "--lora-modules"),
-        (["throughput"], 78, "throughput"),
+        (["startup"], 78, "startup"),
+        (["sweep"], 78, "--concurrency 1,4,16"),
     ],
 )
 def test_what_cannot_be_done_says_so(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pagoda.errors import ConfigError
 
@@ -28,6 +28,8 @@ early late hard easy open close strong weak full empty clear dark warm cold fast
 """.split()
 )
 MAX_WORDS = 4_000_000
+
+P = TypeVar("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,11 @@ def made_up(shape: Shape, scale: Scale, rng: random.Random) -> Iterator[Prompt]:
     if not shape.prefix_tokens:
         heads = [""]
     for head in cycle(heads):
-        words = scale.words(_about(shape.input_tokens, shape.spread, rng))
-        yield Prompt(head + text_of(rng, words), _about(shape.output_tokens, shape.spread, rng))
+        words = scale.words(about(shape.input_tokens, shape.spread, rng))
+        yield Prompt(head + text_of(rng, words), about(shape.output_tokens, shape.spread, rng))
 
 
-def _about(tokens: int, spread: float, rng: random.Random) -> int:
+def about(tokens: int, spread: float, rng: random.Random) -> int:
     return max(1, rng.randint(round(tokens * (1 - spread)), round(tokens * (1 + spread)))) if spread else tokens
 
 
@@ -124,5 +126,5 @@ def _prompt(row: Any, output_tokens: int) -> Prompt | None:
     return Prompt(text, tokens) if isinstance(text, str) and text else None
 
 
-def take(prompts: Iterator[Prompt], count: int) -> list[Prompt]:
+def take(prompts: Iterator[P], count: int) -> list[P]:
     return list(islice(prompts, count))

@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from pagoda.cli.screen import ProgressLine
 from pagoda.cli.words import Words, read_words
@@ -16,9 +17,11 @@ from pagoda.errors import ConfigError
 
 if TYPE_CHECKING:
     from pagoda.bench.load import Plan
+    from pagoda.bench.prompts import Shape
 
 HELP = """\
 Usage: pagoda bench [options]
+       pagoda bench latency|throughput --model MODEL ...    without a server; see their --help
 
 Puts load on a server that speaks the OpenAI API (Pagoda or any other) and prints tokens per second and the times to
 the first token (TTFT), per token, between chunks (ITL) and to the end of an answer, for each number of requests at
@@ -59,21 +62,21 @@ What is told:
   --metric-percentiles 50,90,99
 """
 
-_NAMES = {
-    "max-concurrency": "concurrency",
-    "random-input-len": "input-len",
-    "random-output-len": "output-len",
-    "custom-output-len": "output-len",
-    "sharegpt-output-len": "output-len",
-    "random-prefix-len": "prefix-len",
-    "random-range-ratio": "range-ratio",
-    "prefix-repetition-prefix-len": "prefix-len",
-    "prefix-repetition-suffix-len": "input-len",
-    "prefix-repetition-output-len": "output-len",
-    "prefix-repetition-num-prefixes": "num-prefixes",
-    "served-model-name": "model",
-    "endpoint-type": "backend",
-}
+SHAPE_NAMES = MappingProxyType(
+    {
+        "random-input-len": "input-len",
+        "random-output-len": "output-len",
+        "custom-output-len": "output-len",
+        "sharegpt-output-len": "output-len",
+        "random-prefix-len": "prefix-len",
+        "random-range-ratio": "range-ratio",
+        "prefix-repetition-prefix-len": "prefix-len",
+        "prefix-repetition-suffix-len": "input-len",
+        "prefix-repetition-output-len": "output-len",
+        "prefix-repetition-num-prefixes": "num-prefixes",
+    }
+)
+_NAMES = {**SHAPE_NAMES, "max-concurrency": "concurrency", "served-model-name": "model", "endpoint-type": "backend"}
 _OPTIONS = (
     "base-url", "url", "host", "port", "model", "api-key", "backend", "endpoint", "header", "ready-check-timeout-sec",
     "concurrency", "request-rate", "burstiness", "num-prompts", "num-warmups", "input-len", "output-len", "range-ratio",
@@ -83,29 +86,25 @@ _OPTIONS = (
 _SWITCHES = ("help", "ignore-eos", "no-ignore-eos", "save-result", "disable-tqdm", "trust-remote-code")
 _ENDPOINTS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 _DATASETS = ("random", "prefix_repetition", "custom", "sharegpt")
-_OFFLINE = {
-    "latency": "pagoda bench --concurrency 1",
-    "throughput": "pagoda bench --request-rate inf --num-prompts 1000",
-    "sweep": "pagoda bench --concurrency 1,4,16",
-}
+_OFFLINE = ("latency", "throughput")
 _GOALS = ("ttft", "tpot", "e2el")
-
-N = TypeVar("N", int, float)
 
 
 def run(argv: list[str]) -> int:
+    if argv and argv[0] in _OFFLINE:
+        from pagoda.cli.bench_offline import run as run_offline
+
+        return run_offline(argv)
     words = read_words("bench", argv, (*_OPTIONS, *_NAMES), _SWITCHES, {"-h": "help"})
     if "help" in words.switches:
         print(HELP, end="")
         return 0
-    for theirs, ours in _NAMES.items():
-        if theirs in words.values:
-            words.values.setdefault(ours, []).extend(words.values.pop(theirs))
+    words.rename(_NAMES)
     # `vllm bench serve` is the same measurement.
     if extra := [word for word in words.plain if word != "serve"]:
         remedy = "See: pagoda bench --help"
-        if extra[0] in _OFFLINE:
-            remedy = "Every measurement is one of a server: pagoda serve MODEL, then " + _OFFLINE[extra[0]]
+        if extra[0] == "sweep":
+            remedy = "Several levels are one measurement: pagoda bench --concurrency 1,4,16"
         raise ConfigError(f"pagoda bench does not know what {extra[0]} is", remedy=remedy)
     plan = _plan(words)
     import uvloop
@@ -129,21 +128,11 @@ def run(argv: list[str]) -> int:
 
 def _plan(words: Words) -> Plan:
     from pagoda.bench.load import Plan
-    from pagoda.bench.prompts import Shape
 
-    rates = _numbers(words, "request-rate", float, 1e-6) or [math.inf]
-    levels: list[int | None] = [*_numbers(words, "concurrency", int, 1)]
+    rates = words.numbers("request-rate", float, 1e-6) or [math.inf]
+    levels: list[int | None] = [*words.numbers("concurrency", int, 1)]
     if not levels:
         levels = [1, 4, 16] if rates == [math.inf] else [None]
-    shape = Shape(
-        _one(words, "input-len", int, 1, 128),
-        _one(words, "output-len", int, 1, 128),
-        _one(words, "range-ratio", float, 0, 0.0),
-        _one(words, "prefix-len", int, 0, 0),
-        _one(words, "num-prefixes", int, 1, 1),
-    )
-    if shape.spread >= 1:
-        raise ConfigError("--range-ratio must be below 1", remedy="0.2 means 20 % more or less")
     return Plan(
         url=words.last("url")
         or words.last("base-url")
@@ -153,36 +142,18 @@ def _plan(words: Words) -> Plan:
         model=words.last("model") or "",
         concurrencies=levels,
         rates=rates,
-        burstiness=_one(words, "burstiness", float, 1e-3, 1.0),
-        num_prompts=_one(words, "num-prompts", int, 1, 0) or None,
-        shape=shape,
-        dataset=_dataset(words),
-        warmups=_one(words, "num-warmups", int, 0, 1),
+        burstiness=words.number("burstiness", float, 1e-3, 1.0),
+        num_prompts=words.number("num-prompts", int, 1, 0) or None,
+        shape=shape_of(words),
+        dataset=dataset_of(words),
+        warmups=words.number("num-warmups", int, 0, 1),
         body=_body(words),
-        percentiles=_numbers(words, "metric-percentiles", float, 0) or [50, 90, 99],
+        percentiles=words.numbers("metric-percentiles", float, 0) or [50, 90, 99],
         goals_ms=_goals(words),
         # Another one each time: a server that was measured before would find the same prompts in its cache.
-        seed=_one(words, "seed", int, 0, time.time_ns() % 2**32),
-        ready_timeout_s=_one(words, "ready-check-timeout-sec", float, 0, 0.0),
+        seed=words.number("seed", int, 0, time.time_ns() % 2**32),
+        ready_timeout_s=words.number("ready-check-timeout-sec", float, 0, 0.0),
     )
-
-
-def _numbers(words: Words, name: str, kind: type[N], low: float) -> list[N]:
-    text = words.last(name) or ""
-    try:
-        numbers = [kind(part) for part in text.split(",") if part]
-    except ValueError:
-        numbers = [kind(-1)]
-    if any(not number >= low for number in numbers):
-        raise ConfigError(f"--{name} {text} is not right", remedy=f"Give numbers of {low:g} or more: --{name} 1,4,16")
-    return numbers
-
-
-def _one(words: Words, name: str, kind: type[N], low: float, default: N) -> N:
-    numbers = _numbers(words, name, kind, low) or [default]
-    if len(numbers) > 1:
-        raise ConfigError(f"--{name} takes one number", remedy=f"Write --{name} {numbers[0]}")
-    return numbers[0]
 
 
 def _headers(words: Words) -> dict[str, str]:
@@ -206,7 +177,22 @@ def _endpoint(words: Words) -> str:
     return endpoint if endpoint.startswith("/") else f"/{endpoint}"
 
 
-def _dataset(words: Words) -> str:
+def shape_of(words: Words) -> Shape:
+    from pagoda.bench.prompts import Shape
+
+    shape = Shape(
+        words.number("input-len", int, 1, 128),
+        words.number("output-len", int, 1, 128),
+        words.number("range-ratio", float, 0, 0.0),
+        words.number("prefix-len", int, 0, 0),
+        words.number("num-prefixes", int, 1, 1),
+    )
+    if shape.spread >= 1:
+        raise ConfigError("--range-ratio must be below 1", remedy="0.2 means 20 % more or less")
+    return shape
+
+
+def dataset_of(words: Words) -> str:
     name, path = words.last("dataset-name"), words.last("dataset-path") or ""
     if name is not None and name not in _DATASETS:
         raise ConfigError(f"--dataset-name {name} is not here", remedy=f"Give one of {', '.join(_DATASETS)}")
@@ -223,7 +209,7 @@ def _body(words: Words) -> dict[str, Any]:
     if "ignore-eos" in words.switches or (made_up and "no-ignore-eos" not in words.switches):
         body["ignore_eos"] = True
     if (temperature := words.last("temperature")) is not None:
-        body["temperature"] = _one(words, "temperature", float, 0, 0.0) if temperature else 0
+        body["temperature"] = words.number("temperature", float, 0, 0.0) if temperature else 0
     try:
         more = json.loads(words.last("extra-body") or "{}")
     except ValueError:

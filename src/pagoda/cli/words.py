@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from pagoda.errors import ConfigError
+
+N = TypeVar("N", int, float)
 
 _MANY = ("include", "exclude", "goodput")
 """Options that take all words up to the next option, as in `hf download --include A B C`."""
@@ -21,6 +24,31 @@ class Words:
 
     def last(self, name: str) -> str | None:
         return self.values[name][-1] if name in self.values else None
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """What was given under other names counts under ours."""
+        for theirs, ours in names.items():
+            if theirs in self.values:
+                self.values.setdefault(ours, []).extend(self.values.pop(theirs))
+
+    def numbers(self, name: str, kind: type[N], low: float) -> list[N]:
+        """Those of a list such as 1,4,16; ConfigError for one below `low`."""
+        text = self.last(name) or ""
+        try:
+            numbers = [kind(part) for part in text.split(",") if part]
+        except ValueError:
+            numbers = [kind(-1)]
+        if any(not number >= low for number in numbers):
+            raise ConfigError(
+                f"--{name} {text} is not right", remedy=f"Give numbers of {low:g} or more: --{name} 1,4,16"
+            )
+        return numbers
+
+    def number(self, name: str, kind: type[N], low: float, default: N) -> N:
+        numbers = self.numbers(name, kind, low) or [default]
+        if len(numbers) > 1:
+            raise ConfigError(f"--{name} takes one number", remedy=f"Write --{name} {numbers[0]}")
+        return numbers[0]
 
 
 def read_words(
@@ -49,3 +77,21 @@ def read_words(
             while name in _MANY and not equals and rest and not rest[0].startswith("-"):
                 out.values[name].append(rest.pop(0))
     return out
+
+
+def take_words(argv: list[str], options: Collection[str], switches: Collection[str]) -> tuple[Words, list[str]]:
+    """What a command takes for itself, and the rest, which are options of serve."""
+    out, rest, words = Words(), list[str](), list(argv)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("_", "-") if flag.startswith("--") else ""
+        if name in switches and not equals:
+            out.switches.add(name)
+        elif name not in options:
+            rest.append(word)
+        elif not equals and not words:
+            raise ConfigError(f"{flag} needs a value", remedy=f"Write {flag} VALUE")
+        else:
+            out.values.setdefault(name, []).append(value if equals else words.pop(0))
+    return out, rest
