@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import engine_tiny
-import lora_files
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pagoda.cli.main import main
 
@@ -22,6 +23,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def numbers(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"[\d.]+(?:e-?\d+)?", text)]
+
+
+def write_adapter(folder: Path) -> None:
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    wide = np.ones((2, engine_tiny.HIDDEN), np.float32)
+    save_file(
+        {f"{name}.lora_A.weight": wide, f"{name}.lora_B.weight": wide.T.copy()}, folder / "adapter_model.safetensors"
+    )
 
 
 def test_latency(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,7 +54,18 @@ def test_latency(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_throughput(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "throughput.json"
-    words = ["--model", model, "--num-prompts", "6", "--random-input-len", "7", "--output-len", "4", "--prefix-len", "9"]
+    words = [
+        "--model",
+        model,
+        "--num-prompts",
+        "6",
+        "--random-input-len",
+        "7",
+        "--output-len",
+        "4",
+        "--prefix-len",
+        "9",
+    ]
     words += ["--n", "2", "--num-warmups", "1", "--disable-detokenize", "--output-json", str(target)]
     assert main(["bench", "throughput", *words, *OWN]) == 0
     table = json.loads(target.read_text())
@@ -61,7 +84,8 @@ def test_throughput(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_a_file_and_an_adapter(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "One"}\n{"messages": [{"role": "user", "content": "Two"}], "output_tokens": 2}\n')
-    adapter = lora_files.write(tmp_path / "adapter", Path(model))
+    adapter = tmp_path / "adapter"
+    write_adapter(adapter)
     words = ["--model", model, "--dataset-path", str(rows), "--output-len", "5", *OWN]
     found = []
     for more in ([], ["--backend", "vllm-chat"], ["--num-prompts", "3", "--lora-path", str(adapter)]):
@@ -88,7 +112,7 @@ def test_a_file_and_an_adapter(model: str, tmp_path: Path, capsys: pytest.Captur
 def test_what_cannot_be_done_says_so(
     model: str, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
-    assert main(["bench", *words, "--model", model, *OWN]) == 78
+    assert main(["bench", words[0], "--model", model, *OWN, *words[1:]]) == 78
     assert said in capsys.readouterr().err
 
 

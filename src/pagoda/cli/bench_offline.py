@@ -20,7 +20,8 @@ from pagoda.cli.model import local_model
 from pagoda.cli.screen import ProgressLine
 from pagoda.cli.words import Words, take_words
 from pagoda.errors import ConfigError
-from pagoda.settings import DEFAULT, check
+from pagoda.options.check import check
+from pagoda.options.resolve import DEFAULT
 
 if TYPE_CHECKING:
     from pagoda.bench.offline import Ask
