@@ -8,16 +8,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from pagoda.cli.bench_words import SHAPE_NAMES, dataset_of, shape_of
 from pagoda.cli.screen import ProgressLine
 from pagoda.cli.words import Words, read_words
 from pagoda.errors import ConfigError
 
 if TYPE_CHECKING:
     from pagoda.bench.load import Plan
-    from pagoda.bench.prompts import Shape
 
 HELP = """\
 Usage: pagoda bench [options]
@@ -62,20 +61,6 @@ What is told:
   --metric-percentiles 50,90,99
 """
 
-SHAPE_NAMES = MappingProxyType(
-    {
-        "random-input-len": "input-len",
-        "random-output-len": "output-len",
-        "custom-output-len": "output-len",
-        "sharegpt-output-len": "output-len",
-        "random-prefix-len": "prefix-len",
-        "random-range-ratio": "range-ratio",
-        "prefix-repetition-prefix-len": "prefix-len",
-        "prefix-repetition-suffix-len": "input-len",
-        "prefix-repetition-output-len": "output-len",
-        "prefix-repetition-num-prefixes": "num-prefixes",
-    }
-)
 _NAMES = {**SHAPE_NAMES, "max-concurrency": "concurrency", "served-model-name": "model", "endpoint-type": "backend"}
 _OPTIONS = (
     "base-url", "url", "host", "port", "model", "api-key", "backend", "endpoint", "header", "ready-check-timeout-sec",
@@ -85,7 +70,6 @@ _OPTIONS = (
 )  # fmt: skip
 _SWITCHES = ("help", "ignore-eos", "no-ignore-eos", "save-result", "disable-tqdm", "trust-remote-code")
 _ENDPOINTS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
-_DATASETS = ("random", "prefix_repetition", "custom", "sharegpt")
 _OFFLINE = ("latency", "throughput")
 _GOALS = ("ttft", "tpot", "e2el")
 
@@ -175,30 +159,6 @@ def _endpoint(words: Words) -> str:
         raise ConfigError(f"--backend {backend} is not here", remedy=f"Give one of {known}")
     endpoint = words.last("endpoint") or _ENDPOINTS[backend]
     return endpoint if endpoint.startswith("/") else f"/{endpoint}"
-
-
-def shape_of(words: Words) -> Shape:
-    from pagoda.bench.prompts import Shape
-
-    shape = Shape(
-        words.number("input-len", int, 1, 128),
-        words.number("output-len", int, 1, 128),
-        words.number("range-ratio", float, 0, 0.0),
-        words.number("prefix-len", int, 0, 0),
-        words.number("num-prefixes", int, 1, 1),
-    )
-    if shape.spread >= 1:
-        raise ConfigError("--range-ratio must be below 1", remedy="0.2 means 20 % more or less")
-    return shape
-
-
-def dataset_of(words: Words) -> str:
-    name, path = words.last("dataset-name"), words.last("dataset-path") or ""
-    if name is not None and name not in _DATASETS:
-        raise ConfigError(f"--dataset-name {name} is not here", remedy=f"Give one of {', '.join(_DATASETS)}")
-    if name in ("custom", "sharegpt") and not path:
-        raise ConfigError(f"--dataset-name {name} needs a file", remedy="Give it with --dataset-path FILE")
-    return path
 
 
 def _body(words: Words) -> dict[str, Any]:

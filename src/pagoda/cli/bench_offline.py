@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from pagoda.cli.bench import SHAPE_NAMES, dataset_of, shape_of
+from pagoda.cli.bench_words import SHAPE_NAMES, dataset_of, shape_of
 from pagoda.cli.inputs import load, split
 from pagoda.cli.model import local_model
 from pagoda.cli.screen import ProgressLine
