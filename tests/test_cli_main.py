@@ -154,13 +154,19 @@ def test_a_config_file_may_be_empty_or_json_in_yaml(tmp_path: Path) -> None:
 
 def test_sampling_defaults() -> None:
     of_model = {"temperature": 0.6, "top_k": 20}
-    assert sampling_defaults(Options(), of_model) == of_model
-    assert sampling_defaults(Options(generation_config="vllm"), of_model) == {}
-    own = Options(override_generation_config={"top_k": 5})
+    assert sampling_defaults(Options(model="m"), of_model) == of_model
+    assert sampling_defaults(Options(model="m", generation_config="vllm"), of_model) == {}
+    own = Options(model="m", override_generation_config={"top_k": 5})
     assert sampling_defaults(own, of_model) == {"temperature": 0.6, "top_k": 5}
     for wrong in ({"temperatur": 1}, {"temperature": "hot"}, {"temperature": -1}, {"top_k": True}):
         with pytest.raises(ConfigError, match="--override-generation-config"):
             sampling_defaults(Options(override_generation_config=wrong), {})
+
+
+def test_the_default_model_samples_as_its_page_recommends() -> None:
+    assert sampling_defaults(Options(), {}) == {"temperature": 0.2, "top_p": 0.9}
+    assert sampling_defaults(Options(override_generation_config={"temperature": 1}), {})["temperature"] == 1
+    assert sampling_defaults(Options(generation_config="vllm"), {}) == {}
 
 
 class TestFindModel:
@@ -315,3 +321,8 @@ def test_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "loading: weights\n"
     assert table([("a", "1"), ("bcd", "2")]) == "  a    1\n  bcd  2"
     assert (size(98_362_432), size(3 << 29)) == ("94 MiB", "1.5 GiB")
+
+
+def test_the_names_of_ollama_work(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "pagoda chat" in run(capsys, "run", "--help")[1]
+    assert "pagoda list" in run(capsys, "ls", "--help")[1]

@@ -22,7 +22,7 @@ Without MODEL: talks to the server that runs at --url. With MODEL: loads it into
 
 Examples:
   pagoda chat
-  pagoda chat -q "What is a pagoda?"
+  pagoda chat -q "What is photosynthesis? One sentence."
   pagoda chat ./model.gguf --system-prompt "Answer in one sentence."
 
 Options:

@@ -33,8 +33,8 @@ COMMANDS = MappingProxyType(
     }
 )
 
-_VLLM_NAMES = MappingProxyType({"collect-env": "doctor"})
-"""What vLLM calls a command that has another name here."""
+_OTHER_NAMES = MappingProxyType({"collect-env": "doctor", "run": "chat", "ls": "list"})
+"""What vLLM and Ollama call a command that has another name here."""
 
 HELP = """\
 pagoda: LLM inference and serving
@@ -99,7 +99,7 @@ def _describe() -> int:
 
 
 def _run(command: str, words: list[str]) -> int:
-    command = _VLLM_NAMES.get(command, command)
+    command = _OTHER_NAMES.get(command, command)
     if command not in COMMANDS:
         import difflib
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pagoda.cli.screen import ProgressLine
-from pagoda.deploy.download.default_model import default_model_path
+from pagoda.deploy.download import default_model
 from pagoda.deploy.download.find_model import cached_model, check_format, find_model
 from pagoda.deploy.download.hub import offline, split_name
 from pagoda.errors import BadRequest, ConfigError
@@ -34,7 +34,7 @@ def local_model(options: Options) -> str:
     else:
         progress = ProgressLine()
         try:
-            path = default_model_path(progress)
+            path = default_model.default_model_path(progress)
         finally:
             progress.clear()
     check_format(path, options.load_format, options.quantization)
@@ -74,4 +74,6 @@ def sampling_defaults(options: Options, of_model: Mapping[str, float | int]) -> 
         SamplingParams(**given).check(vocab_size=1)
     except BadRequest as error:
         raise ConfigError(f"{flag}: {error.message}") from None
-    return {**(of_model if options.generation_config == "auto" else {}), **given}
+    if options.generation_config != "auto":
+        return dict(given)
+    return {**(default_model.SAMPLING if options.model is None else {}), **of_model, **given}

@@ -190,9 +190,13 @@ def lora_side(options: Options, spec: ModelSpec, *, gguf: bool) -> LoraSide:
     )
 
 
+_QUESTION = "What is photosynthesis? One sentence."
 _FIRST: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
-        "generate": ("chat/completions", {"messages": [{"role": "user", "content": "Hello!"}]}),
+        "generate": (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "What is photosynthesis? One sentence."}]},
+        ),
         "embed": ("embeddings", {"input": "Hello!"}),
         "score": ("rerank", {"query": "Hello!", "documents": ["Good day to you.", "A pagoda is a tower."]}),
     }

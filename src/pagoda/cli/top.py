@@ -173,6 +173,9 @@ def _row(url: str, model: str, old: Sample, new: Sample) -> Row:
 
 def text(rows: Sequence[Row]) -> str:
     """The table; below it the servers that do not answer."""
+    silent = [row.error for row in rows if row.error]
+    if len(silent) == len(rows):
+        return "\n".join(silent)
     cells = [HEADS, *(_cells(row) for row in rows if not row.error)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(HEADS))]
     lines = [
@@ -182,7 +185,7 @@ def text(rows: Sequence[Row]) -> str:
         )
         for line in cells
     ]
-    return "\n".join([*lines, *(row.error for row in rows if row.error)])
+    return "\n".join([*lines, *silent])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

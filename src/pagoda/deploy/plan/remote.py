@@ -33,5 +33,5 @@ def remote_config(name: str, environ: Mapping[str, str], choice: str = "auto") -
         failed.append(f"{source.endpoint.host} has no {CONFIG} of {split[0]}")
     raise ModelError(
         f"{CONFIG} of {name} cannot be fetched: {'; '.join(failed)}",
-        remedy="Check the name, or give a folder that has the model's config.json",
+        remedy="Check the name and the network, set HF_ENDPOINT=https://MIRROR, or give a folder or its config.json",
     )

@@ -89,4 +89,5 @@ def ask(url: str, key: str = "", *, any_status: bool = False) -> str:
         raise CannotAsk(f"{url} answers {error.code}", remedy="Is that a server of Pagoda?") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
+        reason = getattr(reason, "strerror", None) or reason
         raise CannotAsk(f"nobody answers at {url}: {reason}", remedy="Start it: pagoda serve MODEL") from None
