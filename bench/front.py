@@ -70,7 +70,10 @@ class StubCore:
     def cancel(self, request_id: str) -> None:
         self._left.pop(request_id, None)
 
-    def step(self) -> list[Delta]:
+    def begin(self) -> None:
+        pass
+
+    def finish(self) -> list[Delta]:
         time.sleep(max(0.0, self._next_at - time.monotonic()))
         self._next_at = max(self._next_at, time.monotonic()) + self._step_s
         self._steps += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes as c
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ class Step(c.Structure):
     ]
 
 
+@cache
 def _load() -> c.CDLL:
     path = Path(__file__).with_name("libpagoda_cpu.so")
     if not path.exists():
