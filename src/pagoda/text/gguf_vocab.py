@@ -154,9 +154,9 @@ def build_gguf_vocab(metadata: Mapping[str, Any]) -> GgufVocab:
     )
 
 
-def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
+def _strings(metadata: Mapping[str, Any], key: str) -> Sequence[str]:
     value = metadata.get(key)
-    if not isinstance(value, list) or not value or not isinstance(value[0], str):
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value or not isinstance(value[0], str):
         raise ModelError(f"the GGUF file lacks {key}, so its tokenizer can't be rebuilt", remedy=_DOWNLOAD)
     return value
 
@@ -193,8 +193,9 @@ def _family(name: Any) -> _Pre:
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], family: _Pre) -> tokenizers.Tokenizer:
     vocab = {token: i for i, token in enumerate(tokens)}
+    same = {token: token for token in vocab}  # or each would be there again in all its merges
     cuts = (merge.partition(" ") for merge in _strings(metadata, "tokenizer.ggml.merges"))
-    merges = [(left, right) for left, _, right in cuts]
+    merges = [(same.get(left, left), same.get(right, right)) for left, _, right in cuts]
     backend = _model(vocab, merges, ignore_merges=family.ignore_merges)
     steps: list[pre_tokenizers.PreTokenizer] = [
         pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in family.patterns

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -15,6 +15,7 @@ from pagoda.errors import ModelError
 from pagoda.weights.files import DOWNLOAD_AGAIN, Checkpoint, MappedFile, map_file
 from pagoda.weights.ggml import BLOCKS, nbytes
 from pagoda.weights.source import Tensor
+from pagoda.weights.texts import Texts
 
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -40,28 +41,7 @@ _MAX_NAME_BYTES = 65535
 _MAX_HEADER_BYTES = 1 << 27  # a large vocabulary with its merges has about 20 MB
 _MAX_ELEMENTS = 1 << 23  # of all metadata arrays together; a large vocabulary has below a million
 _MAX_DEPTH = 4
-
-
-class _Metadata(Mapping[str, Any]):
-    """The key-value table. An array is read when it is asked for: an engine has no use for a vocabulary."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = dict(values)
-
-    def __getitem__(self, key: str) -> Any:
-        value = self._values[key]
-        if isinstance(value, partial):
-            value = self._values[key] = value()
-        return value
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
+_FEW = 1000  # texts of an array that are read at once
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -100,22 +80,8 @@ def _join(parts: list[Path]) -> Checkpoint:
     return Checkpoint(str(parts[0]), first, {}, tensors)
 
 
-def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return _Reader(map_file(path, "gguf")).read()
-
-
-def _numbers(raw: Any, at: int, count: int, dtype: np.dtype[Any]) -> list[Any]:
-    return list(np.frombuffer(raw, dtype=dtype, count=count, offset=at).tolist())
-
-
-def _strings(raw: Any, at: int, count: int) -> list[str]:
-    length_at = _U64.unpack_from
-    out: list[str] = []
-    for _ in range(count):
-        begin = at + 8
-        at = begin + length_at(raw, at)[0]
-        out.append(raw[begin:at].decode("utf-8", "replace"))
-    return out
 
 
 class _Reader:
@@ -129,7 +95,7 @@ class _Reader:
         self._pos = len(b"GGUF")
         self._elements = 0
 
-    def read(self) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         self._check_version(self._u32("the version"))
         tensor_count, pair_count = self._u64("the number of tensors"), self._u64("the number of metadata keys")
         self._need(tensor_count * _MIN_INFO_BYTES + pair_count * _MIN_PAIR_BYTES, "the header")
@@ -149,7 +115,7 @@ class _Reader:
             if name in tensors:
                 raise self._bad(f"the tensor {name} is there twice")
             tensors[name] = self._tensor(name, shape, type_id, offset, start, alignment)
-        return _Metadata(metadata), tensors
+        return metadata, tensors
 
     def _check_version(self, version: int) -> None:
         if version in (2, 3):
@@ -195,48 +161,48 @@ class _Reader:
             raise self._bad(f"{what} is not UTF-8") from None
 
     def _value(self, type_id: int, key: str, depth: int = 0) -> Any:
-        """A value, or what reads it where that is an array of numbers or of texts."""
-        if type_id != _ARRAY:
-            return self._run(type_id, 1, key)()[0]
+        if type_id == _STRING:
+            return self._strings(1, key)[0]
+        if type_id == _ARRAY:
+            return self._array(key, depth)
+        if type_id not in _NUMBERS:
+            raise self._bad(f"the metadata key {key} has the unknown type {type_id}")
+        return self._numbers(_NUMBERS[type_id], 1, key)[0]
+
+    def _array(self, key: str, depth: int) -> Sequence[Any]:
         if depth == _MAX_DEPTH:
             raise self._bad(f"the metadata key {key} nests arrays deeper than {_MAX_DEPTH}")
-        kind, count = self._array(key)
-        if kind == _ARRAY:
-            return [self._value(kind, key, depth + 1) for _ in range(count)]
-        run = self._run(kind, count, key)
-        return run() if depth else run
-
-    def _array(self, key: str) -> tuple[int, int]:
-        """The type of its values, and how many there are."""
         type_id, count = self._u32(key), self._u64(key)
         self._need(count * (_NUMBERS[type_id].itemsize if type_id in _NUMBERS else 8), key)
         self._elements += count
         if self._elements > _MAX_ELEMENTS:
             raise self._bad(f"the metadata key {key} is an array of {count} elements")
-        return type_id, count
-
-    def _run(self, type_id: int, count: int, key: str) -> Callable[[], list[Any]]:
-        """What reads values that lie one behind the other, and are proved to be there."""
-        begin = self._pos
+        if type_id in _NUMBERS:
+            return self._numbers(_NUMBERS[type_id], count, key)
         if type_id == _STRING:
-            self._skip_strings(count, key)
-            return partial(_strings, self._raw, begin, count)
-        if type_id not in _NUMBERS:
-            raise self._bad(f"the metadata key {key} has the unknown type {type_id}")
-        dtype = _NUMBERS[type_id]
-        self._need(dtype.itemsize * count, key)
-        self._pos += dtype.itemsize * count
-        return partial(_numbers, self._raw, begin, count, dtype)
+            texts = self._strings(count, key)
+            return texts if count > _FEW else list(texts)
+        return [self._value(type_id, key, depth + 1) for _ in range(count)]
 
-    def _skip_strings(self, count: int, key: str) -> None:
+    def _numbers(self, dtype: np.dtype[Any], count: int, key: str) -> list[Any]:
+        self._need(dtype.itemsize * count, key)
+        values = np.frombuffer(self._raw, dtype=dtype, count=count, offset=self._pos)
+        self._pos += values.nbytes
+        return list(values.tolist())
+
+    def _strings(self, count: int, key: str) -> Texts:
         # A vocabulary comes through here: everything in locals, and few operations per string.
         raw, limit, end, length_at = self._raw, self._limit, self._pos, _U64.unpack_from
+        ends = array("q", [end])
         for _ in range(count):
             begin = end + 8
             end = begin + length_at(raw, end)[0] if begin <= limit else begin
             if end > limit:
                 self._need(end - self._pos, key)
+            ends.append(end)
         self._pos = end
+        bounds = np.array(ends, np.int64)
+        return Texts(raw, bounds[:-1] + 8, np.diff(bounds) - 8)
 
     def _info(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._name("a tensor's name")
