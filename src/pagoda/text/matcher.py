@@ -29,6 +29,7 @@ _LIMITS = llguidance.LLParserLimits(
 
 # Tokens of letters are allowed, or not, all at once where these fit: expressions such as \w+ take a fifth of the time.
 # Each holds the one before, and all of them long words: else each step of [a-zA-Z ]{1,500} takes 320 us and not 17.
+# The library's own four more gain nothing beside these, and making them held the GIL for as long again.
 _WORD_SLICES = ("[a-z]{1,20}", "[a-zA-Z]{1,20}", "[a-zA-Z ]{1,20}")
 
 
@@ -65,7 +66,7 @@ class Vocabulary:
     ) -> None:
         eos = list(eos_token_ids) or [len(tokens) - 1]
         wrapped = _Tokens(tokens, special_ids, eos[0], encode or (lambda text: self._all.greedy_tokenize(text)))
-        slices = [*_WORD_SLICES, *llguidance.LLTokenizer.general_slices()]
+        slices = list(_WORD_SLICES)
         self._all = llguidance.LLTokenizer(wrapped, n_vocab=len(tokens), eos_token=eos, slices=slices)  # type: ignore[arg-type]
         self.size = len(tokens)
 
