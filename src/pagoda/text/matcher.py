@@ -66,8 +66,9 @@ class Vocabulary:
     ) -> None:
         eos = list(eos_token_ids) or [len(tokens) - 1]
         wrapped = _Tokens(tokens, special_ids, eos[0], encode or (lambda text: self._all.greedy_tokenize(text)))
-        slices = list(_WORD_SLICES)
-        self._all = llguidance.LLTokenizer(wrapped, n_vocab=len(tokens), eos_token=eos, slices=slices)  # type: ignore[arg-type]
+        # Both calls hold the GIL; between them a stream may go on.
+        plain = llguidance.LLTokenizer(wrapped, n_vocab=len(tokens), eos_token=eos, slices=[])  # type: ignore[arg-type]
+        self._all = plain.with_slices(list(_WORD_SLICES))
         self.size = len(tokens)
 
     def compile(self, grammar: str) -> Matcher:
