@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -195,3 +196,20 @@ def test_masks_behind_drafts_are_those_of_their_turn(model: str, tokenizer: Toke
         assert [mask.tolist() for mask in whole.masks(text)][:6] == behind[:6]  # what follows the end does not matter
         assert not any(mask.any() for mask in whole.masks([*text[:2], text[0], text[1]])[3:])
         assert whole.forced(9) == text[:3] and whole.forced(2) == text[:2]
+
+
+@pytest.mark.alone
+def test_the_first_grammar_of_an_engine_does_not_hold_up_a_stream_for_long(smollm2_path: str) -> None:
+    core = EngineCore(EngineConfig(model=smollm2_path, num_blocks=400, speculation=None))
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    core.add(asked("runs", "", max_tokens=4000))
+    for _ in range(20):
+        core.step()
+    core.add(asked("asks", "", max_tokens=4, grammar=grammar(schema=schema)))
+    told, longest_s, before = False, 0.0, time.perf_counter()
+    while not told:
+        told = any(delta.request_id == "asks" for delta in core.step())
+        now = time.perf_counter()
+        longest_s, before = max(longest_s, now - before), now
+    core.close()
+    assert longest_s < 0.2  # 65 ms of work are done in one call; 160 ms were
