@@ -46,6 +46,7 @@ _PROGRESS_S = 0.05
 _READS_AT_ONCE = 128
 _AT_ONCE_S = 0.001
 _PR_SET_PDEATHSIG = 1
+_TURN_S = 0.0005  # that another thread, which reads a vocabulary, may hold the GIL when the loop wants it
 
 _log = logging.getLogger(__name__)
 
@@ -209,6 +210,7 @@ def main(argv: list[str], make_core: CoreFactory = EngineCore) -> int:
     # The server decides what a signal means: a terminal's Ctrl-C and systemd's SIGTERM reach the engine too.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    sys.setswitchinterval(_TURN_S)
     setup_logging()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
