@@ -60,6 +60,15 @@ def cases(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[tup
                 q = torch.randn(len(batch.tokens), heads, size, device=device).to(dtype)
                 label = f"attention {name} {heads}/{kv_heads} {str(kind)[6:]}"
                 yield label, lambda q=q, c=caches, b=batch, s=shape: ops.paged_attention(q, *c, b, s)  # type: ignore[misc]
+    rank, turned = (32, 16) if small else (512, 64)
+    for name, requests in {"prompt": [(70, 30)], "decode": [(1, 700), (1, 30)]}.items():
+        batch, shape = batch_of(requests, device), Heads(20, 1, rank + turned, 0.05, None, 1e-6, False, turned=turned)
+        kept = torch.randn(int(batch.block_tables.numel()), 16, 1, rank + turned, device=device).to(dtype)
+        q = torch.randn(len(batch.tokens), 20, rank + turned, device=device).to(dtype)
+        yield (
+            f"latent attention {name}",
+            lambda q=q, k=kept, b=batch, s=shape: ops.paged_attention(q, k, k[..., s.turned :], b, s),
+        )  # type: ignore[misc]
     batch, table = batch_of([(5, 3), (1, 40)], device), torch.randn(64, size, device=device)
     shape = Heads(8, 2, size, 1.0, None, 1e-6, False)
     qkv, unit = torch.randn(6, 12 * size, device=device).to(dtype), torch.rand(size, device=device)
@@ -70,6 +79,17 @@ def cases(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[tup
         return torch.cat([q.flatten(), *(cache.flatten() for cache in caches)])
 
     yield "rope_and_cache", rope
+    singles = batch_of([(1, 700), (1, 30), (1, 127)], device)
+    cells = (int(singles.block_tables.numel()), 16, 2, size)
+    full = [torch.randn(cells, device=device).to(dtype) for _ in range(2)]
+    turns = torch.rand(1024, size, device=device)
+
+    def attend() -> torch.Tensor:
+        caches = [each.clone() for each in full]
+        seen = ops.attend(qkv[:3], unit, unit, turns, ops.prepared(singles), *caches, shape)
+        return torch.cat([seen.flatten(), *(cache.flatten() for cache in caches)])
+
+    yield "attention of single tokens with rope", attend
     n, k = (48, 128) if small else (1024, 4096)
     for name, weight in weights(n, k, dtype, device).items():
         for rows in (1, 3, 17) if small else (1, 3, 16, 17, 100):

@@ -146,8 +146,15 @@ def of_shapes(gpu: Gpu) -> Iterator[Launch]:
                     caches = [torch.empty(64, 16, kv_heads, size, dtype=cached, device=META) for _ in range(2)]
                     qkv = torch.empty(len(batch.tokens), (heads + 2 * kv_heads) * size, dtype=kind, device=META)
                     table = torch.empty(4096, size, device=META)
-                    q = ops.rope_and_cache(qkv, None, None, table, batch, *caches, shape)
-                    ops.paged_attention(q, *caches, batch, shape)
+                    ops.attend(qkv, None, None, table, ops.prepared(batch), *caches, shape)
+        for heads in (16, 20, 128):
+            shape = Heads(heads, 1, 576, 1.0, None, 1e-6, False, turned=64)
+            for kind, cached in ((BF16, BF16), (BF16, FP8), (F32, F32)):
+                for requests in ([(70, 0), (33, 50)], [(1, 700), (1, 30)]):
+                    cache = torch.empty(64, 16, 1, 576, dtype=cached, device=META)
+                    batch = ops.prepared(kernels.batch_of(requests, META))
+                    q = torch.empty(len(batch.tokens), heads, 576, dtype=kind, device=META)
+                    ops.paged_attention(q, cache, cache, batch, shape)
         starts = torch.empty(9, dtype=torch.int32, device=META)
         for kind in (torch.bfloat16, torch.float32):
             for weight in kernels.weights(1024, 4096, kind, META).values():

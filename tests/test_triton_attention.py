@@ -10,7 +10,7 @@ from triton_cases import make_batch
 
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.batch import Batch, Heads
-from pagoda.backend.torch.kernels import attention
+from pagoda.backend.torch.kernels import attention, decode, latent, rope
 from pagoda.backend.torch.kernels.tuning import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,7 +46,7 @@ def check(
     k, v = k.to(cache), v.to(cache)
     wanted = ops.paged_attention(q, k, v, batch, shape, sinks)
     tolerance = 2e-5 if dtype == torch.float32 else 3e-2
-    for one in (batch, replace(batch, runs=attention.count_runs(batch.starts, batch.contexts))):
+    for one in (batch, replace(batch, runs=decode.count_runs(batch.starts, batch.contexts))):
         got = attention.paged_attention(q, k, v, one, shape, sinks)
         torch.testing.assert_close(got.float(), wanted.float(), rtol=tolerance, atol=tolerance)
 
@@ -86,8 +86,41 @@ def test_half_precision_and_an_fp8_cache(cache: torch.dtype) -> None:
 
 def test_runs_of_keys() -> None:
     batch = make_batch([(1, 255), (1, 256), (3, 900), (1, 8191), (1, 8192), (0, 0)], device=DEVICE)
-    # a run has 256 keys, of a context above 32 runs 512; a chunk of a prompt has none
-    assert attention.count_runs(batch.starts, batch.contexts).tolist() == [0, 1, 3, 3, 35, 52, 52]
+    # a run has 128 keys, of a context above 32 runs 256 or 512; a chunk of a prompt has none
+    assert decode.count_runs(batch.starts, batch.contexts).tolist() == [0, 2, 5, 5, 37, 54, 54]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "dim", "normed", "late", "interleaved", "cache"),
+    [
+        (4, 2, 16, 16, True, False, False, torch.float32),
+        (7, 1, 24, 8, True, True, False, torch.float32),
+        (2, 2, 16, 0, False, False, True, torch.float32),
+        (4, 2, 16, 16, False, False, True, torch.float8_e4m3fn),
+    ],
+)
+def test_single_tokens_with_their_norms_and_turns(
+    heads: int, kv_heads: int, size: int, dim: int, normed: bool, late: bool, interleaved: bool, cache: torch.dtype
+) -> None:
+    shape = Heads(heads, kv_heads, size, size**-0.5, 130, 1e-6, interleaved, late=late)
+    batch = make_batch([(1, 0), (1, 300), (1, 127), (0, 0), (1, 128), (1, 40)], device=DEVICE, pad_tokens=1)
+    cells = (batch.block_tables.numel(), 16, kv_heads, size)
+    caches = [torch.randint(-15, 16, cells, device=DEVICE).float().div(8).to(cache) for _ in range(2)]
+    apart = [each.clone() for each in caches]
+    qkv = torch.randn(len(batch.tokens), (heads + 2 * kv_heads) * size, device=DEVICE)
+    norms = [torch.rand(size, device=DEVICE) if normed else None for _ in range(2)]
+    angles = torch.rand(400, dim // 2, device=DEVICE) * 6
+    table = torch.cat((angles.cos(), angles.sin()), dim=1)
+    wanted = ops.attend(qkv, *norms, table, batch, *apart, shape)
+    ready = replace(batch, runs=decode.count_runs(batch.starts, batch.contexts))
+    got = attention.attend_single(qkv, decode.Fresh(*norms, table), *caches, ready, shape)
+    if cache == torch.float32:  # the interpreter cuts to FP8, PyTorch rounds
+        torch.testing.assert_close(got[:5], wanted[:5], rtol=1e-4, atol=1e-4)
+        for one, other in zip(caches, apart, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    q = rope.rope_and_cache(qkv, *norms, table, batch, *apart, shape)
+    assert torch.equal(got[:5], attention.paged_attention(q, *apart, ready, shape)[:5])
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(caches, apart, strict=True))
 
 
 def test_a_token_does_not_depend_on_its_company() -> None:
@@ -103,3 +136,17 @@ def test_other_tiles(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "choose", lambda kernel: tile)
     shape = Heads(4, 2, 16, 0.25, None, 1e-6, False)
     check([(1, 290), (30, 130)], shape, torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize(("heads", "rank", "dtype"), [(20, 24, torch.float32), (70, 16, HALF)])
+def test_latent(name: str, heads: int, rank: int, dtype: torch.dtype) -> None:
+    shape = Heads(heads, 1, 8 + rank, 0.25, None, 1e-6, False, turned=8)
+    q, k, _, batch = case(BATCHES[name], heads, 1, 8 + rank, dtype)
+    wanted = ops.paged_attention(q, k, k[..., 8:], batch, shape)
+    tolerance = 2e-5 if dtype == torch.float32 else 3e-2
+    got = latent.latent_attention(q, k, batch, shape)
+    torch.testing.assert_close(got.float(), wanted.float(), rtol=tolerance, atol=tolerance)
+    if name == "single tokens":
+        alone = replace(batch, starts=batch.starts[:2], contexts=batch.contexts[:1], max_query=1)
+        assert torch.equal(latent.latent_attention(q[:1], k, alone, shape)[0], got[0])

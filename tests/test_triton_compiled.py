@@ -15,14 +15,14 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pagoda.backend.torch.kernels import attention
+from pagoda.backend.torch.kernels import decode, prefill
 
 sizes = {"R": 64, "GROUP": 4, "GROUP2": 4, "M": int(sys.argv[2]), "HEAD": 128, "D": 128, "TILE": 64, "SINKS": True}
 sizes |= {"CHAINED": True, "CAP": float(sys.argv[5])}
 kinds = {"q": "*bf16", "out": "*bf16", "parts": "*fp32", "stats": "*fp32", "sinks": "*fp32", "scale": "fp32"}
 kinds |= dict.fromkeys(("k_cache", "v_cache"), "*fp8e4nv")
 kinds |= dict.fromkeys(("starts", "contexts", "tables", "runs", "arrived"), "*i32")
-kernel = getattr(attention, sys.argv[1])
+kernel = {"_decode": decode, "_prefill": prefill}[sys.argv[1]].__dict__[sys.argv[1]]
 signature = {n: "constexpr" if n in sizes else kinds.get(n, "i32") for n in kernel.arg_names}
 constants = {(i,): sizes[n] for i, n in enumerate(kernel.arg_names) if n in sizes}
 whole = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}

@@ -186,10 +186,12 @@ class DecoderLayer:
             qkv, gate = qkv[:, :width].contiguous(), qkv[:, width:]
         cos_sin = tables[h.local]
         turned = cos_sin if h.rope else cos_sin[:, :0]
-        q = ops.rope_and_cache(qkv, self.q_norm, self.k_norm, turned, batch, *cache, h)
-        if query_scales is not None:
+        if query_scales is None:
+            out = ops.attend(qkv, self.q_norm, self.k_norm, turned, batch, *cache, h, self.sinks).flatten(1)
+        else:
+            q = ops.rope_and_cache(qkv, self.q_norm, self.k_norm, turned, batch, *cache, h)
             q = q * query_scales[batch.positions].to(q.dtype)[:, None, None]
-        out = ops.paged_attention(q, *cache, batch, h, self.sinks).flatten(1)
+            out = ops.paged_attention(q, *cache, batch, h, self.sinks).flatten(1)
         out = out if gate is None else (out.float() * torch.sigmoid(gate.float())).to(out.dtype)
         return self.attn_post_norm(self.o(out))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pagoda.arch.spec import Experts
 from pagoda.backend.torch.batch import Batch, Heads, Routed
-from pagoda.backend.torch.kernels import activation, attention, experts, latent, norm, rope, stage
+from pagoda.backend.torch.kernels import activation, attention, decode, experts, latent, norm, rope, stage
 from pagoda.backend.torch.kernels import matmul as products
 from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight
 from pagoda.types import BLOCK_SIZE
@@ -130,7 +130,7 @@ def prepared(batch: Batch) -> Batch:
     """The batch with what the layers share, worked out once in a step; without it each layer does it for itself."""
     if not on_gpu(batch.tokens) or not len(batch.contexts):
         return batch
-    return replace(batch, runs=attention.count_runs(batch.starts, batch.contexts))
+    return replace(batch, runs=decode.count_runs(batch.starts, batch.contexts))
 
 
 def paged_attention(
@@ -162,6 +162,26 @@ def paged_attention(
             begin = 0 if shape.window is None else max(0, end - shape.window)
             out[token] = _attend(q[token], keys[begin:end], values[begin:end], shape, sinks)
     return _with_ahead(out, q, k_cache, v_cache, batch, shape)
+
+
+def attend(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos_sin: Tensor,
+    batch: Batch,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    shape: Heads,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """rope_and_cache, and paged_attention of the queries it gives."""
+    by_head = q_norm is None or len(q_norm) == shape.head_dim
+    if on_gpu(qkv) and batch.max_query == 1 and batch.runs is not None and by_head:
+        fresh = decode.Fresh(q_norm, k_norm, cos_sin)
+        return attention.attend_single(qkv, fresh, k_cache, v_cache, batch, shape, sinks)
+    q = rope_and_cache(qkv, q_norm, k_norm, cos_sin, batch, k_cache, v_cache, shape)
+    return paged_attention(q, k_cache, v_cache, batch, shape, sinks)
 
 
 def _with_ahead(out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, shape: Heads) -> Tensor:
