@@ -223,16 +223,14 @@ def _sizes(shape: Heads) -> dict[str, int]:
 
 
 def _tile(q: Tensor, rows: int) -> Tile:
-    """64 rows where their queries leave room for keys."""
-    if q.dtype == torch.float32:
-        return Tile(m=16, n=16, warps=8, stages=1)
-    if launch.gpu_of(q.device).shared_bytes < _ROOMY_BYTES:
-        return Tile(m=16, n=32, warps=8, stages=1)
-    return Tile(m=min(64, block_of(rows)), n=32, warps=8, stages=2)
+    """As large as the registers allow, which hold the queries of a warp whole, and the shared memory."""
+    if q.dtype == torch.float32 or launch.gpu_of(q.device).shared_bytes < _ROOMY_BYTES:
+        return Tile(m=16, n=16, warps=4, stages=1)
+    return Tile(m=32, n=32, warps=8, stages=2) if rows > 16 else Tile(m=16, n=32, warps=4, stages=3)
 
 
 def _run_tiles(q: Tensor, k_cache: Tensor, batch: Batch, shape: Heads, out: Tensor) -> None:
-    tile, requests = _tile(q, 64), len(batch.contexts)
+    tile, requests = _tile(q, 32), len(batch.contexts)
     grid = (len(q) // (tile.m // _HEADS) + requests, triton.cdiv(shape.heads, _HEADS))
     _latent_tiles[grid](
         q.contiguous(), fp8.known(k_cache), batch.starts, batch.contexts, batch.block_tables,
@@ -243,7 +241,7 @@ def _run_tiles(q: Tensor, k_cache: Tensor, batch: Batch, shape: Heads, out: Tens
 
 
 def _run_runs(q: Tensor, k_cache: Tensor, batch: Batch, shape: Heads, out: Tensor) -> None:
-    tile, requests = _tile(q, shape.heads), len(batch.contexts)
+    tile, requests = _tile(q, 16), len(batch.contexts)
     runs = count_runs(batch.starts, batch.contexts) if batch.runs is None else batch.runs
     most, blocks = (
         requests * min(MOST_RUNS, triton.cdiv(batch.max_context, LEAST_RUN)),
