@@ -27,8 +27,6 @@ _PROGRAMS = 8
 _LEAST_RUN = tl.constexpr(LEAST_RUN)
 _MOST_RUNS = tl.constexpr(MOST_RUNS)
 _DOUBLINGS = tl.constexpr(16)
-_AT_ONCE = tl.constexpr(4)
-"""Parts whose loads are under way together."""
 _CELLS = tl.constexpr(BLOCK_SIZE)
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -87,10 +85,12 @@ def join(
     sink: tl.tensor,
     HEAD: tl.constexpr,
     D: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ) -> None:
     """The last of `count` runs that are done joins them all, in the order of their keys, and sets the counter back.
 
     `parts` and `stats` point at the lines (heads) of the first run; those of the next one are `step` lines further.
+    The loads of AT_ONCE of them are under way together.
     """
     tl.debug_barrier()
     if tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1:
@@ -101,8 +101,8 @@ def join(
         top = tl.where(inside, most, 0.0)
         total, acc = tl.zeros((line.shape[0],), tl.float32), tl.zeros((line.shape[0], D), tl.float32)
         both = inside[:, None] & (d < HEAD)[None, :]
-        for begin in range(0, count, _AT_ONCE):
-            for each in tl.static_range(_AT_ONCE):
+        for begin in range(0, count, AT_ONCE):
+            for each in tl.static_range(AT_ONCE):
                 at, here = line + (begin + each) * step, begin + each < count
                 mine = tl.load(stats + at * 2, mask=inside & here, other=float("-inf"), cache_modifier=".cg")
                 factor = tl.exp2(mine - top)
@@ -268,7 +268,7 @@ def _decode(
             tl.store(stats + line * 2, most, mask=row < GROUP)
             tl.store(stats + line * 2 + 1, total, mask=row < GROUP)
             first, counter = (begun * kv_heads + head) * GROUP + row, arrived + r * kv_heads + head
-            join(parts, stats, place, counter, first, row < GROUP, count, kv_heads * GROUP, sink, HEAD, D)
+            join(parts, stats, place, counter, first, row < GROUP, count, kv_heads * GROUP, sink, HEAD, D, 4)
 
 
 def count_runs(starts: Tensor, contexts: Tensor) -> Tensor:

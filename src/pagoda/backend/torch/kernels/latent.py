@@ -148,7 +148,7 @@ def _latent_runs(
             none = tl.full((M,), float("-inf"), tl.float32)
             join(
                 parts, stats, place, arrived + r * blocks + block, begun * heads + head, inside, count, heads, none,
-                RANK, C,
+                RANK, C, 1,
             )  # fmt: skip
 
 
