@@ -58,10 +58,9 @@ def test_pull_of_what_is_here_and_of_what_is_not(client: Client) -> None:
 
 
 def test_what_a_server_of_one_model_does_not_do(client: Client) -> None:
-    for name in ("push", "blobs/sha256:00"):
+    for name in ("push", "blobs/sha256:" + "0" * 64):
         response = client.post("/api/" + name, {"model": "mine:4b", "input": "x"})
         assert response.status_code == 501 and list(response.json()) == ["error"]
-    assert client.call("HEAD", "/api/blobs/sha256:00").status_code == 404
     refused = client.post("/api/embed", {"input": "x"})
     assert refused.status_code == 400 and "cannot make embeddings" in refused.json()["error"]
 

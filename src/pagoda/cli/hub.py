@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from pagoda.api.serving.hub import Show
@@ -34,6 +35,19 @@ class Models:
             raise BadRequest(error.message, remedy=error.remedy, param="model") from None
         finally:
             self._free.release()
+
+    def created(self, name: str) -> str | None:
+        from pagoda.deploy.download.created import created_model
+
+        return created_model(name)
+
+    def keep(self, name: str, files: Mapping[str, Path], texts: Mapping[str, str]) -> str:
+        from pagoda.deploy.download.created import keep
+
+        place = self.created(name)
+        if place is not None and self._served is not None and Path(os.path.realpath(place)) == self._served:
+            raise BadRequest(f"model '{name}' is being served", remedy="Take another name", param="model")
+        return str(keep(name, files, texts))
 
     def delete(self, name: str) -> None:
         from pagoda.deploy.download.cached import cached_models, remove

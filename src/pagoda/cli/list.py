@@ -15,7 +15,8 @@ from pagoda.errors import ConfigError
 HELP = """\
 Usage: pagoda list [--json]
 
-Shows the models in the Hugging Face and ModelScope caches: what `pagoda serve NAME` starts without a network.
+Shows the models in the Hugging Face and ModelScope caches, and those that clients made of files (created): what
+`pagoda serve NAME` starts without a network.
 
 Examples:
   pagoda list

@@ -10,15 +10,15 @@ from pagoda.deploy.download.cached import cached_models, remove
 from pagoda.errors import ConfigError, ModelError
 
 HELP = """\
-Usage: pagoda rm NAME [NAME ...] [--source huggingface|modelscope]
+Usage: pagoda rm NAME [NAME ...] [--source huggingface|modelscope|created]
 
-Removes models from the Hugging Face and ModelScope caches, with what an unfinished pull has left. Folders of
---local-dir are yours: remove them with rm.
+Removes models from the Hugging Face and ModelScope caches, with what an unfinished pull has left, and those that
+clients of a server made of files (created). Folders of --local-dir are yours: remove them with rm.
 
 Examples:
   pagoda rm Qwen/Qwen3-0.6B
 """
-CACHES = ("huggingface", "modelscope")
+CACHES = ("huggingface", "modelscope", "created")
 
 
 def run(argv: list[str]) -> int:
@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError("pagoda rm needs the name of a model", remedy="Which there are: pagoda list")
     source = words.last("source")
     if source not in (None, *CACHES):
-        raise ConfigError(f"There is no cache {source}", remedy=f"Caches are {' and '.join(CACHES)}")
+        raise ConfigError(f"There is no cache {source}", remedy=f"Caches are {', '.join(CACHES)}")
     models = [model for model in cached_models(os.environ) if source in (None, model.cache)]
     for name in words.plain:
         if not any(model.name == name for model in models):

@@ -127,12 +127,14 @@ def make_server(options: Options, path: str, engine: Engine) -> Server:
     """The text side of the model, and its names."""
     from pagoda.api.batch.file_store import FileStore
     from pagoda.api.batch.store import BatchStore
+    from pagoda.api.serving.blobs import BlobStore
     from pagoda.api.serving.pictures import Pictures
     from pagoda.api.serving.server import Server
     from pagoda.arch.dummy import open_model
     from pagoda.arch.registry import load_spec
     from pagoda.cli.hub import Models
     from pagoda.cli.model import sampling_defaults
+    from pagoda.deploy.download.created import BLOBS
     from pagoda.deploy.download.default_model import NAME, cache_path
     from pagoda.engine.seeing import find_seeing
     from pagoda.text.chat import load_chat_template
@@ -166,6 +168,7 @@ def make_server(options: Options, path: str, engine: Engine) -> Server:
         batches=None if options.files_dir is None else BatchStore(FileStore(options.files_dir)),
         hub=Models(path),
         derived_dir=cache_path() / "derived",
+        blobs=BlobStore(cache_path() / BLOBS),
         lora=lora_side(options, spec, gguf=bool(source.metadata)) if options.takes_adapters else None,
         pictures=None if seeing is None else Pictures(seeing),
         options=options,

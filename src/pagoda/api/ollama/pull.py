@@ -48,10 +48,19 @@ async def pull(server: Server, request: Request) -> Reply:
 async def delete(server: Server, request: Request) -> Response:
     """Remove a model from the caches, or one that was made of the served one."""
     body, ignored = parse(await read_body(request), OllamaNameBody)
+    made = _name(body).removesuffix(":latest")
+    root = None if server.hub is None or server.served.has(made) else server.hub.created(made)
+    if server.hub is not None and root is not None:
+        check_may_change(server)
+        await asyncio.to_thread(server.hub.delete, made)
+        server.derived.forget(made, root)
+        reply = Response(status_code=200)
+        server.dress(reply, ignored)
+        return reply
     hub = _hub_for(server, body)
     if hub is None:
         name = resolve(server, _name(body))
-        if server.derived.get(name) is None:
+        if server.derived.get(name) is None or server.served.is_own(name):
             raise BadRequest(f"model '{_name(body)}' is being served", remedy="Stop this server first", param="model")
         check_may_change(server)
         server.derived.delete(name)

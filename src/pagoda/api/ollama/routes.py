@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagoda.api.ollama import create, embed, generate, models, pull
+from pagoda.api.ollama import blobs, create, embed, generate, models, pull
 from pagoda.api.ollama.protocol import (
     OLLAMA,
     OllamaChatBody,
@@ -59,14 +59,14 @@ def endpoints() -> tuple[Endpoint, ...]:
         ),
         Endpoint("/api/version", ("GET",), models.version, "Ollama: its version", reply=OllamaVersion, dialect=OLLAMA),
         Endpoint(
-            "/api/create", ("POST",), create.create, "Ollama: the served model with a system prompt of its own",
+            "/api/create", ("POST",), create.create, "Ollama: a model of the served one, or of files",
             OllamaCreateBody, OllamaStatus, OllamaStatus, dialect=OLLAMA,
         ),
         Endpoint(
             "/api/copy", ("POST",), create.copy, "Ollama: another name for a model", OllamaCopyBody,
             media=("text/plain",), dialect=OLLAMA,
         ),
-        Endpoint("/api/blobs/{digest}", ("HEAD",), create.has_blob, "Ollama: whether a file is here", dialect=OLLAMA),
-        Endpoint("/api/blobs/{digest}", ("POST",), create.take_blob, "Ollama: not on this server", dialect=OLLAMA),
+        Endpoint("/api/blobs/{digest}", ("HEAD",), blobs.has_blob, "Ollama: whether a file is here", dialect=OLLAMA),
+        Endpoint("/api/blobs/{digest}", ("POST",), blobs.take_blob, "Ollama: a file for a model", dialect=OLLAMA),
         Endpoint("/api/push", ("POST",), create.push, "Ollama: not on this server", dialect=OLLAMA),
     )  # fmt: skip

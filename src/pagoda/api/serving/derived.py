@@ -48,7 +48,11 @@ class DerivedModels:
         self._made: dict[str, Derived] = {}
         kept = load_all(folder, Derived) if folder is not None else {}
         for each in sorted(kept.values(), key=lambda made: (made.created, made.name)):
-            if each.root == self._root and not served.has(each.name):
+            if each.root != self._root:
+                continue
+            if served.is_own(each.name):  # a model of files, as it was made
+                self._made[served.resolve(each.name)] = each
+            elif not served.has(each.name):
                 self._know(each)
 
     def get(self, name: str) -> Derived | None:
@@ -80,22 +84,24 @@ class DerivedModels:
             raise BadRequest(f"{made.name[:200]!r} is what the served model itself is called", param="model")
         if self._served.has(made.name) and made.name not in self._made:
             raise BadRequest(f"{made.name[:200]!r} is what a LoRA adapter is called here", param="model")
-        if len(msgspec.json.encode(made)) > MAX_DERIVED_BYTES:
-            raise TooLarge(f"what a model begins with may hold {MAX_DERIVED_BYTES >> 20} MiB")
         if len(self._made) >= MAX_DERIVED and made.name not in self._made:
             raise TooLarge(f"{MAX_DERIVED} models may be made of one", remedy="Delete some with DELETE /api/delete")
-        if self._folder is not None:
-            try:
-                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                write_whole(self._path(self._folder, made.name), made)
-            except (OSError, DiskFull) as error:
-                raise DiskFull(f"the model can't be stored: {error}", remedy="Set PAGODA_CACHE to a folder") from None
+        self._write(made)
         self._know(made)
+
+    def keep(self, made: Derived, root: str) -> None:
+        """The same for a model that is not served now, whose path this is."""
+        made.root = os.path.realpath(root)
+        self._write(made)
+
+    def forget(self, name: str, root: str) -> None:
+        if self._folder is not None:
+            self._path(self._folder, name, os.path.realpath(root)).unlink(missing_ok=True)
 
     def delete(self, name: str) -> None:
         """By the name that `ServedNames` resolved."""
         if self._folder is not None:
-            self._path(self._folder, name).unlink(missing_ok=True)
+            self._path(self._folder, name, self._root).unlink(missing_ok=True)
         del self._made[name]
         self._served.remove(name)
 
@@ -103,6 +109,17 @@ class DerivedModels:
         self._served.add(made.name)
         self._made[made.name] = made
 
-    def _path(self, folder: Path, name: str) -> Path:
-        held = hashlib.sha256(f"{self._root}\0{name}".encode()).hexdigest()
+    def _write(self, made: Derived) -> None:
+        if len(msgspec.json.encode(made)) > MAX_DERIVED_BYTES:
+            raise TooLarge(f"what a model begins with may hold {MAX_DERIVED_BYTES >> 20} MiB")
+        if self._folder is None:
+            return
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_whole(self._path(self._folder, made.name, made.root), made)
+        except (OSError, DiskFull) as error:
+            raise DiskFull(f"the model can't be stored: {error}", remedy="Set PAGODA_CACHE to a folder") from None
+
+    def _path(self, folder: Path, name: str, root: str) -> Path:
+        held = hashlib.sha256(f"{root}\0{name}".encode()).hexdigest()
         return folder / f"{held}.json"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 Show = Callable[[int, int], None]
@@ -10,7 +11,14 @@ Show = Callable[[int, int], None]
 
 
 class Hub(Protocol):
-    """Both calls block their thread, and raise a PagodaError whose status says what went wrong."""
+    """All calls block their thread, and raise a PagodaError whose status says what went wrong."""
 
     def pull(self, name: str, show: Show) -> None: ...
     def delete(self, name: str) -> None: ...
+    def created(self, name: str) -> str | None:
+        """The path of the model of this name that was made of files."""
+        ...
+
+    def keep(self, name: str, files: Mapping[str, Path], texts: Mapping[str, str]) -> str:
+        """The path of a model of that name, made of these files and texts by the names that they get."""
+        ...

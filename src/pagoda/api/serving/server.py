@@ -23,6 +23,7 @@ from pagoda.api.http.stream import EventStream, Reply
 from pagoda.api.responses.store import ResponseStore
 from pagoda.api.serving.adapters import LoraSide, ServedAdapters
 from pagoda.api.serving.beams import Beams
+from pagoda.api.serving.blobs import BlobStore
 from pagoda.api.serving.derived import DerivedModels
 from pagoda.api.serving.engine import Engine
 from pagoda.api.serving.generation import Generation, Pooled, ThinkingLimit
@@ -70,7 +71,7 @@ class Server:
     `default_params` and `eos_token_ids` come from the model's generation_config.json. `local` says that the server
     listens on this machine only: then the Host and Origin of requests are checked. The parsers are vLLM's names for
     how the model writes reasoning and tool calls; None finds it in the chat template. `derived_dir` keeps what clients
-    make of the model.
+    make of the model, `blobs` the files that they send to make others of.
     """
 
     engine: Engine
@@ -94,6 +95,7 @@ class Server:
     batches: BatchStore | None = None
     hub: Hub | None = None
     derived_dir: Path | None = None
+    blobs: BlobStore | None = None
     pictures: Pictures | None = None
     lora: LoraSide | None = None
     options: HttpOptions = field(default_factory=HttpOptions)

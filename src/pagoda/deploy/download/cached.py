@@ -8,10 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pagoda.deploy.download.created import created_models, remove_created
 from pagoda.deploy.download.find_model import is_complete
 from pagoda.deploy.download.layout import hf_cache, modelscope_cache
 from pagoda.deploy.download.lock import owned
 from pagoda.errors import ModelError
+
+CREATED = "created"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +30,21 @@ class CachedModel:
 
 
 def cached_models(environ: Mapping[str, str]) -> list[CachedModel]:
-    """All models in the caches of Hugging Face and ModelScope, sorted by name."""
+    """All models in the caches of Hugging Face and ModelScope, and those that clients made, sorted by name."""
     found = [*_hugging_face(hf_cache(environ))]
     scope = modelscope_cache(environ)
     bases = {scope, scope.parent, *((scope.parent / "hub", scope.parent / "hub" / "models"))}
     for base in sorted(bases):
         found += _modelscope(base)
+    found += [_model(name, CREATED, (folder,), "") for name, folder in created_models()]
     return sorted(found, key=lambda model: (model.name.lower(), model.cache))
 
 
 def remove(model: CachedModel) -> None:
     """Delete it, unless it is being fetched."""
+    if model.cache == CREATED:
+        remove_created(model.folders[0])
+        return
     lock = model.folders[0] / ".pagoda" / "lock" if model.cache == "huggingface" else _work(model.folders[0]) / "lock"
     with owned(lock, model.name):
         for folder in model.folders:

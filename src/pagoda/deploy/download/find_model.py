@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pagoda.deploy.download.choose import pick_gguf
+from pagoda.deploy.download.created import created_model
 from pagoda.deploy.download.hub import split_name
 from pagoda.deploy.download.layout import hf_folder
 from pagoda.errors import ConfigError, ModelError
@@ -26,6 +27,8 @@ def find_model(name: str, environ: Mapping[str, str]) -> str:
         if not os.access(path, os.R_OK):
             raise ModelError(f"{path} is not readable by this user", remedy=f"Allow it: sudo chmod -R a+rX {path}")
         return str(path)
+    if (created := created_model(name)) is not None:
+        return created
     split = split_name(name)
     if split is None:
         raise ModelError(f"There is no file or folder {path}", remedy=_similar(path))
@@ -40,6 +43,8 @@ def find_model(name: str, environ: Mapping[str, str]) -> str:
 
 def cached_model(name: str, environ: Mapping[str, str], revision: str | None = None) -> str | None:
     """The path of a model of which all weights are in a cache: a folder, or the GGUF file that was named."""
+    if (created := created_model(name)) is not None:
+        return created
     split = split_name(name)
     if split is None:
         return None
