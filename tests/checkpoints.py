@@ -228,8 +228,11 @@ def _gguf_windows(arch: str, config: Any) -> dict[str, Any]:
     return {f"{arch}.{name}": value for name, value in table.items()}
 
 
-def write_gguf_experts(folder: Path, kind: str) -> Path:
-    """The checkpoint in a folder again as tiny.gguf, as converters do: matrices of layers but routers in `kind`."""
+def write_gguf_experts(folder: Path, kind: str, *, apart: bool = False) -> Path:
+    """The checkpoint in a folder again as tiny.gguf, as converters do: matrices of layers but routers in `kind`.
+
+    `apart`: each expert as a tensor of its own, as the first converters did.
+    """
     source = open_source(str(folder))
     spec = load_spec(source)
     attention, mlp = spec.layers[0].attention, spec.layers[0].mlp
@@ -256,7 +259,11 @@ def write_gguf_experts(folder: Path, kind: str) -> Path:
             heads = attention.heads if slot.endswith(".q") else attention.kv_heads
             values = neighbours(torch.from_numpy(values), heads).numpy()
         stored = kind if slot.endswith(("_experts", "_shared", ".q", ".k", ".v", ".o")) else "F32"
-        tensors[checkpoint_name(slot, gguf=True)] = values if values.ndim == 1 else (values, stored)
+        name = checkpoint_name(slot, gguf=True)
+        if apart and slot.endswith("_experts"):
+            tensors |= {name.replace("_exps", f".{i}"): (expert, stored) for i, expert in enumerate(values)}
+            continue
+        tensors[name] = values if values.ndim == 1 else (values, stored)
     table = {"general.architecture": arch, **{f"{arch}.{name}": value for name, value in numbers.items()}}
     write_gguf(folder / "tiny.gguf", table, tensors)
     return folder / "tiny.gguf"

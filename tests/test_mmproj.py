@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from pagoda.arch.names.bind import checkpoint_name
 from pagoda.arch.registry import bind, load_spec
 from pagoda.backend.base import Limits
 from pagoda.backend.cpu.executor import CpuExecutor
-from pagoda.errors import ModelError
+from pagoda.cli.main import main
+from pagoda.deploy.check.check import check_model
+from pagoda.deploy.pack.files import model_members
+from pagoda.deploy.pack.options import plan as plan_pack
+from pagoda.deploy.plan.machines import Machine
+from pagoda.deploy.plan.model import planned_model
+from pagoda.deploy.plan.plan import make_plan
+from pagoda.errors import ConfigError, ModelError
+from pagoda.options.engine_config import EngineConfig
+from pagoda.options.resolve import resolve
 from pagoda.weights.mmproj import preferred
 from pagoda.weights.open import open_source
 from pagoda.weights.source import Tensor
@@ -139,3 +149,38 @@ def test_of_several_encoders_that_in_16_bits_is_taken() -> None:
     assert preferred(names) == "mmproj-F16.gguf"
     assert preferred(names[:2]) == "mmproj-BF16.gguf" and preferred(["x.gguf"]) is None
     assert preferred(["a/Qwen3-VL-2B.mmproj-f16.gguf"]) == "a/Qwen3-VL-2B.mmproj-f16.gguf"
+
+
+def test_plan_check_and_pack_know_an_encoder_in_another_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bound, folder = both(tmp_path, "qwen3_vl")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    write_encoder(elsewhere, "qwen3_vl", bound)
+    model, encoder = str(folder / "model.gguf"), str(elsewhere / "mmproj-F32.gguf")
+    config = EngineConfig(model=model, max_model_len=64)
+    blind, seeing = (planned_model(Path(model), "auto", file) for file in (None, encoder))
+    plans = [make_plan(each, config, Machine("a CPU", 4 << 30)) for each in (blind, seeing)]
+    of_encoder = sum(tensor.nbytes for slot, tensor in bound.items() if slot.startswith("vision."))
+    assert plans[0].image_bytes == 0 and plans[1].image_bytes > of_encoder
+    main(["plan", model, "--mmproj", encoder, "--ram", "4GiB", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["image_bytes"] > of_encoder and f"--mmproj {encoder}" in told["command"]
+
+    assert not [found for found in check_model(model, {}, mmproj=encoder) if "encoder" in found.text]
+    refused = check_model(model, {}, mmproj=model)
+    assert [found.level for found in refused][:1] == ["problem"] and "no image encoder" in refused[0].text
+    broken = elsewhere / "broken.gguf"
+    broken.write_bytes(Path(encoder).read_bytes()[:-4096])
+    assert check_model(model, {}, mmproj=str(broken))[0].level == "problem"
+
+    made = plan_pack(resolve([model, "--mmproj", encoder], {}), model, None)
+    assert made.options["mmproj"] == "@HERE@/model/model/mmproj/mmproj-F32.gguf"
+    assert [member.path for member in made.members()] == ["model/model/model.gguf", made.options["mmproj"][7:]]
+    write_encoder(folder, "qwen3_vl", bound)
+    found = ["m/mmproj-F32.gguf", "m/model.gguf"]
+    assert [member.path for member in model_members(Path(model), "m")] == found
+    assert [member.path for member in model_members(folder, "m")] == found
+    with pytest.raises(ConfigError, match="no image encoder"):
+        plan_pack(resolve([model, "--mmproj", "none.gguf"], {}), model, None)

@@ -22,6 +22,7 @@ from pagoda.backend.cpu.executor import CpuExecutor, weight_bytes
 from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Router
 from pagoda.backend.reference import ReferenceExecutor
 from pagoda.engine.core import EngineCore
+from pagoda.errors import ModelError
 from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Request, SamplingParams
 from pagoda.weights.ggml import dequantize
@@ -193,6 +194,25 @@ def test_gguf_logits_equal_the_reference_on_the_same_weights(case: str, kind: st
     exact = reference_logits(path)
     error = relative(native_logits(path, TOKENS) - exact, exact)
     assert error < {"F32": 3e-4, "BF16": 0.1}.get(kind, 0.15)  # a rounded router input may choose another expert
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q4_0"])
+def test_gguf_with_a_tensor_for_each_expert_is_the_same_model(kind: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "mixtral")
+    exact = native_logits(write_gguf_experts(tmp_path, kind), TOKENS)
+    path = write_gguf_experts(tmp_path, kind, apart=True)
+    assert "blk.0.ffn_gate.1.weight" in open_source(str(path)).tensors
+    np.testing.assert_array_equal(native_logits(path, TOKENS), exact)
+    other = make_gguf_lack(path, "blk.1.ffn_up.3.weight")
+    with pytest.raises(ModelError, match=r"lacks 1 tensors.*blk\.1\.ffn_up\.3\.weight"):
+        native_logits(other, TOKENS)
+
+
+def make_gguf_lack(path: Path, name: str) -> Path:
+    """The same file with a tensor under another name of the same length."""
+    other = path.with_name("other.gguf")
+    other.write_bytes(path.read_bytes().replace(name.encode(), name.replace("ffn_up", "xxx_up").encode()))
+    return other
 
 
 PACKED: dict[str, dict[str, Any]] = {

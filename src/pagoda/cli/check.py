@@ -20,13 +20,14 @@ Examples:
   pagoda check ./qwen3-32b --deep
 
 Options:
-  --deep     read every tensor too (NaN, infinity), and hash every file
-  --json     the findings for a program
+  --deep         read every tensor too (NaN, infinity), and hash every file
+  --mmproj FILE  the image encoder of a GGUF model, where it does not lie beside it
+  --json         the findings for a program
 """
 
 
 def run(words: list[str]) -> int:
-    given, rest = take(words, ("deep", "json"))
+    given, rest = take(words, ("deep", "json"), ("mmproj",))
     if "help" in given:
         print(HELP, end="")
         return 0
@@ -35,6 +36,7 @@ def run(words: list[str]) -> int:
         raise ConfigError("pagoda check needs a model", remedy="Write: pagoda check FOLDER")
     from pagoda.deploy.check.check import check_model
 
-    findings = check_model(rest[0], os.environ, deep="deep" in given)
-    verdicts = (f"{rest[0]} can be served: pagoda serve {rest[0]}", "{count} found that must be cured first.")
+    findings = check_model(rest[0], os.environ, deep="deep" in given, mmproj=given.get("mmproj"))
+    with_it = f" --mmproj {given['mmproj']}" if "mmproj" in given else ""
+    verdicts = (f"{rest[0]} can be served: pagoda serve {rest[0]}{with_it}", "{count} found that must be cured first.")
     return show(findings, verdicts, as_json="json" in given, model=rest[0])

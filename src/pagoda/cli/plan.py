@@ -45,7 +45,7 @@ Options:
   --json       the plan for a program
 and the options of pagoda serve: --max-model-len, --gpu-memory-utilization, --tensor-parallel-size, --quantization,
 --dtype, --max-num-seqs, --max-num-batched-tokens, --kv-cache-memory-bytes, --kv-cache-dtype, --runner,
---speculative-config
+--speculative-config, --mmproj, --lora-modules, --max-loras, --max-lora-rank
 """
 
 _BAR = 64
@@ -72,7 +72,7 @@ def run(words: list[str]) -> int:
     machine = _machine(given)
     if not machine.count:
         check(settings)
-    path, model = _model(settings.options.model, settings.options.engine_config("").task)
+    path, model = _model(settings.options.model, settings.options.engine_config("").task, settings.options.mmproj)
     asked = settings.origins["tensor_parallel_size"] != DEFAULT
     gpus = settings.options.tensor_parallel_size if asked else None
     plan = make_plan(model, settings.options.engine_config(path), machine, gpus)
@@ -83,7 +83,7 @@ def run(words: list[str]) -> int:
     return 0 if plan.fits else 1
 
 
-def _model(name: str, task: Task) -> tuple[str, PlannedModel]:
+def _model(name: str, task: Task, mmproj: str | None) -> tuple[str, PlannedModel]:
     """A model that is here, or else what its hub's config.json alone tells."""
     from pagoda.deploy.plan.model import model_of_config, planned_model
 
@@ -98,7 +98,7 @@ def _model(name: str, task: Task) -> tuple[str, PlannedModel]:
         config, host = remote
         note = f"planned from {host}'s config.json; nothing else was fetched"
         return name, model_of_config(config, (note,), name, task)
-    return path, planned_model(Path(path), task)
+    return path, planned_model(Path(path), task, mmproj)
 
 
 def _machine(given: dict[str, str]) -> Machine:

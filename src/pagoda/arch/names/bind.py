@@ -162,7 +162,7 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
 def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) -> dict[str, Tensor]:
     """The tensor of every slot. Raises ModelError for one that is missing, has another shape, or is left over."""
     tensors = plainly_named(spec, tensors, gguf=gguf)
-    tensors = with_stacked_experts(spec, tensors) if not gguf else tensors
+    tensors = with_stacked_experts(spec, tensors, gguf=gguf)
     names = {slot: slot_name(spec, slot, gguf=gguf) for slot in spec.slots()}
     head = checkpoint_name("head", gguf=gguf, family=spec.model_type)
     left_over = {name for name in tensors if not _HARMLESS.fullmatch(name)}
@@ -193,18 +193,22 @@ def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) 
     return bound
 
 
-def with_stacked_experts(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors with those of the experts of a layer as one, under the name with the `*`, if they are not already."""
+def with_stacked_experts(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) -> Mapping[str, Tensor]:
+    """The tensors with those of the experts of a layer as one, under the name with the `*`, if they are not already.
+
+    GGUF files of early Mixtral models have one for each expert too: `blk.0.ffn_gate.7.weight`.
+    """
     out = dict(tensors)
     for slot, shape in spec.slots().items():
         if not slot.endswith("_experts"):
             continue
-        name = slot_name(spec, slot)
+        name = slot_name(spec, slot, gguf=gguf)
         if name in out:
             continue
-        parts = [name.replace("*", str(expert)) for expert in range(shape[0])]
+        each = name.replace("_exps.", ".*.") if gguf else name
+        parts = [each.replace("*", str(expert)) for expert in range(shape[0])]
         if missing := [part for part in parts if part not in out]:
-            raise _missing(missing, "")
+            raise _missing([name] if gguf and len(missing) == len(parts) else missing, "")
         experts = tuple(out.pop(part) for part in parts)
         if len({(expert.type, expert.shape) for expert in experts}) > 1:
             raise ModelError(f"the experts {name} are not all stored alike", remedy="Take another version of the model")

@@ -35,31 +35,38 @@ _PROBE = [{"role": "user", "content": "Hello"}]
 _FULL_BYTES = 1 << 30
 
 
-def check_model(name: str, environ: Mapping[str, str], *, deep: bool = False) -> list[Finding]:
-    """All findings about a folder, a .gguf or .safetensors file, or a hub name that is in a cache here."""
+def check_model(
+    name: str, environ: Mapping[str, str], *, deep: bool = False, mmproj: str | None = None
+) -> list[Finding]:
+    """All findings about a folder, a .gguf or .safetensors file, or a hub name that is in a cache here.
+
+    `mmproj` is the image encoder of a GGUF model, None for one that lies beside it.
+    """
     try:
         path = Path(find_model(name, environ))
-        findings, source = _folder(path) if path.is_dir() else _opened(path)
+        findings, source = _folder(path, mmproj) if path.is_dir() else _opened(path, mmproj)
     except PagodaError as error:
         return [of_error("path", error)]
     if source is not None:
         findings += _whole(str(path), source)
     if deep:
-        findings += deep_findings(path)
+        findings += [
+            found for each in (path, *([] if mmproj is None else [Path(mmproj)])) for found in deep_findings(each)
+        ]
     return [*findings, *_disk(path)]
 
 
-def _folder(folder: Path) -> tuple[list[Finding], TensorSource | None]:
+def _folder(folder: Path, mmproj: str | None) -> tuple[list[Finding], TensorSource | None]:
     """The findings about its files, and the checkpoint where it can be opened."""
     seen = scan(folder)
     findings = seen.findings
     if not seen.kinds:
         return [*findings, *([] if findings else [problem("files", f"{folder} is empty", DOWNLOAD_AGAIN)])], None
     if seen.of_kind("gguf", ".gguf") and not seen.of_kind("safetensors", ".safetensors"):
-        more, source = _opened(folder)
+        more, source = _opened(folder, mmproj)
         return findings + more, source
     if of_pytorch(seen) and not problems(findings):
-        more, source = _opened(folder)
+        more, source = _opened(folder, mmproj)
         total = sum(tensor.nbytes for tensor in source.tensors.values()) if source else 0
         done = [ok("weights", f"{len(source.tensors)} tensors, {size_text(total)}")] if source else []
         return [*findings, *more, *done], source
@@ -73,13 +80,13 @@ def _folder(folder: Path) -> tuple[list[Finding], TensorSource | None]:
         # Not complete, and yet worth knowing before the rest is downloaded.
         findings += [] if config is None else _architecture(Checkpoint(str(folder), {}, config, tensors))[1]
         return findings, None
-    more, source = _opened(folder)
+    more, source = _opened(folder, mmproj)
     return findings + more, source
 
 
-def _opened(path: Path) -> tuple[list[Finding], TensorSource | None]:
+def _opened(path: Path, mmproj: str | None) -> tuple[list[Finding], TensorSource | None]:
     try:
-        source = open_source(str(path))
+        source = open_source(str(path), mmproj)
     except ModelError as error:
         return [of_error("weights", error)], None
     file = Path(source.path)
@@ -87,6 +94,7 @@ def _opened(path: Path) -> tuple[list[Finding], TensorSource | None]:
         return [], source
     total = sum(tensor.nbytes for tensor in source.tensors.values())
     findings = [finding for part in _parts(file) for finding in holes(part)]
+    findings += [] if mmproj is None else holes(Path(mmproj))
     return findings or [ok("weights", f"{file.name}: {len(source.tensors)} tensors, {size_text(total)}")], source
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pagoda
 from pagoda.deploy.download.choose import TEXTS, pick_gguf
 from pagoda.errors import ConfigError, ModelError
+from pagoda.weights.mmproj import preferred
 
 DISTRIBUTION = "pagoda-llm"
 PYTHON = "python/bin/python3"
@@ -156,8 +157,15 @@ def _again(distribution: importlib.metadata.Distribution) -> str:
     return f"{sys.executable} -m pip install --force-reinstall {distribution.name}=={distribution.version}"
 
 
-def model_members(model: Path, place: str) -> Iterator[Member]:
-    """The files of a model that are of use: weights, configuration, tokenizer, license; no others that lie there."""
+def model_members(model: Path, place: str, *, beside: bool = True) -> Iterator[Member]:
+    """The files of a model that are of use: weights, configuration, tokenizer, license; no others that lie there.
+
+    `beside`: with the image encoder that lies beside a GGUF model.
+    """
+    folder = model if model.is_dir() else model.parent
+    eyes = preferred([one.name for one in folder.glob("*.gguf")]) if beside else None
+    if eyes is not None and (model.suffix == ".gguf" or not any(model.glob("*.safetensors"))):
+        yield Member(f"{place}/{eyes}", folder / eyes)
     if not model.is_dir():
         for name in pick_gguf([one.name for one in model.parent.glob("*.gguf")], model.name, str(model)):
             yield Member(f"{place}/{name}", model.parent / name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pagoda.deploy.download.default_model import NAME
-from pagoda.deploy.pack.pack import HERE, Draft, Plan
+from pagoda.deploy.pack.pack import HERE, Draft, Plan, encoder_place
 from pagoda.deploy.service.options import plain
 from pagoda.deploy.service.service import name_for
 from pagoda.errors import ConfigError
@@ -16,7 +16,7 @@ from pagoda.options.config import Options, declared
 from pagoda.options.resolve import DEFAULT, Settings
 
 _DONE_HERE = ("model", "download_dir", "revision")
-_OF_A_MACHINE = ("files_dir", "log_file", "mmproj", "uds")
+_OF_A_MACHINE = ("files_dir", "log_file", "uds")
 
 
 def plan(settings: Settings, model: str, out: str | None) -> Plan:
@@ -37,13 +37,20 @@ def plan(settings: Settings, model: str, out: str | None) -> Plan:
     if draft is not None:
         values["speculative_config"] = {**options.speculative_config, "model": f"{HERE}/{draft.place}"}
     name = name_for(called)
+    folder = called.rstrip("/").rpartition("/")[2].partition(":")[0] or name
+    encoder = None if options.mmproj is None else Path(options.mmproj).expanduser()
+    if encoder is not None:
+        if not encoder.is_file():
+            raise ConfigError(f"There is no image encoder {encoder}", remedy="Give --mmproj its file, or leave it out")
+        values["mmproj"] = f"{HERE}/{encoder_place(folder, encoder)}"
     return Plan(
         name=name,
         model=path,
-        folder=called.rstrip("/").rpartition("/")[2].partition(":")[0] or name,
+        folder=folder,
         options={s.name.replace("_", "-"): plain(values[s.name]) for s in declared() if s.name in values},
         out=Path(os.path.abspath(os.path.expanduser(out or f"{name}.pagoda"))),
         draft=draft,
+        encoder=encoder,
     )
 
 

@@ -70,6 +70,7 @@ class Plan:
     answer: bool = True
     torch: bool = True
     draft: Draft | None = None
+    encoder: Path | None = None
 
     @property
     def place(self) -> str:
@@ -77,9 +78,16 @@ class Plan:
         return _place(self.model, f"model/{self.folder}")
 
     def members(self) -> Iterator[Member]:
-        yield from model_members(self.model, f"model/{self.folder}")
+        yield from model_members(self.model, f"model/{self.folder}", beside=self.encoder is None)
+        if self.encoder is not None:
+            yield Member(encoder_place(self.folder, self.encoder), self.encoder)
         if self.draft is not None:
             yield from model_members(self.draft.model, self.draft.folder)
+
+
+def encoder_place(folder: str, encoder: Path) -> str:
+    """Where the image encoder that was named is; others lie beside their model."""
+    return f"model/{folder}/mmproj/{encoder.name}"
 
 
 def _place(model: Path, folder: str) -> str:

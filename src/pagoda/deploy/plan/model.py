@@ -46,15 +46,18 @@ class PlannedModel:
         return sum(int(np.prod(shape)) for shape in self.spec.slots().values())
 
 
-def planned_model(path: Path, task: Task = "auto") -> PlannedModel:
-    """From a folder, a .gguf file or a config.json. Without weights in the folder, its config.json says it all."""
+def planned_model(path: Path, task: Task = "auto", mmproj: str | None = None) -> PlannedModel:
+    """From a folder, a .gguf file or a config.json. Without weights in the folder, its config.json says it all.
+
+    `mmproj` is the image encoder of a GGUF model, None for one that lies beside it.
+    """
     if path.name == "config.json":
         return _from_config(path, (), task)
     has_weights = not path.is_dir() or any(any(path.glob(f"*.{end}")) for end in ("safetensors", "gguf", "bin"))
     if not has_weights:
         return _from_config(path / "config.json", ("there are no weights here: planned from config.json alone",), task)
     try:
-        source = open_source(str(path))
+        source = open_source(str(path), mmproj)
         spec = load_spec(source, task)
         tensors = bind(spec, source)
     except ModelError as error:
