@@ -52,6 +52,19 @@ def write(folder: Path) -> str:
     return str(folder)
 
 
+def write_adapter(folder: Path, size: float = 1.0) -> str:
+    """A LoRA adapter of the model, as PEFT stores it; the folder."""
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    wide = np.full((2, HIDDEN), size, np.float32)
+    save_file(
+        {f"{name}.lora_A.weight": wide, f"{name}.lora_B.weight": wide.T.copy()}, folder / "adapter_model.safetensors"
+    )
+    return str(folder)
+
+
 def _tokenizer() -> Tokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {**{text: i for i, text in enumerate(SPECIAL)}, **{c: i + len(SPECIAL) for i, c in enumerate(letters)}}

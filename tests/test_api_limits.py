@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -75,3 +78,51 @@ def test_a_key_has_a_limit_of_its_own() -> None:
 def test_without_keys_nobody_is_limited() -> None:
     with Client(make_server(max_requests_per_key=1)) as client:
         assert all(client.chat(max_tokens=1).status_code == 200 for _ in range(3))
+
+
+def test_bodies_that_fill_the_memory_send_the_next_one_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagoda.api.app.MAX_BODIES_BYTES", 10_000)
+    engine = FakeEngine("word " * 3)
+    server = make_server(engine)
+    begun, go_on = threading.Event(), threading.Event()
+    small = {"prompt": "x" * 100, "max_tokens": 1}
+    large = b'{"prompt": "x", "max_tokens": 1, "other": "' + b"y" * 20_000 + b'"}'
+
+    def parts() -> Iterator[bytes]:
+        yield large[:9_950]
+        begun.set()
+        assert go_on.wait(60)
+        yield large[9_950:]
+
+    with on_port(server, engine) as url, ThreadPoolExecutor(1) as pool:
+        assert httpx.post(f"{url}/v1/completions", content=large).status_code == 200, "alone it may be larger"
+        first = pool.submit(httpx.post, f"{url}/v1/completions", content=parts(), timeout=60)
+        assert begun.wait(60)
+        deadline = time.monotonic() + 60
+        while (refused := httpx.post(f"{url}/v1/completions", json=small)).status_code == 200:
+            assert time.monotonic() < deadline, "the first part is on its way"
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["code"] == "server_overloaded"
+        assert httpx.get(f"{url}/health").status_code == 200
+        go_on.set()
+        assert first.result().status_code == 200, "what was there first is answered"
+        assert httpx.post(f"{url}/v1/completions", json=small).status_code == 200
+        assert 'reason="memory_full"' in httpx.get(f"{url}/metrics").text
+
+
+def test_the_place_of_a_request_that_breaks_off_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagoda.api.app.MAX_BODIES_BYTES", 1_000)
+
+    def parts() -> Iterator[bytes]:
+        yield b'{"prompt": "' + b"x" * 990
+        raise KeyError
+
+    engine = FakeEngine()
+    with on_port(make_server(engine), engine) as url:
+        for _ in range(3):
+            with pytest.raises(KeyError):
+                httpx.post(f"{url}/v1/completions", content=parts())
+        deadline = time.monotonic() + 60
+        while httpx.post(f"{url}/v1/completions", json={"prompt": "x" * 100}).status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

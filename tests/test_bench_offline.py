@@ -7,9 +7,7 @@ import re
 from pathlib import Path
 
 import engine_tiny
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from pagoda.cli.main import main
 
@@ -23,17 +21,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def numbers(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"[\d.]+(?:e-?\d+)?", text)]
-
-
-def write_adapter(folder: Path) -> None:
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    name = "base_model.model.model.layers.0.self_attn.q_proj"
-    wide = np.ones((2, engine_tiny.HIDDEN), np.float32)
-    save_file(
-        {f"{name}.lora_A.weight": wide, f"{name}.lora_B.weight": wide.T.copy()}, folder / "adapter_model.safetensors"
-    )
 
 
 def test_latency(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +72,7 @@ def test_a_file_and_an_adapter(model: str, tmp_path: Path, capsys: pytest.Captur
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "One"}\n{"messages": [{"role": "user", "content": "Two"}], "output_tokens": 2}\n')
     adapter = tmp_path / "adapter"
-    write_adapter(adapter)
+    engine_tiny.write_adapter(adapter)
     words = ["--model", model, "--dataset-path", str(rows), "--output-len", "5", *OWN]
     found = []
     for more in ([], ["--backend", "vllm-chat"], ["--num-prompts", "3", "--lora-path", str(adapter)]):

@@ -153,6 +153,17 @@ def test_each_dialect_gives_the_same_prompt_and_pixels(eyes: tuple[Client, FakeE
     assert request.prompt_token_ids.count(PLACE) == 20
 
 
+def test_pictures_that_fill_the_memory_send_the_next_ones_away(eyes: tuple[Client, FakeEngine]) -> None:
+    client, _ = eyes
+    assert client.server.pictures is not None
+    room = client.server.pictures._room
+    with room.place() as other:
+        other.take(room.most_bytes)
+        refused = ollama_chat(client, packed(png()))
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+    assert ollama_chat(client, packed(png())).status_code == 200 and room.held_bytes == 0
+
+
 def test_usage_counts_the_pictures(eyes: tuple[Client, FakeEngine]) -> None:
     client, engine = eyes
     used = openai(client, data_uri(png())).json()["usage"]["prompt_tokens"]

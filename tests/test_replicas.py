@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
@@ -14,6 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import engine_fake as fake
+import engine_tiny
+import httpx
 import psutil
 import pytest
 from hypothesis import given
@@ -27,7 +30,7 @@ from pagoda.errors import ConfigError, EngineError
 from pagoda.gateway.replicas import Replicas, environments, part_of
 from pagoda.gateway.spread import CHUNK_TOKENS, MOST_BUSIER, Prefixes, choose, chunk_keys
 from pagoda.options.engine_config import EngineConfig
-from pagoda.types import Request
+from pagoda.types import Adapter, Request, SamplingParams
 
 MANY = "Tell me a story about the number "
 
@@ -74,6 +77,22 @@ def test_nobody_is_much_busier_for_what_it_knows(loads: dict[int, int], known: d
     assert loads[index] - min(loads.values()) <= MOST_BUSIER
     if known.get(index, 0) < 128:
         assert loads[index] == min(loads.values())
+
+
+def test_an_adapter_has_a_cache_of_its_own_and_a_place_where_it_is_loaded() -> None:
+    params, prompt = SamplingParams(seed=1), list(range(300))
+    one, two = (Adapter(name=name, path="/x", stamp=name) for name in ("one", "two"))
+
+    def keys(ids: list[int], adapter: Adapter | None) -> list[int]:
+        return request_keys(Request(request_id="r", prompt_token_ids=ids, params=params, adapter=adapter))
+
+    prefixes = Prefixes()
+    prefixes.note(keys(prompt, one), 1)
+    assert prefixes.known_tokens(keys(prompt, None)) == prefixes.known_tokens(keys(prompt, two)) == {}
+    assert prefixes.known_tokens(keys(prompt, one)) == {1: 5 * CHUNK_TOKENS}
+    short = prefixes.known_tokens(keys([1, 2, 3], one))
+    assert choose({0: 0, 1: 0}, short) == 1, "it is loaded there"
+    assert choose({0: 0, 1: 1}, short) == 0, "but that is no reason to wait"
 
 
 def test_gpus_and_threads_are_divided() -> None:
@@ -244,3 +263,33 @@ def test_threads_are_shared(tmp_path: Path, url: str) -> None:
     with urllib.request.urlopen(f"{url}/server_info") as reply:
         info = json.load(reply)["engine"]
     assert info["device"].startswith("2 x cpu") and info["max_model_len"] == 1000
+
+
+def test_adapters_are_on_all_replicas_and_come_and_go(tmp_path: Path) -> None:
+    model = engine_tiny.write(tmp_path / "model")
+    for name, size in (("first", 1.0), ("second", -1.0)):
+        engine_tiny.write_adapter(tmp_path / name, size)
+    words = (model, "--replicas", "2", "--threads", "2", "--lora-modules", f"first={tmp_path / 'first'}")
+    words += ("--served-model-name", "tiny", "--allow-runtime-lora-updating", "--lora-dir", str(tmp_path))
+    with (
+        running(*serve(*words, "--no-enable-prefix-caching")) as url,
+        httpx.Client(base_url=url, timeout=120) as client,
+    ):
+
+        def ask(model: str) -> str:
+            body = {"model": model, "prompt": "Once upon", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+            reply = client.post("/v1/completions", json=body)
+            return str(reply.json()["choices"][0]["text"]) if reply.status_code == 200 else str(reply.status_code)
+
+        def at_once(model: str) -> set[str]:
+            with ThreadPoolExecutor(8) as pool:
+                return set(pool.map(ask, [model] * 8))
+
+        change = {"lora_name": "second", "lora_path": str(tmp_path / "second")}
+        assert client.post("/v1/load_lora_adapter", json=change).status_code == 200
+        told = [at_once(name) for name in ("tiny", "first", "second")]
+        assert all(len(texts) == 1 for texts in told) and len(set.union(*told)) == 3
+        steps = re.findall(r"(?m)^pagoda:engine_steps_total\{.*\} (\S+)", client.get("/metrics").text)
+        assert len(steps) == 2 and min(map(float, steps)) > 20, "each replica had some"
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "second"}).status_code == 200
+        assert at_once("second") == {"404"} and at_once("first") == told[1]

@@ -16,9 +16,10 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from pagoda.api.http.auth import CALLER, Keys, check_host
-from pagoda.api.http.body import ClientGone
+from pagoda.api.http.body import MAX_BODIES_BYTES, PLACE, ClientGone
 from pagoda.api.http.errors import error_response
 from pagoda.api.http.paths import NormalizePath, nearest, typed_path
+from pagoda.api.http.room import Room
 from pagoda.api.http.stream import Reply
 from pagoda.api.openai import adapters
 from pagoda.api.routes import endpoints
@@ -73,6 +74,7 @@ def create_app(server: Server) -> Starlette:
 def guarded_app(door: Door) -> Starlette:
     """The application of whatever is behind the door."""
     keys = Keys(door.api_keys, door.max_requests_per_key)
+    room = Room(MAX_BODIES_BYTES, door.rejected)
     if door.options.disable_fastapi_docs:
         door = replace(door, table=[each for each in door.table if each.path not in ("/docs", "/openapi.json")])
     by_path: dict[str, list[Endpoint]] = {}
@@ -92,11 +94,11 @@ def guarded_app(door: Door) -> Starlette:
             )
         )
     app = Starlette(
-        routes=[Route(path, Guarded(door, keys, alike)) for path, alike in by_path.items()],
+        routes=[Route(path, Guarded(door, keys, room, alike)) for path, alike in by_path.items()],
         middleware=middleware,
     )
     app.router.redirect_slashes = False
-    app.router.default = Guarded(door, keys, None)
+    app.router.default = Guarded(door, keys, room, None)
     return app
 
 
@@ -106,9 +108,10 @@ class Guarded:
     Its endpoints differ in their methods only: the first one's dialect and guard are those of all.
     """
 
-    def __init__(self, door: Door, keys: Keys, endpoints: Sequence[Endpoint] | None) -> None:
+    def __init__(self, door: Door, keys: Keys, room: Room, endpoints: Sequence[Endpoint] | None) -> None:
         self._door = door
         self._keys = keys
+        self._room = room
         self._endpoints = endpoints or [Endpoint("", (), _nobody, "")]
         self._nowhere = endpoints is None
 
@@ -138,7 +141,8 @@ class Guarded:
             found = self._of_method(request)
             if found.tasks:
                 held.enter_context(self._keys.call(request.scope.get(CALLER)))
-            return await self._door.answer(found, request)
+            with self._room.place() as request.scope[PLACE]:
+                return await self._door.answer(found, request)
         except Unauthorized as error:
             return page(401) if endpoint.sign_in and wants_page(request) else error_response(error, body=shape)
         except RateLimited as error:

@@ -15,7 +15,7 @@ from pagoda.engine.client import EngineClient
 from pagoda.engine.messages import EngineStats, ModelInfo
 from pagoda.engine.stream import DeltaStream, Stream
 from pagoda.errors import ConfigError
-from pagoda.gateway.spread import Prefixes, choose, chunk_keys
+from pagoda.gateway.spread import Prefixes, choose, request_keys
 from pagoda.options.engine_config import EngineConfig
 from pagoda.sched.stats import SchedulerStats
 from pagoda.types import Request
@@ -131,7 +131,7 @@ class Replicas:
         await asyncio.gather(*(client.stop() for client in self._clients))
 
     def generate(self, request: Request) -> DeltaStream:
-        keys = chunk_keys(request.prompt_token_ids, request.cache_salt)
+        keys = request_keys(request)
         index = self._choose(keys)
         stream = self._clients[index].take(request)
         self._prefixes.note(keys, index)
@@ -162,7 +162,7 @@ class Replicas:
             if client.ready or not takers:
                 continue
             for stream in client.give_waiting():
-                keys = chunk_keys(stream.request.prompt_token_ids, stream.request.cache_salt)
+                keys = request_keys(stream.request)
                 index = self._choose(keys)
                 self._prefixes.note(keys, index)
                 self._homes[stream] = self._clients[index]

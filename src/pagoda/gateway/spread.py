@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
+from pagoda.types import Request
+
 CHUNK_TOKENS = 64
 MOST_CHUNKS = 65_536
 MOST_BUSIER = 4
 _TOKENS_PER_REQUEST = 128
 
 
-def chunk_keys(token_ids: Sequence[int], salt: str = "") -> list[int]:
+def request_keys(request: Request) -> list[int]:
+    """The keys of its prompt. Each adapter has a cache of its own, and to have it loaded is worth a chunk."""
+    if request.adapter is None:
+        return chunk_keys(request.prompt_token_ids, request.cache_salt)
+    stamp = request.adapter.stamp
+    return [hash(("adapter", stamp)), *chunk_keys(request.prompt_token_ids, request.cache_salt, stamp)]
+
+
+def chunk_keys(token_ids: Sequence[int], salt: str = "", adapter: str = "") -> list[int]:
     """A key for each whole chunk of a prompt, which stands for all that comes before it too."""
     keys: list[int] = []
-    before = hash(salt)
+    before = hash((salt, adapter))
     for start in range(0, len(token_ids) - CHUNK_TOKENS + 1, CHUNK_TOKENS):
         before = hash((before, *token_ids[start : start + CHUNK_TOKENS]))
         keys.append(before)

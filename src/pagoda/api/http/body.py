@@ -10,9 +10,13 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import Request
 
+from pagoda.api.http.room import Place
 from pagoda.errors import BadRequest, PagodaError, TooLarge
 
 MAX_BODY_BYTES = 32 << 20
+MAX_BODIES_BYTES = 1 << 30
+"""Of all requests that are being read or worked on; those that stream are accepted by then, and counted apart."""
+PLACE = "pagoda.place"
 MAX_DEPTH = 64
 MAX_KEYS = 10_000
 FIRST_BYTE_S = 30.0
@@ -46,8 +50,14 @@ class ClientGone(Exception):
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises TooLarge or RequestTimeout as soon as either is certain."""
-    return b"".join([part async for part in stream_body(request, MAX_BODY_BYTES)])
+    """The whole body. Raises TooLarge, RequestTimeout or Overloaded as soon as one of them is certain."""
+    place: Place | None = request.scope.get(PLACE)
+    parts = []
+    async for part in stream_body(request, MAX_BODY_BYTES):
+        if place is not None:
+            place.take(len(part))
+        parts.append(part)
+    return b"".join(parts)
 
 
 async def stream_body(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
+from pagoda.api.http.room import Place, Room
 from pagoda.engine.picture_reader import PictureReader
 from pagoda.engine.seeing import MAX_SOURCE_PIXELS, Seeing
 from pagoda.errors import BadRequest
@@ -17,6 +18,8 @@ from pagoda.types import Image
 
 MAX_FETCHED_BYTES = 64 << 20
 """Of one picture or, with all its frames, one video."""
+MAX_READ_BYTES = 1 << 30
+"""Of the decoded pictures of all requests of which not all are decoded yet; then they are counted as accepted."""
 MAX_FETCHES = 32
 FETCHES_S = 120.0
 """For all that one request has fetched: its client may be gone."""
@@ -28,13 +31,18 @@ class Pictures:
     def __init__(self, seeing: Seeing, reader: PictureReader | None = None) -> None:
         self.seeing = seeing
         self._reader = reader or PictureReader()
+        self._room = Room(MAX_READ_BYTES)
         self._places = asyncio.Semaphore(MAX_FETCHES)
 
     async def read(self, sources: Sequence[Source], asked: Mapping[str, Any], limit: int) -> list[Image]:
         """Raises BadRequest that names the part which is wrong. `limit`: the context's length in tokens."""
         self.seeing.check_count(sources)
         self.seeing.sizing.lowered(asked)
-        images = []
+        with self._room.place() as place:
+            return await self._read(sources, asked, limit, place)
+
+    async def _read(self, sources: Sequence[Source], asked: Mapping[str, Any], limit: int, place: Place) -> list[Image]:
+        images: list[Image] = []
         source_pixels = 0
         until = asyncio.get_running_loop().time() + FETCHES_S
         for source in sources:
@@ -46,6 +54,7 @@ class Pictures:
                     param="messages",
                 )
             images.append(self.seeing.image(source, pixels))
+            place.take(len(images[-1].pixels))
             self.seeing.check_taken(images, len(sources), limit)
         return images
 
