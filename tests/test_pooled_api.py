@@ -279,6 +279,42 @@ def test_documents_are_cut_where_that_is_asked_for(ranker: str) -> None:
     assert short["usage"]["total_tokens"] == 2 + 10 + 3
 
 
+def test_cohere_embeds(minilm: str) -> None:
+    client = cohere.ClientV2("key", base_url=minilm)
+    kinds = ["float", "binary", "ubinary", "base64"]
+    found = client.embed(model="m", texts=DOCUMENTS, input_type="search_document", embedding_types=kinds)
+    wanted = [each["embedding"] for each in post(minilm, "/v1/embeddings", input=DOCUMENTS)["data"]]
+    assert found.embeddings.float_ is not None and found.texts == DOCUMENTS
+    np.testing.assert_array_equal(np.array(found.embeddings.float_), np.array(wanted))
+    bits = np.packbits(np.array(wanted) >= 0, axis=1)
+    assert found.embeddings.ubinary == bits.tolist()
+    assert found.embeddings.binary == (bits.astype(int) - 128).tolist()
+    raw = post(minilm, "/v2/embed", texts=DOCUMENTS, embedding_types=["base64"])
+    assert list(raw["embeddings"]) == ["base64"]
+    first = np.frombuffer(base64.b64decode(raw["embeddings"]["base64"][0]), "<f4")
+    np.testing.assert_array_equal(first, np.array(wanted[0], np.float32))
+    assert raw["meta"]["billed_units"]["input_tokens"] > len(DOCUMENTS)
+    parts = [{"content": [{"type": "text", "text": text}]} for text in DOCUMENTS]
+    assert post(minilm, "/v2/embed", inputs=parts)["embeddings"]["float"] == wanted
+
+
+def test_cohere_cuts_what_is_long(minilm: str) -> None:
+    long = "the cat sat on the mat " * 300
+    ends = {side: post(minilm, "/v2/embed", texts=[long + "end"], truncate=side) for side in ("START", "END")}
+    assert ends["START"]["embeddings"] != ends["END"]["embeddings"]
+    assert post(minilm, "/v2/embed", texts=[long], max_tokens=9)["meta"]["billed_units"]["input_tokens"] == 9
+    for body, param in (
+        ({"texts": [long], "truncate": "NONE"}, None),
+        ({"texts": ["the cat sat"], "truncate": "NONE", "max_tokens": 2}, "max_tokens"),
+        ({"texts": []}, "texts"),
+        ({"texts": ["a"], "inputs": [{"content": []}]}, "texts"),
+        ({"inputs": [{"content": [{"type": "image_url"}]}]}, "inputs"),
+        ({"images": ["data:"]}, "images"),
+    ):
+        reply = httpx.post(f"{minilm}/v2/embed", json=body)
+        assert reply.status_code == 400 and (param is None or reply.json()["error"]["param"] == param), body
+
+
 def test_embedding_models_compare_by_cosine_with_their_prompts(tmp_path: Path) -> None:
     model = write_model(tmp_path, "qwen3")
     write_sentence_files(tmp_path, "lasttoken")

@@ -28,7 +28,7 @@ from pagoda.deploy.service.scrape import parse
 from pagoda.engine.client import EngineClient
 from pagoda.errors import ConfigError, EngineError
 from pagoda.gateway.replicas import Replicas, environments, part_of
-from pagoda.gateway.spread import CHUNK_TOKENS, MOST_BUSIER, Prefixes, choose, chunk_keys
+from pagoda.gateway.spread import CHUNK_TOKENS, MOST_BUSIER, Prefixes, choose, chunk_keys, request_keys
 from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Adapter, Request, SamplingParams
 

@@ -15,6 +15,7 @@ from pagoda.api.app import Door, guarded_app
 from pagoda.api.http.errors import JSON, to_json
 from pagoda.api.http.stream import Reply
 from pagoda.api.ollama.models import API_VERSION
+from pagoda.api.ollama.options import NotSupported
 from pagoda.api.ollama.protocol import OllamaVersion
 from pagoda.api.routes import endpoints
 from pagoda.api.serving.access import check_may_change
@@ -61,6 +62,7 @@ class Gateway:
             "/api/tags": self._tags,
             "/api/ps": self._ps,
             "/api/version": self._ollama_version,
+            "/api/blobs/{digest}": self._no_files,
         }
 
     async def _health(self, request: Request) -> Reply:
@@ -115,6 +117,12 @@ class Gateway:
 
     async def _ollama_version(self, request: Request) -> Reply:
         return Response(to_json(OllamaVersion(version=API_VERSION)), media_type=JSON)
+
+    async def _no_files(self, request: Request) -> Reply:
+        raise NotSupported(
+            "with several models behind one port no model files are taken",
+            remedy="Put the file on the server's machine, and name it: pagoda serve FILE.gguf OTHER",
+        )
 
     async def _root(self, request: Request) -> Reply:
         if request.method == "HEAD" or request.headers.get("user-agent", "").startswith("ollama"):

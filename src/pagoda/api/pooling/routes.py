@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pagoda.api.pooling import classify, embeddings, rerank
+from pagoda.api.pooling import classify, cohere, embeddings, rerank
+from pagoda.api.pooling.cohere import CohereEmbedBody, CohereEmbedReply
 from pagoda.api.pooling.protocol import (
     ClassifyBody,
     ClassifyReply,
@@ -25,6 +26,10 @@ def endpoints() -> tuple[Endpoint, ...]:
         Endpoint(
             "/embeddings", ("POST",), embeddings.embeddings, "Texts or token ids to vectors",
             EmbeddingBody, EmbeddingReply, openai=True, tasks=EMBED,
+        ),
+        Endpoint(
+            "/v2/embed", ("POST",), cohere.embed, "Cohere: texts to vectors",
+            CohereEmbedBody, CohereEmbedReply, tasks=EMBED,
         ),
         Endpoint(
             "/classify", ("POST",), classify.classify, "Texts to classes",
