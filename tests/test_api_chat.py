@@ -399,3 +399,40 @@ def test_documents_reach_the_template(client: Client) -> None:
     assert "x-pagoda-ignored" not in client.chat(documents=documents, max_tokens=1).headers
     template = client.server.chat_template
     assert isinstance(template, PlainTemplate) and template.seen[-1]["kwargs"]["documents"] == documents
+
+
+def test_several_conversations_have_a_choice_each() -> None:
+    with Client(make_server(FakeEngine("one two three"))) as client:
+        told = [[{"role": "user", "content": text}] for text in ("A", "Bcd", "Ef")]
+        reply = client.post("/v1/chat/completions/batch", {"messages": told, "max_tokens": 3, "seed": 5, "other": 1})
+        assert reply.status_code == 200 and reply.headers["x-pagoda-ignored"] == "other"
+        found = reply.json()
+        alone = [client.chat(messages=each, max_tokens=3, seed=5).json() for each in told]
+        assert [choice["index"] for choice in found["choices"]] == [0, 1, 2]
+        for choice, single in zip(found["choices"], alone, strict=True):
+            assert choice["message"] == single["choices"][0]["message"]
+        for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+            assert found["usage"][name] == sum(single["usage"][name] for single in alone)
+        assert found["object"] == "chat.completion" and not client.server.busy
+        asked = engine(client).requests[:3]
+        assert [request.params.max_tokens for request in asked] == [3] * 3
+
+
+def test_what_a_batch_of_conversations_refuses() -> None:
+    with Client(make_server(FakeEngine())) as client:
+        hi = [{"role": "user", "content": "Hi"}]
+        tool = {"type": "function", "function": {"name": "f"}}
+        for body, param in (
+            ({"messages": hi}, "messages"),
+            ({"messages": []}, "messages"),
+            ({"messages": [hi, []]}, "messages"),
+            ({"messages": [hi], "stream": True}, "stream"),
+            ({"messages": [hi], "n": 2}, "n"),
+            ({"messages": [hi], "tools": [tool]}, "tools"),
+            ({"messages": [hi], "use_beam_search": True}, "use_beam_search"),
+            ({"messages": [hi, [{"role": "user", "content": "x" * 5000}]]}, "messages"),
+            ({"messages": [hi], "temperature": -1}, "temperature"),
+        ):
+            reply = client.post("/v1/chat/completions/batch", body)
+            assert reply.status_code == 400 and reply.json()["error"]["param"] == param, body
+            assert not client.server.busy

@@ -324,6 +324,8 @@ def test_embedding_models_compare_by_cosine_with_their_prompts(tmp_path: Path) -
         ranked = post(url, "/v1/rerank", query=QUERY, documents=DOCUMENTS)["results"]
         cut = post(url, "/v1/embeddings", input=QUERY, prompt_name="query", dimensions=16)["data"][0]["embedding"]
         assert post(url, "/v1/embeddings", input=QUERY, dimensions=65)[0] == 400
+        asked = post(url, "/v2/embed", texts=[QUERY], input_type="search_query", output_dimension=16)
+        assert asked["embeddings"]["float"] == [cut]
     vectors = [hidden_states(model, tokenizer.encode(text))[-1].numpy() for text in ["is a " + QUERY, *DOCUMENTS]]
     unit = [vector / np.linalg.norm(vector) for vector in vectors]
     expected = [float(unit[0] @ each) for each in unit[1:]]

@@ -32,7 +32,7 @@ async def chat_completions(server: Server, request: Request) -> Reply:
     params = sampling_params(body, server.defaults(body.model), server.vocab_size)
     turn = await prepare_turn(server, body)
     generation = start_turn(server, "chatcmpl", turn, params, body, model=model)
-    chat = _Chat(server, body, turn, generation)
+    chat = ChatCall(server, body, turn, generation)
     if body.stream:
         reply: Reply = EventStream(generation, chat.events(), server.aborted)
     else:
@@ -41,7 +41,7 @@ async def chat_completions(server: Server, request: Request) -> Reply:
     return reply
 
 
-class _Chat:
+class ChatCall:
     """Renders one call, whole or as a stream."""
 
     def __init__(self, server: Server, body: ChatBody, turn: Turn, generation: Generation) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pagoda.api.openai import chat, completions, models, tokens
+from pagoda.api.openai import chat, chat_batch, completions, models, tokens
+from pagoda.api.openai.chat_batch import ChatBatchBody
 from pagoda.api.openai.replies import (
     ChatChunk,
     ChatReply,
@@ -23,6 +24,10 @@ def endpoints() -> tuple[Endpoint, ...]:
         Endpoint(
             "/chat/completions", ("POST",), chat.chat_completions, "Answer messages, whole or streamed",
             ChatBody, ChatReply, ChatChunk, openai=True, tasks=GENERATE,
+        ),
+        Endpoint(
+            "/chat/completions/batch", ("POST",), chat_batch.chat_batch, "Answer several conversations at once",
+            ChatBatchBody, ChatReply, openai=True, tasks=GENERATE,
         ),
         Endpoint(
             "/completions", ("POST",), completions.completions, "Go on with a text or with token ids",
