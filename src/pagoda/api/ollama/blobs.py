@@ -76,7 +76,8 @@ def _kind(path: Path, name: str) -> str:
     try:
         source = open_source(str(path))
     except PagodaError as error:
-        raise BadRequest(f"files: {name[:80]!r}: {error.message}", remedy=error.remedy, param="files") from None
+        reason = error.message.replace(str(path), "it")  # where this server keeps its files is its own business
+        raise BadRequest(f"files: {name[:80]!r}: {reason}", remedy="Send a whole GGUF file", param="files") from None
     metadata = source.metadata
     source.close()
     if not metadata:
