@@ -267,7 +267,7 @@ def test_threads_are_shared(tmp_path: Path, url: str) -> None:
 
 def test_adapters_are_on_all_replicas_and_come_and_go(tmp_path: Path) -> None:
     model = engine_tiny.write(tmp_path / "model")
-    for name, size in (("first", 1.0), ("second", -1.0)):
+    for name, size in (("first", 1.0), ("second", 0.5)):
         engine_tiny.write_adapter(tmp_path / name, size)
     words = (model, "--replicas", "2", "--threads", "2", "--lora-modules", f"first={tmp_path / 'first'}")
     words += ("--served-model-name", "tiny", "--allow-runtime-lora-updating", "--lora-dir", str(tmp_path))
