@@ -71,8 +71,13 @@ class BlobStore:
             if len(held) >= _WRITE_BYTES:
                 await asyncio.to_thread(write)
                 await asyncio.to_thread(self._make_room, 0)
-        await asyncio.to_thread(write)
-        await asyncio.to_thread(lambda: (out.flush(), os.fsync(out.fileno())))
+
+        def settle() -> None:
+            write()
+            out.flush()
+            os.fsync(out.fileno())
+
+        await asyncio.to_thread(settle)
         return digest.hexdigest()
 
     def _make_room(self, size_bytes: int) -> None:
