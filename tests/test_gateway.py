@@ -133,6 +133,8 @@ def test_errors_are_those_of_the_model_s_server(url: str) -> None:
     assert status == 404 and "there is no /v1/nothing here" in reply["error"]["message"]
     assert send(url, "/v1/completions")[0] == 405
     assert send(url, "/api/blobs/sha256:0", method="HEAD")[0] == 404
+    status, reply, _ = send(url, "/api/blobs/sha256:0", {})
+    assert status == 501 and "pagoda serve FILE.gguf OTHER" in reply["error"]
 
 
 def test_models_come_when_they_are_named_and_make_room_for_each_other(url: str) -> None:

@@ -22,6 +22,7 @@ from pagoda.api.serving.access import check_may_change
 from pagoda.api.serving.endpoint import Endpoint
 from pagoda.api.serving.names import not_served
 from pagoda.api.status import ServerLoad, StatusReply, VersionReply, Welcome
+from pagoda.errors import NotFound
 from pagoda.gateway import lists
 from pagoda.gateway.passing import CHANGES
 from pagoda.gateway.proxy import Proxy
@@ -119,6 +120,8 @@ class Gateway:
         return Response(to_json(OllamaVersion(version=API_VERSION)), media_type=JSON)
 
     async def _no_files(self, request: Request) -> Reply:
+        if request.method == "HEAD":  # an answer without words: those come when the file is sent
+            raise NotFound("no file with this digest is here")
         raise NotSupported(
             "with several models behind one port no model files are taken",
             remedy="Put the file on the server's machine, and name it: pagoda serve FILE.gguf OTHER",
