@@ -291,3 +291,17 @@ def test_the_tokenizer_has_the_names_of_hugging_face(llm: LLM) -> None:
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)  # type: ignore[assignment]
     assert isinstance(text, str) and "hello" in text and ids == llm.chat_prompt(messages).ids
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_as_many_log_probabilities_as_are_allowed(model: str, device: str) -> None:
+    with LLM(model=model, device=device, num_gpu_blocks_override=64, threads=1, max_logprobs=100) as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=2, logprobs=100, prompt_logprobs=100)
+        (output,) = llm.generate("hello", params)
+        for table in [*(output.outputs[0].logprobs or []), *(output.prompt_logprobs or [])[1:]]:
+            assert table is not None
+            ranked = sorted((one.rank, one.logprob) for one in table.values() if one.rank is not None)
+            assert [rank for rank, _ in ranked] == list(range(1, 101))
+            assert [logprob for _, logprob in ranked] == sorted((value for _, value in ranked), reverse=True)
+        with pytest.raises(BadRequest, match="between 0 and 100"):
+            llm.generate("hello", SamplingParams(logprobs=101))

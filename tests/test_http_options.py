@@ -114,3 +114,19 @@ def test_the_address_says_https() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         assert address(Options(ssl_certfile="x"), listener).startswith("https://localhost:")
         assert address(Options(), listener).startswith("http://localhost:")
+
+
+def test_more_log_probabilities_where_the_server_allows_them() -> None:
+    engine = FakeEngine()
+    with Client(make_server(engine, options=HttpOptions(max_logprobs=30))) as client:
+        for body in ({"logprobs": 30}, {"prompt_logprobs": 30}):
+            assert client.complete(**body).status_code == 200
+            ((name, count),) = body.items()
+            assert getattr(engine.requests[-1].params, name) == count
+            refused = client.complete(**{name: 31})
+            assert refused.status_code == 400 and refused.json()["error"]["param"] == name
+        assert client.chat(logprobs=True, top_logprobs=30).status_code == 200
+        assert engine.requests[-1].params.logprobs == 30
+        assert client.chat(logprobs=True, top_logprobs=31).json()["error"]["param"] == "top_logprobs"
+    with Client(make_server(engine)) as client:
+        assert "--max-logprobs" in client.chat(logprobs=True, top_logprobs=21).json()["error"]["message"]

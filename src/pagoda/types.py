@@ -20,6 +20,8 @@ BLOCK_SIZE = 16
 
 MAX_N = 128
 MAX_LOGPROBS = 20
+MOST_LOGPROBS = 1000
+"""As many as --max-logprobs may allow."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 1024
@@ -78,13 +80,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str_in_output: bool = False
     detokenize: bool = True
 
-    def check(self, vocab_size: int) -> None:
+    def check(self, vocab_size: int, most_logprobs: int = MAX_LOGPROBS) -> None:
         """Raise BadRequest, naming the field, for any value that is not finite or out of its range."""
         for name, low, high in _FLOAT_RANGES:
             value = getattr(self, name)
             if not math.isfinite(value) or not low <= value <= high:
                 raise BadRequest(f"{name} must be between {low:g} and {high:g}", param=name)
-        for name, low_i, high_i in _INT_RANGES:
+        most = most_logprobs if most_logprobs <= MAX_LOGPROBS else min(most_logprobs, vocab_size)
+        for name, low_i, high_i in (*_INT_RANGES, ("logprobs", 0, most), ("prompt_logprobs", 0, most)):
             number = getattr(self, name)
             if number is not None and not low_i <= number <= high_i:
                 raise BadRequest(f"{name} must be between {low_i} and {high_i}", param=name)
@@ -156,8 +159,6 @@ _INT_RANGES = (
     ("seed", -(2**63), 2**64 - 1),
     ("max_tokens", 0, 2**31 - 1),
     ("min_tokens", 0, 2**31 - 1),
-    ("logprobs", 0, MAX_LOGPROBS),
-    ("prompt_logprobs", 0, MAX_LOGPROBS),
 )
 
 

@@ -32,7 +32,7 @@ from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
 from pagoda.options.engine_config import EngineConfig
 from pagoda.sched.scheduler import Scheduler, SchedulerConfig
 from pagoda.sched.state import Grammar
-from pagoda.types import BLOCK_SIZE, Delta, Request, StepPlan
+from pagoda.types import BLOCK_SIZE, MOST_LOGPROBS, Delta, Request, StepPlan
 from pagoda.weights.quantization import check_quantization
 from pagoda.weights.source import TensorSource
 
@@ -155,7 +155,7 @@ class EngineCore:
     def _check(self, request: Request) -> None:
         """The server has checked all this; an executor that trusts it would read outside its tables."""
         size = self.spec.vocab_size
-        request.params.check(size)
+        request.params.check(size, MOST_LOGPROBS)
         for ids in (request.prompt_token_ids, request.output_token_ids):
             if ids and not (min(ids) >= 0 and max(ids) < size):
                 raise BadRequest(f"the prompt holds a token id outside 0..{size - 1}", param="prompt")

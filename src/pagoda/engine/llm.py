@@ -332,7 +332,7 @@ class LLM:
             params = msgspec.convert(values, SamplingParams)
         except msgspec.ValidationError as error:
             raise BadRequest(f"sampling_params: {error}", param="sampling_params") from None
-        params.check(self.info.vocab_size)
+        params.check(self.info.vocab_size, self._options.max_logprobs)
         params = with_bad_words(params, self.tokenizer)
         if (asked := params.structured_outputs) is None:
             return params

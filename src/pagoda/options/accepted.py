@@ -24,7 +24,6 @@ ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
         "max_seq_len_to_capture": (None, "there are no CUDA graphs on a CPU"),
         "scheduling_policy": (None, "in the order they came; a request with a smaller `priority` goes first"),
         "performance_mode": (None, "the scheduler serves running answers first, then prompts"),
-        "max_logprobs": (None, "clients may ask for up to 20 log-probabilities"),
         "max_parallel_loading_workers": (None, "the process of each GPU loads its own part"),
         "disable_frontend_multiprocessing": (False, "the engine is always a process of its own"),
         "api_server_count": (None, "there is one API process"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pagoda.options.setting import option
+from pagoda.types import MAX_LOGPROBS, MOST_LOGPROBS
 
 _GROUP = "Clients"
 
@@ -29,6 +30,9 @@ class HttpOptions:
     fingerprint_value: str | None = option(None, "The text for --fingerprint-mode custom", _GROUP)
     sse_keep_alive_interval: float = option(
         15.0, "Seconds of silence after which a stream gets a comment that keeps it open; 0: never", _GROUP, low=0
+    )
+    max_logprobs: int = option(
+        MAX_LOGPROBS, "How many log-probabilities of each token clients may ask for", _GROUP, low=0, high=MOST_LOGPROBS
     )
     disable_fastapi_docs: bool = option(False, "Do not serve /docs and /openapi.json", _GROUP)
     allowed_methods: tuple[str, ...] = option(("*",), "Methods that --allowed-origins may use", _GROUP)

@@ -29,7 +29,7 @@ async def chat_completions(server: Server, request: Request) -> Reply:
     take_headers(body, request.headers)
     apply_options(body, server.options)
     model = server.served.resolve(body.model)
-    params = sampling_params(body, server.defaults(body.model), server.vocab_size)
+    params = sampling_params(body, server.defaults(body.model), server.vocab_size, server.options.max_logprobs)
     turn = await prepare_turn(server, body)
     generation = start_turn(server, "chatcmpl", turn, params, body, model=model)
     chat = ChatCall(server, body, turn, generation)

@@ -43,7 +43,7 @@ async def chat_batch(server: Server, request: Request) -> Reply:
             _check(body)
             take_headers(body, request.headers)
             apply_options(body, server.options)
-            params = sampling_params(body, server.defaults(body.model), server.vocab_size)
+            params = sampling_params(body, server.defaults(body.model), server.vocab_size, server.options.max_logprobs)
             turn = await prepare_turn(server, body)
             model = server.served.resolve(body.model)
             generation = start_turn(server, "chatcmpl", turn, params, body, model=model)

@@ -57,7 +57,7 @@ async def completions(server: Server, request: Request) -> Reply:
 
 
 def _params(body: CompletionBody, server: Server) -> SamplingParams:
-    params = sampling_params(body, server.defaults(body.model), server.vocab_size)
+    params = sampling_params(body, server.defaults(body.model), server.vocab_size, server.options.max_logprobs)
     if body.echo and params.logprobs is not None:
         params = msgspec.structs.replace(params, prompt_logprobs=max(params.logprobs, params.prompt_logprobs or 0))
     return params

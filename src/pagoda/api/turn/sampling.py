@@ -10,7 +10,7 @@ from pagoda.api.turn.bodies import ChatBody, CompletionBody, SamplingFields, Str
 from pagoda.engine.beams import BeamSearchParams
 from pagoda.errors import BadRequest
 from pagoda.options.http import HttpOptions
-from pagoda.types import SamplingParams
+from pagoda.types import MAX_LOGPROBS, SamplingParams
 
 PRIORITY_HEADER = "x-vllm-priority"
 REQUEST_ID_HEADER = "x-request-id"
@@ -35,7 +35,12 @@ _NOT_HERE: tuple[tuple[str, str], ...] = (
 )
 
 
-def sampling_params(body: ChatBody | CompletionBody, defaults: Mapping[str, Any], vocab_size: int) -> SamplingParams:
+def sampling_params(
+    body: ChatBody | CompletionBody,
+    defaults: Mapping[str, Any],
+    vocab_size: int,
+    most_logprobs: int = MAX_LOGPROBS,
+) -> SamplingParams:
     """Checked parameters. `seed` and `max_tokens` may still be None: they are chosen when the prompt is known."""
     _refuse(body)
     values: dict[str, Any] = {name: getattr(body, name) for name in _AS_GIVEN}
@@ -59,9 +64,9 @@ def sampling_params(body: ChatBody | CompletionBody, defaults: Mapping[str, Any]
         logit_bias=_logit_bias(body.logit_bias),
         allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
         bad_words=tuple(body.bad_words or ()),
-        logprobs=_logprobs(body),
+        logprobs=_logprobs(body, most_logprobs),
     )
-    params.check(vocab_size)
+    params.check(vocab_size, most_logprobs)
     _check_others(body)
     return params
 
@@ -121,13 +126,17 @@ def _max_tokens(body: ChatBody | CompletionBody, defaults: Mapping[str, float | 
     return given
 
 
-def _logprobs(body: ChatBody | CompletionBody) -> int | None:
+def _logprobs(body: ChatBody | CompletionBody, most: int) -> int | None:
     if isinstance(body, CompletionBody):
         return body.logprobs
     if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
-    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= 20:
-        raise BadRequest("top_logprobs must be between 0 and 20", param="top_logprobs")
+    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= most:
+        raise BadRequest(
+            f"top_logprobs must be between 0 and {most}",
+            remedy="More are allowed by --max-logprobs",
+            param="top_logprobs",
+        )
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
