@@ -288,8 +288,8 @@ def test_a_text_goes_on_and_its_speed_is_told(
 
 def test_what_vllm_calls_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pagoda doctor" in run(capsys, "collect-env", "--help")[1]
-    code, _, err = run(capsys, "bench", "latency", "--model", "m")
-    assert code == 78 and "pagoda bench --concurrency 1" in err
+    code, _, err = run(capsys, "bench", "sweep", "--model", "m")
+    assert code == 78 and "pagoda bench --concurrency 1,4,16" in err
 
 
 def test_a_chat_remembers_and_forgets(stub: tuple[str, list[dict[str, Any]]]) -> None:
