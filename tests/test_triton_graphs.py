@@ -33,7 +33,7 @@ def tokens(*, contexts: list[int], width: int = 4) -> Batch:
     batch = make_batch([(1, c - 1) for c in contexts], device=str(DEVICE))
     tables = torch.nn.functional.pad(batch.block_tables, (0, width - batch.block_tables.shape[1]))
     rows = torch.arange(len(contexts), dtype=torch.int32, device=DEVICE)
-    return replace(batch, block_tables=tables, rows=rows, whole=True)
+    return replace(batch, block_tables=tables, rows=rows, whole=True, decoding=True)
 
 
 class Model:
@@ -93,7 +93,7 @@ def test_other_batches_are_left_to_the_caller(why: str) -> None:
     if why == "a prompt":
         batch = make_batch([(2, 0)], device=str(DEVICE))
     if why == "fewer rows":
-        batch = replace(batch, rows=batch.rows[:1], whole=False)
+        batch = replace(batch, rows=batch.rows[:1], whole=False, decoding=False)
     assert runner.run(batch) is None
 
 
@@ -107,8 +107,10 @@ def test_without_memory_for_a_graph_steps_go_on() -> None:
     got = runner.run(batch)
     assert got is not None
     torch.testing.assert_close(got, model.plain(batch), rtol=1e-4, atol=1e-5)
-    assert runner.run(batch) is None
-    assert runner.run(tokens(contexts=[7])) is not None
+    assert runner.run(batch) is not None and runner.run(tokens(contexts=[7])) is not None
+    while runner.record_next():
+        assert model.seen[-1] in (1, 2)
+    assert sorted(model.seen) == [1, 2, 4, 4]
 
 
 def test_tokens_of_the_step_before_are_filled_in() -> None:

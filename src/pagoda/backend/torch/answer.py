@@ -103,9 +103,10 @@ class Returning:
 
     def __init__(self, pieces: list[Chosen]) -> None:
         self._pieces = [_returned(piece) for piece in pieces]
-        self._there = torch.cuda.Event() if pieces and pieces[0].tokens.is_cuda else None  # type: ignore[no-untyped-call]
-        if self._there is not None:
-            self._there.record()
+        self._there: torch.cuda.Event | None = None
+        if pieces and (there := pieces[0].tokens).is_cuda:
+            self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._there.record(torch.cuda.current_stream(there.device))
 
     def result(self, plan: StepPlan) -> StepResult:
         """Waits for the device."""

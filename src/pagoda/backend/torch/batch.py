@@ -44,6 +44,7 @@ class Batch:
     adapters: tuple[tuple[int, Tensor], ...] = ()  # places of adapters, and the tokens int64 [n] that each is for
     ahead: tuple[Ahead, ...] = ()  # tokens that see others behind them
     whole: bool = False  # `rows` are all tokens, in their order
+    decoding: bool = False  # see upload.decoding
     runs: Tensor | None = None  # what `prepared` adds for the kernels
 
 

@@ -61,7 +61,8 @@ class Converter:
             part = flat[first : first + _CHUNK_BYTES]
             self._staging.numpy()[: part.nbytes] = part
             out[first : first + part.nbytes].copy_(self._staging[: part.nbytes], non_blocking=True)
-            torch.cuda.current_stream().synchronize()
+            # of that GPU: a thread's own is the first one until it says another
+            torch.cuda.current_stream(self.target.device).synchronize()
         return out
 
     def floats(self, tensor: Stored, dtype: torch.dtype) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Self
 
@@ -27,13 +26,14 @@ from pagoda.backend.torch.convert import Target
 from pagoda.backend.torch.delta import make_states
 from pagoda.backend.torch.device import Device, Room, choose_dtype, open_device, room
 from pagoda.backend.torch.encoder import Encoder, EncoderLoader
+from pagoda.backend.torch.faults import errors_told, memory_told
 from pagoda.backend.torch.graphs import DecodeGraphs, Recorder, padding
 from pagoda.backend.torch.load import Loader
 from pagoda.backend.torch.model import Decoder, KvCache
 from pagoda.backend.torch.packs import FP8
 from pagoda.backend.torch.size import weight_bytes
 from pagoda.backend.torch.split import joined, middle, part
-from pagoda.backend.torch.upload import Rows, upload
+from pagoda.backend.torch.upload import Fed, Rows, decoding, upload
 from pagoda.errors import EngineError
 from pagoda.options.formats import KV_EIGHT_BITS
 from pagoda.types import BLOCK_SIZE, Image, StepPlan, StepResult
@@ -72,10 +72,8 @@ class Running:
         self.sampled = tokens[0] if len(tokens) == 1 else torch.cat(tokens) if tokens else None
 
     def wait(self) -> StepResult:
-        try:
+        with errors_told(f"step {self._plan.step}"):
             return self._returning.result(self._plan)
-        except torch.AcceleratorError as error:
-            raise device_lost(f"step {self._plan.step}") from error
 
 
 class Pooled:
@@ -85,7 +83,8 @@ class Pooled:
         self._hidden = hidden
 
     def wait(self) -> StepResult:
-        return pooled_rows(self._hidden.float().cpu().numpy())
+        with errors_told("a step"):
+            return pooled_rows(self._hidden.float().cpu().numpy())
 
 
 class TorchExecutor:
@@ -104,6 +103,7 @@ class TorchExecutor:
         self._sampled = torch.zeros(1, dtype=torch.int64, device=self.device)  # of the step before
 
     @classmethod
+    @memory_told()
     def load(
         cls,
         spec: ModelSpec,
@@ -208,6 +208,11 @@ class TorchExecutor:
         hidden = self._graphs.run(batch) if self._graphs else None
         return self.decoder.hidden(batch) if hidden is None else hidden
 
+    def width(self, plan: StepPlan | Fed) -> int:
+        """The tokens that a forward pass of a plan computes, those of padding among them."""
+        count = len(plan.tokens)
+        return self._graphs.padded(count) if self._graphs is not None and decoding(plan) else count
+
     def prepare(self) -> bool:
         """Record a CUDA graph."""
         with torch.inference_mode():
@@ -235,27 +240,6 @@ class TorchCpuExecutor(TorchExecutor):
     """The same in plain PyTorch on a CPU: how tests run it without a GPU."""
 
     cuda = False
-
-
-@contextmanager
-def errors_told(work: str) -> Iterator[None]:
-    """The libraries' own words are for the log: the text of an EngineError reaches clients."""
-    try:
-        yield
-    except torch.AcceleratorError as error:
-        raise device_lost(work) from error
-    except torch.OutOfMemoryError as error:
-        _log.exception("%s: no memory for the least that can be computed", work)
-        raise EngineError("the GPU has no memory left for this step") from error
-    except (IndexError, ValueError, RuntimeError) as error:
-        _log.exception("%s failed", work)
-        raise EngineError("the step failed") from error
-
-
-def device_lost(work: str) -> SystemExit:
-    """After a fault the GPU serves this process no more: it ends, and the server starts another one."""
-    _log.critical("%s broke the GPU's context; the engine ends", work, exc_info=True)
-    return SystemExit(EngineError.exit_code)
 
 
 def release(device: Device) -> None:

@@ -43,14 +43,18 @@ class Recorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream, collects = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), gc.isenabled()
         # a collection in the middle would free tensors of others, which a recording forbids
         gc.disable()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = run()
+        except BaseException:
+            torch.cuda.set_stream(stream)  # one that fails may stay on its own
+            raise
         finally:
-            gc.enable()
+            if collects:
+                gc.enable()
         return graph.replay, result
 
 
@@ -78,16 +82,16 @@ class DecodeGraphs:
         self._forward, self._record = forward, record
         self._sizes = sizes(most_requests)
         self._recorded: dict[int, Recorded] = {}
+        self._without: set[int] = set()
+        """Sizes that could not be recorded. They are padded all the same: several GPUs have to agree on the rows."""
         self._fixed = padding(most_requests, most_context, device, three=three)
 
     def run(self, batch: Batch) -> Tensor | None:
         """The forward pass of a batch, [L, hidden], good until the next one; None where no graph is for it."""
-        requests = len(batch.contexts)
-        if batch.seen or batch.adapters or batch.max_query != 1 or not batch.whole:
+        requests = len(batch.tokens)
+        if not batch.decoding or requests > self._sizes[-1]:
             return None
-        if not requests == len(batch.tokens) <= self._most:
-            return None
-        size = self._sizes[bisect_left(self._sizes, requests)]
+        size = self.padded(requests)
         recorded = self._recorded.get(size)
         fixed = recorded.batch if recorded else self._of_size(size)
         stage(batch, fixed)
@@ -98,12 +102,18 @@ class DecodeGraphs:
             recorded.replay()
             return recorded.result[:requests]
         result = self._forward(fixed)
-        self._add(size, fixed)
+        if size not in self._without:
+            self._add(size, fixed)
         return result[:requests]
+
+    def padded(self, requests: int) -> int:
+        """The size that so many requests are padded to."""
+        return self._sizes[bisect_left(self._sizes, requests)] if requests <= self._sizes[-1] else requests
 
     def record_next(self) -> bool:
         """Record the largest size that is not; False when there is none."""
-        size = next((s for s in reversed(self._sizes) if s not in self._recorded), None)
+        done = self._recorded.keys() | self._without
+        size = next((s for s in reversed(self._sizes) if s not in done), None)
         if size is None:
             return False
         fixed = self._of_size(size)
@@ -112,29 +122,23 @@ class DecodeGraphs:
         if fixed.rope_positions is not None:
             fixed.rope_positions.zero_()
         fixed.cells.fill_(-1)
-        try:
-            self._forward(fixed)  # compiles and loads every kernel it takes
-        except torch.OutOfMemoryError:
-            self._without(size)
-        else:
-            self._add(size, fixed)
+        self._add(size, fixed, new=True)
         return True
 
-    def _add(self, size: int, fixed: Batch) -> None:
+    def _add(self, size: int, fixed: Batch, *, new: bool = False) -> None:
+        """`new`: no step was computed in it."""
         try:
+            if new:
+                self._forward(fixed)  # compiles and loads every kernel it takes
             replay, result = self._record(lambda: self._forward(fixed))
         except torch.OutOfMemoryError:
-            self._without(size)
-            return
-        self._recorded[size] = Recorded(fixed, replay, result)
-
-    def _without(self, size: int) -> None:
-        self._sizes = tuple(s for s in self._sizes if s < size)
-        _log.warning("no memory for a CUDA graph of %d requests: steps of so many run without", size)
-
-    @property
-    def _most(self) -> int:
-        return self._sizes[-1] if self._sizes else 0
+            self._without.add(size)
+            _log.warning("no memory for a CUDA graph of %d requests: steps of so many run without", size)
+        except Exception:  # graphs only save time: where one cannot be recorded, none is tried again
+            self._without.update(self._sizes)
+            _log.exception("a CUDA graph of %d requests was not recorded: steps run without, and take longer", size)
+        else:
+            self._recorded[size] = Recorded(fixed, replay, result)
 
     def _of_size(self, size: int) -> Batch:
         """The first `size` requests of the fixed buffers."""

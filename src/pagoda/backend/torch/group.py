@@ -64,8 +64,8 @@ class SplitEmbedding:
         there = (tokens < self.first) | (tokens >= self.last)
         rows = self.own.rows((tokens - self.first).clamp(0, self.last - self.first - 1))
         rows = rows.masked_fill(there.unsqueeze(-1), 0)
-        if self.group.vectors > 1 and bool((tokens < 0).any()):
-            rows = F.pad(rows, (0, (self.group.vectors - 1) * rows.shape[1]))
+        if self.group.wide > 1:
+            rows = F.pad(rows, (0, (self.group.wide - 1) * rows.shape[1]))
         return self.group.sum(with_seen(rows, seen))
 
 
@@ -79,6 +79,7 @@ class SplitHead:
     group: Group
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        self.group.summed()
         logits = self.own(hidden)
         parts = self.group.gathered(F.pad(logits, (0, self.width - logits.shape[-1])))
         return torch.cat(parts, dim=-1)[:, : self.vocab_size].contiguous() if parts else logits
@@ -98,6 +99,7 @@ class Group(Team):
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=_FOREVER, **place)
         self._sums = self._gathers = 0  # done in this step
         self.vectors = 1  # of a token that stands for a part of an image
+        self.wide = 1  # vectors of each token in this step
         self._spare, self._widths, self._sums_of_step = torch.empty(0), (0, 0), 0
 
     def close(self) -> None:
@@ -131,26 +133,35 @@ class Group(Team):
         dist.gather(x, parts or None, dst=0)
         self._gathers += 1
 
-    def step(self, tokens: int, rows: int, work: Callable[[], _T]) -> _T:
-        """What comes of a step's work at this rank. OutOfMemoryError at each rank that had too little, and at rank 0
-        where any had: its result is of no use then, and all are ready for another step."""
+    def summed(self) -> None:
+        """All sums of a step are done: a graph that is replayed counts none."""
+        self._sums = self._sums_of_step
+
+    def step(self, fed: StepPlan | Fed, width: int, rows: int, work: Callable[[], _T]) -> _T:
+        """What comes of a step's work at this rank, which computes `width` tokens and `rows` of logits.
+
+        OutOfMemoryError at each rank that had too little, and at rank 0 where any had: its result is of no use then,
+        and all are ready for another step.
+        """
         self._sums = self._gathers = 0
+        self.wide = self.vectors if (fed.tokens < 0).any() else 1
         found: list[_T] = []
         with suppress(torch.OutOfMemoryError):
             found.append(work())
         if not found:  # what the work held is free now
-            self._attend(tokens, rows)
+            self._attend(width, rows)
         short = torch.tensor(int(not found))
         dist.reduce(short, 0, dist.ReduceOp.MAX)  # by gloo: while the device computes
         if not found or (self.rank == 0 and int(short)):
-            raise torch.OutOfMemoryError(f"a step of {tokens} tokens does not fit at one of {self.size} ranks")
+            raise torch.OutOfMemoryError(f"a step of {len(fed.tokens)} tokens does not fit at one of {self.size} ranks")
         return found[0]
 
     def _attend(self, tokens: int, rows: int) -> None:
         """Take part in what is left of a step, without memory of its own: the others would wait for this rank."""
         hidden, width = self._widths
         while self._sums < self._sums_of_step:
-            self.sum(self._spare[: tokens * hidden].zero_().view(tokens, hidden))
+            wide = hidden * (1 if self._sums else self.wide)
+            self.sum(self._spare[: tokens * wide].zero_().view(tokens, wide))
         while (first := self._gathers * MAX_ROWS) < rows:
             count = min(MAX_ROWS, rows - first)
             own = self._spare[: count * width].zero_().view(count, width)
@@ -176,7 +187,7 @@ class Group(Team):
         spec = decoder.spec
         width, rows = vocab_range(spec, 0, self.size)[1], MAX_ROWS if spec.pooling is None else 0
         one = decoder.embed(torch.zeros(1, dtype=torch.int64, device=decoder.cos_sin[0].device), ())
-        self._spare = one.new_empty(max(most_tokens * spec.hidden_size, rows * width))
+        self._spare = one.new_empty(max(most_tokens * spec.hidden_size * self.vectors, rows * width))
         self._widths, self._sums_of_step = (spec.hidden_size, width), 1 + 2 * len(spec.layers)
         return decoder
 

@@ -158,7 +158,7 @@ class ParallelExecutor(TorchExecutor):
         self.apart = True
         try:
             self.group.tell(plan)
-            pending = self.group.step(len(plan.tokens), rows, lambda: self._computed(plan, batch, turns))
+            pending = self.group.step(plan, self.width(plan), rows, lambda: self._computed(plan, batch, turns))
         except torch.OutOfMemoryError:
             self.apart = False
             raise
@@ -179,8 +179,8 @@ class ParallelExecutor(TorchExecutor):
         if not self.apart:
             self.group.tell(None)
         self.followers.end(kill=self.apart)
+        super().close()  # the end of the exchange waits for the graphs that have it in them
         self.group.close()
-        super().close()
 
 
 class ParallelCpuExecutor(ParallelExecutor):
@@ -211,7 +211,7 @@ def follow(executor: TorchExecutor, group: Group) -> None:
         while (fed := group.told()) is not None:
             rows = len(fed.rows) if executor.decoder.spec.pooling is None else 0
             try:
-                group.step(len(fed.tokens), rows, partial(_followed, executor, fed, rows))
+                group.step(fed, executor.width(fed), rows, partial(_followed, executor, fed, rows))
             except torch.OutOfMemoryError as error:
                 _log.warning("rank %d: %s", group.rank, error)
                 executor.release()

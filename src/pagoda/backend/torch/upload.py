@@ -122,12 +122,23 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
         rows=parcel["rows"],
         max_query=int(lengths.max(initial=0)),
         whole=np.array_equal(plan.rows, np.arange(len(plan.tokens))),
+        decoding=decoding(plan),
         max_context=max_context,
         types=None if second is None else parcel["types"],
         rope_positions=None if plan.rope_positions is None else parcel["rope_positions"],
         adapters=tuple((place, parcel[f"adapter.{place}"]) for place, _ in adapted),
         ahead=_ahead(plan.last_seen, positions, request_of),
     )
+
+
+def decoding(plan: StepPlan | Fed) -> bool:
+    """Every request has one token, which is a word, and wants its logits; none has an adapter."""
+    if isinstance(plan, StepPlan):
+        words = not plan.images and not adapter_rows(plan)
+    else:
+        words = bool(plan.tokens.min(initial=0) >= 0)
+    each = np.arange(len(plan.slots) + 1)
+    return words and np.array_equal(plan.starts, each) and np.array_equal(plan.rows, each[:-1])
 
 
 def _ahead(

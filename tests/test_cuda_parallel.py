@@ -1,0 +1,33 @@
+"""Two ranks on stand-ins for GPUs: the tokens of one, in graphs, and where one of them has too little memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import cuda_rank
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from cuda_stand_in import install
+from test_cuda_steps import ONE, answers, core_of, replays
+
+from pagoda.backend.torch import parallel
+
+
+@pytest.mark.parametrize("left", [None, pytest.param("20000", marks=pytest.mark.slow)])
+def test_two_ranks(left: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second GPU is another one than that of the threads which load; a rank without memory takes part in halves."""
+    write_checkpoint(tmp_path, "llama", **ONE)
+    wanted = answers(core_of(tmp_path, "torch-cpu"))
+    monkeypatch.setattr(parallel, "_COMMAND", (sys.executable, cuda_rank.__file__))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    if left is not None:
+        monkeypatch.setenv(cuda_rank.LEFT, left)
+    with install(monkeypatch, gpus=2) as gpu:
+        core = core_of(tmp_path, tensor_parallel_size=2)
+        assert answers(core) == wanted
+        assert replays(gpu) >= 3 and not gpu.gpus[1].peak
+        core.close()
+        assert not torch.distributed.is_initialized()
