@@ -52,6 +52,10 @@ class StandIn(TorchDispatchMode):
         self.stream: Stream | None = None  # beside the device's own
         self._own = threading.local()
 
+    def begin_thread(self) -> None:
+        self.__enter__()
+        torch.inference_mode().__enter__()  # where operations are seen before they are taken apart
+
     @property
     def here(self) -> Gpu:
         return self.gpus[self.index]
@@ -215,9 +219,9 @@ class StandIn(TorchDispatchMode):
         if there is to:
             there.held.copy_(host)
             if pinned:
-                gpu.late.append(Late(host, None, checksum(host)))
+                gpu.add(Late(host, None, checksum(host)))
         elif pinned:
-            gpu.late.append(Late(host, there.held.to(host.dtype, copy=True), 0))
+            gpu.add(Late(host, there.held.to(host.dtype, copy=True), 0))
             poison(host)
         else:
             with torch.inference_mode():
@@ -325,6 +329,7 @@ def install(patch: pytest.MonkeyPatch, gpus: int = 1, total_bytes: int = 1 << 30
     for name, value in {
         "_lazy_init": lambda: None,
         "is_initialized": lambda: True,
+        "get_arch_list": lambda: ["sm_90"],
         "set_stream": set_stream,
         "is_available": lambda: True,
         "device_count": lambda: gpus,
@@ -357,7 +362,7 @@ def install(patch: pytest.MonkeyPatch, gpus: int = 1, total_bytes: int = 1 << 30
         return values if device is None else values.to(device)
 
     patch.setattr(torch, "tensor", made)
-    patch.setattr(load, "ThreadPoolExecutor", lambda n: ThreadPoolExecutor(n, initializer=mode.__enter__))
+    patch.setattr(load, "ThreadPoolExecutor", lambda n: ThreadPoolExecutor(n, initializer=mode.begin_thread))
     patch.setattr(convert, "_CHUNK_BYTES", 1 << 12)
     patch.setattr(device, "gpu_of", lambda place: launch.H200)
     patch.setattr(launch, "gpu_of", lambda place: launch.H200)

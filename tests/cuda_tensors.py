@@ -147,19 +147,24 @@ class Gpu:
         with self.lock:
             self.allocated -= nbytes
 
+    def add(self, copy: Late) -> None:
+        with self.lock:
+            self.late.append(copy)
+
     def wait(self, until: int | None = None) -> None:
         """For all copies, or so many since the start."""
         if self.graph is not None:
             raise Forbidden("a recording waits for the device")
-        count = len(self.late) if until is None else max(0, until - self.arrived)
-        for copy in self.late[:count]:
-            if copy.data is not None:
-                with torch.inference_mode():
-                    copy.host.copy_(copy.data)
-            elif checksum(copy.host) != copy.sum:
-                raise Forbidden("pinned memory was written before its copy to the device was waited for")
-        del self.late[:count]
-        self.arrived += count
+        with self.lock:
+            count = len(self.late) if until is None else max(0, until - self.arrived)
+            for copy in self.late[:count]:
+                if copy.data is not None:
+                    with torch.inference_mode():
+                        copy.host.copy_(copy.data)
+                elif checksum(copy.host) != copy.sum:
+                    raise Forbidden("pinned memory was written before its copy to the device was waited for")
+            del self.late[:count]
+            self.arrived += count
 
 
 class Event:

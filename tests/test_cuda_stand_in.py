@@ -20,7 +20,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 
 
 def values() -> torch.Tensor:
-    return torch.arange(6.0).to("cuda")
+    return torch.arange(6.0).to("cuda:0")
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,8 @@ def values() -> torch.Tensor:
         lambda x: x.tolist(),
         lambda x: x[x > 2],
         lambda x: torch.nonzero(x),
-        lambda x: torch.tensor([1.0]).to("cuda"),
-        lambda x: torch.empty(2, pin_memory=True).to("cuda", non_blocking=True),
+        lambda x: torch.tensor([1.0]).to("cuda:0"),
+        lambda x: torch.empty(2, pin_memory=True).to("cuda:0", non_blocking=True),
         lambda x: x[torch.tensor([1, 2])],
         lambda x: torch.cuda.synchronize(),
     ],
@@ -46,7 +46,7 @@ def test_what_a_recording_may_not_do_and_a_step_may(work: Work, gpu: StandIn) ->
 
 
 def test_a_replay_computes_in_the_same_memory(gpu: StandIn) -> None:
-    x, total, graph = values(), torch.zeros(6, device="cuda"), torch.cuda.CUDAGraph()
+    x, total, graph = values(), torch.zeros(6, device="cuda:0"), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         doubled = x * 2
         total += doubled
@@ -113,12 +113,12 @@ def test_devices_do_not_mix(gpu: StandIn) -> None:
 
 
 def test_memory_is_counted(gpu: StandIn) -> None:
-    x = torch.empty(1000, device="cuda")
+    x = torch.empty(1000, device="cuda:0")
     assert x.cpu().isnan().all() and torch.cuda.memory_allocated() == 4096
     y = x[:500]
     del x
     assert torch.cuda.memory_allocated() == 4096
     with pytest.raises(torch.OutOfMemoryError):
-        torch.zeros(1 << 18, device="cuda")
+        torch.zeros(1 << 18, device="cuda:0")
     del y
     assert torch.cuda.memory_allocated() == 0 and torch.cuda.max_memory_reserved() == 4096

@@ -18,7 +18,7 @@ from pagoda.backend.torch import load
 from pagoda.backend.torch.executor import TorchExecutor
 from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
-from pagoda.errors import MemoryShort
+from pagoda.errors import ConfigError, MemoryShort
 from pagoda.types import Request, SamplingParams
 
 PROMPTS = ([3, 4, 5, 6, 7, 8, 9], [8, 9, 3], [12, 13, 14, 15, 16])
@@ -30,7 +30,7 @@ def core_of(path: Path, device: str = "cuda", **changes: Any) -> EngineCore:
     return EngineCore(EngineConfig(model=str(path), device=device, dtype="float32", speculation=None, **table))
 
 
-def answers(core: EngineCore, cases: list[dict[str, Any]] | None = None, tokens: int = 4) -> list[list[Any]]:
+def answers(core: EngineCore, cases: list[dict[str, Any]] | None = None, tokens: int = 3) -> list[list[Any]]:
     """The tokens of requests that begin and end at different steps."""
     for i, (prompt, own) in enumerate(zip(PROMPTS, cases or [{}] * len(PROMPTS), strict=True)):
         params = {"temperature": 0.0, "max_tokens": tokens + i, "seed": i, "ignore_eos": True, **own}
@@ -75,18 +75,17 @@ def latent(path: Path) -> None:
 
 
 MODELS: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
-    "int4": (lambda path: write_checkpoint(path, "qwen3", **ONE), {"quantization": "int4"}),
-    "fp8": (lambda path: write_checkpoint(path, "qwen3", **ONE), {"quantization": "fp8"}),
-    "int8": (lambda path: write_checkpoint(path, "qwen3", **ONE), {"quantization": "int8"}),
+    "slow int4": (lambda path: write_checkpoint(path, "qwen3", **ONE), {"quantization": "int4"}),
+    "slow int8": (lambda path: write_checkpoint(path, "qwen3", **ONE), {"quantization": "int8"}),
     "experts": (lambda path: write_checkpoint(path, "qwen3-experts", **ONE), {}),
-    "gpt-oss": (lambda path: write_checkpoint(path, "gpt-oss", **ONE), {}),
-    "gemma": (lambda path: write_checkpoint(path, "gemma2", **ONE), {}),
+    "slow gpt-oss": (lambda path: write_checkpoint(path, "gpt-oss", **ONE), {}),
+    "slow gemma": (lambda path: write_checkpoint(path, "gemma2", **ONE), {}),
     "hybrid": (lambda path: write_checkpoint(path, "qwen3.5", num_hidden_layers=2, full_attention_interval=2), {}),
     "latent": (latent, {}),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "slow" in n else n for n in MODELS])
 def test_a_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in chunks beside requests that decode, then steps in graphs of three sizes."""
     write, options = MODELS[name]
@@ -97,7 +96,7 @@ def test_a_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         gpu.waits.clear()
         assert answers(core) == wanted
         assert not gpu.waits, gpu.waits[0]
-        assert len(gpu.graphs) == 3 and replays(gpu) >= 3
+        assert len(gpu.graphs) == 3 and replays(gpu) >= 2
         torch.cuda.synchronize()
 
 
@@ -189,9 +188,9 @@ def test_where_graphs_cannot_be_recorded_steps_go_on(
 
 
 def test_the_cache_takes_what_is_left(floats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    total = 8 << 20
+    total = 2 << 20
     with install(monkeypatch, total_bytes=total) as gpu:
-        core = core_of(floats, num_blocks=None, memory_share=0.5, enforce_eager=True)
+        core = core_of(floats, num_blocks=None, max_num_seqs=8, max_model_len=256, memory_share=0.5)
         capacity = executor_of(core).capacity
         assert capacity.device.startswith("cuda (Stand-in, float32)")
         whole = capacity.weight_bytes + capacity.kv_bytes + capacity.activation_bytes
@@ -201,7 +200,7 @@ def test_the_cache_takes_what_is_left(floats: Path, monkeypatch: pytest.MonkeyPa
         core.close()
     with install(monkeypatch, total_bytes=total) as gpu:
         gpu.here.held_bytes = total * 7 // 16
-        with pytest.raises(MemoryShort, match=r"3\.50 MiB are held by .*the driver"):
+        with pytest.raises(MemoryShort, match=r"0\.9 MiB are held by .*the driver"):
             core_of(floats, num_blocks=None, memory_share=0.5)
 
 
@@ -215,6 +214,16 @@ def test_memory_that_runs_out_while_a_model_is_loaded(floats: Path, monkeypatch:
 
         monkeypatch.setattr(load.Converter, "send", taken)
         with pytest.raises(MemoryShort, match="ran out while the model was loaded"):
+            core_of(floats)
+
+
+def test_a_gpu_that_does_not_compute(floats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device")
+
+    with install(monkeypatch) as gpu:
+        monkeypatch.setattr(gpu, "wait", refused)
+        with pytest.raises(ConfigError, match=r"Stand-in does not compute: .* no kernel image .* made for sm_90"):
             core_of(floats)
 
 

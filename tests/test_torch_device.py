@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import engine_tiny
 import pytest
 import torch
 
 from pagoda.arch.registry import load_spec
+from pagoda.backend import select
 from pagoda.backend.base import Limits
 from pagoda.backend.select import load_executor, resolve_device
 from pagoda.backend.torch import device
@@ -58,6 +60,23 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     assert resolve_device("auto", spec) == "cpu" and resolve_device("cuda", spec) == "cuda"
     with pytest.raises(ConfigError, match=r"--device cuda: this PyTorch .*Use --device cpu|finds no GPU"):
         load_executor("cuda", spec, source, LIMITS)
+
+
+def test_why_pytorch_finds_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Its own words, which name an old driver, for instance."""
+    spec = load_spec(open_source(engine_tiny.write(tmp_path / "tiny")))
+
+    def fail() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040).")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    monkeypatch.setattr(select, "_GPU_FILES", (str(tmp_path),))
+    assert resolve_device("auto", spec) == "cpu"
+    assert "finds no GPU: The NVIDIA driver on your system is too old (found version 11040).: the CPU" in caplog.text
+    with pytest.raises(ConfigError, match="too old"):
+        device.open_device(True)
 
 
 def generate(config: EngineConfig, prompts: list[str], **params: object) -> list[list[int]]:

@@ -58,7 +58,9 @@ def resolve_device(device: str, spec: ModelSpec) -> str:
     if importlib.util.find_spec("torch") is None:
         _log.info("an NVIDIA GPU is here and PyTorch is not: the CPU computes. To use the GPU: %s", _EXTRA)
         return "cpu"
-    return "cuda" if _imported("pagoda.backend.torch.device").gpu_is_there() else "cpu"
+    if why := _imported("pagoda.backend.torch.device").no_gpu():
+        _log.warning("an NVIDIA GPU is here, and %s: the CPU computes", why)
+    return "cpu" if why else "cuda"
 
 
 def load_executor(

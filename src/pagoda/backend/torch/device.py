@@ -56,23 +56,52 @@ class Room:
     share: float
 
 
-def gpu_is_there() -> bool:
-    """PyTorch sees a GPU that it can compute on."""
-    return torch.cuda.is_available()
+def no_gpu() -> str:
+    """Why PyTorch computes on no GPU here; nothing where it does."""
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    try:
+        torch.cuda.init()  # says why: no driver, one too old, ...
+    except RuntimeError as error:
+        return f"PyTorch finds no GPU: {_short(error)}"
+    return "PyTorch finds no GPU"
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def open_device(cuda: bool) -> Device:
     """The current GPU, or the CPU. Raises ConfigError where there is no GPU, or none to compile for it."""
     if not cuda:
         return Device(torch.device("cpu"), "PyTorch on the CPU", None)
-    if not gpu_is_there():
-        why = "this PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch finds no GPU"
+    if why := no_gpu():
         cure = "Use --device cpu" + (", or install a PyTorch with CUDA" if torch.version.cuda is None else "")
         raise ConfigError(f"--device cuda: {why}", remedy=cure, param="device")
     index = torch.cuda.current_device()
     device = torch.device("cuda", index)
+    found = Device(device, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+    _try(found)
     _ready_to_compile(device)
-    return Device(device, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+    return found
+
+
+def _try(found: Device) -> None:
+    """Raises ConfigError for a GPU that is there and does not compute: of a generation that this PyTorch does not know,
+    taken by one process alone, broken."""
+    try:
+        torch.zeros(8, device=found.device).add_(1).sum().item()
+    except torch.OutOfMemoryError:
+        return  # how much there is, and who has it, is said when it is asked for
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--device cuda: {found.name} does not compute: {_short(error)}",
+            remedy=f"See `nvidia-smi`; this PyTorch is made for {', '.join(torch.cuda.get_arch_list())}: where the GPU "
+            "is another, install one that is made for it. Or use --device cpu",
+            param="device",
+        ) from error
 
 
 def _ready_to_compile(device: torch.device) -> None:

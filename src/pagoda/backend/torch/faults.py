@@ -47,7 +47,7 @@ def errors_told(work: str) -> Iterator[None]:
 def broken() -> bool:
     """Whether the GPU serves this process no more: Triton and cuBLAS say a fault in words of their own."""
     try:
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
     except RuntimeError:
         return True
