@@ -21,8 +21,8 @@ from pagoda.arch.lora import read_adapter
 from pagoda.arch.registry import load_spec
 from pagoda.backend.base import Limits
 from pagoda.backend.torch.executor import TorchCpuExecutor, TorchExecutor
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Request, SamplingParams
 from pagoda.weights.lora import find_adapter
 from pagoda.weights.open import open_source

@@ -16,9 +16,9 @@ from deepseek_cases import write_case
 
 from pagoda.backend.torch import load
 from pagoda.backend.torch.executor import TorchExecutor
-from pagoda.config import EngineConfig
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, MemoryShort
+from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Request, SamplingParams
 
 PROMPTS = ([3, 4, 5, 6, 7, 8, 9], [8, 9, 3], [12, 13, 14, 15, 16])
