@@ -266,10 +266,12 @@ class SideStream(Stream):
 
 @contextlib.contextmanager
 def _use(stream: Stream) -> Iterator[None]:
-    """Like torch.cuda.stream, but that it does not go back where the block fails: a recording does not either."""
+    """See torch.cuda.stream."""
     current().stream = stream
-    yield
-    current().stream = None
+    try:
+        yield
+    finally:
+        current().stream = None
 
 
 def _properties(gpu: Gpu) -> SimpleNamespace:
@@ -368,6 +370,7 @@ def install(patch: pytest.MonkeyPatch, gpus: int = 1, total_bytes: int = 1 << 30
     patch.setattr(launch, "gpu_of", lambda place: launch.H200)
     patch.setenv(launch.AHEAD, "0")
     _exchanges(patch)
+    launch._counters.cache_clear()
     own = interpreter.GridExecutor.__call__
     patch.setattr(interpreter.GridExecutor, "__call__", lambda self, *a, **k: mode.launched(own, self, a, k))
     return mode

@@ -15,6 +15,7 @@ from cuda_stand_in import StandIn, install
 from deepseek_cases import write_case
 
 from pagoda.backend.torch import load
+from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.executor import TorchExecutor
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, MemoryShort
@@ -150,8 +151,16 @@ def test_a_step_without_memory_is_cut(floats: Path, monkeypatch: pytest.MonkeyPa
     with install(monkeypatch) as gpu:
         core = core_of(floats)
         own = executor_of(core)
-        here = gpu.here
-        here.held_bytes = here.total_bytes - here.allocated - own.capacity.activation_bytes // 3
+        here, hidden = gpu.here, own.hidden
+
+        def scarce(batch: Batch) -> torch.Tensor:
+            here.held_bytes = here.total_bytes - here.allocated - 4096 if len(batch.tokens) > 5 else 0
+            try:
+                return hidden(batch)
+            finally:
+                here.held_bytes = 0
+
+        monkeypatch.setattr(own, "hidden", scarce)
         assert answers(core) == wanted
         assert own._most_tokens == 4 and "no memory for a step of 8 tokens" in caplog.text
 
