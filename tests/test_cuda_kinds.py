@@ -44,6 +44,7 @@ def seen(path: Path, device: str) -> list[list[int]]:
     return found
 
 
+@pytest.mark.slow
 def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their steps run without graphs, those that generate behind them in graphs, with three positions a token."""
     vl_tiny.write(tmp_path, "qwen2_5_vl")

@@ -16,6 +16,7 @@ from test_cuda_steps import ONE, answers, core_of, replays
 from pagoda.backend.torch import parallel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("short", [False, True])
 def test_two_ranks(short: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second GPU is another one than that of the threads which load. Where it has too little memory, in a prompt

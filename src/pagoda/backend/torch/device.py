@@ -63,7 +63,7 @@ def no_gpu() -> str:
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
     try:
-        torch.cuda.init()  # says why: no driver, one too old, ...
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # says why: no driver, one too old, ...
     except RuntimeError as error:
         return f"PyTorch finds no GPU: {_short(error)}"
     return "PyTorch finds no GPU"
