@@ -16,7 +16,7 @@ import pytest
 
 from pagoda import __version__
 from pagoda.cli.inputs import load, read_config, split
-from pagoda.cli.main import main
+from pagoda.cli.main import guarded, main
 from pagoda.cli.model import sampling_defaults
 from pagoda.cli.screen import ProgressLine, size, table
 from pagoda.deploy.download.find_model import check_format, find_model
@@ -59,7 +59,8 @@ def test_version_tells_the_kernels(capsys: pytest.CaptureFixture[str], monkeypat
         (("srve",), 78, "pagoda serve"),
         (("serve", "--prot", "1"), 78, "--port"),
         (("serve", "--port", "0", "--model", "/nowhere/a", "--model", "b"), 65, "/nowhere/a"),
-        (("serve", "-tp", "2"), 78, "only 1 works"),
+        (("serve", "--port", "0", "-tp", "2"), 78, "only 1 works"),
+        (("serve", "--port", "0", "--api-key", ""), 78, "--api-key is empty"),
         (("serve", "--config", "/nowhere.json"), 78, "/nowhere.json"),
         (("serve", "--config"), 78, "FILE"),
         (("serve", "/nowhere/model", "--port", "0"), 65, "/nowhere"),
@@ -326,3 +327,13 @@ def test_screen(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_names_of_ollama_work(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pagoda chat" in run(capsys, "run", "--help")[1]
     assert "pagoda list" in run(capsys, "ls", "--help")[1]
+
+
+def test_a_full_disk_is_no_error_of_pagoda(capsys: pytest.CaptureFixture[str]) -> None:
+    def write() -> int:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+        return 0
+
+    assert guarded(write) == 74
+    assert "cannot write" in capsys.readouterr().err

@@ -370,6 +370,20 @@ def test_what_docker_tells() -> None:
     assert state_of(["created", "0", "0001-01-01T00:00:00Z", "starting"]).word == "stopped"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?",
+        "docker.errors.DockerException: Error while fetching server API version: ('Connection aborted.', ...)",
+        "permission denied while trying to connect to the Docker daemon socket at unix:///var/run/docker.sock",
+    ],
+)
+def test_a_docker_that_does_not_answer(words: str) -> None:
+    with pytest.raises(ConfigError, match="Docker does not answer") as caught:
+        disk.call("sh", "-c", 'echo "$0" >&2; exit 1', words)
+    assert "systemctl start docker" in caught.value.remedy
+
+
 def test_the_words_of_docker_that_say_why(tmp_path: Path) -> None:
     said = "Creating x\n\nERROR: for x  Cannot start service x: no such device\nEncountered errors while bringing up."
     with pytest.raises(ConfigError, match="sh failed: ERROR: for x  Cannot start service x: no such device"):

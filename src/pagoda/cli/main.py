@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -35,6 +36,8 @@ COMMANDS = MappingProxyType(
 
 _OTHER_NAMES = MappingProxyType({"collect-env": "doctor", "run": "chat", "ls": "list"})
 """What vLLM and Ollama call a command that has another name here."""
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 HELP = """\
 pagoda: LLM inference and serving
@@ -86,6 +89,10 @@ def guarded(action: Callable[[], int]) -> int:
             if error.remedy:
                 print(f"  {error.remedy}", file=sys.stderr)
             return error.exit_code
+        if isinstance(error, OSError) and error.errno in _DISK:
+            print(f"pagoda: cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+            print("  Make room there, or name a folder on another disk", file=sys.stderr)
+            return 74
         print(f"pagoda: an error of Pagoda itself: {type(error).__name__}: {error}", file=sys.stderr)
         print("  Run it again with PAGODA_DEBUG=1 to see where, and report that", file=sys.stderr)
         return PagodaError.exit_code

@@ -23,6 +23,12 @@ def check(settings: Settings) -> None:
     """Refuse what is well written and cannot be done on this machine; before the port and the model are touched."""
     options = settings.options
     speculation_from(options.speculative_config)
+    if not all(key.strip() for key in options.api_key):
+        raise ConfigError(
+            "--api-key is empty: with it everybody could use this server",
+            remedy="Give a key (is the variable set that should hold it?), or leave --api-key out",
+            param="api_key",
+        )
     if options.device in ("cpu", "reference"):  # of auto the engine knows more
         check_one_device(options.tensor_parallel_size)
     quantization = options.quantization

@@ -158,9 +158,9 @@ def save(service: Service, more: Mapping[Path, str]) -> None:
             path.write_text(text, "utf-8")
             path.chmod(0o644)
     except OSError as error:
-        raise ConfigError(
-            f"{error.filename} cannot be written: {error.strerror}", remedy="As root: sudo; or add --user"
-        ) from None
+        root = service.via == "systemd" and isinstance(error, PermissionError)
+        remedy = "As root: sudo; or add --user" if root else "Set XDG_CONFIG_HOME to a folder you may write to"
+        raise ConfigError(f"{error.filename} cannot be written: {error.strerror}", remedy=remedy) from None
 
 
 def write_private(path: Path, text: str) -> None:
@@ -186,6 +186,9 @@ def load(folder: Path) -> Service:
     return Service(name=folder.name, via=about.pop("via"), folder=folder, options=options, about=about)
 
 
+_NO_DOCKER = ("Cannot connect to the Docker daemon", "Error while fetching server API version", "docker.sock")
+
+
 def call(*command: str, needs: str = "") -> str:
     """What a command prints; ConfigError with its own last words where it fails."""
     try:
@@ -195,5 +198,10 @@ def call(*command: str, needs: str = "") -> str:
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines() or [""]
         words = next((line for line in reversed(lines) if "ERROR: " in line), lines[-1])
+        if any(sign in words for sign in _NO_DOCKER):
+            raise ConfigError(
+                "Docker does not answer: its service is stopped, or this user may not use it",
+                remedy='Start it: sudo systemctl start docker, or: sudo usermod -aG docker "$USER" and log in again',
+            )
         raise ConfigError(f"{command[0]} failed: {words}", remedy=needs or f"Try it: {shlex.join(command)}")
     return done.stdout
