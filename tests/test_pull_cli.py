@@ -16,10 +16,13 @@ from pagoda.cli.model import local_model
 from pagoda.cli.pull import Meter
 from pagoda.cli.words import read_words
 from pagoda.deploy.download.transfer import Progress
-from pagoda.errors import ConfigError
+from pagoda.errors import ConfigError, ModelError
+from pagoda.integrations.llm import LLM, model_here
 from pagoda.options.config import Options
 
 FILES = {"config.json": b"{}", "model.safetensors": b"\x01" * 300_000, "tokenizer.json": b"{}"}
+
+HUGGINGFACE_CLI = ("--local-dir-use-symlinks", "False", "--resume-download")
 
 
 @pytest.fixture
@@ -90,7 +93,9 @@ def test_serve_fetches_into_download_dir(hub: Hub, tmp_path: Path) -> None:
 
 def test_local_dir(capsys: pytest.CaptureFixture[str], hub: Hub, tmp_path: Path) -> None:
     target = tmp_path / "here" / "model"
-    code, out, _ = run(capsys, "pull", REPO, "--local-dir", str(target), "--exclude", "tokenizer.json")
+    code, out, _ = run(
+        capsys, "pull", REPO, "--local-dir", str(target), "--exclude", "tokenizer.json", *HUGGINGFACE_CLI
+    )
     assert code == 0 and out == str(target)
     assert sorted(path.name for path in target.iterdir()) == [".cache", "config.json", "model.safetensors"]
     (target / "config.json").write_text("[]")
@@ -140,3 +145,20 @@ def test_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meter(progress) == "512 MiB of 1.0 GiB, 268.4 MB/s, 0:02 left"
     progress.bytes_got += 1
     assert "MiB of" in meter(progress)
+
+
+def test_a_model_in_python_is_fetched_on_first_use(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    path = model_here(REPO)
+    check_published(hub, Path(path))
+    assert f"{REPO}: 100 % of 0 MiB" in capsys.readouterr().err
+    asked = len(hub.seen)
+    assert model_here(REPO) == path and len(hub.seen) == asked
+    with pytest.raises(ModelError):  # {} is no configuration: it was found, and opened
+        LLM(REPO)
+
+
+def test_a_model_in_python_is_not_fetched_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="pagoda pull"):
+        model_here(REPO)
+    assert model_here("./nowhere") == "./nowhere" and not hub.seen

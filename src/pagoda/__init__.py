@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pagoda.engine.beams import BeamSearchParams
-    from pagoda.engine.llm import LLM
     from pagoda.engine.llm_adapters import LoRARequest
     from pagoda.engine.outputs import CompletionOutput, RequestOutput
     from pagoda.engine.pooled import (
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
         PoolingRequestOutput,
         ScoringRequestOutput,
     )
+    from pagoda.integrations.llm import LLM
     from pagoda.types import PoolingParams, SamplingParams, StructuredOutputsParams
 
 __all__ = [
@@ -37,7 +37,7 @@ __version__ = "0.1.0"
 
 _HOMES = MappingProxyType(
     {
-        "LLM": "pagoda.engine.llm",
+        "LLM": "pagoda.integrations.llm",
         "BeamSearchParams": "pagoda.engine.beams",
         "ClassificationRequestOutput": "pagoda.engine.pooled",
         "CompletionOutput": "pagoda.engine.outputs",

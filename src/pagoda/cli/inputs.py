@@ -58,7 +58,9 @@ def read_config(path: str) -> Mapping[str, Any]:
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except OSError as error:
-        raise ConfigError(f"The config file {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(
+            f"The config file {path} cannot be read: {error.strerror}", remedy="Look at --config FILE"
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"The config file {path} is not text in UTF-8") from None
     content = _parse_json(path, text) if text.lstrip().startswith("{") else _parse_yaml(path, text)

@@ -42,12 +42,14 @@ what is in it); tokenizer and configuration; never code.
 Variables: HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE, MODELSCOPE_CACHE, MODELSCOPE_ENDPOINT,
 MODELSCOPE_API_TOKEN, HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE
 """
-OPTIONS = ("source", "revision", "local-dir", "include", "exclude")
+# The last of each are huggingface-cli's, in many guides: what they ask for is always so.
+OPTIONS = ("source", "revision", "local-dir", "include", "exclude", "local-dir-use-symlinks")
+SWITCHES = ("help", "token-to-mirror", "resume-download")
 
 
 def run(argv: list[str]) -> int:
     """The command; the result is the exit code."""
-    words = read_words("pull", argv, OPTIONS, ("help", "token-to-mirror"), {"-h": "help"})
+    words = read_words("pull", argv, OPTIONS, SWITCHES, {"-h": "help"})
     if "help" in words.switches:
         print(HELP, end="")
         return 0

@@ -24,8 +24,8 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from pagoda.engine.llm import LLM
 from pagoda.errors import BadRequest
+from pagoda.integrations.llm import LLM
 from pagoda.integrations.turn import Piece, Turn
 from pagoda.types import PoolingParams, SamplingParams
 
