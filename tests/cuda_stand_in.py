@@ -54,7 +54,8 @@ class StandIn(TorchDispatchMode):
 
     def begin_thread(self) -> None:
         self.__enter__()
-        torch.inference_mode().__enter__()  # where operations are seen before they are taken apart
+        self._own.inference = torch.inference_mode()  # where operations are seen before they are taken apart
+        self._own.inference.__enter__()
 
     @property
     def here(self) -> Gpu:
