@@ -31,7 +31,7 @@ def cases(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[tup
     logits = torch.randn(5, 9000, device=device).to(dtype)
     yield "rms_norm", lambda: ops.rms_norm(x, norm, 1e-6)
     yield "add_rms_norm", lambda: ops.add_rms_norm(x, residual, norm, 1e-6)[0]
-    yield "silu_mul", lambda: ops.silu_mul(x)
+    yield "silu_mul", lambda: ops.gated(x, "silu")
     yield "told", lambda: ops.told(torch.tensor([7, -2, -1, 3], dtype=torch.int32, device=device), picked)
     yield "greedy", lambda: greedy(logits, free)[0] if ops.on_gpu(logits) else logits.argmax(-1)
     for name, top_k, top_p in (("all", 0, 1.0), ("a top-k", 20, 0.9), ("a top-p", 0, 0.8)):
@@ -102,7 +102,7 @@ def cases(dtype: torch.dtype, device: torch.device, small: bool) -> Iterator[tup
                 label = f"norm_matmul {name}{' gated' * gated}"
                 yield (
                     label,
-                    lambda w=weight, g=gated: ops.norm_matmul(row, before, factor.float()[0], 1e-6, w, gated=g)[0],
+                    lambda w=weight, g=gated: ops.norm_matmul(row, before, factor.float()[0], 1e-6, w, gate=g)[0],
                 )  # type: ignore[misc]
     experts = Dense(torch.randn(4, n, k, device=device).to(dtype))
     rows_of = torch.tensor([0, 3, 3, 24, 30], dtype=torch.int32, device=device)

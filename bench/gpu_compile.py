@@ -49,7 +49,7 @@ GPUS = {
     120: ("RTX 50", Gpu(170, 99 << 10, (12, 0))),
 }
 BF16, F32 = torch.bfloat16, torch.float32
-MODELS = ("Qwen3-0.6B", "Qwen3-8B", "Qwen3-8B-FP8", "Qwen3-32B-AWQ", "Qwen3-30B-A3B")
+MODELS = ("Qwen3-0.6B", "Qwen3-8B", "Qwen3-8B-FP8", "Qwen3-32B-AWQ", "Qwen3-30B-A3B", "gpt-oss-20b")
 TINY = ("tiny", "tiny-experts")
 
 

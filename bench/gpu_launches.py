@@ -44,7 +44,7 @@ from pagoda.types import StepPlan
 
 META = torch.device("meta")
 CONTEXT = 1024
-NAMES = ("Qwen3-0.6B", "Qwen3-8B", "Qwen3-8B-FP8", "Qwen3-32B-AWQ", "Qwen3-30B-A3B")
+NAMES = ("Qwen3-0.6B", "Qwen3-8B", "Qwen3-8B-FP8", "Qwen3-32B-AWQ", "Qwen3-30B-A3B", "gpt-oss-20b")
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
 
 

@@ -37,9 +37,13 @@ STORED: dict[str, Row] = {
     "float": {},
     "w4": {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}},
     "fp8": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [GROUP, GROUP]}},
+    "mxfp4": {"quantization_config": {"quant_method": "mxfp4"}},
 }
 EXPERTS = {"model_type": "qwen3_moe", "norm_topk_prob": True, "num_experts": 128, "num_experts_per_tok": 8}
 LLAMA3 = {**qwen3(4096, 32, 32, 14336), "model_type": "llama", "vocab_size": 128256, "rope_theta": 5e5}
+GPT_OSS = {**qwen3(2880, 24, 64, 2880), "model_type": "gpt_oss", "head_dim": 64, "vocab_size": 201088,
+           "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "rope_theta": 150000,
+           "rms_norm_eps": 1e-5}  # fmt: skip
 MODELS: dict[str, tuple[dict[str, Any], Any]] = {
     "Qwen3-0.6B": (qwen3(1024, 28, 16, 3072, tie_word_embeddings=True), "float"),
     "Qwen3-8B": (qwen3(4096, 36, 32, 12288), "float"),
@@ -48,6 +52,7 @@ MODELS: dict[str, tuple[dict[str, Any], Any]] = {
     "Qwen3-4B": (qwen3(2560, 36, 32, 9728, tie_word_embeddings=True), "float"),
     "Llama-3-8B": (LLAMA3, "float"),
     "Qwen3-30B-A3B": (qwen3(2048, 48, 32, 6144, num_key_value_heads=4, moe_intermediate_size=768, **EXPERTS), "float"),
+    "gpt-oss-20b": (GPT_OSS, "mxfp4"),
 }
 TINY = qwen3(64, 1, 4, 64, head_dim=32, num_key_value_heads=2, vocab_size=500, tie_word_embeddings=True)
 TINY_MODELS: dict[str, tuple[dict[str, Any], Any]] = {

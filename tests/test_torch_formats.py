@@ -19,7 +19,7 @@ from torch_models import PLAN, expected, load, logits, reference, relative
 from pagoda.arch.registry import bind, load_spec
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.convert import Converter, Target, make_f8, make_i8, make_w4, make_w8
-from pagoda.backend.torch.packs import F8, I8, W4, W8, Dense
+from pagoda.backend.torch.packs import F8, I8, M4, W4, W8, Dense
 from pagoda.backend.torch.size import weight_bytes
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ConfigError, ModelError
@@ -56,7 +56,7 @@ def test_gguf_blocks_keep_their_numbers(kind: str) -> None:
     values[4] = 0
     stored = Tensor("w", values.shape, kind, encode(values, kind))
     weight = Converter(TARGET).weight(stored)
-    assert isinstance(weight, W4 if FORMS[kind][0] == 4 else W8)
+    assert isinstance(weight, M4 if kind == "MXFP4" else W4 if FORMS[kind][0] == 4 else W8)
     np.testing.assert_allclose(weight.floats().numpy(), dequantize(stored), rtol=1e-5, atol=2e-6)
     assert weight_bytes({"layers.0.o": stored}, TARGET) == taken(weight)
 

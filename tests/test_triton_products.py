@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pagoda.arch.spec import Experts
 from pagoda.backend.torch import ops
-from pagoda.backend.torch.kernels import launch, matmul
+from pagoda.backend.torch.kernels import activation, launch, matmul
 from pagoda.backend.torch.kernels.tuning import Tile
 from pagoda.backend.torch.model import Mixture
-from pagoda.backend.torch.packs import F8, FP8, I8, W4, W8, Dense, Weight, pack_w4
+from pagoda.backend.torch.packs import F8, FP8, I8, M4, W4, W8, Dense, Weight, pack_w4, packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -43,6 +43,8 @@ def weights(n: int, k: int, *experts: int) -> dict[str, Weight]:
     return {
         "dense": Dense(torch.randn(*experts, n, k, device=DEVICE)),
         "w4": pack_w4(four, scales(*groups), codes(0, 16, *groups, dtype=torch.float)),
+        "w4 whole": pack_w4(four, scales(*groups), codes(0, 17, *groups, dtype=torch.float), whole=True),
+        "m4": M4(packed(four), codes(120, 131, *groups, dtype=torch.uint8), k),
         "w4 by row": pack_w4(four, scales(*experts, 1, n), scales(*experts, 1, n)),
         "w8": W8(codes(-127, 128, *eight, dtype=torch.int8), scales(*groups)),
         "w8 by 16": W8(codes(-127, 128, *eight, dtype=torch.int8), scales(*small)),
@@ -76,11 +78,12 @@ def test_four_bits_in_groups_of_any_size(group: int, dtype: torch.dtype) -> None
     k = 288 if group == 96 else 512
     groups = k // group if group else 1
     steps, zeros = scales(groups, 40) / 8, codes(0, 16, groups, 40, dtype=torch.float)
-    weight = pack_w4(codes(0, 16, 40, k, dtype=torch.uint8), steps.half(), zeros.half())
+    whole = group == 64
+    weight = pack_w4(codes(0, 16, 40, k, dtype=torch.uint8), steps.half(), zeros.half(), whole=whole)
     for rows, split in ((1, 1), (1, 2), (3, 1), (20, 2)):
         x, parts = torch.randn(rows, k, device=DEVICE).to(dtype), matmul.operand(weight)
         assert parts is not None
-        got = matmul.tiled(x, parts, dtype, tile=Tile(m=16, n=32, split=split, warps=2))
+        got = matmul.tiled(x, parts, dtype, tile=Tile(m=32 if whole else 16, n=32, split=split, warps=2))
         wanted = x.float() @ weight.floats().t()
         error = float((got.float() - wanted).norm() / wanted.norm())
         assert error < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
@@ -100,11 +103,56 @@ def test_a_row_with_its_norm_and_activation_is_one_kernel(kind: str, gated: bool
     x = torch.randn(1, k, device=DEVICE).half()
     done = matmul.fused(x, weight, norm, gated=gated)
     assert done is not None
-    wanted = ops.norm_matmul(x, norm.residual, norm.weight, norm.eps, weight, gated=gated)
+    wanted = ops.norm_matmul(x, norm.residual, norm.weight, norm.eps, weight, gate=gated)
     error = float((done[0].float() - wanted[0].float()).norm() / wanted[0].float().norm())
     assert error < 2e-3 and torch.equal(done[1], wanted[1])
     for several in (x.repeat(2, 1), x.float()):
         assert matmul.fused(several, weight, norm, gated=gated) is None
+
+
+@pytest.mark.parametrize("kind", ["i8", "f8 row", "f8 block"])
+def test_an_activation_gives_codes_to_the_product_behind_it(kind: str) -> None:
+    weight, x = weights(40, 64)[kind], torch.randn(20, 128, device=DEVICE)
+    if isinstance(weight, F8):
+        weight = replace(weight, quantize_input=True)
+    got, wanted = matmul.gated_product(x, "silu", weight), matmul.matmul(activation.gated(x, "silu"), weight)
+    assert got is not None and wanted is not None and torch.equal(got, wanted)
+    assert matmul.gated_product(x, "silu", weights(40, 64)["w4"]) is None
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("kind", ["w4", "w4 whole", "w4 act order", "m4", "w8 zeros", "f8 block"])
+def test_an_activation_ends_a_product_of_few_rows(kind: str, rows: int) -> None:
+    weight, x = weights(48, 288)[kind], torch.randn(rows, 288, device=DEVICE) / 16
+    got = matmul.gated_few(x, weight)
+    close(got, ops.gated_matmul(x, weight))
+    parts = matmul.operand(weight)
+    assert got is not None and parts is not None
+    if isinstance(weight, W4) and weight.order is not None:
+        x = x[:, weight.order]
+    shared = matmul.tiled(x, parts, x.dtype, tile=Tile(m=16, n=32, k=32, split=2), activation="silu")
+    close(shared, got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_four_bit_float(dtype: torch.dtype) -> None:
+    codes = torch.arange(16, dtype=torch.uint8, device=DEVICE).repeat(18).view(1, 288).repeat(16, 1)
+    weight = M4(packed(codes), torch.full((9, 16), 126, dtype=torch.uint8, device=DEVICE), 288)
+    x = torch.eye(288, device=DEVICE)[:16].to(dtype)
+    wanted = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=DEVICE) / 2
+    got = matmul.matmul(x, weight)
+    assert got is not None and torch.equal(got[:, 0].float(), torch.cat((wanted, -wanted)))
+    parts = matmul.operand(weight)
+    assert parts is not None and torch.equal(matmul.unpacked(parts, dtype).float(), weight.floats())
+
+
+@pytest.mark.parametrize("kind", ["dense", "w4", "m4", "i8", "f8 block"])
+@pytest.mark.parametrize("activation", ["", "silu", "clamped_swiglu"])
+def test_experts_with_biases_and_activations(kind: str, activation: str) -> None:
+    weight, bias = weights(48, 64, 4)[kind], torch.randn(4, 48, device=DEVICE)
+    x, starts = torch.randn(12, 64, device=DEVICE) / 8, torch.tensor([0, 3, 3, 9, 12], dtype=torch.int32, device=DEVICE)
+    got = matmul.grouped(x, weight, starts, bias=bias, activation=activation)
+    close(got, ops.grouped_matmul(x, weight, starts, bias=bias, activation=activation))
 
 
 @pytest.mark.parametrize("kind", ["dense", "w4", "i8", "f8 block"])

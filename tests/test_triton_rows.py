@@ -49,8 +49,8 @@ def test_rms_norm_of_rows_that_lie_apart() -> None:
 @pytest.mark.parametrize(("rows", "size"), [(1, 16), (3, 1100)])
 def test_activations_of_gates(rows: int, size: int, dtype: torch.dtype) -> None:
     x = random(rows, 2 * size, dtype=dtype) * 5
-    close(activation.silu_mul(x), ops.silu_mul(x))
-    close(activation.gelu_mul(x), ops.gelu_mul(x))
+    close(activation.gated(x, "silu"), ops.gated(x, "silu"))
+    close(activation.gated(x, "gelu_tanh"), ops.gated(x, "gelu_tanh"))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -114,3 +114,15 @@ def test_rope_and_cache(size: int, dim: int, interleaved: bool, normed: bool, fp
     for mine, its in zip(caches[:2], caches[2:], strict=True):
         assert its.float().abs().sum() > 0
         close(mine.float(), its.float())
+
+
+@pytest.mark.parametrize(("size", "run"), [(256, 64), (1100, 128), (1100, 1100)])
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_an_activation_in_8_bits(size: int, run: int, kind: torch.dtype) -> None:
+    x = random(3, 2 * size)
+    codes, scales = activation.coded_gated(x, "silu", kind, run)
+    floats = activation.gated(x, "silu")
+    quantized = norm.quantize_rows(floats) if kind == torch.int8 else norm.quantize_f8(floats, run)
+    if kind == torch.float8_e4m3fn or run == size:
+        torch.testing.assert_close(scales, quantized[1], rtol=1e-6, atol=0)
+        assert torch.equal(codes.view(torch.uint8), quantized[0].view(torch.uint8))

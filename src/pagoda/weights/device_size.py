@@ -20,7 +20,7 @@ FORMS: Mapping[str, tuple[int, int, bool]] = MappingProxyType(
         "Q4_1": (4, 32, True),
         "Q8_0": (8, 32, False),
         "IQ4_NL": (8, 32, False),
-        "MXFP4": (8, 32, False),
+        "MXFP4": (4, 32, False),
         "Q4_K": (4, 32, True),
         "Q5_K": (8, 32, True),
         "Q6_K": (8, 16, False),
@@ -62,6 +62,7 @@ def _product_bytes(tensor: Tensor, quantization: str | None, itemsize: int) -> i
             return count + math.prod(m.scales.shape) * _SCALE_BYTES
     if tensor.type in FORMS:
         bits, group, has_zeros = FORMS[tensor.type]
+        item = 1 if tensor.type == "MXFP4" else item
         return _codes_bytes(tensor, bits) + count // group * item * (1 + has_zeros)
     match quantization:
         case "int8" | "fp8":

@@ -81,7 +81,7 @@ class Converter:
             return packed
         if isinstance(origin, Scaled):
             return self._scaled(origin)
-        if tensor.type in gguf.DECODERS:
+        if tensor.type in gguf.DECODERS or tensor.type == gguf.MXFP4:
             rows = self.send(tensor.data).reshape(*tensor.shape[:-1], -1)
             return gguf.weight(tensor.type, rows, self.target.scale_type)
         return self._quantized(self.floats(tensor, self.target.dtype), slot)
@@ -99,7 +99,7 @@ class Converter:
         scales = self.floats(m.scales, kind)
         zeros = self.send(m.zeros()).reshape(scales.shape)
         if m.bits == 4:
-            return pack_w4(codes, scales, zeros.to(kind), order)
+            return pack_w4(codes, scales, zeros.to(kind), order, whole=True)
         centred = (zeros.to(torch.int16) - 128).to(kind)
         return W8((codes ^ 128).view(torch.int8), scales, centred if bool(centred.any()) else None, order)
 

@@ -8,17 +8,22 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from pagoda.backend.torch.packs import W8, Weight, pack_w4
+from pagoda.backend.torch.packs import M4, W8, Weight, pack_w4, packed
+from pagoda.weights.ggml import BLOCKS
 
 _IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _MOST_ZERO = 60000  # of zero points in float16
-_E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # 4-bit floats, times two
+MXFP4 = "MXFP4"
 Parts = tuple[int, Tensor, Tensor, Tensor | None]
 """Bits, codes [..., groups, group], scales [..., groups], and what is taken from scale * code, by group."""
 
 
 def weight(kind: str, rows: Tensor, scale_type: torch.dtype) -> Weight:
     """`rows`: the stored bytes of each row, uint8 [..., bytes]."""
+    if kind == MXFP4:
+        blocks = torch.unflatten(rows, -1, (-1, BLOCKS[kind].bytes))
+        codes = _nibbles(blocks[..., 1:]).flatten(-2)
+        return M4(packed(codes), blocks[..., 0].transpose(-1, -2).contiguous(), codes.shape[-1])
     size, decode = DECODERS[kind]
     bits, codes, scales, low = decode(torch.unflatten(rows, -1, (-1, size)))
     codes, scales = codes.flatten(-3, -2), scales.flatten(-2)  # blocks and groups of a row: groups
@@ -30,8 +35,6 @@ def weight(kind: str, rows: Tensor, scale_type: torch.dtype) -> Weight:
         codes = torch.where(flat.unsqueeze(-1), 0, codes)
         zeros = torch.where(flat, 1.0, low / torch.where(scales == 0, 1.0, scales))
         scales = torch.where(flat, low, scales)
-    if kind == "MXFP4" and scale_type == torch.float16:
-        scale_type = torch.bfloat16  # which has all these powers of two
     scales = scales.transpose(-1, -2).to(scale_type).contiguous()
     zeros = None if zeros is None else zeros.transpose(-1, -2).to(scale_type).contiguous()
     codes = codes.flatten(-2)
@@ -72,12 +75,6 @@ def _iq4_nl(b: Tensor) -> Parts:
     return 8, *_one(values[_nibbles(b[..., 2:]).int()], _half(b, 0))
 
 
-def _mxfp4(b: Tensor) -> Parts:
-    values = torch.tensor(_E2M1_DOUBLED, dtype=torch.int8, device=b.device)
-    scales = (b[..., 0].int() << 23).view(torch.float32) / 2
-    return 8, *_one(values[_nibbles(b[..., 1:]).int()], scales)
-
-
 def _scales_and_lows(b: Tensor) -> tuple[Tensor, Tensor]:
     """Eight 6-bit scales and minima out of bytes 4 to 16 of K blocks, times d and m: [..., blocks, 8] each."""
     x, y, z = b[..., 4:8], b[..., 8:12], b[..., 12:16]
@@ -113,7 +110,6 @@ DECODERS: MappingProxyType[str, tuple[int, Callable[[Tensor], Parts]]] = Mapping
         "Q4_1": (20, _q4_1),
         "Q8_0": (34, _q8_0),
         "IQ4_NL": (18, _iq4_nl),
-        "MXFP4": (17, _mxfp4),
         "Q4_K": (144, _q4_k),
         "Q5_K": (176, _q5_k),
         "Q6_K": (210, _q6_k),

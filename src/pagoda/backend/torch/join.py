@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pagoda.backend.torch.packs import F8, FP8, I8, W4, W8, Dense, Weight
+from pagoda.backend.torch.packs import F8, FP8, I8, M4, W4, W8, Dense, Weight
 
 
 def side_by_side(weights: Sequence[Weight]) -> tuple[Weight, ...]:
@@ -27,13 +27,16 @@ def side_by_side(weights: Sequence[Weight]) -> tuple[Weight, ...]:
         case W4() | W8():
             alike = all(_same_groups(first, w) for w in weights)
             return (_concatenated(weights, {"codes": -2, "scales": -1, "zeros": -1}),) if alike else tuple(weights)
+        case M4():
+            return (_concatenated(weights, {"codes": -2, "scales": -1}),)
         case F8():
             return _fp8(weights)  # type: ignore[arg-type]
 
 
 def _same_groups(a: Any, b: Any) -> bool:
     same_order = a.order is b.order or (a.order is not None and b.order is not None and torch.equal(a.order, b.order))
-    return bool(a.scales.shape[-2] == b.scales.shape[-2] and (a.zeros is None) == (b.zeros is None) and same_order)
+    alike = (a.zeros is None) == (b.zeros is None) and getattr(a, "whole", None) == getattr(b, "whole", None)
+    return bool(a.scales.shape[-2] == b.scales.shape[-2] and alike and same_order)
 
 
 def _fp8(weights: Sequence[F8]) -> tuple[Weight, ...]:

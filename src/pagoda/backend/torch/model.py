@@ -13,7 +13,7 @@ from torch import Tensor
 from pagoda.arch.spec import Experts, ModelSpec
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.adapters import Adapted, Adapters
-from pagoda.backend.torch.batch import Batch, Heads, Seen
+from pagoda.backend.torch.batch import Batch, Heads, Routed, Seen
 from pagoda.backend.torch.delta import Delta
 from pagoda.backend.torch.latent import LatentAttention
 from pagoda.backend.torch.norms import Norm, RmsNorm
@@ -73,14 +73,27 @@ class Linear:
         y = torch.cat([ops.matmul(x, part) for part in self.parts], dim=-1)
         return y if self.bias is None else y + self.bias
 
+    @property
+    def _plain(self) -> bool:
+        return len(self.parts) == 1 and self.bias is None and not (self.adapted is not None and self.adapted.now)
+
+    def has_coded_inputs(self, x: Tensor) -> bool:
+        """Whether `gated` makes codes at once of as many rows."""
+        return self._plain and ops.has_coded_inputs(x, self.parts[0])
+
+    def gated(self, gate_up: Tensor, activation: str) -> Tensor:
+        """The product with an activation of the first half of gate_up times the second."""
+        if self._plain:
+            return ops.gated_product(gate_up, activation, self.parts[0])
+        return self(ops.gated(gate_up, activation))
+
     def behind(self, x: Tensor, residual: Tensor, norm: Norm, *, gated: bool = False) -> tuple[Tensor, Tensor]:
         """The product with x + residual, normed (`gated`: silu(gate) * up of it), and that sum."""
-        adapted = self.adapted is not None and self.adapted.now
-        if len(self.parts) == 1 and self.bias is None and isinstance(norm, RmsNorm) and not adapted:
-            return ops.norm_matmul(x, residual, norm.weight, norm.eps, self.parts[0], gated=gated)
+        if self._plain and isinstance(norm, RmsNorm):
+            return ops.norm_matmul(x, residual, norm.weight, norm.eps, self.parts[0], gate=gated)
         normed, total = norm.of_sum(x, residual)
         y = self(normed)
-        return (ops.silu_mul(y) if gated else y), total
+        return (ops.gated(y, "silu") if gated else y), total
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +103,15 @@ class GatedMlp:
     gelu: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up(x)
-        return self.down(ops.gelu_mul(gate_up) if self.gelu else ops.silu_mul(gate_up))
+        return self.down.gated(self.gate_up(x), "gelu_tanh" if self.gelu else "silu")
 
     def behind(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         """What it makes of x + residual, normed, and that sum."""
-        hidden, total = self.gate_up.behind(x, residual, norm, gated=not self.gelu)
-        return self.down(ops.gelu_mul(hidden) if self.gelu else hidden), total
+        if self.gelu or self.down.has_coded_inputs(x):
+            gate_up, total = self.gate_up.behind(x, residual, norm)
+            return self.down.gated(gate_up, "gelu_tanh" if self.gelu else "silu"), total
+        hidden, total = self.gate_up.behind(x, residual, norm, gated=True)
+        return self.down(hidden), total
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,19 +150,21 @@ class Mixture:
         b = self.biases
         logits = ops.matmul(x, Dense(self.router), None if b is None else b.router)
         to = ops.routed(logits, self.experts, self.choice_bias)
-        parts = [ops.grouped_matmul(x, part, to.starts, to.tokens) for part in self.gate_up]
-        hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        if b is None:
-            y = ops.grouped_matmul(ops.silu_mul(hidden), self.down, to.starts)
-        else:
-            inner = ops.clamped_swiglu(hidden + b.gate_up.index_select(0, to.owners))
-            y = ops.grouped_matmul(inner, self.down, to.starts) + b.down.index_select(0, to.owners)
+        y = ops.grouped_matmul(self._inner(x, to), self.down, to.starts, bias=None if b is None else b.down)
         if self.shared is None:
             return ops.combined(y, to, x.dtype)
         own = self.shared(x).float()
         if self.shared_router is not None:
             own = own * torch.sigmoid(ops.matmul(x, Dense(self.shared_router)).float())
         return (ops.combined(y, to, torch.float32) + own).to(x.dtype)
+
+    def _inner(self, x: Tensor, to: Routed) -> Tensor:
+        bias, activation = (self.biases.gate_up, "clamped_swiglu") if self.biases else (None, "silu")
+        if len(self.gate_up) == 1:
+            own = self.gate_up[0]
+            return ops.grouped_matmul(x, own, to.starts, to.tokens, bias=bias, activation=activation)
+        hidden = torch.cat([ops.grouped_matmul(x, part, to.starts, to.tokens) for part in self.gate_up], dim=-1)
+        return ops.gated(hidden if bias is None else hidden + bias.index_select(0, to.owners), activation)
 
 
 @dataclass(frozen=True, slots=True)

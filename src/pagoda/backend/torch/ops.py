@@ -10,9 +10,10 @@ from torch import Tensor
 
 from pagoda.arch.spec import Experts
 from pagoda.backend.torch.batch import Batch, Heads, Routed
-from pagoda.backend.torch.kernels import activation, attention, decode, experts, latent, norm, rope, stage
+from pagoda.backend.torch.kernels import activation as activations
+from pagoda.backend.torch.kernels import attention, decode, experts, latent, norm, rope, stage
 from pagoda.backend.torch.kernels import matmul as products
-from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, W4, W8, Dense, Weight
+from pagoda.backend.torch.packs import F8, FP8, FP8_MAX, I8, M4, W4, W8, Dense, Weight
 from pagoda.types import BLOCK_SIZE
 
 _TILE = 16
@@ -225,29 +226,23 @@ def soft_capped(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else (torch.tanh(x.float() / cap) * cap).to(x.dtype)
 
 
-def gelu_mul(gate_up: Tensor) -> Tensor:
-    """gelu(gate) * up of gate_up [T, 2 * size], by tanh, computed in float32."""
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    """An activation of the first half of gate_up [T, 2 * size] times the second, computed in float32.
+
+    `silu`; `gelu_tanh`; `clamped_swiglu`: g * sigmoid(1.702 g) * (u + 1), g at most 7, u within -7 and 7.
+    """
     if on_gpu(gate_up):
-        return activation.gelu_mul(gate_up)
+        return activations.gated(gate_up, activation)
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of gate_up [T, 2 * size], computed in float32."""
-    if on_gpu(gate_up):
-        return activation.silu_mul(gate_up)
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
-
-
-def clamped_swiglu(gate_up: Tensor) -> Tensor:
-    """g * sigmoid(1.702 g) * (u + 1) of gate_up [T, 2 * size]: g at most 7, u within -7 and 7."""
-    if on_gpu(gate_up):
-        return activation.clamped_swiglu(gate_up)
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
-    return (gate * torch.sigmoid(1.702 * gate) * (up + 1)).to(gate_up.dtype)
+    match activation:
+        case "silu":
+            product = F.silu(gate) * up
+        case "gelu_tanh":
+            product = F.gelu(gate, approximate="tanh") * up
+        case _:
+            gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+            product = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    return product.to(gate_up.dtype)
 
 
 def matmul(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -257,10 +252,10 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     match weight:
         case Dense():
             y = _product(x, weight.data)
-        case W4():
-            y = matmul_w4(x, weight)
-        case W8():
-            y = matmul_w8(x, weight)
+        case W4() | W8():
+            y = _product(x if weight.order is None else x[:, weight.order], weight.floats().to(x.dtype))
+        case M4():
+            y = _product(x, weight.floats().to(x.dtype))
         case I8():
             y = matmul_i8(x, weight)
         case F8():
@@ -269,26 +264,35 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def norm_matmul(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, gated: bool = False
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Weight, *, gate: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """add_rms_norm and the product of that with a weight (`gated`: silu_mul of it too); and the sum x + residual."""
+    """add_rms_norm and the product of that with a weight (`gate`: silu of its first half times the second); and the sum
+    x + residual."""
     if on_gpu(x):
-        done = products.fused(x, weight, products.Norm(residual, norm_weight, eps), gated=gated)
+        done = products.fused(x, weight, products.Norm(residual, norm_weight, eps), gated=gate)
         if done is not None:
             return done
     normed, total = add_rms_norm(x, residual, norm_weight, eps)
-    y = matmul(normed, weight)
-    return (silu_mul(y) if gated else y), total
+    return (gated_matmul(normed, weight) if gate else matmul(normed, weight)), total
 
 
-def matmul_w4(x: Tensor, weight: W4) -> Tensor:
-    """4-bit weights, floats otherwise."""
-    return _product(_ordered(x, weight.order), weight.floats().to(x.dtype))
+def gated_product(gate_up: Tensor, activation: str, weight: Weight) -> Tensor:
+    """The product of `gated` with a weight."""
+    if on_gpu(gate_up) and (done := products.gated_product(gate_up, activation, weight)) is not None:
+        return done
+    return matmul(gated(gate_up, activation), weight)
 
 
-def matmul_w8(x: Tensor, weight: W8) -> Tensor:
-    """8-bit weights, floats otherwise."""
-    return _product(_ordered(x, weight.order), weight.floats().to(x.dtype))
+def has_coded_inputs(x: Tensor, weight: Weight) -> bool:
+    """Whether `gated_product` of as many rows makes codes at once of what it is given."""
+    return on_gpu(x) and products.coded_inputs(len(x), weight, x.device) > 0
+
+
+def gated_matmul(x: Tensor, weight: Weight) -> Tensor:
+    """`gated` by silu of the product of x with a weight."""
+    if on_gpu(x) and (done := products.gated_few(x, weight)) is not None:
+        return done
+    return gated(matmul(x, weight), "silu")
 
 
 def matmul_i8(x: Tensor, weight: I8) -> Tensor:
@@ -327,20 +331,29 @@ def quantize_f8(x: Tensor, size: int, scale: Tensor | None = None) -> tuple[Tens
     return codes[..., : x.shape[-1]], scales
 
 
-def grouped_matmul(x: Tensor, weight: Weight, starts: Tensor, tokens: Tensor | None = None) -> Tensor:
+def grouped_matmul(
+    x: Tensor,
+    weight: Weight,
+    starts: Tensor,
+    tokens: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    activation: str = "",
+) -> Tensor:
     """Rows starts[e]:starts[e + 1] of x [M, in] times expert e of a weight [experts, out, in]; starts int32 [E + 1].
 
-    `tokens` int32 [M]: the rows are x[tokens].
+    `tokens` int32 [M]: the rows are x[tokens]. `bias` [experts, out] is added, and `activation` makes it `gated`.
     """
     if on_gpu(x):
-        return products.grouped(x, weight, starts, tokens)
+        return products.grouped(x, weight, starts, tokens, bias=bias, activation=activation)
     x = x if tokens is None else x[tokens]
     bounds = starts.tolist()
     out = x.new_zeros(len(x), weight.rows)
     for e in range(len(bounds) - 1):
         if bounds[e] < bounds[e + 1]:
-            out[bounds[e] : bounds[e + 1]] = matmul(x[bounds[e] : bounds[e + 1]], weight.expert(e))
-    return out
+            own = None if bias is None else bias[e]
+            out[bounds[e] : bounds[e + 1]] = matmul(x[bounds[e] : bounds[e + 1]], weight.expert(e), own)
+    return gated(out, activation) if activation else out
 
 
 def routed(logits: Tensor, e: Experts, bias: Tensor | None = None) -> Routed:
@@ -377,10 +390,6 @@ def route(logits: Tensor, e: Experts, bias: Tensor | None = None) -> tuple[Tenso
     shares = all_shares.gather(-1, ids)
     shares = shares / shares.sum(-1, keepdim=True).clamp_min(1e-20) if e.normalized else shares
     return (shares if e.scale == 1 else shares * e.scale), ids
-
-
-def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
-    return x if order is None else x[:, order]
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

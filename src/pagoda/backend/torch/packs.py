@@ -13,6 +13,7 @@ from pagoda.weights.device_size import W4_CHUNK
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _SHARED = ("input_scale",)
 """Fields that are one for all experts."""
 
@@ -54,7 +55,8 @@ class W4(_Rows):
 
     Inputs come in chunks of 256, the last one filled up with codes 0: word j of a chunk holds columns j, 32 + j,
     64 + j, ..., four bits each, so that a slice of 32 inputs is in the same four bits of 32 words.
-    `order` [in] (act order): column i of the codes belongs to input order[i]; groups are runs of columns.
+    `order` [in] (act order): column i of the codes belongs to input order[i]; groups are runs of columns. `whole`: zero
+    points are whole numbers.
     """
 
     codes: Tensor  # int32 [..., out, words]
@@ -62,12 +64,25 @@ class W4(_Rows):
     zeros: Tensor  # float [..., groups, out]
     inputs: int
     order: Tensor | None = None
+    whole: bool = False
 
     def floats(self) -> Tensor:
         """[..., out, in] in float32, columns in the order of the codes."""
-        words = torch.unflatten(self.codes, -1, (-1, W4_CHUNK // 8))
-        codes = torch.stack([words >> 4 * n & 15 for n in range(8)], dim=-2).flatten(-3)
-        return _affine(codes[..., : self.inputs], self.scales, self.zeros)
+        return _affine(_four_bits(self.codes, self.inputs), self.scales, self.zeros)
+
+
+@dataclass(frozen=True, slots=True)
+class M4(_Rows):
+    """4-bit floats (e2m1) of which 32 inputs share a power of two (MXFP4), in the order of W4's codes."""
+
+    codes: Tensor  # int32 [..., out, words]
+    scales: Tensor  # uint8 [..., groups, out]: exponents, plus 127
+    inputs: int
+
+    def floats(self) -> Tensor:
+        """[..., out, in] in float32."""
+        values = torch.tensor(_E2M1, device=self.codes.device)[_four_bits(self.codes, self.inputs).long()]
+        return _affine(values, (self.scales.int() << 23).view(torch.float32), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +132,13 @@ class F8(_Rows):
         return values * scales
 
 
-Weight = Dense | W4 | W8 | I8 | F8
+Weight = Dense | W4 | M4 | W8 | I8 | F8
+
+
+def _four_bits(codes: Tensor, inputs: int) -> Tensor:
+    """[..., out, in] of the words of W4."""
+    words = torch.unflatten(codes, -1, (-1, W4_CHUNK // 8))
+    return torch.stack([words >> 4 * n & 15 for n in range(8)], dim=-2).flatten(-3)[..., :inputs]
 
 
 def _affine(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
@@ -129,11 +150,15 @@ def _affine(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     return (values * scales.float().transpose(-1, -2).unsqueeze(-1)).flatten(-2)
 
 
-def pack_w4(codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor | None = None) -> W4:
+def pack_w4(codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor | None = None, *, whole: bool = False) -> W4:
     """From codes uint8 [..., out, in], one per byte, in runs of groups; scales and zeros [..., groups, out]."""
-    inputs = codes.shape[-1]
-    chunks = torch.unflatten(F.pad(codes, (0, -inputs % W4_CHUNK)), -1, (-1, 8, W4_CHUNK // 8))
+    return W4(packed(codes), scales.contiguous(), zeros.contiguous(), codes.shape[-1], order, whole)
+
+
+def packed(codes: Tensor) -> Tensor:
+    """Codes uint8 [..., out, in] as the words of W4."""
+    chunks = torch.unflatten(F.pad(codes, (0, -codes.shape[-1] % W4_CHUNK)), -1, (-1, 8, W4_CHUNK // 8))
     words = chunks[..., 0, :].int()
     for n in range(1, 8):
         words |= chunks[..., n, :].int() << 4 * n
-    return W4(words.flatten(-2), scales.contiguous(), zeros.contiguous(), inputs, order)
+    return words.flatten(-2)

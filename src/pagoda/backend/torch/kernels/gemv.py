@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from pagoda.backend.torch.kernels import fp8
+from pagoda.backend.torch.kernels.activation import SILU, activated
 from pagoda.backend.torch.kernels.launch import await_others, fetch_ahead
 from pagoda.backend.torch.kernels.product import DENSE, F8, W8
 
@@ -93,8 +94,8 @@ def _gemv(
     if AHEAD:
         codes = _load(own, each[None, :], K, WHOLE)
         more = _load(other, each[None, :], K, WHOLE) if GATED else codes
-    elif ALL >= 128:
-        _fetch(weight, n, N, K, GATED, ALL // 128, CHAINED)
+    # the rest goes to the cache that all share: the kernel in front may leave the memory idle, as attention does
+    _fetch(weight, n, N, K, BK if AHEAD else 0, GATED, ALL, CHAINED)
     await_others(CHAINED)
     scale = _root(x, residual, total, K, eps, kind, ALL) if NORM else 1.0
     acc, up = tl.zeros((BN, BK // _UNIT), tl.float32), tl.zeros((BN, BK // _UNIT), tl.float32)
@@ -116,7 +117,9 @@ def _gemv(
             codes, more = coming, follows
     result = _scaled(acc, scales, line, KIND, BY_ROW, GROUP)
     if GATED:
-        result = _silu_mul(result, _scaled(up, scales, line + N, KIND, BY_ROW, GROUP), kind)
+        # of the products as they would be stored
+        gate, up = result.to(kind), _scaled(up, scales, line + N, KIND, BY_ROW, GROUP).to(kind)
+        result = activated(gate.to(tl.float32), up.to(tl.float32), SILU)
     tl.store(out + n, result.to(kind), mask=n < N)
 
 
@@ -126,14 +129,19 @@ def _fetch(
     n: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
+    BEGIN: tl.constexpr,
     GATED: tl.constexpr,
-    LINES: tl.constexpr,
+    ALL: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
-    row = tl.minimum(n, N - 1).to(tl.int64)
-    fetch_ahead((weight + row * K).to(tl.int64), K, LINES, CHAINED)
-    if GATED:
-        fetch_ahead((weight + (row + N) * K).to(tl.int64), K, LINES, CHAINED)
+    """Inputs from BEGIN on of the rows of a program."""
+    WIDTH: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    LINES: tl.constexpr = ALL * WIDTH // 128
+    if LINES > 0 and BEGIN < ALL:
+        own, nbytes = weight + tl.minimum(n, N - 1).to(tl.int64) * K + BEGIN, (K - BEGIN) * WIDTH
+        fetch_ahead(own.to(tl.int64), nbytes, LINES, CHAINED)
+        if GATED:
+            fetch_ahead((own + N.to(tl.int64) * K).to(tl.int64), nbytes, LINES, CHAINED)
 
 
 @triton.jit
@@ -179,13 +187,6 @@ def _inputs(
     if NORM:
         values = (values * scale * _load(norm, k, K, WHOLE)).to(kind).to(tl.float32)
     return values
-
-
-@triton.jit
-def _silu_mul(gate: tl.tensor, up: tl.tensor, kind: tl.constexpr) -> tl.tensor:
-    """silu(gate) * up of the products as they would be stored."""
-    gate = gate.to(kind).to(tl.float32)
-    return gate / (1.0 + tl.exp(-gate)) * up.to(kind).to(tl.float32)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -89,22 +90,26 @@ def fetch_ahead(begin: tl.tensor, nbytes: tl.tensor, LINES: tl.constexpr, CHAINE
 
 
 @triton.jit
-def join_parts(
-    parts: tl.tensor,
+def joined(
+    own: tl.tensor,
+    place: tl.tensor,
     step: tl.tensor,
-    out: tl.tensor,
+    part: tl.tensor,
     arrived: tl.tensor,
     inside: tl.tensor,
     SPLIT: tl.constexpr,
-) -> None:
-    """The last of SPLIT programs to store its part adds all of them, in order, and sets the counter back."""
+) -> Any:
+    """The sum of the parts of SPLIT programs, in order, in the last of them to arrive, which sets the counter back; and
+    whether this is that one. `place`: of the first part, those of the others are `step` apart."""
+    tl.store(place + part.to(tl.int64) * step, own, mask=inside)
     tl.debug_barrier()
-    if tl.atomic_add(arrived, 1, sem="acq_rel") == SPLIT - 1:
-        whole = tl.load(parts, mask=inside, other=0.0, cache_modifier=".cg")
+    last = tl.atomic_add(arrived, 1, sem="acq_rel") == SPLIT - 1
+    if last:
+        own = tl.load(place, mask=inside, other=0.0, cache_modifier=".cg")
         for each in range(1, SPLIT):
-            whole += tl.load(parts + each * step, mask=inside, other=0.0, cache_modifier=".cg")
-        tl.store(out, whole.to(out.dtype.element_ty), mask=inside)
+            own += tl.load(place + each * step, mask=inside, other=0.0, cache_modifier=".cg")
         tl.store(arrived, 0)
+    return own, last
 
 
 def arrivals(device: torch.device, count: int) -> torch.Tensor:

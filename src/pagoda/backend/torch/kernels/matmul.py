@@ -10,14 +10,15 @@ import triton
 from torch import Tensor
 
 from pagoda.backend.torch.kernels import fp8, launch, product
-from pagoda.backend.torch.kernels.activation import silu_mul
+from pagoda.backend.torch.kernels.activation import KINDS, coded_gated
+from pagoda.backend.torch.kernels.activation import gated as gated_of
 from pagoda.backend.torch.kernels.gemv import _gemv
 from pagoda.backend.torch.kernels.launch import arrivals, block_of
 from pagoda.backend.torch.kernels.norm import coded_add_rms_norm, quantize_f8, quantize_rows
 from pagoda.backend.torch.kernels.tuning import Tile, bucket, measured
 from pagoda.backend.torch.kernels.unpack import _unpack
-from pagoda.backend.torch.kernels.w4 import _w4
-from pagoda.backend.torch.packs import F8, I8, W4, W8, Dense, Weight
+from pagoda.backend.torch.kernels.w4 import BEFORE, BY_SUMS, IN_CODES, NONE, _w4
+from pagoda.backend.torch.packs import F8, I8, M4, W4, W8, Dense, Weight
 from pagoda.weights.device_size import W4_CHUNK
 
 FEW_ROWS = 64
@@ -28,8 +29,10 @@ _UNPACK_BLOCK = 1024
 _UNDER_WAY_BYTES = 64 << 10
 """Of weights, on their way to each multiprocessor: twice what the memory brings it within its delay."""
 _MOST_SPLIT = 8
+_MOST_RUN = 1 << 14
+"""Values that share a scale, which one program finds."""
 _DEEP_BYTES = 160 << 10
-_NAMES = {Dense: "dense", W4: "w4", W8: "w8", I8: "i8", F8: "f8"}
+_NAMES = {Dense: "dense", W4: "w4", M4: "m4", W8: "w8", I8: "i8", F8: "f8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class Operand:
     group: int  # 0: all inputs of a row
     n: int
     k: int
+    whole: bool = False  # zero points are whole numbers
 
     @property
     def by_row(self) -> bool:
@@ -68,15 +72,17 @@ def operand(weight: Weight) -> Operand | None:
             if block is not None and (block[0] != block[1] or block[0] % 32):
                 return None
             return Operand(3, name, fp8.known(codes), scales, None, block[1] if block else 0, n, k)
-    n, k = weight.rows, weight.inputs if isinstance(weight, W4) else weight.codes.shape[-1]
-    groups = weight.scales.shape[-2]
-    least = 32 if isinstance(weight, W4) else 16
+    return _grouped_operand(name, weight)
+
+
+def _grouped_operand(name: str, weight: W4 | M4 | W8) -> Operand | None:
+    n, k = weight.rows, weight.codes.shape[-1] if isinstance(weight, W8) else weight.inputs
+    groups, least = weight.scales.shape[-2], 16 if isinstance(weight, W8) else 32
     if (groups > 1 and (k // groups) % least) or k % 16:
         return None
-    return Operand(
-        1 if isinstance(weight, W4) else 2, name, weight.codes, weight.scales, weight.zeros,
-        k // groups if groups > 1 else 0, n, k,
-    )  # fmt: skip
+    kind, whole = 2 if isinstance(weight, W8) else 1, isinstance(weight, W4) and weight.whole
+    zeros = None if isinstance(weight, M4) else weight.zeros
+    return Operand(kind, name, weight.codes, weight.scales, zeros, k // groups if groups > 1 else 0, n, k, whole)
 
 
 def _dense_operand(data: Tensor) -> Operand:
@@ -96,7 +102,7 @@ def matmul(x: Tensor, weight: Weight) -> Tensor | None:
         return _of_codes(*quantize_rows(x), weight, parts, x.dtype)
     if isinstance(weight, F8) and (run := _coded_run(len(x), weight, parts, x.device)):
         return _of_codes(*quantize_f8(x, run, weight.input_scale), weight, parts, x.dtype)
-    if len(x) == 1 and not isinstance(weight, W4):
+    if len(x) == 1 and not isinstance(weight, W4 | M4):
         return gemv(x, parts)[0]
     if len(x) <= FEW_ROWS:
         return tiled(x, parts, x.dtype)
@@ -174,7 +180,7 @@ def gemv_tile(n: int, parts: Operand, device: torch.device, *, gated: bool) -> T
 
 def fused(x: Tensor, weight: Weight, norm: Norm, *, gated: bool) -> tuple[Tensor, Tensor] | None:
     """See ops.norm_matmul; None where the norm is a kernel of its own, which gives floats."""
-    if isinstance(weight, W4) or (isinstance(weight, W8) and weight.order is not None):
+    if isinstance(weight, W4 | M4) or (isinstance(weight, W8) and weight.order is not None):
         return None
     parts = operand(weight)
     if parts is not None and isinstance(weight, F8 | I8) and (run := _coded_run(len(x), weight, parts, x.device)):
@@ -182,6 +188,24 @@ def fused(x: Tensor, weight: Weight, norm: Norm, *, gated: bool) -> tuple[Tensor
     if len(x) != 1 or parts is None or parts.k % 16 or x.dtype == torch.float32:
         return None
     return gemv(x, parts, norm=norm, gated=gated)
+
+
+def coded_inputs(rows: int, weight: Weight, device: torch.device) -> int:
+    """How many inputs of such a product share a scale of 8 bits, which the kernel before it can give; 0: none."""
+    parts = operand(weight)
+    if parts is None or not isinstance(weight, F8 | I8) or getattr(weight, "input_scale", None) is not None:
+        return 0
+    run = _coded_run(rows, weight, parts, device)
+    return 0 if run < parts.k and run & (run - 1) else run
+
+
+def gated_product(gate_up: Tensor, activation: str, weight: Weight) -> Tensor | None:
+    """See ops.gated_product; None where the activation gives floats."""
+    run, parts = coded_inputs(len(gate_up), weight, gate_up.device), operand(weight)
+    if not run or parts is None or not isinstance(weight, F8 | I8) or block_of(min(run, parts.k)) > _MOST_RUN:
+        return None
+    kind = torch.int8 if isinstance(weight, I8) else fp8.FP8
+    return _of_codes(*coded_gated(gate_up, activation, kind, run), weight, parts, gate_up.dtype)
 
 
 def _coded(
@@ -193,7 +217,19 @@ def _coded(
     kind = torch.int8 if isinstance(weight, I8) else fp8.FP8
     codes, scales, total = coded_add_rms_norm(x, norm.residual, norm.weight, norm.eps, kind, run)
     y = _of_codes(codes, scales, weight, parts, x.dtype)
-    return (silu_mul(y) if gated else y), total
+    return (gated_of(y, "silu") if gated else y), total
+
+
+def gated_few(x: Tensor, weight: Weight) -> Tensor | None:
+    """The product of few rows with a quantized weight and `gated` by silu of it in one kernel; None: in two."""
+    parts = operand(weight)
+    if parts is None or isinstance(weight, Dense | I8) or not 0 < len(x) <= FEW_ROWS:
+        return None
+    if isinstance(weight, F8) and _coded_run(len(x), weight, parts, x.device):
+        return None
+    if isinstance(weight, W4 | W8) and weight.order is not None:
+        x = x[:, weight.order]
+    return tiled(x.contiguous(), parts, x.dtype, activation="silu")
 
 
 def default_tile(rows: int, experts: int, parts: Operand, x: Tensor, dtype: torch.dtype) -> Tile:
@@ -237,10 +273,13 @@ def tiled(
     starts: Tensor | None = None,
     tokens: Tensor | None = None,
     tile: Tile | None = None,
+    bias: Tensor | None = None,
+    activation: str = "",
 ) -> Tensor:
-    """Rows of x (`tokens`: x[tokens]) against a weight, or against those of their experts (`starts`)."""
+    """Rows of x (`tokens`: x[tokens]) against a weight, or against those of their experts (`starts`); see
+    ops.grouped_matmul for `bias` and `activation`."""
     if parts.kind == product.W4.value:
-        return _four_bits(x, parts, starts, tokens, tile)
+        return _four_bits(x, parts, starts, tokens, tile, bias, activation)
     rows, experts = len(x if tokens is None else tokens), 0 if starts is None else len(starts) - 1
     each = rows if not experts else -(-rows // experts)
     tile = tile or measured(parts.name, parts.n, parts.k, bucket(max(1, each)))
@@ -249,17 +288,19 @@ def tiled(
     kind = product.F8_BOTH.value if x.dtype == fp8.FP8 else parts.kind
     # a step along the inputs stays within one group
     step = min(tile.k, block_of(parts.k, 32), parts.group & -parts.group or tile.k)
-    out = torch.empty(rows, parts.n, dtype=dtype, device=x.device)
+    out = torch.empty(rows, parts.n // (2 if activation else 1), dtype=dtype, device=x.device)
     sums = torch.empty(split, rows, parts.n, dtype=torch.float32, device=x.device) if split > 1 else out
     grid = (_tiles(rows, experts, tile.m), triton.cdiv(parts.n, tile.n), split)
     if rows:
         product._product[grid](
             x, parts.codes, parts.scales, parts.scales if parts.zeros is None else parts.zeros,
-            parts.scales if x_scales is None else x_scales, parts.codes if starts is None else starts,
-            parts.codes if tokens is None else tokens, out, sums, arrivals(x.device, grid[0] * grid[1]), rows,
-            parts.n, parts.k, parts.codes.shape[-1], *parts.scale_shape, experts, KIND=kind,
-            ZERO=parts.zeros is not None, GROUP=parts.group, EXPERTS=block_of(experts) if experts else 0,
-            GATHER=tokens is not None, SPLIT=split, BM=tile.m, BN=tile.n, BK=step, num_warps=tile.warps,
+            parts.scales if x_scales is None else x_scales, out if bias is None else bias,
+            parts.codes if starts is None else starts, parts.codes if tokens is None else tokens, out, sums,
+            arrivals(x.device, grid[0] * grid[1]), rows, parts.n, parts.k, parts.codes.shape[-1], *parts.scale_shape,
+            experts, KIND=kind,
+            ZERO=parts.zeros is not None, GROUP=parts.group, BIAS=bias is not None, GATED=KINDS[activation],
+            EXPERTS=block_of(experts) if experts else 0, GATHER=tokens is not None, SPLIT=split, BM=tile.m, BN=tile.n,
+            BK=step, num_warps=tile.warps,
             num_stages=tile.stages, **launch.chained(x.device),
         )  # fmt: skip
     return out
@@ -270,28 +311,46 @@ def _tiles(rows: int, experts: int, height: int) -> int:
     return min(rows, rows // height + experts) if experts else triton.cdiv(rows, height)
 
 
-def _four_bits(x: Tensor, parts: Operand, starts: Tensor | None, tokens: Tensor | None, tile: Tile | None) -> Tensor:
+def _four_bits(
+    x: Tensor,
+    parts: Operand,
+    starts: Tensor | None,
+    tokens: Tensor | None,
+    tile: Tile | None,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
     rows, experts = len(x if tokens is None else tokens), 0 if starts is None else len(starts) - 1
     each = rows if not experts else -(-rows // experts)
     tile = tile or measured("w4", parts.n, parts.k, bucket(max(1, each))) or w4_tile(each, parts, x)
     split = 1 if experts else tile.split
-    out = torch.empty(rows, parts.n, dtype=x.dtype, device=x.device)
+    out = torch.empty(rows, parts.n // (2 if activation else 1), dtype=x.dtype, device=x.device)
     sums = torch.empty(split, rows, parts.n, dtype=torch.float32, device=x.device) if split > 1 else out
     grid = (_tiles(rows, experts, tile.m), triton.cdiv(parts.n, tile.n), split)
     # slices of 32 inputs that share a scale: all 8 of a chunk, some, or none for sure
     run = 8 if parts.group % W4_CHUNK == 0 else parts.group // 32 if W4_CHUNK % parts.group == 0 else 1
     if rows:
         _w4[grid](
-            x, parts.codes, parts.scales, parts.zeros, parts.codes if starts is None else starts,
+            x, parts.codes, parts.scales, parts.scales if parts.zeros is None else parts.zeros,
+            out if bias is None else bias, parts.codes if starts is None else starts,
             parts.codes if tokens is None else tokens, out, sums,
             arrivals(x.device, grid[0] * grid[1]), rows, parts.n, parts.k, parts.codes.shape[-1],
             parts.scale_shape[0], experts,
-            GROUP=parts.group, RUN=run, SINGLE=rows == 1 and not experts,
-            WHOLE=parts.k % W4_CHUNK == 0, EXPERTS=block_of(experts) if experts else 0,
+            GROUP=parts.group, RUN=run, ZEROS=_zeros_of(parts, rows, experts, tile), WHOLE=parts.k % W4_CHUNK == 0,
+            BIAS=bias is not None, GATED=KINDS[activation], EXPERTS=block_of(experts) if experts else 0,
             GATHER=tokens is not None, SPLIT=split, BM=tile.m, BN=tile.n, STAGES=tile.stages, num_warps=tile.warps,
             **launch.chained(x.device),
         )  # fmt: skip
     return out
+
+
+def _zeros_of(parts: Operand, rows: int, experts: int, tile: Tile) -> int:
+    """A few rows wait for the weights, more of them for the matrix units, which sums would ask twice."""
+    if parts.zeros is None:
+        return NONE.value
+    if rows == 1 and not experts:
+        return BEFORE.value
+    return IN_CODES.value if parts.whole and tile.m > 16 else BY_SUMS.value
 
 
 def w4_tile(rows: int, parts: Operand, x: Tensor) -> Tile:
@@ -314,14 +373,20 @@ def unpacked(parts: Operand, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def grouped(x: Tensor, weight: Weight, starts: Tensor, tokens: Tensor | None = None) -> Tensor:
+def grouped(
+    x: Tensor,
+    weight: Weight,
+    starts: Tensor,
+    tokens: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    activation: str = "",
+) -> Tensor:
     """See ops.grouped_matmul. Nothing is read back from the device, so that it can be recorded in a graph."""
     parts = operand(weight) or _dense_operand(weight.floats().to(x.dtype))
     if isinstance(weight, W4 | W8) and weight.order is not None:
         x, tokens = x if tokens is None else x[tokens], None
         rows = torch.arange(len(x), dtype=starts.dtype, device=x.device)
         x = x.gather(1, weight.order[torch.searchsorted(starts, rows, right=True) - 1])
-    if isinstance(weight, I8):
-        codes, scales = quantize_rows(x)
-        return tiled(codes, parts, x.dtype, x_scales=scales, starts=starts, tokens=tokens)
-    return tiled(x.contiguous(), parts, x.dtype, starts=starts, tokens=tokens)
+    codes, scales = quantize_rows(x) if isinstance(weight, I8) else (x.contiguous(), None)
+    return tiled(codes, parts, x.dtype, x_scales=scales, starts=starts, tokens=tokens, bias=bias, activation=activation)

@@ -14,13 +14,13 @@ _LEAST = tl.constexpr(1e-10)
 
 
 @triton.jit
-def _scale_of(values: tl.tensor, INT8: tl.constexpr, AXIS: tl.constexpr) -> tl.tensor:
+def scale_for(values: tl.tensor, INT8: tl.constexpr, AXIS: tl.constexpr) -> tl.tensor:
     """With which the largest of the values is the largest that there is in 8 bits."""
     return tl.div_rn(tl.maximum(tl.max(tl.abs(values), axis=AXIS), _LEAST), 127.0 if INT8 else 448.0)
 
 
 @triton.jit
-def _in_8_bits(values: tl.tensor, scale: tl.tensor, kind: tl.constexpr, INT8: tl.constexpr) -> tl.tensor:
+def in_8_bits(values: tl.tensor, scale: tl.tensor, kind: tl.constexpr, INT8: tl.constexpr) -> tl.tensor:
     most = 127.0 if INT8 else 448.0
     values = tl.clamp(tl.div_rn(values, scale), -most, most)
     if INT8:
@@ -66,8 +66,8 @@ def _norm(
     normed = (values * scale * factor).to(x.dtype.element_ty)
     if RUN:
         parts = tl.reshape(normed.to(tl.float32), (ROWS, BLOCK // RUN, RUN))
-        own = _scale_of(parts, INT8, 2)
-        coded = _in_8_bits(parts, tl.expand_dims(own, 2), out.dtype.element_ty, INT8)
+        own = scale_for(parts, INT8, 2)
+        coded = in_8_bits(parts, tl.expand_dims(own, 2), out.dtype.element_ty, INT8)
         tl.store(out + row * n + at, tl.reshape(coded, (ROWS, BLOCK)), mask=inside)
         run = tl.arange(0, BLOCK // RUN)[None, :]
         tl.store(scales + row * runs + run, own, mask=(row < rows) & (run < runs))
@@ -144,9 +144,9 @@ def _quantize(
     at = run * SIZE + within
     inside = (within < SIZE) & (at < n)
     values = tl.load(x + row * n + at, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(given).to(tl.float32) if GIVEN else _scale_of(values, INT8, 0)
+    scale = tl.load(given).to(tl.float32) if GIVEN else scale_for(values, INT8, 0)
     tl.store(scales + row * runs + run, scale)
-    tl.store(codes + row * n + at, _in_8_bits(values, scale, codes.dtype.element_ty, INT8), mask=inside)
+    tl.store(codes + row * n + at, in_8_bits(values, scale, codes.dtype.element_ty, INT8), mask=inside)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

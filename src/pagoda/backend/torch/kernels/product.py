@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from pagoda.backend.torch.kernels import fp8
-from pagoda.backend.torch.kernels.launch import await_others, fetch_ahead, join_parts
+from pagoda.backend.torch.kernels.activation import activated
+from pagoda.backend.torch.kernels.launch import await_others, fetch_ahead, joined
 
 DENSE = tl.constexpr(0)
 W4 = tl.constexpr(1)  # see w4.py
@@ -156,26 +157,23 @@ def _by_groups(
 
 
 @triton.jit
-def _store(
+def _ended(
     result: tl.tensor,
-    out: tl.tensor,
-    parts: tl.tensor,
-    arrived: tl.tensor,
-    part: tl.tensor,
-    m: tl.tensor,
-    n: tl.tensor,
-    end: tl.tensor,
-    rows: tl.tensor,
-    N: tl.tensor,
-    SPLIT: tl.constexpr,
-) -> None:
-    inside, place = (m < end)[:, None] & (n < N)[None, :], m.to(tl.int64)[:, None] * N + n[None, :]
-    if SPLIT == 1:
-        tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
-    else:
-        tl.store(parts + part.to(tl.int64) * rows * N + place, result, mask=inside)
-        tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        join_parts(parts + place, N.to(tl.int64) * rows, out + place, arrived + tile, inside, SPLIT)
+    bias: tl.tensor,
+    line: tl.tensor,
+    kind: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+) -> tl.tensor:
+    """What is stored of the products [BM, BN]."""
+    if BIAS:
+        result = result.to(kind).to(tl.float32) + tl.load(bias + line).to(tl.float32)[None, :]
+    if GATED:
+        gate, up = tl.split(tl.reshape(result.to(kind), (BM, BN // 2, 2)))
+        result = activated(gate.to(tl.float32), up.to(tl.float32), GATED)
+    return result.to(kind)
 
 
 @triton.jit
@@ -185,6 +183,7 @@ def _product(
     scales: tl.tensor,
     zeros: tl.tensor,
     x_scales: tl.tensor,
+    bias: tl.tensor,
     starts: tl.tensor,
     tokens: tl.tensor,
     out: tl.tensor,
@@ -200,6 +199,8 @@ def _product(
     KIND: tl.constexpr,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATED: tl.constexpr,
     EXPERTS: tl.constexpr,
     GATHER: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -209,18 +210,21 @@ def _product(
     CHAINED: tl.constexpr,
 ) -> None:
     """out [rows, N] = x [rows, K] times the transpose of weight [experts, N, K], whose rows are `pitch` long; GROUP of
-    inputs share one of `scales` [experts, table_rows, columns] (0: all); of SPLIT programs the last adds all parts."""
+    inputs share one of `scales` [experts, table_rows, columns] (0: all); of SPLIT programs the last adds all parts.
+    GATED: an activation of the first half of the outputs times the second; a tile has both, in turns."""
     part, depth = tl.program_id(2), tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
     first, last = part * depth, tl.minimum(part * depth + depth, K)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    line = (tl.minimum(n // 2, N // 2 - 1) + n % 2 * (N // 2) if GATED else tl.minimum(n, N - 1)).to(tl.int64)
     if EXPERTS == 0:
-        ahead = tl.minimum(tl.program_id(1) * BN + tl.arange(0, BN), N - 1).to(tl.int64) * pitch + first
+        ahead = line * pitch + first
         bits: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth
         fetch_ahead((weight + ahead).to(tl.int64), (last - first) * bits // 8, _AHEAD, CHAINED)
     await_others(CHAINED)
     expert, begin, end = _rows_of(starts, tl.program_id(0), rows, experts, EXPERTS, BM)
     if begin < end:
-        m, n = begin + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
-        row, line = _row(tokens, m, end, GATHER), tl.minimum(n, N - 1).to(tl.int64)
+        m = begin + tl.arange(0, BM)
+        row = _row(tokens, m, end, GATHER)
         matrix, skipped = weight + expert * N * pitch, expert * table_rows * columns
         table, points = scales + skipped, zeros + skipped
         total = tl.zeros((BM, BN), tl.int32 if KIND == I8 else tl.float32)
@@ -238,4 +242,14 @@ def _product(
             result *= tl.load(x_scales + row)[:, None]
         if GROUP == 0 and KIND != DENSE:
             result *= tl.load(table + (line if table_rows * columns > 1 else line * 0)).to(tl.float32)[None, :]
-        _store(result, out, parts, arrived, part, m, n, end, rows, N, SPLIT)
+        own, there = m.to(tl.int64)[:, None], (m < end)[:, None]
+        if SPLIT > 1:
+            tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+            place, inside = parts + own * N + n[None, :], there & (n < N)[None, :]
+            result, done = joined(result, place, N.to(tl.int64) * rows, part, arrived + tile, inside, SPLIT)
+            there = there & done
+        result = _ended(result, bias + expert * N, line, out.dtype.element_ty, BIAS, GATED, BM, BN)
+        if GATED:
+            n = tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2)
+            N = N // 2
+        tl.store(out + own * N + n[None, :], result, mask=there & (n < N)[None, :])

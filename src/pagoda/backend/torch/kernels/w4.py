@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pagoda.backend.torch.kernels.launch import await_others, fetch_ahead, join_parts
+from pagoda.backend.torch.kernels.activation import activated
+from pagoda.backend.torch.kernels.launch import await_others, fetch_ahead, joined
 from pagoda.backend.torch.kernels.product import _row, _rows_of
 from pagoda.weights.device_size import W4_CHUNK
 
@@ -18,18 +19,47 @@ _CHUNK = tl.constexpr(W4_CHUNK)
 _WORDS = tl.constexpr(W4_CHUNK // 8)
 _AHEAD = tl.constexpr(4)
 """Chunks, of 128 bytes, of each output that are fetched before the kernel may begin."""
+NONE, BEFORE, BY_SUMS, IN_CODES = (tl.constexpr(n) for n in range(4))
+"""What becomes of zero points and `_added`: there are none (4-bit floats); what they make of a single row is taken off
+first; sums of the rows are multiplied with them; or they are taken off the codes, where zero points are whole."""
 
 
 @triton.jit
-def _codes(words: tl.tensor, slice: tl.constexpr, like: tl.constexpr) -> tl.tensor:
-    """Inputs 32 * slice to 32 * slice + 31 of a chunk: codes + `_added`, as floats."""
+def _codes(words: tl.tensor, slice: tl.constexpr, like: tl.constexpr, FLOATS: tl.constexpr) -> tl.tensor:
+    """Inputs 32 * slice to 32 * slice + 31 of a chunk: codes + `_added`, as floats; FLOATS: what they stand for."""
     if like == tl.float32:
-        out = ((words >> 4 * slice) & 15).to(tl.float32)
+        code = (words >> 4 * slice) & 15
+        if FLOATS:
+            code = tl.where(code & 8 != 0, -1, 1) * doubled(code)
+        out = code.to(tl.float32) * (0.5 if FLOATS else 1.0)
+    elif FLOATS:
+        # the bits of exponent and mantissa where the type has its own: the value times 2^-126 (float16: 2^-14)
+        pair = words >> 4 * (slice % 4)
+        pair = (pair & 0x00080008) << 12 | (pair & 0x00070007) << (6 if like == tl.bfloat16 else 9)
+        out = ((pair >> 16) if slice > 3 else pair).to(tl.int16).to(like, bitcast=True)
+        out = out * (2.0**126 if like == tl.bfloat16 else 2.0**14)
     else:
         # both halves of a word at once
         pair = (words >> 4 * (slice % 4)) & 0x000F000F | (0x43004300 if like == tl.bfloat16 else 0x64006400)
         out = ((pair >> 16) if slice > 3 else pair).to(tl.int16).to(like, bitcast=True)
     return out
+
+
+@triton.jit
+def doubled(code: tl.tensor) -> tl.tensor:
+    """Twice the magnitude of a 4-bit float: 0, 1, 2, 3, 4, 6, 8, 12."""
+    size = code & 7
+    return tl.where(size < 2, size, (2 + (size & 1)) << tl.maximum((size >> 1) - 1, 0))
+
+
+@triton.jit
+def scale_of(place: tl.tensor) -> tl.tensor:
+    """A scale: a float, or the exponent of a power of two, plus 127."""
+    found = tl.load(place)
+    if found.dtype == tl.uint8:
+        return (found.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    else:
+        return found.to(tl.float32)
 
 
 @triton.jit
@@ -78,7 +108,7 @@ def _slices(
     groups: tl.tensor,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
-    SINGLE: tl.constexpr,
+    ZEROS: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> tl.tensor:
     """total + the product of a chunk of codes, whose first input is `begin`; `values` points at the rows' inputs 0."""
@@ -86,20 +116,58 @@ def _slices(
     added: tl.constexpr = _added(kind)
     acc, sums = tl.zeros_like(total), tl.zeros_like(total)
     ones = tl.full((total.shape[0], 32), 1.0, tl.float32).to(kind)
+    group, zero = 0, ones
     for slice in tl.static_range(8):
         k = begin + slice * 32 + tl.arange(0, 32)[:, None]
         x = tl.load(values + k) if WHOLE else tl.load(values + k, mask=k < K, other=0.0)
         if slice % RUN == 0:
             acc, sums = tl.zeros_like(total), tl.zeros_like(total)
-        acc = tl.dot(_codes(words, slice, kind), x, acc, input_precision="ieee")
-        if not SINGLE:
+            group = tl.minimum((begin + slice * 32) // GROUP, groups - 1) if GROUP else 0
+            if ZEROS == IN_CODES:
+                zero = (tl.load(zeros + group * N).to(tl.float32) + added).to(kind)[:, None]
+        codes = _codes(words, slice, kind, ZEROS == NONE)
+        if ZEROS == IN_CODES:
+            codes = codes - zero
+        acc = tl.dot(codes, x, acc, input_precision="ieee")
+        if ZEROS == BY_SUMS:
             sums = tl.dot(ones, x, sums, input_precision="ieee")
         if slice % RUN == RUN - 1:
-            group = tl.minimum((begin + slice * 32) // GROUP, groups - 1) if GROUP else 0
-            if not SINGLE:
+            if ZEROS == BY_SUMS:
                 acc -= (tl.load(zeros + group * N).to(tl.float32) + added)[:, None] * sums
-            total += acc * tl.load(scales + group * N).to(tl.float32)[:, None]
+            total += acc * scale_of(scales + group * N)[:, None]
     return total
+
+
+@triton.jit
+def _line(n: tl.tensor, N: tl.tensor, GATED: tl.constexpr) -> tl.tensor:
+    """The output of each row of a tile. GATED: eight of the first half, then those of the second that go with them,
+    which a thread has side by side in what the matrix units give."""
+    if GATED:
+        return tl.minimum(n // 16 * 8 + n % 8, N // 2 - 1) + n // 8 % 2 * (N // 2)
+    else:
+        return tl.minimum(n, N - 1)
+
+
+@triton.jit
+def _ended(
+    total: tl.tensor,
+    bias: tl.tensor,
+    line: tl.tensor,
+    kind: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+) -> tl.tensor:
+    """What is stored of the products [BN, BM]."""
+    if BIAS:
+        total = total.to(kind).to(tl.float32) + tl.load(bias + line).to(tl.float32)[:, None]
+    if GATED:
+        pairs = tl.permute(tl.reshape(total.to(kind), (BN // 16, 2, 8, BM)), (0, 2, 3, 1))
+        gate, up = tl.split(pairs)
+        gate, up = tl.reshape(gate, (BN // 2, BM)), tl.reshape(up, (BN // 2, BM))
+        total = activated(gate.to(tl.float32), up.to(tl.float32), GATED)
+    return total.to(kind)
 
 
 @triton.jit
@@ -108,6 +176,7 @@ def _w4(
     weight: tl.tensor,
     scales: tl.tensor,
     zeros: tl.tensor,
+    bias: tl.tensor,
     starts: tl.tensor,
     tokens: tl.tensor,
     out: tl.tensor,
@@ -121,8 +190,10 @@ def _w4(
     experts: tl.tensor,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
-    SINGLE: tl.constexpr,
+    ZEROS: tl.constexpr,
     WHOLE: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATED: tl.constexpr,
     EXPERTS: tl.constexpr,
     GATHER: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -132,34 +203,42 @@ def _w4(
     CHAINED: tl.constexpr,
 ) -> None:
     """out [rows, N] = x [rows, K] times the transpose of a weight; see packs.W4 for the order of its codes.
-    GROUP inputs share a scale (0: all), applied to sums of RUN slices of 32. SINGLE: rows is 1. WHOLE: the last chunk
-    is full. Of SPLIT programs that share the depth the last to arrive adds all parts, in order."""
+    GROUP inputs share a scale (0: all), applied to sums of RUN slices of 32. WHOLE: the last chunk is full. GATED: an
+    activation of the first half of the outputs times the second. Of SPLIT programs that share the depth the last to
+    arrive adds all parts, in order."""
     part, depth = tl.program_id(2), tl.cdiv(tl.cdiv(K, _CHUNK), SPLIT)
     first, last = part * depth, tl.minimum(part * depth + depth, tl.cdiv(K, _CHUNK))
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    line = _line(n, N, GATED)
     if EXPERTS == 0:
-        ahead = tl.minimum(tl.program_id(1) * BN + tl.arange(0, BN), N - 1).to(tl.int64) * pitch + first * _WORDS
+        ahead = line.to(tl.int64) * pitch + first * _WORDS
         fetch_ahead((weight + ahead).to(tl.int64), (last - first) * _WORDS * 4, _AHEAD, CHAINED)
     await_others(CHAINED)
     expert, begin, stop = _rows_of(starts, tl.program_id(0), rows, experts, EXPERTS, BM)
     if begin < stop:
-        m, n = begin + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
-        row, line = _row(tokens, m, stop, GATHER), tl.minimum(n, N - 1)
+        m, kind = begin + tl.arange(0, BM), out.dtype.element_ty
+        row = _row(tokens, m, stop, GATHER)
         codes = weight + (expert * N + line)[:, None] * pitch + tl.arange(0, _WORDS)[None, :]
         scales, zeros = scales + expert * groups * N, zeros + expert * groups * N
         total = tl.zeros((BN, BM), tl.float32)
-        if SINGLE:  # before the codes, of which the first are on their way: behind them it would take more registers
+        if ZEROS == BEFORE:  # the first codes are on their way: behind them it would take more registers
             less = _offset(x, scales, zeros, line, N, first * _CHUNK, tl.minimum(last * _CHUNK, K), GROUP, RUN * 32)
             total -= less[:, None]
         for chunk in tl.range(first, last, num_stages=STAGES):
             total = _slices(
                 total, tl.load(codes + chunk * _WORDS), x + row[None, :] * K, scales + line, zeros + line,
-                chunk * _CHUNK, K, N, groups, GROUP, RUN, SINGLE, WHOLE,
+                chunk * _CHUNK, K, N, groups, GROUP, RUN, ZEROS, WHOLE,
             )  # fmt: skip
-        inside = (m < stop)[None, :] & (n < N)[:, None]
-        own = m.to(tl.int64)[None, :] * N + n[:, None]
-        if SPLIT == 1:
-            tl.store(out + own, total.to(out.dtype.element_ty), mask=inside)
-        else:
-            tl.store(parts + part * rows * N + own, total, mask=inside)
+        own, there = m.to(tl.int64)[None, :], (m < stop)[None, :]
+        if SPLIT > 1:
             tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-            join_parts(parts + own, rows * N, out + own, arrived + tile, inside, SPLIT)
+            total, done = joined(
+                total, parts + own * N + n[:, None], rows.to(tl.int64) * N, part, arrived + tile,
+                there & (n < N)[:, None], SPLIT,
+            )  # fmt: skip
+            there = there & done
+        result = _ended(total, bias + expert * N, line, kind, BIAS, GATED, BN, BM)
+        if GATED:
+            n = tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2)
+            N = N // 2
+        tl.store(out + own * N + n[:, None], result, mask=there & (n < N)[:, None])
