@@ -43,7 +43,7 @@ def _gated(
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
-    """RUN: `out` is of 8 bits, each of the `runs` runs of so many values has a scale of its own (0: it is of floats)."""
+    """RUN: `out` is of 8 bits, each of the `runs` runs of so many values has a scale of its own (0: of floats)."""
     await_others(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -223,7 +223,7 @@ def _coded(
 def gated_few(x: Tensor, weight: Weight) -> Tensor | None:
     """The product of few rows with a quantized weight and `gated` by silu of it in one kernel; None: in two."""
     parts = operand(weight)
-    if parts is None or isinstance(weight, Dense | I8) or not 0 < len(x) <= FEW_ROWS:
+    if parts is None or isinstance(weight, Dense | I8) or parts.n % 16 or not 0 < len(x) <= FEW_ROWS:
         return None
     if isinstance(weight, F8) and _coded_run(len(x), weight, parts, x.device):
         return None
