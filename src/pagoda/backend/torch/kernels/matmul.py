@@ -347,10 +347,10 @@ def _four_bits(
 def _zeros_of(parts: Operand, rows: int, experts: int, tile: Tile) -> int:
     """A few rows wait for the weights, more of them for the matrix units, which sums would ask twice."""
     if parts.zeros is None:
-        return NONE.value
+        return int(NONE.value)
     if rows == 1 and not experts:
-        return BEFORE.value
-    return IN_CODES.value if parts.whole and tile.m > 16 else BY_SUMS.value
+        return int(BEFORE.value)
+    return int((IN_CODES if parts.whole and tile.m > 16 else BY_SUMS).value)
 
 
 def w4_tile(rows: int, parts: Operand, x: Tensor) -> Tile:
