@@ -16,6 +16,8 @@ from pagoda.backend.torch.kernels.product import DENSE, F8, W8
 
 _UNIT = tl.constexpr(16)
 """Inputs that are summed before their scale is applied: each thread has whole ones."""
+_AHEAD_LINES = tl.constexpr(128)
+"""Of 128 bytes, that a program fetches before it may begin: all that are there at once fill half of the cache."""
 
 
 @triton.jit
@@ -134,9 +136,10 @@ def _fetch(
     ALL: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
-    """Inputs from BEGIN on of the rows of a program."""
+    """Some of the inputs from BEGIN on of the rows of a program."""
     WIDTH: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    LINES: tl.constexpr = ALL * WIDTH // 128
+    MOST: tl.constexpr = _AHEAD_LINES // (n.shape[0] * (2 if GATED else 1))
+    LINES: tl.constexpr = ALL * WIDTH // 128 if ALL * WIDTH // 128 < MOST else MOST
     if LINES > 0 and BEGIN < ALL:
         own, nbytes = weight + tl.minimum(n, N - 1).to(tl.int64) * K + BEGIN, (K - BEGIN) * WIDTH
         fetch_ahead(own.to(tl.int64), nbytes, LINES, CHAINED)
