@@ -249,7 +249,6 @@ def _product(
             result, done = joined(result, place, N.to(tl.int64) * rows, part, arrived + tile, inside, SPLIT)
             there = there & done
         result = _ended(result, bias + expert * N, line, out.dtype.element_ty, BIAS, GATED, BM, BN)
-        if GATED:
-            n = tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2)
-            N = N // 2
-        tl.store(out + own * N + n[None, :], result, mask=there & (n < N)[None, :])
+        HALVES: tl.constexpr = 2 if GATED else 1
+        to, width = tl.program_id(1) * (BN // HALVES) + tl.arange(0, BN // HALVES), N // HALVES
+        tl.store(out + own * width + to[None, :], result, mask=there & (to < width)[None, :])

@@ -216,7 +216,8 @@ def _w4(
     await_others(CHAINED)
     expert, begin, stop = _rows_of(starts, tl.program_id(0), rows, experts, EXPERTS, BM)
     if begin < stop:
-        m, kind = begin + tl.arange(0, BM), out.dtype.element_ty
+        m = begin + tl.arange(0, BM)
+        kind: tl.constexpr = out.dtype.element_ty
         row = _row(tokens, m, stop, GATHER)
         codes = weight + (expert * N + line)[:, None] * pitch + tl.arange(0, _WORDS)[None, :]
         scales, zeros = scales + expert * groups * N, zeros + expert * groups * N
@@ -238,7 +239,6 @@ def _w4(
             )  # fmt: skip
             there = there & done
         result = _ended(total, bias + expert * N, line, kind, BIAS, GATED, BN, BM)
-        if GATED:
-            n = tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2)
-            N = N // 2
-        tl.store(out + own * N + n[:, None], result, mask=there & (n < N)[:, None])
+        HALVES: tl.constexpr = 2 if GATED else 1
+        to, width = tl.program_id(1) * (BN // HALVES) + tl.arange(0, BN // HALVES), N // HALVES
+        tl.store(out + own * width + to[:, None], result, mask=there & (to < width)[:, None])
