@@ -63,7 +63,7 @@ if any(word.endswith("gpu_work.py") for word in sys.orig_argv):
         codes, scales = own(*args)
         return codes.float() + 100, scales
 
-    def hangs(x, *rest, own=matmul.grouped):
+    def hangs(x, *rest, own=matmul.grouped, **more):
         if len(x) == 30:
             time.sleep(1000)
         return own(x, *rest)

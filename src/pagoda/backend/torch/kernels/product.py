@@ -178,37 +178,13 @@ def _ended(
 
 @triton.jit
 def _product(
-    x: tl.tensor,
-    weight: tl.tensor,
-    scales: tl.tensor,
-    zeros: tl.tensor,
-    x_scales: tl.tensor,
-    bias: tl.tensor,
-    starts: tl.tensor,
-    tokens: tl.tensor,
-    out: tl.tensor,
-    parts: tl.tensor,
-    arrived: tl.tensor,
-    rows: tl.tensor,
-    N: tl.tensor,
-    K: tl.tensor,
-    pitch: tl.tensor,
-    table_rows: tl.tensor,
-    columns: tl.tensor,
-    experts: tl.tensor,
-    KIND: tl.constexpr,
-    ZERO: tl.constexpr,
-    GROUP: tl.constexpr,
-    BIAS: tl.constexpr,
-    GATED: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    GATHER: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    CHAINED: tl.constexpr,
-) -> None:
+    x: tl.tensor, weight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, x_scales: tl.tensor, bias: tl.tensor,
+    starts: tl.tensor, tokens: tl.tensor, out: tl.tensor, parts: tl.tensor, arrived: tl.tensor, rows: tl.tensor,
+    N: tl.tensor, K: tl.tensor, pitch: tl.tensor, table_rows: tl.tensor, columns: tl.tensor, experts: tl.tensor,
+    KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
+    EXPERTS: tl.constexpr, GATHER: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, CHAINED: tl.constexpr,
+) -> None:  # fmt: skip
     """out [rows, N] = x [rows, K] times the transpose of weight [experts, N, K], whose rows are `pitch` long; GROUP of
     inputs share one of `scales` [experts, table_rows, columns] (0: all); of SPLIT programs the last adds all parts.
     GATED: an activation of the first half of the outputs times the second; a tile has both, in turns."""

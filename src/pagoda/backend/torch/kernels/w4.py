@@ -172,36 +172,13 @@ def _ended(
 
 @triton.jit
 def _w4(
-    x: tl.tensor,
-    weight: tl.tensor,
-    scales: tl.tensor,
-    zeros: tl.tensor,
-    bias: tl.tensor,
-    starts: tl.tensor,
-    tokens: tl.tensor,
-    out: tl.tensor,
-    parts: tl.tensor,
-    arrived: tl.tensor,
-    rows: tl.tensor,
-    N: tl.tensor,
-    K: tl.tensor,
-    pitch: tl.tensor,
-    groups: tl.tensor,
-    experts: tl.tensor,
-    GROUP: tl.constexpr,
-    RUN: tl.constexpr,
-    ZEROS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BIAS: tl.constexpr,
-    GATED: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    GATHER: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
+    x: tl.tensor, weight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, starts: tl.tensor,
+    tokens: tl.tensor, out: tl.tensor, parts: tl.tensor, arrived: tl.tensor, rows: tl.tensor, N: tl.tensor,
+    K: tl.tensor, pitch: tl.tensor, groups: tl.tensor, experts: tl.tensor, GROUP: tl.constexpr, RUN: tl.constexpr,
+    ZEROS: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, EXPERTS: tl.constexpr,
+    GATHER: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     CHAINED: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """out [rows, N] = x [rows, K] times the transpose of a weight; see packs.W4 for the order of its codes.
     GROUP inputs share a scale (0: all), applied to sums of RUN slices of 32. WHOLE: the last chunk is full. GATED: an
     activation of the first half of the outputs times the second. Of SPLIT programs that share the depth the last to
