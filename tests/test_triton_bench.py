@@ -66,7 +66,7 @@ if any(word.endswith("gpu_work.py") for word in sys.orig_argv):
     def hangs(x, *rest, own=matmul.grouped, **more):
         if len(x) == 30:
             time.sleep(1000)
-        return own(x, *rest)
+        return own(x, *rest, **more)
 
     def dies(x, weight, own=matmul.matmul):
         if isinstance(weight, W8) and len(x) == 17:
