@@ -211,7 +211,7 @@ def _w4(
         if SPLIT > 1:
             tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
             total, done = joined(
-                total, parts + own * N + n[:, None], rows.to(tl.int64) * N, part, arrived + tile,
+                total, parts + own * N + n[:, None], N.to(tl.int64) * rows, part, arrived + tile,
                 there & (n < N)[:, None], SPLIT,
             )  # fmt: skip
             there = there & done
