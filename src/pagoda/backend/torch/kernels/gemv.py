@@ -62,30 +62,12 @@ def _part(
 
 @triton.jit
 def _gemv(
-    x: tl.tensor,
-    residual: tl.tensor,
-    norm: tl.tensor,
-    total: tl.tensor,
-    weight: tl.tensor,
-    scales: tl.tensor,
-    zeros: tl.tensor,
-    out: tl.tensor,
-    N: tl.tensor,
-    K: tl.tensor,
-    columns: tl.tensor,
-    eps: tl.tensor,
-    KIND: tl.constexpr,
-    ZERO: tl.constexpr,
-    BY_ROW: tl.constexpr,
-    GROUP: tl.constexpr,
-    NORM: tl.constexpr,
-    GATED: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ALL: tl.constexpr,
+    x: tl.tensor, residual: tl.tensor, norm: tl.tensor, total: tl.tensor, weight: tl.tensor, scales: tl.tensor,
+    zeros: tl.tensor, out: tl.tensor, N: tl.tensor, K: tl.tensor, columns: tl.tensor, eps: tl.tensor,
+    KIND: tl.constexpr, ZERO: tl.constexpr, BY_ROW: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr,
+    GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr, ALL: tl.constexpr,
     CHAINED: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """out [N] = weight times x [K]; GROUP inputs share a scale (0: all), which is by output where BY_ROW.
     NORM: total = x + residual, which is normed first. GATED: silu(first half) * second half of 2 * N products."""
     n, each = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
