@@ -181,6 +181,8 @@ def test_ollamas_client_makes_a_model_of_a_file_and_it_is_served(
         theirs = ollama.Client(base)
         shown = theirs.show("me/parrot:v1")
         assert shown.template == JINJA and 'SYSTEM "You repeat."' in (shown.modelfile or "")
+        (card,) = httpx.get(f"{base}/v1/models", timeout=60).json()["data"]
+        assert (card["id"], card["parent"], card["root"]) == ("me/parrot:v1", None, os.path.realpath(root))
         asked = {"model": "me/parrot:v1", "messages": [{"role": "user", "content": "Hi"}]}
         reply = httpx.post(f"{base}/v1/chat/completions", json=asked, timeout=60).json()
         assert reply["usage"]["completion_tokens"] == 5

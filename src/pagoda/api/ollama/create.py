@@ -57,7 +57,7 @@ async def _of_files(server: Server, name: str, body: OllamaCreateBody) -> list[s
     files = await asyncio.to_thread(files_of, server, body.files or {})
     if body.template:
         check_template(body.template)
-    made = _made(server, name, body, Derived(name=name, parent=name, created=time.time()))
+    made = _made(server, name, body, Derived(name="", parent="", created=time.time()))
     texts = {TEMPLATE: body.template} if body.template else {}
     root = await asyncio.to_thread(server.hub.keep, name, files, texts)
     server.derived.keep(made, root)

@@ -128,7 +128,7 @@ def _modelfile(name: str, made: Derived | None) -> str:
     """What `ollama create` would make it from."""
     if made is None:
         return f"# Served by Pagoda\nFROM {tagged(name)}\n"
-    lines = [f"FROM {tagged(made.parent)}"]
+    lines = [f"FROM {tagged(made.parent or name)}"]
     lines += [f"PARAMETER {key} {_quoted(value)}" for key, given in made.options.items() for value in _each(given)]
     lines += [f"SYSTEM {_quoted(made.system)}"] if made.system else []
     lines += [f"MESSAGE {message['role']} {_quoted(message['content'])}" for message in made.messages]

@@ -27,7 +27,7 @@ async def get_model(server: Server, request: Request) -> Response:
 
 def _card(server: Server, name: str) -> ModelCard:
     made, adapter = server.derived.get(name), server.adapters.get(name)
-    parent = None if made is None else made.parent
+    parent = None if made is None else made.parent or None
     if adapter is not None:
         parent = server.adapters.parent(name) or server.names[0]
     # Derived, not drawn: two requests for the same list get the same bytes.
