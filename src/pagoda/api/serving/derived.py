@@ -20,8 +20,8 @@ _SYSTEM = ("system", "developer")
 
 
 class Derived(msgspec.Struct, kw_only=True):
-    """`root` is the path of the model that it is made of, `parent` the name it was made from (none for one of files), `adapter` that of the
-    LoRA adapter it is used with.
+    """`root` is the path of the model that it is made of, `parent` the name it was made from (none: from files),
+    `adapter` that of the LoRA adapter it is used with.
 
     `options` are its parameters as the client named them, `params` the same as defaults of sampling.
     """
