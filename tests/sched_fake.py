@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from pagoda.arch.mrope import rope_positions
-from pagoda.sched.scheduler import Scheduler, SchedulerConfig
+from pagoda.sched.config import SchedulerConfig
+from pagoda.sched.scheduler import Scheduler
 from pagoda.types import BLOCK_SIZE, Delta, Image, Request, SamplingParams, StepPlan, StepResult, TokenLogprob
 
 VOCAB = 40
@@ -160,6 +161,7 @@ class Harness:
         self.flights: list[Launched] = []
         self.encoded: list[bytes] | None = [] if encodes else None  # digests; None: all are from the start
         self.scheduler = Scheduler(config, encoded=self.is_encoded)
+        self.states: dict[int, int] = {}  # of a recurrent model: by place, the id of the prefix that it has read
         self.cells = np.full((config.num_blocks, BLOCK_SIZE), GARBAGE, np.int64)
         self.requests: dict[str, Request] = {}
         self.told: dict[str, Told] = {}
@@ -298,11 +300,29 @@ class Harness:
             written |= places
             self.cells[cells] = GARBAGE if fails else self.ids[name][first : first + count]
         self._check_images(plan, names)
+        if self.config.recurrent:
+            self._move_states(plan, names, fails)
         if fails:
             return
         for r, name in enumerate(names):
             end = int(plan.positions[r] + plan.starts[r + 1] - plan.starts[r])
             assert self.cells[self._cells_of(plan, r, 0, end)].tolist() == self.ids[name][:end], "wrong cache is read"
+
+    def _move_states(self, plan: StepPlan, names: list[str], fails: bool) -> None:
+        """Each request goes on from the state of what is before it; no place is read and written in one step."""
+        kept = [[-1, -1, -1]] * len(names) if plan.kept is None else plan.kept.tolist()
+        read, written = [{row[i] for row in kept} - {-1} for i in (0, 1)]
+        assert not read & written and len(written) == sum(row[1] >= 0 for row in kept), "two use one place"
+        slots, total = self.config.max_num_seqs, self.config.max_num_seqs + self.config.kept_states
+        assert all(slots <= place < total for place in read | written)
+        for r, name in enumerate(names):
+            first, end, slot = int(plan.positions[r]), int(plan.positions[r] + np.diff(plan.starts)[r]), plan.slots[r]
+            begins, to, at = kept[r]
+            have = self.states[begins] if begins >= 0 else self.states[slot] if first else 0
+            assert have == (self.ids[name][first - 1] if first else 0), "wrong state"
+            assert to < 0 or (first < at <= end and at % BLOCK_SIZE == 0)
+            for place, position in ((slot, end), (to, at)):
+                self.states[place] = GARBAGE if fails else self.ids[name][position - 1]
 
     def _check_images(self, plan: StepPlan, names: list[str]) -> None:
         """Each token row has its three positions, and the vector of its image."""

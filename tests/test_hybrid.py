@@ -136,20 +136,20 @@ def answers(engine: EngineCore, prompts: list[list[int]], known: list[int] | Non
         out[str(i)] = list(known or ())
     while engine.has_work:
         for delta in engine.step():
-            assert delta.error is None and delta.cached_tokens == 0
+            assert delta.error is None
             out[delta.request_id] += delta.token_ids
     return out
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_preemption_and_a_restart_change_no_token(device: str, dense: tuple[Path, Any]) -> None:
-    """Prompts that begin alike share nothing; with few blocks requests are put back and computed again."""
+    """With few blocks requests are put back, and go on behind the last state that was kept."""
     prompts = [TOKENS[:32] + TOKENS[i : i + 5] for i in range(3)]
     expected = answers(core(dense[0], device), prompts[:1])["0"]
     engine = core(dense[0], device, max_model_len=96, num_blocks=11, max_num_batched_tokens=24, max_num_seqs=3)
     together = answers(engine, prompts)
     stats = engine.stats().scheduler
-    assert stats.preemptions > 0 and stats.prefix_hits_tokens == 0
+    assert stats.preemptions > 0
     assert together["0"] == expected
     assert answers(core(dense[0], device), prompts[:1], known=expected[:17])["0"] == expected
 

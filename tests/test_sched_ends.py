@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from sched_fake import VOCAB, Told, harness, request, solo, zeros
 
-from pagoda.sched.scheduler import Scheduler, SchedulerConfig
+from pagoda.sched.config import SchedulerConfig
+from pagoda.sched.scheduler import Scheduler
 from pagoda.types import StepPlan
 
 

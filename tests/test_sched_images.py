@@ -12,7 +12,7 @@ from sched_fake import Harness, solo
 
 from pagoda.arch.vision_spec import Vision
 from pagoda.options.speculation import Speculation
-from pagoda.sched.scheduler import SchedulerConfig
+from pagoda.sched.config import SchedulerConfig
 from pagoda.types import BLOCK_SIZE, Image, Request, SamplingParams
 
 PLACEHOLDER = 39

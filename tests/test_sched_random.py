@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from random import Random
 from typing import Any
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sched_fake import VOCAB, Harness, Told, solo
 
-from pagoda.sched.scheduler import SchedulerConfig
+from pagoda.sched.config import SchedulerConfig
 from pagoda.types import Request, SamplingParams
 
 SHARED = [[(7 * i + k * 3) % VOCAB for i in range(70)] for k in range(2)]
@@ -97,6 +97,8 @@ def draw_mix(rng: Random, *, disturbed: bool) -> Mix:
                 arrival.cancel_at, arrival.cancel_in_flight = rng.randint(0, 40), rng.random() < 0.5
         mix.failing = {rng.randint(0, 40) for _ in range(rng.randint(0, 2))}
         mix.poisoned = {rng.randint(0, 40): rng.randrange(count) for _ in range(rng.randint(0, 3))}
+    if rng.random() < 0.4:
+        mix.config = replace(config, recurrent=True, kept_states=rng.choice([0, 1, 2, 6, 20]))
     return mix
 
 
@@ -181,6 +183,30 @@ def test_hundreds_of_mixes(mixes: int) -> None:
     print(dict(seen))
     for what in ("preempted", "hits", "stop", "length", "error", "cancelled", "failed", "poisoned", "ahead"):
         assert seen[what] > mixes / 20, f"the mixes do not try {what}"
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_states_of_a_recurrent_model(ahead: bool) -> None:
+    """Behind a prompt, behind an output, and where a prefix ends that others share; the longest unused goes."""
+    shared, params = [(i * i + 3) % VOCAB for i in range(100)], SamplingParams(seed=1, max_tokens=70, ignore_eos=True)
+    harness = Harness(SchedulerConfig(64, 2, 120, 400, VOCAB, recurrent=True, kept_states=4), ahead=ahead)
+
+    def cached(name: str, prompt: list[int]) -> int:
+        request = Request(request_id=name, prompt_token_ids=prompt, params=params)
+        harness.add(request)
+        harness.run()
+        assert answer(harness.told[name]) == answer(solo(request, harness.config))
+        return harness.told[name].cached_tokens[0]
+
+    assert cached("first", shared + [1] * 30) == 0
+    assert cached("again", shared + [1] * 30) == 112  # 122 tokens without the last 8, in blocks of 16
+    assert cached("on", shared + [1] * 30 + harness.told["first"].tokens + [2] * 9) == 192  # 200 would be the end
+    assert cached("other", shared + [2] * 30) == 0  # no state where they part, yet
+    assert cached("another", shared + [3] * 30) == 96
+    for i in range(4):
+        cached(f"new {i}", [i] * 40)
+    assert cached("last", shared + [1] * 30) == 0
+    harness.scheduler.check()
 
 
 @pytest.mark.parametrize("budget", [*range(1, 20), 47, 48, 49, 200])

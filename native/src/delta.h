@@ -62,7 +62,6 @@ void delta(const DeltaJob& job, float* scratch) {
   const int64_t keys = (int64_t)job.key_heads * dk, values = (int64_t)job.value_heads * dv;
   float *past = job.state, *s = past + (job.kernel - 1) * own;
   float *q = scratch, *k = q + dk, *v = k + dk, *y = v + dv;
-  if (job.fresh) memset(job.state, 0, delta_state(dk, dv, shared, job.kernel) * sizeof(float));
   for (int t = 0; t < job.tokens; t++) {
     const float* row = job.in + t * job.in_stride;
     const int64_t at = (int64_t)job.key_head * dk;

@@ -90,7 +90,7 @@ struct DeltaJob {  // consecutive tokens of one request, one key head of a gated
   float* out;  // first token, first value head
   int64_t out_stride;
   int tokens, key_head, key_heads, value_heads, key_dim, value_dim, kernel;
-  bool tiled, fresh;   // value heads take key heads in turns; the state is to be zero first
+  bool tiled;          // value heads take key heads in turns
   const float* taps;   // [kernel][width]
   int64_t width;       // channels of the convolution
   const float *rate, *dt, *norm;  // of each value head; of all

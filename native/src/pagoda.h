@@ -96,7 +96,7 @@ struct pg_op {
 
 struct pg_delta {  // of gated delta nets; layers 0: there is none
   int32_t layers, key_heads, value_heads, key_dim, value_dim, kernel, tiled;
-  int32_t slots;  // requests that have a state at once
+  int32_t slots;  // states that there is room for: of requests, then kept ones
 };
 
 struct pg_latent {  // of latent attention; rank 0: there is none. A value is the last `rank` values of its key
@@ -159,6 +159,8 @@ struct pg_step {
   const int32_t* rope_positions;  // [3, tokens_count], or null: a token turns by its position
   const int32_t* adapters;        // [requests] the place of a request's adapter, -1 for none; or null: no request has one
   const int32_t* last_seen;       // [tokens_count] the last position that a token sees, or null: its own
+  const int32_t* kept;            // [requests][3] or null: the slot whose state a request begins with, -1 for its own; the slot that gets
+                                  // the state which the request has before a position, -1 for none; that position
   const float* vectors;           // rows of vectors_width values: vectors as wide as what they are put into; or null
   const int32_t* vector_of;       // [tokens_count] the vector that a token takes, -1 for its embedding; null: all do
   const int32_t* frames;          // [frames_count + 1] where frames of a picture begin, for PG_FRAMES

@@ -288,6 +288,9 @@ class StepPlan:
     An image may be cut over several steps, and come again: executors keep what they have encoded, by its digest.
     `adapters` are the places of the requests' adapters (`Executor.adapt`), -1 for none; None: no request has one.
     `last_seen` is the last position that each token sees, its own or one behind it in the same step; None: its own.
+    `kept` is for models with a state that goes from token to token (`ModelSpec.recurrent`), whose executors have places
+    for states behind those of the slots: a request begins with a copy of the state in place `kept[r, 0]`, and the state
+    that it has before position `kept[r, 2]` is copied to place `kept[r, 1]`; -1: neither.
     """
 
     step: int
@@ -326,6 +329,7 @@ class StepPlan:
     last_seen: Int32 | None = None  # [T]
     images: tuple[PlannedImage, ...] = ()
     adapters: Int32 | None = None  # [R]
+    kept: Int32 | None = None  # [R, 3]; None: no request begins so, nor leaves a copy
 
 
 @dataclass(frozen=True, slots=True)

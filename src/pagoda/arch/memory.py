@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from pagoda.arch.spec import Layer, ModelSpec
 from pagoda.arch.vision_spec import Vision
@@ -49,6 +49,8 @@ class Limits(Protocol):
     def max_loras(self) -> int: ...
     @property
     def max_lora_rank(self) -> int: ...
+    @property
+    def kept_states(self) -> int: ...
 
 
 def blocks_for(tokens: int) -> int:
@@ -77,6 +79,15 @@ def usual_requests(spec: ModelSpec, most: int) -> int:
     """How many run at once where nobody says: as many as have room for their states."""
     each = state_bytes(spec)
     return max(1, min(most, AUTO_STATES_BYTES // each)) if each else most
+
+
+def kept_states(limits: Limits, each_bytes: int, left_bytes: int, cache_bytes: int) -> int:
+    """How many states of prefixes are kept: in at most a quarter of what is left, and not at the cost of the cache that
+    must be there."""
+    if not each_bytes:
+        return 0
+    room_bytes = max(0, min(left_bytes // 4, AUTO_STATES_BYTES, left_bytes - cache_bytes))
+    return min(limits.kept_states, room_bytes // each_bytes)
 
 
 def _head_bytes(head_dim: int, kv_type: KvType) -> int:
@@ -146,6 +157,13 @@ def blocks_that_fit(spec: ModelSpec, free_bytes: int, kv_type: KvType = "float16
     return max(0, free_bytes) // per_block
 
 
+class Fit(NamedTuple):
+    """Blocks of the cache, and states of prefixes."""
+
+    blocks: int
+    kept_states: int
+
+
 def fit(
     spec: ModelSpec,
     limits: Limits,
@@ -156,8 +174,8 @@ def fit(
     kv_type: KvType = "float16",
     used_bytes: int = 0,
     used_by: str = "",
-) -> int:
-    """The number of cache blocks to take, at most what all requests together can fill.
+) -> Fit:
+    """The number of cache blocks to take, at most what all requests together can fill; and of states to keep.
 
     The share is one of `free_bytes`; of it `used_bytes` are held already (a GPU, where the share is one of the whole),
     and `used_by` says by whom.
@@ -171,6 +189,8 @@ def fit(
     pool = _Pool(free_bytes, share, used_bytes, used_by)
     states = limits.max_num_seqs * state_bytes(spec)
     left_bytes = pool.usable_bytes - weight_bytes - activation_bytes - states
+    kept = kept_states(limits, state_bytes(spec), left_bytes, _asked_bytes(spec, limits, kv_type))
+    left_bytes -= kept * state_bytes(spec)
     fitting = blocks_that_fit(spec, left_bytes, kv_type)
     one, everyone = blocks_for(limits.max_model_len), limits.max_num_seqs * blocks_for(limits.max_model_len)
     if spec.encoder is not None:
@@ -184,7 +204,7 @@ def fit(
         wanted = min(everyone, fitting if limits.memory_share is not None else modest)
     enough = 1 if limits.max_model_len >= spec.max_position else one
     if enough <= wanted <= fitting:
-        return wanted
+        return Fit(wanted, kept)
     asked = limits.num_blocks is not None or limits.kv_cache_bytes is not None
     if asked and wanted < enough:
         cures = [*_length(min(wanted, fitting), limits), "more --kv-cache-memory-bytes or --num-gpu-blocks-override"]
@@ -202,6 +222,14 @@ def fit(
     if spec.encoder is None:
         need[f"a KV cache of {blocks * BLOCK_SIZE} tokens"] = blocks * kv_bytes_per_block(spec, kv_type)
     raise _short(limits, need, pool, fitting)
+
+
+def _asked_bytes(spec: ModelSpec, limits: Limits, kv_type: KvType) -> int:
+    """Of the least cache that is to be there."""
+    if limits.num_blocks is None and limits.kv_cache_bytes is not None:
+        return limits.kv_cache_bytes
+    blocks = blocks_for(limits.max_model_len) if limits.num_blocks is None else limits.num_blocks
+    return blocks * kv_bytes_per_block(spec, kv_type)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ class Limits:
     the memory that looks free is promised to somebody else. `enforce_eager`: no CUDA graphs.
     `tensor_parallel_size` GPUs share the model: of this machine, or with `distributed_executor_backend` "ray" of a Ray
     cluster; each process opens the model by its path, as `load_format` and `mmproj` say. `max_loras` adapters, of rank
-    `max_lora_rank` at most, are there at once.
+    `max_lora_rank` at most, are there at once. `kept_states` is how many states of prefixes may be kept, of models that
+    have a state beside the cache.
     """
 
     max_model_len: int
@@ -46,6 +47,7 @@ class Limits:
     max_loras: int = 0
     max_lora_rank: int = 16
     mmproj: str | None = None
+    kept_states: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Capacity:
     """What was measured while loading: not configuration.
 
     `steps_in_flight` 2: a step may be launched while the one before runs, and its plan is copied by then.
+    `kept_states` places for states of prefixes (`StepPlan.kept`) come behind those of the `Limits.max_num_seqs` slots.
     """
 
     num_blocks: int
@@ -61,6 +64,7 @@ class Capacity:
     activation_bytes: int
     device: str  # such as "cpu (avx2, 2 threads)"
     steps_in_flight: int = 1
+    kept_states: int = 0
 
 
 class Pending(Protocol):

@@ -50,6 +50,7 @@ class ReferenceExecutor:
         num_blocks: int,
         max_model_len: int,
         max_num_seqs: int = 0,
+        kept_states: int = 0,
         activation_bytes: int = 0,
         kv_type: KvType = "float32",
     ) -> None:
@@ -63,16 +64,18 @@ class ReferenceExecutor:
             for a in (layer.attention,)
         ]
         self.caches: list[Cache] = [np.zeros(shape, dtype) for shape in shapes]
-        self.states = {i: new_states(d, max_num_seqs) for i, layer in enumerate(spec.layers) if (d := layer.delta)}
+        states = max_num_seqs + kept_states
+        self.states = {i: new_states(d, states) for i, layer in enumerate(spec.layers) if (d := layer.delta)}
         self.adapters: dict[int, AdapterWeights] = {}  # by place
         self.adapted: list[tuple[AdapterWeights, Index]] = []  # of the step, with the rows that each is for
         self.tables = [rope.tables(max_model_len) for rope in spec.ropes]
         self.capacity = Capacity(
             num_blocks=num_blocks,
             weight_bytes=sum(w.nbytes for w in weights.values()),
-            kv_bytes=sum(cache.nbytes for cache in self.caches) + max_num_seqs * memory.state_bytes(spec),
+            kv_bytes=sum(cache.nbytes for cache in self.caches) + states * memory.state_bytes(spec),
             activation_bytes=activation_bytes,
             device="reference (numpy, float32)",
+            kept_states=kept_states,
         )
 
     @classmethod
@@ -94,7 +97,7 @@ class ReferenceExecutor:
             kv_type = "int8" if memory.kv_type(limits.kv_cache_dtype) == "int8" else "float32"
         bound = bind(spec, source)
         activations = memory.activation_bytes(spec, limits)
-        num_blocks = memory.fit(
+        fit = memory.fit(
             spec,
             limits,
             free_bytes=max(0, free_memory_bytes() - limits.reserved_bytes),
@@ -110,7 +113,8 @@ class ReferenceExecutor:
         return cls(
             spec,
             weights,
-            num_blocks=num_blocks,
+            num_blocks=fit.blocks,
+            kept_states=fit.kept_states,
             max_model_len=limits.max_model_len,
             max_num_seqs=limits.max_num_seqs,
             activation_bytes=activations,

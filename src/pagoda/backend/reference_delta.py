@@ -24,6 +24,10 @@ class State:
         self.past[:] = 0
         self.s[:] = 0
 
+    def copy(self, other: State) -> None:
+        self.past[:] = other.past
+        self.s[:] = other.s
+
     def advance(self, d: DeltaNet, mixed: Float32, taps: Float32, decay: Float32, share: Float32) -> Float32:
         """The output [value heads, value dim] of a token with q, k and v `mixed` [width], before its norm."""
         inputs = np.concatenate((self.past, mixed[None]))
@@ -48,11 +52,16 @@ def advance(
     share = 1 / (1 + np.exp(-products["beta"]))
     out = np.empty((len(mixed), d.value_heads, d.value_dim), np.float32)
     for r, slot in enumerate(plan.slots):
-        state = states[slot]
-        if plan.positions[r] == 0:
+        state, position = states[slot], plan.positions[r]
+        begin, to, end = (-1, -1, -1) if plan.kept is None else plan.kept[r]
+        if begin >= 0:
+            state.copy(states[begin])
+        elif position == 0:
             state.clear()
-        for token in range(plan.starts[r], plan.starts[r + 1]):
+        for place, token in enumerate(range(plan.starts[r], plan.starts[r + 1]), position + 1):
             out[token] = state.advance(d, mixed[token], taps, decay[token], share[token])
+            if to >= 0 and place == end:
+                states[to].copy(state)
     return out
 
 

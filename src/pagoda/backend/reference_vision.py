@@ -37,6 +37,7 @@ class ReferenceVision(ReferenceExecutor):
         num_blocks: int,
         max_model_len: int,
         max_num_seqs: int = 0,
+        kept_states: int = 0,
         activation_bytes: int = 0,
         kv_type: KvType = "float32",
     ) -> None:
@@ -46,6 +47,7 @@ class ReferenceVision(ReferenceExecutor):
             num_blocks=num_blocks,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            kept_states=kept_states,
             activation_bytes=activation_bytes,
             kv_type=kv_type,
         )

@@ -30,7 +30,8 @@ from pagoda.engine.looking import look
 from pagoda.engine.messages import EngineStats
 from pagoda.errors import BadRequest, ConfigError, EngineError, MemoryShort
 from pagoda.options.engine_config import EngineConfig
-from pagoda.sched.scheduler import Scheduler, SchedulerConfig
+from pagoda.sched.config import SchedulerConfig
+from pagoda.sched.scheduler import Scheduler
 from pagoda.sched.state import Grammar
 from pagoda.types import BLOCK_SIZE, MOST_LOGPROBS, Delta, Request, StepPlan
 from pagoda.weights.quantization import check_quantization
@@ -44,6 +45,7 @@ _CUDA_SEQS, _CPU_SEQS = 256, 64
 _CUDA_STEP_TOKENS, _CPU_STEP_TOKENS = 8192, 512
 _CPU_STEP_TIME_TARGET_S = 0.05
 _IDLE_WAIT_S = 0.005
+_LEAST_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,9 @@ class EngineCore:
                 max_num_batched_tokens=_step_tokens(config, limits, self.spec),
                 max_model_len=max_model_len,
                 vocab_size=self.spec.vocab_size,
-                prefix_caching=config.prefix_caching and self.spec.encoder is None and not self.spec.recurrent,
+                prefix_caching=config.prefix_caching and self.spec.encoder is None,
+                recurrent=self.spec.recurrent,
+                kept_states=capacity.kept_states,
                 step_time_target_s=step_time_target_s(config),
                 speculation=speculation_of(config.speculation, self.spec, capacity.steps_in_flight),
                 pooling=None if self.spec.pooling is None else self.spec.pooling.kind,
@@ -318,7 +322,13 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
         max_loras=config.max_loras,
         max_lora_rank=config.max_lora_rank,
         mmproj=config.mmproj,
+        kept_states=_kept_states(config, spec, max_num_seqs),
     )
+
+
+def _kept_states(config: EngineConfig, spec: ModelSpec, max_num_seqs: int) -> int:
+    """Each stream of a hybrid leaves one behind its prompt and one behind its output; some go on for long."""
+    return max(_LEAST_KEPT, 4 * max_num_seqs) if spec.recurrent and config.prefix_caching else 0
 
 
 def _step_tokens(config: EngineConfig, limits: Limits, spec: ModelSpec) -> int:

@@ -120,6 +120,7 @@ class Batch:
             last_seen=_last_seen(turns),
             images=_images(turns),
             adapters=_adapters(seqs),
+            kept=_kept(turns),
             **_history(seqs),
             **_bias(seqs),
             **self._masks(turns),
@@ -175,6 +176,12 @@ def _images(turns: list[Turn]) -> tuple[PlannedImage, ...]:
 def _adapters(seqs: list[Sequence]) -> Int32 | None:
     places = [seq.place for seq in seqs]
     return None if max(places, default=-1) < 0 else _ints(places)
+
+
+def _kept(turns: list[Turn]) -> Int32 | None:
+    if all(turn.kept is None for turn in turns):
+        return None
+    return np.array([turn.kept or (-1, -1, -1) for turn in turns], np.int32)
 
 
 def _second_texts(seqs: list[Sequence]) -> Int32 | None:

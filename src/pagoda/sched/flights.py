@@ -30,6 +30,9 @@ class Flights:
     def plans(self) -> list[StepPlan]:
         return [flight.plan for flight in self._flights]
 
+    def turns(self) -> list[Turn]:
+        return [turn for flight in self._flights for turn in flight.turns]
+
     def add(self, flight: Flight) -> None:
         self._flights.append(flight)
 
@@ -61,9 +64,9 @@ class Flights:
 
     def hold(self, seq: Sequence) -> bool:
         """A step in flight computes this request."""
-        return any(turn.seq is seq for flight in self._flights for turn in flight.turns)
+        return any(turn.seq is seq for turn in self.turns())
 
     def leaving(self) -> list[Sequence]:
         """Requests that are gone, and hold what they have until the steps with them have landed."""
-        gone = [turn.seq for flight in self._flights for turn in flight.turns if not turn.seq.alive]
+        gone = [turn.seq for turn in self.turns() if not turn.seq.alive]
         return list(dict.fromkeys(gone))

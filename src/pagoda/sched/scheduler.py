@@ -8,49 +8,25 @@ has its result (`plan_ahead`): what it will compute is taken as done, and the to
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
 
 from pagoda.arch.memory import blocks_for
-from pagoda.arch.vision_spec import Vision
-from pagoda.options.speculation import Speculation
 from pagoda.sched.adapters import Places
 from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
+from pagoda.sched.config import SchedulerConfig
 from pagoda.sched.draft import Speculator
 from pagoda.sched.flights import Flight, Flights
 from pagoda.sched.images import Encoded, Images, at_once, needing
 from pagoda.sched.outcome import NO_LOGITS, Outcome
 from pagoda.sched.pace import Load, Pace
-from pagoda.sched.pooled import PoolKind
 from pagoda.sched.state import Grammar, Proposer, Sequence, Turn, turn_of
+from pagoda.sched.states import States
 from pagoda.sched.stats import SchedulerStats
 from pagoda.types import BLOCK_SIZE, Adapter, Delta, Image, Request, StepPlan, StepResult
 
 _ORDER = attrgetter("order")
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """`step_time_target_s`: how long a step may take that has running streams; None: only the token budget counts.
-
-    `pooling`: how each request becomes a vector; None: it generates. With `whole_prompts` no prompt is cut: one that
-    is over the token budget has a step of its own.
-    """
-
-    num_blocks: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    vocab_size: int
-    prefix_caching: bool = True
-    step_time_target_s: float | None = None
-    speculation: Speculation | None = None
-    pooling: PoolKind | None = None
-    whole_prompts: bool = False
-    vision: Vision | None = None
-    max_loras: int = 0
 
 
 class Scheduler:
@@ -61,6 +37,7 @@ class Scheduler:
         self.places = Places(config.max_loras)
         self._pool = BlockPool(config.num_blocks)
         self._batch = Batch(config.max_num_seqs, config.max_model_len, config.vocab_size)
+        self._states = States(config.recurrent, config.max_num_seqs, config.kept_states)
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._live: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # both lists by (priority, arrival)
@@ -143,6 +120,7 @@ class Scheduler:
         if self._speculator is not None and not self._load.prompts:
             self._speculate(self._speculator, turns, budget)
         self._steps += 1
+        self._states.plan(turns)
         plan = self._batch.plan(self._steps, turns, alone=not self._flights)
         self._flights.add(Flight(plan, turns, published, self._load))
         return plan
@@ -176,6 +154,7 @@ class Scheduler:
     def apply(self, plan: StepPlan, result: StepResult) -> list[Delta]:
         """Take in a step's result: at most one delta for each request that took part."""
         flight = self._last = self._flights.land(plan)
+        self._states.landed(flight.turns)
         deltas = []
         for seq, delta in self._outcome.read(flight.turns, result):
             if delta is not None:
@@ -184,6 +163,7 @@ class Scheduler:
                     self._drop(seq)
                     if delta.error == NO_LOGITS:
                         self._pool.unpublish(seq.blocks)  # they may be why, and must not be served again
+                        self._states.forget(seq.hashes)
             if delta is not None and delta.error is None and seq.offered < seq.computed // BLOCK_SIZE:
                 self._publish(seq, 0)  # drafts that were right may have filled a block
             if not seq.alive:
@@ -207,6 +187,7 @@ class Scheduler:
     def _fail(self, plan: StepPlan, message: str) -> list[Delta]:
         flight = self._last = self._flights.land(plan)
         self._pool.unpublish(flight.published)
+        self._states.failed(flight.turns)
         deltas = []
         for turn in flight.turns:
             seq = turn.seq
@@ -236,6 +217,7 @@ class Scheduler:
         """Raise AssertionError unless blocks, slots and queues agree with each other."""
         seated = self._running + self._flights.leaving()
         self._pool.check([seq.blocks for seq in seated])
+        self._states.check(self._flights.turns())
         slots = [seq.slot for seq in seated] + self._free_slots
         assert sorted(slots) == list(range(self._config.max_num_seqs)), "slots lost or given twice"
         queued = self._running + self._waiting
@@ -258,7 +240,7 @@ class Scheduler:
             self.learn()
         for seq in lacks_more:
             count = min(len(seq.known) - seq.computed, budget, self._pace.prompt_tokens(self._load, seq.computed))
-            count = self._images.clear(seq, seq.computed, count, budget)
+            count = self._states.cut(seq, self._images.clear(seq, seq.computed, count, budget))
             if count > 0 and seq.slot >= 0 and self._make_room(seq, count):
                 turns.append(turn_of(seq, count))
                 self._load.add_prompt(seq.computed, count)
@@ -310,6 +292,7 @@ class Scheduler:
                 break
             del self._waiting[place]
             self._seat(seq, cached)
+            count = self._states.cut(seq, count)
             self._make_room(seq, count)
             self._load.add_prompt(seq.computed, count)
             turn = turn_of(seq, count)
@@ -321,7 +304,7 @@ class Scheduler:
     def _cached_prefix(self, seq: Sequence) -> list[int]:
         if not self._config.prefix_caching:
             return []
-        return self._pool.match(seq.hash_blocks(seq.reusable_len() // BLOCK_SIZE))
+        return self._states.prefix(seq, self._pool.match(seq.hash_blocks(seq.reusable_len() // BLOCK_SIZE)))
 
     def _seat(self, seq: Sequence, cached: list[int]) -> None:
         self._pool.hold(cached)
@@ -330,6 +313,7 @@ class Scheduler:
         self._batch.seat(seq)
         self._batch.add_blocks(seq, cached)
         seq.offered, seq.computed = len(cached), len(cached) * BLOCK_SIZE
+        self._states.seat(seq)
         insort(self._running, seq, key=_ORDER)
         if seq.cached_tokens < 0:
             seq.cached_tokens = seq.computed

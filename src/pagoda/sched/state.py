@@ -75,6 +75,7 @@ class Sequence:
         "_first_bias",
         "_min_len",
         "alive",
+        "begins",
         "blocks",
         "cached_tokens",
         "computed",
@@ -85,7 +86,9 @@ class Sequence:
         "hashes",
         "history",
         "known",
+        "leaves",
         "mask",
+        "moves",
         "offered",
         "order",
         "params",
@@ -96,6 +99,7 @@ class Sequence:
         "prompt_scores",
         "request",
         "request_id",
+        "shared",
         "sight",
         "slot",
         "started",
@@ -125,6 +129,11 @@ class Sequence:
         self.promised = 0  # of `known`, how many at its end stand for tokens of a step in flight
         self.blocks: list[int] = []
         self.hashes: list[bytes] = []
+        # of a recurrent model, see sched.states
+        self.begins = -1  # the place of the state that its next turn begins with
+        self.leaves: list[int] = []  # positions where it is to leave one
+        self.moves = b""  # the hash of the one behind its output
+        self.shared = 0  # how many of its tokens the cache has
         self.offered = 0  # how many of its blocks were made findable, or could be
         self.slot = -1
         self.place = -1  # of its adapter
@@ -234,13 +243,15 @@ class Turn:
     samples: bool
     drafts: Seq[int] = ()
     pooled: range = range(0)
+    kept: tuple[int, int, int] | None = None  # see StepPlan.kept
 
     @property
     def steady(self) -> bool:
         """A stream's next token, sampled as the one before: of the plan only that token and its position are new."""
         seq = self.seq
         plain = seq.bias is None and seq.history is None and seq.mask is None and seq.grammar is None
-        return plain and self.samples and self.count == 1 and not self.scoring and not self.drafts
+        alone = self.count == 1 and not self.scoring and not self.drafts
+        return plain and self.samples and alone and self.kept is None
 
     @property
     def foreseeable(self) -> bool:

@@ -38,13 +38,13 @@ def check_delta(spec: ModelSpec) -> None:
         )
 
 
-def delta_dims(spec: ModelSpec, requests: int) -> Delta:
-    """`requests` have a state at once."""
+def delta_dims(spec: ModelSpec, states: int) -> Delta:
+    """With room for so many states of requests."""
     d = delta_of(spec)
     if d is None:
         return Delta()
     layers = sum(layer.delta is not None for layer in spec.layers)
-    return Delta(layers, d.key_heads, d.value_heads, d.key_dim, d.value_dim, d.kernel, int(d.tiled), requests)
+    return Delta(layers, d.key_heads, d.value_heads, d.key_dim, d.value_dim, d.kernel, int(d.tiled), states)
 
 
 def product_width(d: DeltaNet) -> int:

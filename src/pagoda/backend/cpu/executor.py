@@ -53,7 +53,7 @@ class CpuExecutor:
         kv_type = memory.kv_type(limits.kv_cache_dtype)
         threads = limits.threads or usable_cores()
         image_bytes = memory.vision_bytes(spec, limits.max_model_len)
-        blocks = memory.fit(
+        blocks, kept = memory.fit(
             spec,
             limits,
             free_bytes=max(0, free_memory_bytes() - limits.reserved_bytes),
@@ -61,13 +61,11 @@ class CpuExecutor:
             activation_bytes=buffer_bytes(spec, limits.max_num_batched_tokens) + image_bytes,
             kv_type=kv_type,
         )
-        lib, vision = Native(threads), None
+        states, lib, vision = limits.max_num_seqs + kept, Native(threads), None
         try:
             kind = Program if spec.encoder is None else EncoderProgram
             program = kind(lib, spec, text, progress, limits.quantization, limits.max_loras > 0)
-            program.finish(
-                limits.max_num_batched_tokens, blocks, _kind_of_cache(limits.kv_cache_dtype, text), limits.max_num_seqs
-            )
+            program.finish(limits.max_num_batched_tokens, blocks, _kind_of_cache(limits.kv_cache_dtype, text), states)
             if spec.vision is not None:
                 vision = VisionEncoder(spec, seeing, progress, threads, limits)
         except BaseException:
@@ -77,9 +75,10 @@ class CpuExecutor:
         capacity = Capacity(
             num_blocks=blocks,
             weight_bytes=lib.weight_bytes + (vision.weight_bytes if vision else 0) + adapters_bytes(spec, limits),
-            kv_bytes=blocks * memory.kv_bytes_per_block(spec, kv_type) + limits.max_num_seqs * memory.state_bytes(spec),
+            kv_bytes=blocks * memory.kv_bytes_per_block(spec, kv_type) + states * memory.state_bytes(spec),
             activation_bytes=lib.activation_bytes + image_bytes,
             device=f"cpu ({lib.isa}, {threads} thread{'s' if threads > 1 else ''})",
+            kept_states=kept,
         )
         return cls(lib, capacity, vision, adapted_products(program.ids, text) if limits.max_loras else None)
 

@@ -112,7 +112,7 @@ _PLAN_ARRAYS = (
     "slots", "starts", "positions", "tokens", "block_tables", "rows", "row_request", "row_target", "row_top",
     "temperature", "top_k", "top_p", "min_p", "presence", "frequency", "repetition", "seed", "history_start",
     "history_ids", "history_counts", "bias_start", "bias_ids", "bias_values", "row_mask", "masks", "second_texts",
-    "rope_positions", "adapters", "last_seen",
+    "rope_positions", "adapters", "last_seen", "kept",
 )  # fmt: skip
 _RESULT_ARRAYS = ("tokens", "logprobs", "top_ids", "top_logprobs", "ok")
 

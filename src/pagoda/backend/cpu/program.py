@@ -179,10 +179,10 @@ class Program:
         values = np.concatenate([dequantize(self._tensors[s]) for s in slots], axis=-1).ravel() * np.float32(scale)
         return self._lib.vector(np.ascontiguousarray(values, dtype=np.float32))
 
-    def finish(self, max_tokens: int, num_blocks: int, kv: int = native.KV_F16, requests: int = 0) -> None:
+    def finish(self, max_tokens: int, num_blocks: int, kv: int = native.KV_F16, states: int = 0) -> None:
         """Fix the program with its buffers and a KV cache of num_blocks blocks. Raises MemoryShort.
 
-        `requests` run at once: of models that keep a state of each.
+        `states` of requests have room at once, of models that keep such.
         """
         spec = self._spec
         attention = spec.layers[0].attention
@@ -193,7 +193,7 @@ class Program:
             layers, attention.heads, attention.kv_heads, attention.head_dim, spec.vocab_size, max_tokens,
             MAX_ROWS, num_blocks, spec.rope.dim, int(spec.rope.interleaved), spec.rope.attention_factor,
             inv_freq.ctypes.data, kv, _router(spec), 0, axes.ctypes.data if spec.rope.sections else None,
-            delta_dims(spec, requests),
+            delta_dims(spec, states),
         )  # fmt: skip
         if attention.latent is not None:
             dims.latent = Latent(attention.latent.rank, attention.latent.nope, attention.latent.value_dim)

@@ -79,7 +79,7 @@ class VisionProgram(Program):
                 self.ids[name + "_bias"] = self._vector(*(slot + "_bias" for slot in slots))
             self._progress("image encoder", done / len(products))
 
-    def finish(self, max_tokens: int, num_blocks: int = 0, kv: int = 0, requests: int = 0) -> None:
+    def finish(self, max_tokens: int, num_blocks: int = 0, kv: int = 0, states: int = 0) -> None:
         """Fix the program for images of `max_tokens` patches."""
         v = self._vision
         pairs = v.head_dim // 4  # of each of row and column

@@ -45,6 +45,7 @@ class Batch:
     ahead: tuple[Ahead, ...] = ()  # tokens that see others behind them
     whole: bool = False  # `rows` are all tokens, in their order
     decoding: bool = False  # see upload.decoding
+    kept: Tensor | None = None  # int32 [R, 3], see StepPlan; None: no state is copied
     runs: Tensor | None = None  # what `prepared` adds for the kernels
 
 

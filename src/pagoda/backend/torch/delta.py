@@ -14,8 +14,8 @@ from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.kernels import delta as kernels
 
 States = tuple[Tensor, Tensor]
-"""Of one layer, float32: the last inputs of each request's convolution [slots, kernel - 1, channels], and S of its
-value heads [slots, value heads, key dim, value dim]."""
+"""Of one layer, float32: the last inputs of each state's convolution [states, kernel - 1, channels], and S of its
+value heads [states, value heads, key dim, value dim]."""
 PRODUCTS = ("q", "k", "v", "z", "beta", "decay")
 """The slots whose products with a token stand side by side."""
 _EPS = 1e-6
@@ -38,13 +38,21 @@ class Delta:
             return kernels.delta(x, self.shape, (self.taps, self.rate, self.dt, self.norm), self.eps, states, batch)
         d, slots = self.shape, batch.slots.tolist()
         starts, contexts, out = batch.starts.tolist(), batch.contexts.tolist(), x.new_zeros(len(x), d.value_width)
+        kept = [[-1, -1, -1]] * len(slots) if batch.kept is None else batch.kept.tolist()
         for r, slot in enumerate(slots):
             past, s = states[0][slot], states[1][slot]
-            if contexts[r] == starts[r + 1] - starts[r]:
-                past.zero_()
-                s.zero_()
-            for token in range(starts[r], starts[r + 1]):
+            position = contexts[r] - (starts[r + 1] - starts[r])
+            begin, to, end = kept[r]
+            for part in states:
+                if begin >= 0:
+                    part[slot] = part[begin]
+                elif position == 0:
+                    part[slot] = 0
+            for place, token in enumerate(range(starts[r], starts[r + 1]), position + 1):
                 out[token] = self._advance(x[token].float(), past, s)
+                if to >= 0 and place == end:
+                    for part in states:
+                        part[to] = part[slot]
         return out
 
     def _advance(self, x: Tensor, past: Tensor, s: Tensor) -> Tensor:
@@ -72,6 +80,6 @@ class Delta:
         return heads.repeat(shared, 1) if d.tiled else heads.repeat_interleave(shared, 0)
 
 
-def make_states(d: DeltaNet, requests: int, device: torch.device) -> States:
-    past = torch.zeros(requests, d.kernel - 1, d.width, dtype=torch.float32, device=device)
-    return past, torch.zeros(requests, d.value_heads, d.key_dim, d.value_dim, dtype=torch.float32, device=device)
+def make_states(d: DeltaNet, count: int, device: torch.device) -> States:
+    past = torch.zeros(count, d.kernel - 1, d.width, dtype=torch.float32, device=device)
+    return past, torch.zeros(count, d.value_heads, d.key_dim, d.value_dim, dtype=torch.float32, device=device)

@@ -123,7 +123,7 @@ class TorchExecutor:
         if limits.max_loras:
             adapters, own = Adapters(device.device, dtype), adapters_bytes(spec, limits, dtype.itemsize)
         stored, work = weight_bytes(tensors, target) + own, activation_bytes(spec, limits, 1, dtype.itemsize)
-        blocks = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type))
+        blocks = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type).blocks)
         decoder: Decoder | Encoder
         if spec.encoder is None:
             loader = Loader(spec, tensors, target, adapters)
@@ -133,10 +133,12 @@ class TorchExecutor:
         if device.is_gpu:
             stored, work = measured(decoder, limits, device, kv_type)
             stored += own
-            blocks = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type))
-        decoder.caches = make_caches(spec, blocks, kv_type, device.device, limits.max_num_seqs)
+            blocks = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type).blocks)
+        kept = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type).kept_states)
+        states = limits.max_num_seqs + kept
+        decoder.caches = make_caches(spec, blocks, kv_type, device.device, states)
         kv_bytes = blocks * memory.kv_bytes_per_block(spec, kv_kind(kv_type))
-        kv_bytes += limits.max_num_seqs * memory.state_bytes(spec)
+        kv_bytes += states * memory.state_bytes(spec)
         name = (
             f"{'cuda' if device.is_gpu else 'torch'} ({team.count}{device.name}, {str(dtype).removeprefix('torch.')})"
         )
@@ -150,10 +152,11 @@ class TorchExecutor:
                 most_context=length,
                 device=device.device,
                 three=bool(spec.rope.sections),
+                recurrent=spec.recurrent,
             )
         # several GPUs are told the tokens of a step by the one that has sampled them
         at_once = 2 if team is ALONE and spec.pooling is None else 1
-        return cls(decoder, Capacity(blocks, stored, kv_bytes, work, name, at_once), device, graphs)
+        return cls(decoder, Capacity(blocks, stored, kv_bytes, work, name, at_once, kept), device, graphs)
 
     def launch(self, plan: StepPlan) -> Pending:
         with errors_told(f"step {plan.step}"), torch.inference_mode():
@@ -248,7 +251,7 @@ def release(device: Device) -> None:
         torch.cuda.empty_cache()
 
 
-def fitting(spec: ModelSpec, limits: Limits, space: Room, stored: int, work: int, kv_type: torch.dtype) -> int:
+def fitting(spec: ModelSpec, limits: Limits, space: Room, stored: int, work: int, kv_type: torch.dtype) -> memory.Fit:
     return memory.fit(
         spec,
         replace(limits, memory_share=space.share),
@@ -265,12 +268,12 @@ def kv_kind(kind: torch.dtype) -> memory.KvType:
     return "fp8" if kind == FP8 else "float32" if kind == torch.float32 else "float16"
 
 
-def make_caches(spec: ModelSpec, blocks: int, kind: torch.dtype, device: torch.device, requests: int) -> list[KvCache]:
-    """Of each layer of a decoder; `requests` have a state at once."""
+def make_caches(spec: ModelSpec, blocks: int, kind: torch.dtype, device: torch.device, states: int) -> list[KvCache]:
+    """Of each layer of a decoder; with room for so many `states` of requests."""
     out: list[KvCache] = []
     for layer in spec.layers if spec.encoder is None else ():
         if layer.delta is not None:
-            out.append(make_states(layer.delta, requests, device))
+            out.append(make_states(layer.delta, states, device))
         else:
             a = layer.attention
             shape = (blocks, BLOCK_SIZE, a.kv_heads, a.head_dim)
@@ -316,8 +319,8 @@ def graph_bytes(decoder: Decoder, limits: Limits, device: Device) -> int:
     begun = torch.cuda.memory_allocated(device.device)
     torch.cuda.reset_peak_memory_stats(device.device)
     with torch.inference_mode():
-        three = bool(decoder.spec.rope.sections)
-        decoder.hidden(padding(limits.max_num_seqs, limits.max_model_len, device.device, three=three))
+        shape = {"three": bool(decoder.spec.rope.sections), "recurrent": decoder.spec.recurrent}
+        decoder.hidden(padding(limits.max_num_seqs, limits.max_model_len, device.device, **shape))
     torch.cuda.synchronize(device.device)
     return torch.cuda.max_memory_reserved(device.device) - begun
 

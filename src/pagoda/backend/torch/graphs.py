@@ -77,14 +77,15 @@ class DecodeGraphs:
         most_context: int,
         device: torch.device,
         three: bool = False,
+        recurrent: bool = False,
     ) -> None:
-        """`three`: tokens turn by three positions."""
+        """`three`: tokens turn by three positions. `recurrent`: requests have a state."""
         self._forward, self._record = forward, record
         self._sizes = sizes(most_requests)
         self._recorded: dict[int, Recorded] = {}
         self._without: set[int] = set()
         """Sizes that could not be recorded. They are padded all the same: several GPUs have to agree on the rows."""
-        self._fixed = padding(most_requests, most_context, device, three=three)
+        self._fixed = padding(most_requests, most_context, device, three=three, recurrent=recurrent)
 
     def run(self, batch: Batch) -> Tensor | None:
         """The forward pass of a batch, [L, hidden], good until the next one; None where no graph is for it."""
@@ -98,6 +99,8 @@ class DecodeGraphs:
         if fixed.rope_positions is not None:
             own = batch.positions.expand(3, -1) if batch.rope_positions is None else batch.rope_positions
             fixed.rope_positions[:, :requests] = own
+        if fixed.kept is not None:
+            fixed.kept[:requests] = -1 if batch.kept is None else batch.kept
         if recorded:
             recorded.replay()
             return recorded.result[:requests]
@@ -146,12 +149,14 @@ class DecodeGraphs:
         parts = {
             name: getattr(f, name)[:size] for name in ("tokens", "positions", "cells", "contexts", "rows", "slots")
         }
+        if f.kept is not None:
+            parts["kept"] = f.kept[:size]
         if f.rope_positions is not None:
             parts["rope_positions"] = f.rope_positions[:, :size]
         return replace(f, starts=f.starts[: size + 1], block_tables=f.block_tables[:size], **parts)
 
 
-def padding(requests: int, context: int, device: torch.device, *, three: bool) -> Batch:
+def padding(requests: int, context: int, device: torch.device, *, three: bool, recurrent: bool = False) -> Batch:
     """A batch of nothing, as large as any decode step."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -170,4 +175,5 @@ def padding(requests: int, context: int, device: torch.device, *, three: bool) -
         whole=True,
         max_context=context,
         rope_positions=zeros(3, requests) if three else None,
+        kept=zeros(requests, 3) - 1 if recurrent else None,
     )

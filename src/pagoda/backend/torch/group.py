@@ -236,22 +236,24 @@ class Group(Team):
 
 
 def _packed(plan: StepPlan) -> Int32:
-    """What a forward pass takes, in one array: six sizes, then the arrays of Fed."""
+    """What a forward pass takes, in one array: seven sizes, then the arrays of Fed."""
     last = plan.positions + np.diff(plan.starts)
     width = blocks_for(int(last.max(initial=0)))
     tables = plan.block_tables[plan.slots, :width]
     turned = np.zeros(0, np.int32) if plan.rope_positions is None else plan.rope_positions.reshape(-1)
     ahead = np.zeros(0, np.int32) if plan.last_seen is None else plan.last_seen
-    sizes = np.array([len(plan.slots), len(plan.tokens), len(plan.rows), width, len(turned), len(ahead)], np.int32)
-    arrays = (plan.slots, plan.starts, plan.positions, plan.tokens, tables.reshape(-1), plan.rows, turned, ahead)
-    return np.concatenate([sizes, *arrays])
+    kept = np.zeros(0, np.int32) if plan.kept is None else plan.kept.reshape(-1)
+    sizes = [len(plan.slots), len(plan.tokens), len(plan.rows), width, len(turned), len(ahead), len(kept)]
+    arrays = (plan.slots, plan.starts, plan.positions, plan.tokens, tables.reshape(-1), plan.rows, turned, ahead, kept)
+    return np.concatenate([np.array(sizes, np.int32), *arrays])
 
 
 def _unpacked(numbers: Int32) -> Fed:
-    requests, tokens, rows, width, turns, seen = numbers[:6].tolist()
-    lengths = (requests, requests + 1, requests, tokens, requests * width, rows, turns)
-    slots, starts, positions, ids, own, wanted, turned, ahead = np.split(numbers[6:], np.cumsum(lengths))
+    requests, tokens, rows, width, turns, seen, copied = numbers[:7].tolist()
+    lengths = (requests, requests + 1, requests, tokens, requests * width, rows, turns, seen)
+    slots, starts, positions, ids, own, wanted, turned, ahead, kept = np.split(numbers[7:], np.cumsum(lengths))
     tables = np.zeros((int(slots.max(initial=-1)) + 1, width), np.int32)
     tables[slots] = own.reshape(requests, width)
     three = turned.reshape(3, tokens) if turns else None
-    return Fed(slots, starts, positions, ids, tables, wanted, three, ahead if seen else None)
+    states = kept.reshape(requests, 3) if copied else None
+    return Fed(slots, starts, positions, ids, tables, wanted, three, ahead if seen else None, states)

@@ -44,6 +44,7 @@ class Fed(NamedTuple):
     rows: Int32
     rope_positions: Int32 | None = None
     last_seen: Int32 | None = None
+    kept: Int32 | None = None
 
 
 class Parcel:
@@ -106,6 +107,8 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
     parcel.add(contexts=contexts, tables=tables, rows=plan.rows, slots=plan.slots)
     if plan.rope_positions is not None:
         parcel.add(rope_positions=plan.rope_positions)
+    if plan.kept is not None:
+        parcel.add(kept=plan.kept)
     second = plan.second_texts if isinstance(plan, StepPlan) else None
     if second is not None:
         parcel.add(types=(positions >= second[request_of]).astype(np.int32))
@@ -128,6 +131,7 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
         rope_positions=None if plan.rope_positions is None else parcel["rope_positions"],
         adapters=tuple((place, parcel[f"adapter.{place}"]) for place, _ in adapted),
         ahead=_ahead(plan.last_seen, positions, request_of),
+        kept=None if plan.kept is None else parcel["kept"],
     )
 
 

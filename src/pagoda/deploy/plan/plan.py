@@ -119,7 +119,7 @@ def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Pl
         model.spec, limits.max_model_len
     )
     try:
-        blocks = memory.fit(
+        blocks, kept = memory.fit(
             model.spec,
             limits,
             free_bytes=max(0, machine.memory_bytes - draft - processes),
@@ -128,10 +128,10 @@ def _cpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine) -> Pl
             kv_type=kv_type,
         )
     except MemoryShort:
-        blocks = 0
+        blocks, kept = 0, 0
     if config.max_model_len is not None and blocks < memory.blocks_for(config.max_model_len):
         blocks = 0  # the engine refuses a length that was asked for, where the model's own is cut
-    work += limits.max_num_seqs * memory.state_bytes(model.spec)
+    work += (limits.max_num_seqs + kept) * memory.state_bytes(model.spec)
     share = memory.DEFAULT_SHARE if config.memory_share is None else config.memory_share
     block_bytes = memory.kv_bytes_per_block(model.spec, kv_type)
     return _filled(
@@ -157,15 +157,17 @@ def _gpu_plan(model: PlannedModel, config: EngineConfig, machine: Machine, gpus:
     weights = sharding.weight_bytes(model.spec, language, size) + adapters_bytes(model.spec, limits, item)
     vision_work = memory.vision_bytes(model.spec, limits.max_model_len, item)
     work = sharding.activation_bytes(model.spec, limits, size, item) - vision_work
-    work += limits.max_num_seqs * sharding.state_bytes(model.spec, size)
+    state_bytes = sharding.state_bytes(model.spec, size)
+    work += limits.max_num_seqs * state_bytes
     overhead, images = sharding.overhead_bytes(size), sum(seeing.values()) + vision_work
     share = memory.DEFAULT_SHARE if config.memory_share is None else config.memory_share
     kv_item = 1 if limits.kv_cache_dtype in KV_EIGHT_BITS else item
     block_bytes = sharding.kv_bytes_per_block(model.spec, size, kv_item)
     draft = _draft_bytes(config, limits, machine)
     left = int(machine.memory_bytes * share) - weights - work - overhead - images - draft
-    most = max(0, left) // block_bytes
     one = memory.blocks_for(limits.max_model_len)
+    kept_bytes = memory.kept_states(limits, state_bytes, left, one * block_bytes) * state_bytes
+    work, most = work + kept_bytes, max(0, left - kept_bytes) // block_bytes
     blocks = most if config.max_model_len is None or most >= one else 0
     blocks = min(blocks, one * limits.max_num_seqs)
     parts = (weights, work, overhead, images, draft)

@@ -39,6 +39,20 @@ def _convolved(
 
 
 @triton.jit
+def _kept(
+    kept: tl.tensor, r: tl.tensor, slot: tl.tensor, position: tl.tensor, KEPT: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The slot whose state a request begins with, the one that gets a copy, and behind how many of its tokens."""
+    source, to, end = slot, slot, position * 0
+    if KEPT:
+        begin = tl.load(kept + 3 * r).to(tl.int64)
+        source = tl.where(begin >= 0, begin, slot)
+        to = tl.load(kept + 3 * r + 1).to(tl.int64)
+        end = tl.where(to >= 0, tl.load(kept + 3 * r + 2) - position, 0)
+    return source, to, end
+
+
+@triton.jit
 def _advance(
     x: tl.tensor,
     out: tl.tensor,
@@ -50,6 +64,7 @@ def _advance(
     starts: tl.tensor,
     contexts: tl.tensor,
     slots: tl.tensor,
+    kept: tl.tensor,
     pitch: tl.tensor,
     scale: tl.tensor,
     KEY_HEADS: tl.constexpr,
@@ -60,6 +75,7 @@ def _advance(
     TILED: tl.constexpr,
     KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    KEPT: tl.constexpr,
 ) -> None:
     r, head, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     WIDTH: tl.constexpr = 2 * KEY_HEADS * KEY_DIM + VALUE_HEADS * VALUE_DIM
@@ -68,17 +84,19 @@ def _advance(
     if count > 0:
         fresh = (tl.load(contexts + r) == count).to(tl.int32)
         slot = tl.load(slots + r).to(tl.int64)
+        source, to, end = _kept(kept, r, slot, tl.load(contexts + r) - count, KEPT)
         x += first.to(tl.int64) * pitch
         out += first.to(tl.int64) * VALUE_HEADS * VALUE_DIM + head * VALUE_DIM
-        past = pasts + slot * (KERNEL - 1) * WIDTH
+        past = pasts + source * (KERNEL - 1) * WIDTH
         keys = tl.arange(0, KEYS)
         key_inside, inside = keys < KEY_DIM, column < VALUE_DIM
         key_head = head % KEY_HEADS if TILED else head // (VALUE_HEADS // KEY_HEADS)
         q_at = key_head * KEY_DIM + keys
         v_at = 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM + column
-        own = states + (slot * VALUE_HEADS + head) * KEY_DIM * VALUE_DIM + keys[:, None] * VALUE_DIM + column[None, :]
+        states += head * KEY_DIM * VALUE_DIM + keys[:, None] * VALUE_DIM + column[None, :]
+        STATE: tl.constexpr = VALUE_HEADS * KEY_DIM * VALUE_DIM
         held = key_inside[:, None] & inside[None, :]
-        s = tl.load(own, mask=held & (fresh == 0), other=0.0)
+        s = tl.load(states + source * STATE, mask=held & (fresh == 0), other=0.0)
         head_rate, head_dt = tl.load(rate + head), tl.load(dt + head)
         small = WIDTH + VALUE_HEADS * VALUE_DIM + head
         for t in range(0, count):
@@ -94,7 +112,10 @@ def _advance(
             change = (v - tl.sum(s * k[:, None], axis=0)) / (1.0 + tl.exp(-beta))
             s += k[:, None] * change[None, :]
             tl.store(out + t * VALUE_HEADS * VALUE_DIM + column, tl.sum(s * q[:, None], axis=0), mask=inside)
-        tl.store(own, s, mask=held)
+            if KEPT:
+                if t + 1 == end:
+                    tl.store(states + to * STATE, s, mask=held)
+        tl.store(states + slot * STATE, s, mask=held)
 
 
 @triton.jit
@@ -104,26 +125,48 @@ def _keep(
     starts: tl.tensor,
     contexts: tl.tensor,
     slots: tl.tensor,
+    kept: tl.tensor,
     pitch: tl.tensor,
     WIDTH: tl.constexpr,
     KERNEL: tl.constexpr,
     BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,
 ) -> None:
-    """The last inputs of a request's convolution, for its next step."""
+    """The last inputs of a request's convolution, for its next step, and those before where its state is kept."""
     r, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.load(starts + r)
     count = tl.load(starts + r + 1) - first
     if count > 0:
         fresh = (tl.load(contexts + r) == count).to(tl.int32)
         x += first.to(tl.int64) * pitch
-        past = pasts + tl.load(slots + r).to(tl.int64) * (KERNEL - 1) * WIDTH
-        inside = at < WIDTH
-        for j in tl.static_range(KERNEL - 1):
-            row = count - (KERNEL - 1) + j  # what was there moves up: each place is read before it is written
-            now = tl.load(x + row * pitch + at, mask=inside & (row >= 0), other=0.0).to(tl.float32)
-            kept = inside & (row < 0) & (fresh == 0)
-            before = tl.load(past + (row + KERNEL - 1) * WIDTH + at, mask=kept, other=0.0)
-            tl.store(past + j * WIDTH + at, now + before, mask=inside)
+        slot = tl.load(slots + r).to(tl.int64)
+        source, to, end = _kept(kept, r, slot, tl.load(contexts + r) - count, KEPT)
+        PAST: tl.constexpr = (KERNEL - 1) * WIDTH
+        if KEPT:
+            if to >= 0:
+                _move(x, pasts + source * PAST, pasts + to * PAST, end, fresh, at, pitch, WIDTH, KERNEL)
+        _move(x, pasts + source * PAST, pasts + slot * PAST, count, fresh, at, pitch, WIDTH, KERNEL)
+
+
+@triton.jit
+def _move(
+    x: tl.tensor,
+    past: tl.tensor,
+    to: tl.tensor,
+    count: tl.tensor,
+    fresh: tl.tensor,
+    at: tl.tensor,
+    pitch: tl.tensor,
+    WIDTH: tl.constexpr,
+    KERNEL: tl.constexpr,
+) -> None:
+    """The last inputs before token `count` of a request, at some channels; `to` may be `past` itself."""
+    inside = at < WIDTH
+    for j in tl.static_range(KERNEL - 1):
+        row = count - (KERNEL - 1) + j  # what was there moves up: each place is read before it is written
+        now = tl.load(x + row * pitch + at, mask=inside & (row >= 0), other=0.0).to(tl.float32)
+        before = tl.load(past + (row + KERNEL - 1) * WIDTH + at, mask=inside & (row < 0) & (fresh == 0), other=0.0)
+        tl.store(to + j * WIDTH + at, now + before, mask=inside)
 
 
 @triton.jit
@@ -160,19 +203,21 @@ def delta(
     taps, rate, dt, norm = weights
     x, (pasts, s) = x.contiguous(), states
     pitch, requests = x.shape[1], len(batch.contexts)
+    kept = batch.slots if batch.kept is None else batch.kept
     y = torch.zeros(len(x), d.value_width, dtype=torch.float32, device=x.device)
     out = torch.empty(len(x), d.value_width, dtype=x.dtype, device=x.device)
     if not len(x):
         return out
     columns = min(_COLUMNS, triton.next_power_of_2(d.value_dim))
     _advance[(requests, d.value_heads, triton.cdiv(d.value_dim, columns))](
-        x, y, taps, rate, dt, pasts, s, batch.starts, batch.contexts, batch.slots, pitch, d.key_dim**-0.5,
+        x, y, taps, rate, dt, pasts, s, batch.starts, batch.contexts, batch.slots, kept, pitch, d.key_dim**-0.5,
         KEY_HEADS=d.key_heads, VALUE_HEADS=d.value_heads, KEY_DIM=d.key_dim, VALUE_DIM=d.value_dim, KERNEL=d.kernel,
-        TILED=d.tiled, KEYS=triton.next_power_of_2(d.key_dim), COLUMNS=columns, num_warps=4,
+        TILED=d.tiled, KEYS=triton.next_power_of_2(d.key_dim), COLUMNS=columns, KEPT=batch.kept is not None,
+        num_warps=4,
     )  # fmt: skip
     _keep[(requests, triton.cdiv(d.width, 256))](
-        x, pasts, batch.starts, batch.contexts, batch.slots, pitch, WIDTH=d.width, KERNEL=d.kernel, BLOCK=256,
-        num_warps=4,
+        x, pasts, batch.starts, batch.contexts, batch.slots, kept, pitch, WIDTH=d.width, KERNEL=d.kernel, BLOCK=256,
+        KEPT=batch.kept is not None, num_warps=4,
     )  # fmt: skip
     _gated_norm[(len(x), d.value_heads)](
         y, x, norm, out, eps, pitch, Z=d.width, HEADS=d.value_heads, DIM=d.value_dim,
