@@ -322,7 +322,8 @@ class Harness:
             assert have == (self.ids[name][first - 1] if first else 0), "wrong state"
             assert to < 0 or (first < at <= end and at % BLOCK_SIZE == 0)
             for place, position in ((slot, end), (to, at)):
-                self.states[place] = GARBAGE if fails else self.ids[name][position - 1]
+                if place >= 0:
+                    self.states[place] = GARBAGE if fails else self.ids[name][position - 1]
 
     def _check_images(self, plan: StepPlan, names: list[str]) -> None:
         """Each token row has its three positions, and the vector of its image."""

@@ -184,7 +184,7 @@ def test_sampling_parameters_stay_with_their_request() -> None:
     assert plan.history_start.tolist() == [0, 0, 0, 6] and plan.history_counts.tolist() == [0] * 6
     for name in StepPlan.__slots__:
         array = getattr(plan, name)
-        if name not in ("step", "second_texts", "rope_positions", "last_seen", "images", "adapters"):
+        if name not in ("step", "second_texts", "rope_positions", "last_seen", "images", "adapters", "kept"):
             assert array.flags.c_contiguous and array.dtype in (np.int32, np.float32, np.uint64, np.uint32), name
 
 
