@@ -28,7 +28,11 @@ ONE = 512 // 16
 
 def fit(free_bytes: int, weight_bytes: int = 0, activation_bytes: int = 0, **limits: Any) -> int:
     chosen = replace(LIMITS, **limits)
-    return memory.fit(SPEC, chosen, free_bytes=free_bytes, weight_bytes=weight_bytes, activation_bytes=activation_bytes)
+    found = memory.fit(
+        SPEC, chosen, free_bytes=free_bytes, weight_bytes=weight_bytes, activation_bytes=activation_bytes
+    )
+    assert found.kept_states == 0
+    return found.blocks
 
 
 def complaint(*args: int, **limits: Any) -> str:

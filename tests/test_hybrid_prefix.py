@@ -24,6 +24,7 @@ from test_hybrid import DEVICES, TOKENS, alone, core, last, load
 from pagoda.arch import memory
 from pagoda.arch.delta import DeltaNet
 from pagoda.arch.registry import load_spec
+from pagoda.backend.base import Limits
 from pagoda.backend.torch import delta as nets
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.graphs import padding
@@ -95,6 +96,21 @@ def test_the_kernels_move_states_as_pytorch_does(monkeypatch: pytest.MonkeyPatch
             found = layer(x, fused, batch)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_states_are_kept_in_a_part_of_what_is_left(dense: Path) -> None:
+    spec = load_spec(open_source(str(dense)))
+    each, block = memory.state_bytes(spec), memory.kv_bytes_per_block(spec)
+
+    def kept(left: int, **more: Any) -> memory.Fit:
+        limits = Limits(256, 2, 64, memory_share=1.0, **{"kept_states": 9, "num_blocks": 16, **more})
+        return memory.fit(spec, limits, free_bytes=2 * each + left, weight_bytes=0, activation_bytes=0)
+
+    assert kept(100 * each + 16 * block) == (16, 9)
+    assert kept(12 * each) == (16, 3)
+    assert kept(100 * each, kept_states=0) == (16, 0)
+    assert kept(16 * block + each // 2) == (16, 0)  # the cache that must be there comes first
+    assert kept(40 * each, num_blocks=None, max_num_seqs=1) == (16, 9)
 
 
 def test_places_that_do_not_exist_are_refused(dense: Path) -> None:
