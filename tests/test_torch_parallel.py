@@ -197,7 +197,10 @@ def test_a_step_crosses_as_one_array_of_numbers() -> None:
     assert fed.block_tables[fed.slots].tolist() == [[3, 9], [2, 0]]
     for name in ("slots", "starts", "positions", "tokens", "rows"):
         assert np.array_equal(getattr(fed, name), getattr(plan, name)), name
-    assert len(_packed(plan)) == 6 + 2 + 3 + 2 + 4 + 4 + 3
+    assert len(_packed(plan)) == 7 + 2 + 3 + 2 + 4 + 4 + 3 and fed.kept is None
+    copied = np.array([(3, 4, 21), (-1, -1, -1)], np.int32)
+    told = _unpacked(_packed(replace(plan, kept=copied)))
+    assert told.kept is not None and np.array_equal(told.kept, copied)
 
 
 def config(path: Path, size: int, **more: Any) -> EngineConfig:
