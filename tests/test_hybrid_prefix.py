@@ -110,7 +110,7 @@ def test_states_are_kept_in_a_part_of_what_is_left(dense: Path) -> None:
     assert kept(12 * each) == (16, 3)
     assert kept(100 * each, kept_states=0) == (16, 0)
     assert kept(64 * block + each // 2, num_blocks=64) == (64, 0)  # the cache that must be there comes first
-    assert kept(40 * each, num_blocks=None, max_num_seqs=1) == (16, 9)
+    assert kept(40 * each, num_blocks=None) == (32, 9)
 
 
 def test_places_that_do_not_exist_are_refused(dense: Path) -> None:
