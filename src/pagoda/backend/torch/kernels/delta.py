@@ -91,25 +91,22 @@ def _advance(
         keys = tl.arange(0, KEYS)
         key_inside, inside = keys < KEY_DIM, column < VALUE_DIM
         key_head = head % KEY_HEADS if TILED else head // (VALUE_HEADS // KEY_HEADS)
-        q_at = key_head * KEY_DIM + keys
-        v_at = 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM + column
+        q_at, v_at = key_head * KEY_DIM + keys, 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM + column
         states += head * KEY_DIM * VALUE_DIM + keys[:, None] * VALUE_DIM + column[None, :]
         STATE: tl.constexpr = VALUE_HEADS * KEY_DIM * VALUE_DIM
         held = key_inside[:, None] & inside[None, :]
         s = tl.load(states + source * STATE, mask=held & (fresh == 0), other=0.0)
-        head_rate, head_dt = tl.load(rate + head), tl.load(dt + head)
-        small = WIDTH + VALUE_HEADS * VALUE_DIM + head
+        head_rate, head_dt, small = tl.load(rate + head), tl.load(dt + head), WIDTH + VALUE_HEADS * VALUE_DIM + head
         for t in range(0, count):
             q = _convolved(x, past, taps, t, fresh, q_at, key_inside, pitch, WIDTH, KERNEL)
             k = _convolved(x, past, taps, t, fresh, KEY_HEADS * KEY_DIM + q_at, key_inside, pitch, WIDTH, KERNEL)
             v = _convolved(x, past, taps, t, fresh, v_at, inside, pitch, WIDTH, KERNEL)
             q = q * (scale / tl.sqrt(tl.sum(q * q, axis=0) + 1e-6))
             k = k / tl.sqrt(tl.sum(k * k, axis=0) + 1e-6)
-            beta = tl.load(x + t * pitch + small).to(tl.float32)
             slow = tl.load(x + t * pitch + small + VALUE_HEADS).to(tl.float32) + head_dt
             softplus = tl.where(slow > 20.0, slow, tl.log(1.0 + tl.exp(tl.minimum(slow, 20.0))))
             s = s * tl.exp(-head_rate * softplus)
-            change = (v - tl.sum(s * k[:, None], axis=0)) / (1.0 + tl.exp(-beta))
+            change = (v - tl.sum(s * k[:, None], 0)) / (1.0 + tl.exp(-tl.load(x + t * pitch + small).to(tl.float32)))
             s += k[:, None] * change[None, :]
             tl.store(out + t * VALUE_HEADS * VALUE_DIM + column, tl.sum(s * q[:, None], axis=0), mask=inside)
             if KEPT:
