@@ -92,7 +92,7 @@ def test_logits_of_gguf(device: str, case: tuple[Path, Any], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("chunk", [1, 2, 16, 31])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 2, 16, 31])
 def test_a_prompt_in_chunks_has_the_bits_of_the_whole(device: str, chunk: int, dense: tuple[Path, Any]) -> None:
     executor = load(dense[0], device)
     for start in range(0, len(TOKENS), chunk):

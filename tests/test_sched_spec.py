@@ -27,7 +27,8 @@ ALWAYS = Speculation(num_tokens=5, lookup_max=3, lookup_min=1, always=True)
 def draw_repetitive(rng: Random, *, disturbed: bool) -> Mix:
     """A mix in which most requests choose from so few tokens that drafts are often right, and often wrong."""
     mix = draw_mix(rng, disturbed=disturbed)
-    config = replace(mix.config, speculation=msgspec.structs.replace(ALWAYS, num_tokens=rng.randint(1, 40)))
+    config = replace(mix.config, recurrent=False, kept_states=0)
+    config = replace(config, speculation=msgspec.structs.replace(ALWAYS, num_tokens=rng.randint(1, 40)))
     for arrival in mix.arrivals:
         if rng.random() < 0.8 and not arrival.request.output_token_ids:
             few = tuple(rng.sample(range(VOCAB), rng.choice([1, 2, 2, 3])))

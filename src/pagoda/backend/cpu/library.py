@@ -130,28 +130,30 @@ class Step(c.Structure):
     ]
 
 
-@cache
 def _load() -> c.CDLL:
     path = Path(__file__).with_name("libpagoda_cpu.so")
     if not path.exists():
-        raise ConfigError(
-            "the native CPU library is missing", remedy="Install the package again (pip install .), which builds it"
-        )
+        raise ConfigError("the native CPU library is missing", remedy="Install the package again: pip install .")
+    return _opened(path)
+
+
+@cache
+def _opened(path: Path) -> c.CDLL:
     lib = c.CDLL(str(path))
     signatures: dict[str, tuple[object, list[object]]] = {
         "pg_best_isa": (c.c_char_p, []),
+        "pg_isa": (c.c_char_p, [c.c_int32]),
         "pg_create": (c.c_void_p, [c.c_int32, c.c_char_p]),
         "pg_destroy": (None, [c.c_void_p]),
         "pg_error": (c.c_char_p, [c.c_void_p]),
         "pg_matrix_bytes": (c.c_int64, [c.c_int32, c.c_int64, c.c_int64]),
         "pg_weight": (c.c_int32, [c.c_void_p, c.POINTER(Part), c.c_int32]),
         "pg_extend": (c.c_int32, [c.c_void_p, c.c_int32, c.POINTER(Part), c.c_int32]),
-        "pg_vector": (c.c_int32, [c.c_void_p, c.c_void_p, c.c_int64]),
-        "pg_order": (c.c_int32, [c.c_void_p, c.c_void_p, c.c_int64]),
+        **dict.fromkeys(("pg_vector", "pg_order"), (c.c_int32, [c.c_void_p, c.c_void_p, c.c_int64])),
         "pg_weight_bytes": (c.c_int64, [c.c_void_p]),
         "pg_program": (
             c.c_int32,
-            [c.c_void_p, c.POINTER(Dims), c.POINTER(BufferShape), c.c_int32, c.POINTER(Op), c.c_int32],
+            [c.c_void_p, *map(c.POINTER, (Dims, BufferShape)), c.c_int32, c.POINTER(Op), c.c_int32],
         ),
         "pg_adapt": (c.c_int32, [c.c_void_p, c.c_int32, c.POINTER(LowRank), c.c_int32]),
         "pg_activation_bytes": (c.c_int64, [c.c_void_p]),
@@ -170,10 +172,8 @@ def _load() -> c.CDLL:
 
 def isas() -> list[str]:
     """The instruction sets this machine can run, the best first."""
-    find = _load().pg_isa
-    find.restype, find.argtypes = c.c_char_p, [c.c_int32]
     found: list[str] = []
-    while (name := find(len(found))) is not None:
+    while (name := _load().pg_isa(len(found))) is not None:
         found.append(name.decode())
     return found
 

@@ -100,7 +100,8 @@ class DecodeGraphs:
             own = batch.positions.expand(3, -1) if batch.rope_positions is None else batch.rope_positions
             fixed.rope_positions[:, :requests] = own
         if fixed.kept is not None:
-            fixed.kept[:requests] = -1 if batch.kept is None else batch.kept
+            kept = fixed.kept[:requests]
+            kept.fill_(-1) if batch.kept is None else kept.copy_(batch.kept)
         if recorded:
             recorded.replay()
             return recorded.result[:requests]

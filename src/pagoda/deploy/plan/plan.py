@@ -30,7 +30,7 @@ _CONTEXTS = (_SHORT_CONTEXT, 8192, 32768, 131072)
 _MOST_SHARE_GPU = 0.95
 # What the two processes take beside the model, measured with vocabularies of 30, 49 and 152 thousand tokens: their
 # own memory, what they touch of Python and its libraries, and of each token the tokenizer and a GGUF file's tables.
-_PROCESS_BYTES, LIBRARY_BYTES, _TOKEN_BYTES, GGUF_TOKEN_BYTES = 56 << 20, 10 << 20, 256, 160
+_PROCESS_BYTES, LIBRARY_BYTES, _TOKEN_BYTES, GGUF_TOKEN_BYTES = 56 << 20, 10 << 20, 256, 40
 _BITS, _FP8 = {"U8G": 8, "U4G": 4}, "F8_E4M3"
 
 
@@ -194,7 +194,7 @@ def _draft_bytes(config: EngineConfig, limits: Limits, machine: Machine) -> int:
 
 
 def _table_bytes(model: PlannedModel) -> int:
-    """Tokens and merges of a GGUF file, which the engine keeps as long as the file is open."""
+    """Where each token and merge of a GGUF file lies, which the engine knows as long as the file is open."""
     return GGUF_TOKEN_BYTES * model.spec.vocab_size if model.method == "gguf" else 0
 
 
