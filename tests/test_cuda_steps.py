@@ -81,7 +81,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
     "slow experts": (lambda path: write_checkpoint(path, "qwen3-experts", **ONE), {}),
     "slow gpt-oss": (lambda path: write_checkpoint(path, "gpt-oss", **ONE), {}),
     "slow gemma": (lambda path: write_checkpoint(path, "gemma2", **ONE), {}),
-    "hybrid": (lambda path: write_checkpoint(path, "qwen3.5", num_hidden_layers=2, full_attention_interval=2), {}),
+    "slow hybrid": (lambda path: write_checkpoint(path, "qwen3.5", num_hidden_layers=2, full_attention_interval=2), {}),
     "slow latent": (latent, {}),
 }
 

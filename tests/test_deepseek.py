@@ -138,7 +138,7 @@ def test_greedy_text_equals_transformers(case: str, folders: Folders) -> None:
     close()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 def test_through_the_triton_kernels(dtype: str, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folders["deepseek_v3" if dtype == "float32" else "deepseek_v2-lite"][0]
     long, short = Feed(TOKENS[:35], 0, [1, 2, 3], rows=[(34, -1, -1)]), Feed([3], 0, [4], rows=[(0, -1, -1)])

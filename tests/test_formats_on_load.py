@@ -136,6 +136,7 @@ def perplexity(path: str, ids: list[int], quantization: str | None) -> tuple[flo
     return math.exp(-float(scored.logprobs.mean())), executor.capacity.weight_bytes
 
 
+@pytest.mark.slow
 def test_perplexity_of_a_real_model(smollm2_path: str, tmp_path: Path) -> None:
     source = open_source(smollm2_path)
     ids = load_tokenizer(smollm2_path, source.metadata).encode(ENGLISH)[:1000]

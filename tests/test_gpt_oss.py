@@ -419,7 +419,7 @@ def test_a_gguf_file_is_served_with_its_channels_by_itself(tmp_path: Path) -> No
     assert choice["finish_reason"] == "tool_calls"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 def test_mxfp4_experts_through_the_kernels(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_mxfp4(tmp_path)
     plain = logits(load(tmp_path, "torch", dtype=dtype), LAST)

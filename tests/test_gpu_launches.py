@@ -40,6 +40,7 @@ def test_kernels_compile_and_fit(gpu: int, tmp_path: Path) -> None:
     assert all(f"`{name}`" in done.stdout for name in ("_rope", "_decode", "_prefill", "_gemv", "_w4", "_product"))
 
 
+@pytest.mark.slow
 def test_what_the_machine_code_of_large_kernels_does(tmp_path: Path) -> None:
     """Nothing spills, weights and keys are read by 16 bytes, products of many rows are done by the matrix units."""
     kernels, out = "_gemv,_decode,_product,_w4", tmp_path / "facts"

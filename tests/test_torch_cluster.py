@@ -80,6 +80,7 @@ def test_the_tokens_of_one_rank(size: int, machines: Cluster, tmp_path: Path) ->
     _same(tmp_path, size)
 
 
+@pytest.mark.slow
 def test_a_stream_outlives_the_loss_of_a_rank(machines: Cluster, tmp_path: Path) -> None:
     path = engine_tiny.write(tmp_path)
     options = Options(

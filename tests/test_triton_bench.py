@@ -88,6 +88,7 @@ if any(word.endswith("gpu_work.py") for word in sys.orig_argv):
 """What Python runs first of all in the process that measures: kernels and models that fail in each way there is."""
 
 
+@pytest.mark.slow
 def test_what_fails_or_hangs_is_a_line_of_the_table_and_the_rest_goes_on(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(FAULTS)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -27,7 +27,9 @@ def answers(executor: object, see: Callable[..., np.ndarray]) -> list[np.ndarray
     return [see(executor, plan) for plan in (PROMPTS, MIXED, DECODE)]
 
 
-@pytest.mark.parametrize("case", ["qwen3", "llama-biases", "qwen3-window", "gpt2", "gpt-oss", "gemma2"])
+@pytest.mark.parametrize(
+    "case", ["qwen3", "llama-biases", "qwen3-window", "gpt2", pytest.param("gpt-oss", marks=pytest.mark.slow), "gemma2"]
+)
 @pytest.mark.parametrize("quantization", [None, "int4"])
 def test_a_model(case: str, quantization: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if quantization and case != "qwen3":

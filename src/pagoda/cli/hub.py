@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pagoda.api.serving.hub import Show
-from pagoda.errors import BadRequest, ConfigError, NotFound, Overloaded
+from pagoda.errors import BadRequest, ConfigError, NotFound, Overloaded, PagodaError
 
 MAX_PULLS = 2
 
@@ -48,6 +48,28 @@ class Models:
         if place is not None and self._served is not None and Path(os.path.realpath(place)) == self._served:
             raise BadRequest(f"model '{name}' is being served", remedy="Take another name", param="model")
         return str(keep(name, files, texts))
+
+    def architecture(self, path: Path) -> str | None:
+        from pagoda.weights.open import open_source
+
+        source = open_source(str(path))
+        found = str(source.metadata.get("general.architecture")) if source.metadata else None
+        source.close()
+        return found
+
+    def check_template(self, source: str) -> None:
+        import jinja2
+
+        from pagoda.text.chat import ChatTemplate
+
+        try:
+            ChatTemplate(source)
+        except (PagodaError, jinja2.TemplateError) as error:
+            raise BadRequest(
+                f"template: it is not in Jinja: {error}",
+                remedy="Leave template out to use the file's own, or give it in Jinja, as models on hubs have it",
+                param="template",
+            ) from None
 
     def delete(self, name: str) -> None:
         from pagoda.deploy.download.cached import cached_models, remove

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from pagoda.api.http.body import parse, read_body
 from pagoda.api.http.errors import JSON, to_json
-from pagoda.api.ollama.blobs import TEMPLATE, check_template, files_of
+from pagoda.api.ollama.blobs import TEMPLATE, files_of
 from pagoda.api.ollama.options import NotSupported, message_of, resolve, sampling_fields, unknown_options
 from pagoda.api.ollama.protocol import OLLAMA, OllamaCopyBody, OllamaCreateBody, OllamaStatus, line
 from pagoda.api.serving.access import check_may_change
@@ -56,7 +56,7 @@ async def _of_files(server: Server, name: str, body: OllamaCreateBody) -> list[s
         )
     files = await asyncio.to_thread(files_of, server, body.files or {})
     if body.template:
-        check_template(body.template)
+        await asyncio.to_thread(server.hub.check_template, body.template)
     made = _made(server, name, body, Derived(name="", parent="", created=time.time()))
     texts = {TEMPLATE: body.template} if body.template else {}
     root = await asyncio.to_thread(server.hub.keep, name, files, texts)

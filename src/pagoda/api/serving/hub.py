@@ -22,3 +22,11 @@ class Hub(Protocol):
     def keep(self, name: str, files: Mapping[str, Path], texts: Mapping[str, str]) -> str:
         """The path of a model of that name, made of these files and texts by the names that they get."""
         ...
+
+    def architecture(self, path: Path) -> str | None:
+        """What a GGUF file says it is of; None for another kind of file."""
+        ...
+
+    def check_template(self, source: str) -> None:
+        """BadRequest for a chat template that is no Jinja, as Ollama's own are not."""
+        ...
