@@ -49,6 +49,25 @@ def undisturbed(config: EngineConfig, wanted: list[Request]) -> dict[str, Delta]
     return told
 
 
+def over_kills(config: EngineConfig, wanted: list[Request], steps: int, *, restarts: int = 1) -> list[list[Delta]]:
+    """The deltas of each request, from engines of which each is killed before its `steps`-th step."""
+
+    async def collect(engine: EngineClient, one: Request) -> list[Delta]:
+        return [delta async for delta in engine.generate(one)]
+
+    async def go() -> list[list[Delta]]:
+        command = [sys.executable, str(Path(__file__).parent / "engine_dying.py"), str(steps)]
+        engine = EngineClient(config, command=command, backoff_s=0.01)
+        async with asyncio.timeout(300):
+            await engine.start()
+            told = await asyncio.gather(*(collect(engine, one) for one in wanted))
+            assert engine.restarts >= restarts
+            await engine.stop()
+        return told
+
+    return asyncio.run(go())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_stream_ends_as_if_nothing_had_happened(model: str, device: str) -> None:
     config = EngineConfig(model=model, device=device, num_blocks=256, threads=1, max_num_batched_tokens=64)
@@ -56,27 +75,11 @@ def test_every_stream_ends_as_if_nothing_had_happened(model: str, device: str) -
     wanted = requests(tokenizer)
     expected = undisturbed(config, wanted)
 
-    async def collect(engine: EngineClient, one: Request) -> Delta:
-        text = TextOutput(tokenizer, one)
-        whole = Delta(request_id=one.request_id)
-        async for delta in engine.generate(one):
-            whole = merge([whole, text.feed(delta)])
-        return whole
-
-    async def go() -> None:
-        command = [sys.executable, str(Path(__file__).parent / "engine_dying.py"), "30"]
-        engine = EngineClient(config, command=command, backoff_s=0.01)
-        async with asyncio.timeout(60):
-            await engine.start()
-            streams = [asyncio.create_task(collect(engine, one)) for one in wanted]
-            for one, got in zip(wanted, await asyncio.gather(*streams), strict=True):
-                same = expected[one.request_id]
-                assert len(got.token_ids) == 60
-                assert (got.token_ids, got.logprobs) == (same.token_ids, same.logprobs)
-                assert got.prompt_logprobs == same.prompt_logprobs
-                assert (got.prompt_logprobs is not None) == (one.params.prompt_logprobs is not None)
-                assert got.text == TextOutput(tokenizer, one).feed(same).text
-            assert engine.restarts >= 2
-            await engine.stop()
-
-    asyncio.run(go())
+    for one, deltas in zip(wanted, over_kills(config, wanted, 30, restarts=2), strict=True):
+        text, same = TextOutput(tokenizer, one), expected[one.request_id]
+        got = merge([text.feed(delta) for delta in deltas])
+        assert len(got.token_ids) == 60
+        assert (got.token_ids, got.logprobs) == (same.token_ids, same.logprobs)
+        assert got.prompt_logprobs == same.prompt_logprobs
+        assert (got.prompt_logprobs is not None) == (one.params.prompt_logprobs is not None)
+        assert got.text == TextOutput(tokenizer, one).feed(same).text

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sys
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 from checkpoints import VOCAB, write_checkpoint
 from reference_plans import make_plan
 from server_process import running, serve
-from test_engine_restart import undisturbed
+from test_engine_restart import over_kills, undisturbed
 from test_gpt2 import logits
 from test_hybrid import DEVICES, TOKENS, alone, core, last, load
 
@@ -28,7 +26,6 @@ from pagoda.backend.base import Limits
 from pagoda.backend.torch import delta as nets
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.graphs import padding
-from pagoda.engine.client import EngineClient
 from pagoda.engine.core import EngineCore
 from pagoda.engine.stream import merge
 from pagoda.options.engine_config import EngineConfig
@@ -183,24 +180,9 @@ def test_streams_outlive_the_engine(dense: Path, device: str) -> None:
         wanted.append(Request(request_id=str(i), prompt_token_ids=LONG[: 100 + i], params=params))
     expected = undisturbed(config, wanted)
 
-    async def collect(engine: EngineClient, one: Request) -> Delta:
-        whole = Delta(request_id=one.request_id)
-        async for delta in engine.generate(one):
-            whole = merge([whole, delta])
-        return whole
-
-    async def go() -> None:
-        command = [sys.executable, str(Path(__file__).parent / "engine_dying.py"), "60"]
-        engine = EngineClient(config, command=command, backoff_s=0.01)
-        async with asyncio.timeout(300):
-            await engine.start()
-            streams = [asyncio.create_task(collect(engine, one)) for one in wanted]
-            for one, got in zip(wanted, await asyncio.gather(*streams), strict=True):
-                assert len(got.token_ids) == 70 and same(got, expected[one.request_id])
-            assert engine.restarts >= 1
-            await engine.stop()
-
-    asyncio.run(go())
+    for one, deltas in zip(wanted, over_kills(config, wanted, 60), strict=True):
+        got = merge(deltas)
+        assert len(got.token_ids) == 70 and same(got, expected[one.request_id])
 
 
 def post(url: str, **body: Any) -> Any:
