@@ -31,7 +31,8 @@ def test_a_step_launches_no_more_than_it_did() -> None:
     assert all(found[name][batch] <= most for name, batches in MOST.items() for batch, most in batches.items()), found
 
 
-@pytest.mark.parametrize("gpu", [pytest.param(86, marks=pytest.mark.slow), 90])
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", [86, 90])
 def test_kernels_compile_and_fit(gpu: int, tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, str(BENCH / "gpu_compile.py"), "--quick", "--jobs", "1", "--gpus", str(gpu)]
