@@ -198,7 +198,7 @@ _FIRST: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "generate": (
             "chat/completions",
-            {"messages": [{"role": "user", "content": "What is photosynthesis? One sentence."}]},
+            {"messages": [{"role": "user", "content": _QUESTION}]},
         ),
         "embed": ("embeddings", {"input": "Hello!"}),
         "score": ("rerank", {"query": "Hello!", "documents": ["Good day to you.", "A pagoda is a tower."]}),

@@ -26,19 +26,24 @@ from pagoda.types import Delta, TokenLogprob
 
 async def chat_completions(server: Server, request: Request) -> Reply:
     body, ignored = parse(await read_body(request), ChatBody)
+    chat = await start_chat(server, request, body)
+    generation = chat.generation
+    if body.stream:
+        reply: Reply = EventStream(generation, chat.events(), server.aborted)
+    else:
+        reply = await answer(generation, chat.whole(), request.receive, server.aborted)
+    server.dress(reply, [*ignored, *chat.ignored], generation)
+    return reply
+
+
+async def start_chat(server: Server, request: Request, body: ChatBody) -> ChatCall:
+    """A call under way: its prompt made, its requests accepted."""
     take_headers(body, request.headers)
     apply_options(body, server.options)
     model = server.served.resolve(body.model)
     params = sampling_params(body, server.defaults(body.model), server.vocab_size, server.options.max_logprobs)
     turn = await prepare_turn(server, body)
-    generation = start_turn(server, "chatcmpl", turn, params, body, model=model)
-    chat = ChatCall(server, body, turn, generation)
-    if body.stream:
-        reply: Reply = EventStream(generation, chat.events(), server.aborted)
-    else:
-        reply = await answer(generation, chat.whole(), request.receive, server.aborted)
-    server.dress(reply, [*ignored, *turn.ignored], generation)
-    return reply
+    return ChatCall(server, body, turn, start_turn(server, "chatcmpl", turn, params, body, model=model))
 
 
 class ChatCall:
@@ -46,7 +51,8 @@ class ChatCall:
 
     def __init__(self, server: Server, body: ChatBody, turn: Turn, generation: Generation) -> None:
         self._body = body
-        self._generation = generation
+        self.generation = generation
+        self.ignored = turn.ignored
         self._fingerprint = server.fingerprint
         self._names = TokenNames(server.tokenizer, body.return_tokens_as_token_ids)
         self._prefix = _echo(body)
@@ -58,7 +64,7 @@ class ChatCall:
         self._waiting = [_Tokens() for _ in generation.requests]
 
     async def whole(self) -> ChatReply:
-        generation = self._generation
+        generation = self.generation
         parts = await generation.gather(self._read)
         first = parts[0].prompt_logprobs
         return ChatReply(
@@ -76,7 +82,7 @@ class ChatCall:
         answer = self._answers[index]
         before = answer.reasoning_tokens
         made = answer.read(delta)
-        self._generation.reasoning_tokens += answer.reasoning_tokens - before
+        self.generation.reasoning_tokens += answer.reasoning_tokens - before
         return made
 
     def _choice(self, index: int, part: Gathered, said: Answer) -> ChatChoice:
@@ -90,22 +96,22 @@ class ChatCall:
         )
 
     def _prompt_ids(self) -> list[int] | UnsetType:
-        return self._generation.requests[0].prompt_token_ids if self._body.return_token_ids else UNSET
+        return self.generation.requests[0].prompt_token_ids if self._body.return_token_ids else UNSET
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Role, reasoning, content and calls, finish; usage if asked for; [DONE]."""
         options = self._body.stream_options
-        for index in range(len(self._generation.requests)):
+        for index in range(len(self.generation.requests)):
             yield event(self._chunk(index, ChatDelta(role=ROLE, content=""), prompt_token_ids=self._prompt_ids()))
             if self._prefix:
                 yield event(self._chunk(index, ChatDelta(content=self._prefix)))
         if self._text_only:
             self._texts = [_Texts(self._chunk, index) for index in range(len(self._waiting))]
-        async with aclosing(self._generation.rendered(self._render)) as rendered:
+        async with aclosing(self.generation.rendered(self._render)) as rendered:
             async for data in rendered:
                 yield data
         if options is not None and options.include_usage:
-            yield event(self._bare([], self._generation.usage()))
+            yield event(self._bare([], self.generation.usage()))
         yield DONE
 
     def _render(self, index: int, delta: Delta) -> list[bytes]:
@@ -156,7 +162,7 @@ class ChatCall:
 
     def _running_usage(self) -> Usage | UnsetType:
         options = self._body.stream_options
-        return self._generation.usage() if options is not None and options.continuous_usage_stats else UNSET
+        return self.generation.usage() if options is not None and options.continuous_usage_stats else UNSET
 
     def _bare(
         self,
@@ -164,7 +170,7 @@ class ChatCall:
         usage: Usage | UnsetType,
         prompt_token_ids: list[int] | UnsetType = UNSET,
     ) -> ChatChunk:
-        generation = self._generation
+        generation = self.generation
         return ChatChunk(
             id=generation.id,
             created=generation.created,

@@ -11,14 +11,11 @@ from starlette.requests import Request
 
 from pagoda.api.http.body import parse, read_body
 from pagoda.api.http.stream import Outlet, Reply, answer
-from pagoda.api.openai.chat import ChatCall
+from pagoda.api.openai.chat import ChatCall, start_chat
 from pagoda.api.openai.replies import ChatReply
-from pagoda.api.serving.generation import Generation
 from pagoda.api.serving.server import Server
 from pagoda.api.serving.usage import CompletionTokensDetails, PromptTokensDetails, Usage
 from pagoda.api.turn.bodies import ChatBody
-from pagoda.api.turn.sampling import apply_options, sampling_params, take_headers
-from pagoda.api.turn.turn import prepare_turn, start_turn
 from pagoda.errors import BadRequest, PagodaError
 
 
@@ -35,27 +32,21 @@ async def chat_batch(server: Server, request: Request) -> Reply:
         raise BadRequest("messages must be a list of conversations, none of them empty", param="messages")
     server.check_count(len(conversations))
     shared = msgspec.json.decode(raw)
-    chats: list[tuple[ChatCall, Generation]] = []
+    chats: list[ChatCall] = []
     ignored: list[str] = []
     try:
         for messages in conversations:
             body, unknown = parse(msgspec.json.encode({**shared, "messages": messages}), ChatBody)
             _check(body)
-            take_headers(body, request.headers)
-            apply_options(body, server.options)
-            params = sampling_params(body, server.defaults(body.model), server.vocab_size, server.options.max_logprobs)
-            turn = await prepare_turn(server, body)
-            model = server.served.resolve(body.model)
-            generation = start_turn(server, "chatcmpl", turn, params, body, model=model)
-            chats.append((ChatCall(server, body, turn, generation), generation))
-            ignored += [*unknown, *turn.ignored]
+            chats.append(await start_chat(server, request, body))
+            ignored += [*unknown, *chats[-1].ignored]
     except BaseException as error:
-        for _, generation in chats:
-            generation.close(error.status if isinstance(error, PagodaError) else 500)
+        for chat in chats:
+            chat.generation.close(error.status if isinstance(error, PagodaError) else 500)
         raise
     call = _Batch(chats)
     reply = await answer(call, call.whole(), request.receive, server.aborted)
-    server.dress(reply, list(dict.fromkeys(ignored)), chats[0][1])
+    server.dress(reply, list(dict.fromkeys(ignored)), chats[0].generation)
     return reply
 
 
@@ -80,18 +71,18 @@ class _Batch:
 
     outlet: Outlet | None = None
 
-    def __init__(self, chats: Sequence[tuple[ChatCall, Generation]]) -> None:
+    def __init__(self, chats: Sequence[ChatCall]) -> None:
         self._chats = chats
-        first = chats[0][1]
+        first = chats[0].generation
         self.id = first.id
         self.deadline_s = first.deadline_s
 
     @property
     def time_left_s(self) -> float | None:
-        return self._chats[0][1].time_left_s
+        return self._chats[0].generation.time_left_s
 
     async def whole(self) -> ChatReply:
-        tasks = [asyncio.ensure_future(chat.whole()) for chat, _ in self._chats]
+        tasks = [asyncio.ensure_future(chat.whole()) for chat in self._chats]
         try:
             replies = await asyncio.gather(*tasks)
         finally:
@@ -105,8 +96,8 @@ class _Batch:
         return first
 
     def close(self, status: int) -> None:
-        for _, generation in self._chats:
-            generation.close(status)
+        for chat in self._chats:
+            chat.generation.close(status)
 
 
 def _sum(parts: Sequence[Usage]) -> Usage:
