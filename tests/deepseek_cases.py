@@ -96,8 +96,12 @@ _GGUF: Mapping[str, str] = MappingProxyType({"glm4_moe": "glm4moe", "hunyuan_v1_
 
 
 def make_case(case: str, **changes: Any) -> Any:
-    """The transformers model (float32, CPU) of a case, its experts' biases such that they matter."""
-    model = random_model({**TINY, **CASES[case], **changes}, len(case))
+    """The transformers model (float32, CPU) of a case."""
+    return with_lively_choices(random_model({**TINY, **CASES[case], **changes}, len(case)))
+
+
+def with_lively_choices(model: Any) -> Any:
+    """The model with biases of its experts such that they matter."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, values in model.named_buffers():
@@ -120,7 +124,7 @@ def write_case_gguf(
     config = model.config
     arch = _GGUF.get(config.model_type, "deepseek2")
     tensors: dict[str, Any] = {}
-    for name, values in _stored(model, arch, old):
+    for name, values in stored_tensors(model, arch, old):
         tensors[name] = (values, kind) if values.ndim > 1 and "ffn_gate_inp" not in name else values
     ends = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
     table = {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in _numbers(config, old).items()}}
@@ -194,11 +198,13 @@ def _heads(config: Any) -> dict[str, Any]:
     }
 
 
-def _stored(model: Any, arch: str, old: bool) -> Iterator[tuple[str, Any]]:
+def stored_tensors(model: Any, arch: str, old: bool = False) -> Iterator[tuple[str, Any]]:
     """The tensors under the names of converters."""
     arch_id = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(arch_id, model.config.num_hidden_layers)
     for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
         values, layer = weight.numpy(), name.split(".")[2] if ".layers." in name else ""
         if name.endswith("experts.gate_up_proj"):
             size = values.shape[1] // 2
@@ -213,8 +219,9 @@ def _stored(model: Any, arch: str, old: bool) -> Iterator[tuple[str, Any]]:
             yield f"blk.{layer}.attn_k_b.weight", np.ascontiguousarray(k_b.transpose(0, 2, 1))
             yield f"blk.{layer}.attn_v_b.weight", np.ascontiguousarray(v_b)
         elif name.endswith("e_score_correction_bias"):
-            yield f"blk.{layer}.exp_probs_b.bias", values
+            yield f"blk.{layer}.exp_probs_b.bias", values.reshape(-1)
         else:
+            name = name.replace(".router.weight", ".router.layer.weight")
             stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
             assert stored is not None, name
             yield stored, values

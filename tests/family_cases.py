@@ -7,10 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from checkpoints import TINY, neighbours, random_model
+from deepseek_cases import stored_tensors, with_lively_choices
 from gguf_writer import write_gguf
 
 SMALL: Mapping[str, Any] = MappingProxyType({**TINY, "num_hidden_layers": 2, "pad_token_id": 0})
@@ -27,6 +27,16 @@ _MULTIPLIERS = {
     "attention_multiplier": 0.2,
     "residual_multiplier": 0.4,
     "logits_scaling": 3.0,
+}
+_GROUPED = {
+    "head_dim": 32,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.7,
+    "n_group": 4,
+    "topk_group": 2,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -94,9 +104,67 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
         },
         "internlm3": {"model_type": "internlm3", "head_dim": 32, "attention_bias": True, "mlp_bias": True},
+        "minimax_m2": {
+            "model_type": "minimax_m2",
+            "head_dim": 32,
+            "rotary_dim": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 32,
+        },
+        "ernie4_5_moe": {
+            "model_type": "ernie4_5_moe",
+            "moe_num_experts": 8,
+            "moe_k": 3,
+            "moe_intermediate_size": 32,
+            "tie_word_embeddings": True,
+        },
+        "olmoe": {"model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32},
+        "dots1": {
+            "model_type": "dots1",
+            **_GROUPED,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "sliding_window": None,
+        },
+        "dots1-window": {
+            "model_type": "dots1",
+            **_GROUPED,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "sliding_window": 24,
+            "max_window_layers": 1,
+        },
+        "exaone_moe": {
+            "model_type": "exaone_moe",
+            **_GROUPED,
+            "num_experts": 8,
+            "num_hidden_layers": 4,
+            "sliding_window": 24,
+        },
+        "arcee": {"model_type": "arcee", "head_dim": 32},
+        "nemotron": {"model_type": "nemotron", "head_dim": 32, "rope_parameters": _PARTIAL},
+        "granitemoe": {
+            "model_type": "granitemoe",
+            **_MULTIPLIERS,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 32,
+            "tie_word_embeddings": True,
+        },
     }
 )
 
+_EXPERTS = {"expert_count": 8, "expert_used_count": 3, "expert_feed_forward_length": 32}
+_GROUPED_EXPERTS = {
+    **_EXPERTS,
+    "expert_shared_count": 1,
+    "expert_weights_scale": 1.7,
+    "expert_weights_norm": True,
+    "expert_gating_func": 2,
+    "expert_group_count": 4,
+    "expert_group_used_count": 2,
+}
 # what converters to GGUF call a family, and what they write beside that which all have
 _GGUF: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -130,16 +198,33 @@ _GGUF: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
             },
         ),
         "stablelm": ("stablelm", {"rope.dimension_count": 8}),
+        "minimax_m2": ("minimax-m2", {"rope.dimension_count": 16, **_EXPERTS, "expert_gating_func": 2}),
+        "ernie4_5_moe": ("ernie4_5-moe", _EXPERTS),
+        "olmoe": ("olmoe", {"expert_count": 8, "expert_used_count": 3}),
+        "dots1": ("dots1", _GROUPED_EXPERTS),
+        "exaone_moe": ("exaone-moe", {**_GROUPED_EXPERTS, "attention.sliding_window": 24}),
+        "arcee": ("arcee", {}),
+        "nemotron": ("nemotron", {"rope.dimension_count": 16}),
+        "granitemoe": (
+            "granitemoe",
+            {
+                **_EXPERTS,
+                "embedding_scale": 3.0,
+                "attention.scale": 0.2,
+                "residual_scale": 0.4,
+                "logit_scale": 3.0,
+            },
+        ),
     }
 )
 IN_GGUF = tuple(_GGUF)
-_REORDERED = ("smollm3", "granite", "ministral3")
+_REORDERED = ("smollm3", "granite", "ministral3", "granitemoe", "arcee")
 """Families whose rows of q and k converters put in the order of Llama's."""
 
 
 def make_family(case: str, **changes: Any) -> Any:
     """The transformers model (float32, CPU) of a case."""
-    return random_model({**SMALL, **CASES[case], **changes}, len(case))
+    return with_lively_choices(random_model({**SMALL, **CASES[case], **changes}, len(case)))
 
 
 def write_family(path: Path, case: str, **changes: Any) -> Any:
@@ -155,7 +240,11 @@ def write_family_gguf(path: Path, case: str, model: Any, kind: str = "F32") -> N
     config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    eps = next(n for n in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon") if getattr(config, n, None) is not None)
+    eps = next(
+        n
+        for n in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
+        if getattr(config, n, None) is not None
+    )
     numbers = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -169,17 +258,14 @@ def write_family_gguf(path: Path, case: str, model: Any, kind: str = "F32") -> N
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         **more,
     }
-    arch_id = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    names = gguf.get_tensor_name_map(arch_id, config.num_hidden_layers)
     tensors: dict[str, Any] = {}
-    for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if case in _REORDERED and ("q_proj" in name or "k_proj" in name):
-            weight = neighbours(weight, heads if "q_proj" in name else kv_heads)
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert stored is not None, name
-        tensors[stored] = (weight.numpy(), kind) if weight.ndim == 2 else weight.numpy()
+    for name, values in stored_tensors(model, arch):
+        if case in _REORDERED and (".attn_q." in name or ".attn_k." in name):
+            values = neighbours(torch.from_numpy(values), heads if ".attn_q." in name else kv_heads).numpy()
+        if case == "nemotron" and name.endswith("norm.weight"):
+            values = values + 1  # as they multiply
+        exact = values.ndim == 1 or "ffn_gate_inp" in name
+        tensors[name] = values if exact else (values, kind)
     for length in ("long", "short"):
         if f"{length}_factor" in config.rope_parameters:
             factors = np.asarray(config.rope_parameters[f"{length}_factor"], np.float32)

@@ -133,7 +133,7 @@ Reads reads_of(const pg_context& c, int i) {
   bool made = false;
   for (const pg_op& op : c.ops) {
     const bool by_row = (op.kind == PG_NORM && !(op.flags & PG_ADD)) || op.kind == PG_LAYER_NORM || op.kind == PG_SILU || op.kind == PG_GELU ||
-                        op.kind == PG_QUICK_GELU || op.kind == PG_GELU_TANH ||
+                        op.kind == PG_QUICK_GELU || op.kind == PG_GELU_TANH || op.kind == PG_RELU2 ||
                         op.kind == PG_GATED_GELU_TANH || op.kind == PG_GATED_GELU;  // writes a row, and reads no other of `out`
     const bool product = op.kind == PG_MATMUL || op.kind == PG_HEAD;
     made |= op.out == i && by_row && op.flags & PG_QUANTIZE;

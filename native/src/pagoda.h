@@ -52,6 +52,7 @@ enum pg_op_kind : int32_t {
                          // stacked of `layer` matrices
   PG_MEAN = 40,          // out = the mean of the `layer` parts of a row of `in`
   PG_GATED_GELU = 41,    // out = gelu(in[:, :n]) * in[:, n:]
+  PG_RELU2 = 42,         // out = the square of what of in is above 0
   PG_GRID = 27,          // out += the positions of the table `vector` with `layer` rows and columns, spread over the picture
 };
 

@@ -15,6 +15,14 @@ inline void mean_of_parts(const float* in, int64_t parts, int64_t n, float* out)
   for (int64_t i = 0; i < n; i++) out[i] *= 1.0f / (float)parts;
 }
 
+// The square of what is above 0.
+inline void relu2(const float* in, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i++) {
+    const float x = in[i] > 0 || in[i] != in[i] ? in[i] : 0.0f;  // what is no number stays so
+    out[i] = x * x;
+  }
+}
+
 // function(in[:n]) * in[n:]
 inline void gated(void (*function)(const float*, int64_t, float*), const float* in, int64_t n, float* out) {
   function(in, n, out);

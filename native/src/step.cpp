@@ -190,6 +190,7 @@ class StepJob : public Job {
       case PG_GELU: k.gelu(in, c_.buffers[op.out].width, out); break;
       case PG_QUICK_GELU: k.quick_gelu(in, c_.buffers[op.out].width, out); break;
       case PG_GELU_TANH: k.gelu_tanh(in, c_.buffers[op.out].width, out); break;
+      case PG_RELU2: relu2(in, c_.buffers[op.out].width, out); break;
       case PG_MEAN: mean_of_parts(in, op.layer, c_.buffers[op.out].width, out); break;
       case PG_GATED_GELU: gated(k.gelu, in, c_.buffers[op.out].width, out); break;
       case PG_GATED_GELU_TANH: gated(k.gelu_tanh, in, c_.buffers[op.out].width, out); break;

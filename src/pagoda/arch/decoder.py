@@ -19,6 +19,7 @@ ACTIVATIONS = MappingProxyType(
         **dict.fromkeys(("silu", "swish"), "silu"),
         **dict.fromkeys(("gelu_tanh", "gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh"),
         "gelu": "gelu",
+        "relu2": "relu2",
     }
 )
 """What configs call the activations of an Mlp."""

@@ -99,7 +99,8 @@ def grouped_from_gguf(spec: ModelSpec, fields: Fields, tensors: Mapping[str, Ten
     if kind not in (_SOFTMAX, _SIGMOID):
         raise fields.error("expert_gating_func", f"is {kind}; supported: 1 (softmax), 2 (sigmoid)")
     count = fields.integer("expert_count")
-    groups, active_groups = _OLD_GROUPS.get(count, (1, 1))
+    of_deepseek = fields.prefix == "deepseek2."
+    groups, active_groups = _OLD_GROUPS.get(count, (1, 1)) if of_deepseek else (1, 1)
     experts = Experts(
         count=count,
         active=fields.integer("expert_used_count"),

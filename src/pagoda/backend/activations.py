@@ -27,7 +27,12 @@ def gelu_tanh(x: Float32) -> Float32:
     return np.asarray(x * np.float32(0.5) * (1 + np.tanh(inner)))
 
 
-ACTIVATIONS = MappingProxyType({"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh})
+def relu2(x: Float32) -> Float32:
+    """The square of what is above 0 (arXiv 2109.08668)."""
+    return np.asarray(np.square(np.maximum(x, np.float32(0))))
+
+
+ACTIVATIONS = MappingProxyType({"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu2": relu2})
 
 
 def clamped_swiglu(gate: Float32, up: Float32) -> Float32:

@@ -79,7 +79,7 @@ _FAMILIES: dict[str, _Pre] = {
     ),
     "tekken": _Pre((_CASED % ("", "") + rf"|\p{{N}}|{_CASED_SIGNS}",), ignore_merges=True, add_bos=True),
     **dict.fromkeys(
-        ("gpt-4o", "llama4", "kanana2"),
+        ("gpt-4o", "llama4", "kanana2", "minimax-m2"),
         _Pre((_CASED % (_CONTRACTION + "?", _CONTRACTION + "?") + rf"|\p{{N}}{{1,3}}|{_CASED_SIGNS}",)),
     ),
     "deepseek-coder": _Pre((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),

@@ -12,10 +12,14 @@ from pagoda.weights.source import Tensor
 
 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
+    return of_config("ernie4_5", config)
+
+
+def of_config(model_type: str, config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config, "config.json")
     bias = fields.flag("use_bias", False)
     parts = decoder.Parts(qkv_bias=bias, out_bias=bias, mlp_bias=bias, interleaved=True)
-    return decoder.from_config("ernie4_5", fields, parts)
+    return decoder.from_config(model_type, fields, parts)
 
 
 def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:

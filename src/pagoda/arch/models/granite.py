@@ -30,9 +30,13 @@ def of_config(model_type: str, config: Mapping[str, Any]) -> ModelSpec:
 
 
 def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
+    return of_gguf("granite", metadata, tensors)
+
+
+def of_gguf(model_type: str, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
     # as for Llama, converters reorder the rows of q and k
-    spec = decoder.from_gguf("granite", metadata, tensors, interleaved=True)
-    fields = Fields(metadata, "GGUF metadata", "granite.")
+    spec = decoder.from_gguf(model_type, metadata, tensors, interleaved=True)
+    fields = Fields(metadata, "GGUF metadata", f"{model_type}.")
     return _multiplied(
         spec,
         embeddings=fields.number("embedding_scale", 1.0),

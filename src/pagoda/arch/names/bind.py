@@ -64,6 +64,14 @@ _LAYER_NAMES = {
     "router_shared": ("mlp.shared_expert_gate", "ffn_gate_inp_shexp"),
     "router_choice": ("mlp.gate.e_score_correction", "exp_probs_b"),
 }
+_MIXTRAL = MappingProxyType(
+    {
+        "router": "block_sparse_moe.gate",
+        "gate_experts": "block_sparse_moe.experts.*.w1",
+        "up_experts": "block_sparse_moe.experts.*.w3",
+        "down_experts": "block_sparse_moe.experts.*.w2",
+    }
+)
 _SHARED_EXPERTS = MappingProxyType({f"{p}_shared": f"mlp.shared_experts.{p}_proj" for p in ("gate", "up", "down")})
 _HUNYUAN = MappingProxyType(
     {
@@ -76,12 +84,8 @@ _HUNYUAN = MappingProxyType(
 # the names in safetensors of families that have their own
 _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
-        "mixtral": {
-            "router": "block_sparse_moe.gate",
-            "gate_experts": "block_sparse_moe.experts.*.w1",
-            "up_experts": "block_sparse_moe.experts.*.w3",
-            "down_experts": "block_sparse_moe.experts.*.w2",
-        },
+        "mixtral": _MIXTRAL,
+        "minimax_m2": {**_MIXTRAL, "router_choice": "block_sparse_moe.e_score_correction"},
         "glm4": {
             "attn_post_norm": "post_self_attn_layernorm",
             "mlp_norm": "post_attention_layernorm",
@@ -98,7 +102,10 @@ _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "gemma2": {"mlp_norm": "pre_feedforward_layernorm"},
         "gemma3": {"mlp_norm": "pre_feedforward_layernorm"},
-        **dict.fromkeys(("glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3"), _SHARED_EXPERTS),
+        **dict.fromkeys(("glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "dots1"), _SHARED_EXPERTS),
+        "ernie4_5_moe": {**_SHARED_EXPERTS, "router_choice": "mlp.moe_statics.e_score_correction"},
+        "exaone_moe": {**_SHARED_EXPERTS, "router_choice": "mlp.e_score_correction"},
+        "granitemoe": {"router": "block_sparse_moe.router.layer"},
         "starcoder2": {"up": "mlp.c_fc", "down": "mlp.c_proj"},
     }
 )
@@ -153,7 +160,7 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
         tensors = from_mmproj(tensors, spec.vision) if gguf else hub_tensors(tensors, spec.vision)
     elif not gguf and spec.model_type in ("gemma3", "mistral3"):
         tensors = language_tensors(tensors)
-    if spec.model_type.startswith("gemma") and not gguf:
+    if spec.model_type.startswith(("gemma", "nemotron")) and not gguf:
         tensors = gemma_tensors(tensors)
     tensors = apart_experts(tensors) if spec.model_type == "qwen3_vl_moe" else tensors
     return cut_tensors(spec, tensors) if spec.encoder is None else tensors

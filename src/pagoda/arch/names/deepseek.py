@@ -17,8 +17,15 @@ from pagoda.weights.grouped import Bytes, MadeTensor, Stacked
 from pagoda.weights.parts import OUTPUTS, part
 from pagoda.weights.source import Tensor
 
-FAMILIES = frozenset({"glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3"})
+FAMILIES = frozenset(
+    {
+        *("glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3"),
+        *("dots1", "ernie4_5_moe", "exaone_moe", "minimax_m2"),
+    }
+)
 _LAYER = re.compile(r"(model\.layers\.|blk\.)(\d+)\.(.+)")
+_AHEAD = re.compile(r"(model\.)?mtp[._].+")
+"""What predicts several tokens at once, where it is no layer."""
 _CHOICE_BIAS = re.compile(r"(.+\.e_score_correction)_(bias)")
 _BOTH = MappingProxyType(
     {
@@ -38,7 +45,8 @@ def deepseek_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str
 def _each(spec: ModelSpec, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     found = _LAYER.fullmatch(name)
     if found is None:
-        yield name, tensor
+        if not _AHEAD.fullmatch(name):
+            yield name, tensor
         return
     prefix, index, rest = found[1], int(found[2]), found[3]
     if index >= len(spec.layers):

@@ -17,6 +17,8 @@ _PIECES = MappingProxyType(
         "self_attn.qkv_proj": _QKV,
         "self_attn.W_pack": _QKV,
         "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+        "block_sparse_moe.input_linear": ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+        "block_sparse_moe.output_linear": ("mlp.experts.*.down_proj",),
         "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
         "ffn_up": ("ffn_gate", "ffn_up"),
@@ -34,14 +36,18 @@ def _pieces(spec: ModelSpec, name: str, tensor: Tensor) -> Iterator[tuple[str, T
     found = _NAME.fullmatch(name)
     prefix, layer, stem, suffix = found.groups() if found else ("", "", "", "")
     names = _PIECES.get(stem, ())
-    sizes = _sizes(spec.layers[int(layer)], len(names)) if names and int(layer) < len(spec.layers) else []
-    if not sizes or sum(sizes) != tensor.shape[0]:
+    axis = -min(len(tensor.shape), 2)  # of outputs; a bias has no other
+    whole = tensor.shape[axis] if tensor.shape else 0
+    sizes = _sizes(spec.layers[int(layer)], len(names), whole) if names and int(layer) < len(spec.layers) else []
+    if not sizes or sum(sizes) != whole:
         yield name, tensor
         return
     for own, (first, last) in zip(names, pairwise(accumulate(sizes, initial=0)), strict=True):
-        yield f"{prefix}{layer}.{own}.{suffix}", part(tensor, -len(tensor.shape), first, last)
+        yield f"{prefix}{layer}.{own}.{suffix}", part(tensor, axis, first, last)
 
 
-def _sizes(layer: Layer, pieces: int) -> list[int]:
+def _sizes(layer: Layer, pieces: int, whole: int) -> list[int]:
     a = layer.attention
-    return [a.heads * a.head_dim, *[a.kv_heads * a.head_dim] * 2] if pieces == 3 else [layer.mlp.size] * 2
+    if pieces == 3:
+        return [a.heads * a.head_dim, *[a.kv_heads * a.head_dim] * 2]
+    return [whole] if pieces == 1 else [layer.mlp.size] * 2

@@ -1,4 +1,4 @@
-"""A Gemma's tensors as other decoders have them: norms that are stored less 1 made whole."""
+"""The tensors of Gemmas and Nemotrons as other decoders have them: norms that are stored less 1 made whole."""
 
 from __future__ import annotations
 

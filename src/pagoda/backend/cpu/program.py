@@ -65,6 +65,7 @@ ACTIVATIONS = MappingProxyType(
         ("gelu", True): native.GATED_GELU,
         ("gelu_tanh", False): native.GELU_TANH,
         ("gelu_tanh", True): native.GATED_GELU_TANH,
+        ("relu2", False): native.RELU2,
         ("quick_gelu", False): native.QUICK_GELU,
     }
 )

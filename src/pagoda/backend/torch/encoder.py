@@ -14,7 +14,7 @@ from pagoda.arch.spec import Attention, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.load import Loader
-from pagoda.backend.torch.model import GeluMlp, KvCache, Linear
+from pagoda.backend.torch.model import KvCache, Linear, PlainMlp
 from pagoda.backend.torch.norms import Norm
 from pagoda.errors import ModelError
 
@@ -27,7 +27,7 @@ class EncoderLayer:
     qkv: Linear
     o: Linear
     attn_norm: Norm
-    mlp: GeluMlp
+    mlp: PlainMlp
     mlp_norm: Norm
 
 
@@ -114,7 +114,7 @@ class EncoderLoader(Loader):
                     qkv=self._linear(p + "q", p + "k", p + "v"),
                     o=self._linear(p + "o"),
                     attn_norm=self._norm(p + "attn_norm"),
-                    mlp=self._gelu_mlp(p, layer.mlp),
+                    mlp=self._plain_mlp(p, layer.mlp),
                     mlp_norm=self._norm(p + "mlp_norm"),
                 )
             )

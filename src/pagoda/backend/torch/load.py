@@ -28,9 +28,9 @@ from pagoda.backend.torch.model import (
     DecoderLayer,
     ExpertBiases,
     GatedMlp,
-    GeluMlp,
     Linear,
     Mixture,
+    PlainMlp,
     Table,
     ThreePositions,
 )
@@ -164,13 +164,13 @@ class Loader:
         rate, dt, norm = (self._vector(p + name) for name in ("rate", "dt", "z_norm"))
         return Delta(shape, taps, rate, dt, norm, self._spec.norm_eps)
 
-    def _mlp(self, p: str, mlp: Mlp) -> GatedMlp | GeluMlp | Mixture:
+    def _mlp(self, p: str, mlp: Mlp) -> GatedMlp | PlainMlp | Mixture:
         clamped = mlp.activation == "clamped_swiglu" and mlp.experts is not None and mlp.bias
-        known = ("gelu", "gelu_tanh") if not mlp.gated else ("silu",) if mlp.experts else ("silu", "gelu_tanh")
+        known = ("gelu", "gelu_tanh", "relu2") if not mlp.gated else ("silu",) if mlp.experts else ("silu", "gelu_tanh")
         if not clamped and mlp.activation not in known:
             raise ModelError(f"the PyTorch backend has no activation {mlp.activation!r} here")
         if not mlp.gated:
-            return self._gelu_mlp(p, mlp)
+            return self._plain_mlp(p, mlp)
         if mlp.experts is None:
             gelu = mlp.activation == "gelu_tanh"
             return GatedMlp(self._linear(p + "gate", p + "up"), self._linear(p + "down"), gelu)
@@ -192,8 +192,8 @@ class Loader:
         zeros = torch.zeros(experts, hidden, dtype=router.dtype, device=router.device)
         return ExpertBiases(router, torch.cat(gate_up, -1), self._table(down) if down in self._tensors else zeros)
 
-    def _gelu_mlp(self, p: str, mlp: Mlp) -> GeluMlp:
-        return GeluMlp(self._linear(p + "up"), self._linear(p + "down"), mlp.activation == "gelu_tanh")
+    def _plain_mlp(self, p: str, mlp: Mlp) -> PlainMlp:
+        return PlainMlp(self._linear(p + "up"), self._linear(p + "down"), mlp.activation)
 
     def _linear(self, *slots: str) -> Linear:
         parts = side_by_side([self._weight(slot) for slot in slots])

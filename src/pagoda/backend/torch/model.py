@@ -115,13 +115,18 @@ class GatedMlp:
 
 
 @dataclass(frozen=True, slots=True)
-class GeluMlp:
+class PlainMlp:
+    """One without a gate."""
+
     up: Linear
     down: Linear
-    by_tanh: bool
+    activation: str
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh" if self.by_tanh else "none"))
+        y = self.up(x)
+        if self.activation == "relu2":
+            return self.down(F.relu(y).square())
+        return self.down(F.gelu(y, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
 @dataclass(frozen=True, slots=True)
