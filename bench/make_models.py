@@ -5,7 +5,8 @@
 
 Writes smollm2-q4_1 (the given file), -q4_0 and -q8_0 (by llama-quantize, from the given file: for speed only) and
 qwen3-0.6b-q4_0 and -q8_0 (random weights, SmolLM2's vocabulary filled up with names: its text is noise), and
-qwen3-moe-q4_0 and -q4_k: 6 of the 48 layers of Qwen3-30B-A3B and a third of its vocabulary. Needs gguf.
+qwen3-moe-q4_0 and -q4_k: 6 of the 48 layers of Qwen3-30B-A3B and a third of its vocabulary; qwen3.5-0.8b-q4_0 and -q8_0
+and qwen3.5-4b-q4_0 (8 of its 32 layers), with delta nets, and SmolLM2's vocabulary too. Needs gguf.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,19 @@ HIDDEN, INTER, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 3072, 28, 16, 8,
 
 
 MOE_HIDDEN, MOE_LAYERS, MOE_HEADS, MOE_KV_HEADS, EXPERTS, ACTIVE, MOE_SIZE = 2048, 6, 32, 4, 128, 8, 768
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    hidden: int
+    inter: int
+    layers: int
+    heads: int
+    kv_heads: int
+    value_heads: int
+
+
+HYBRIDS = {"qwen3.5-0.8b": Hybrid(1024, 3584, 24, 8, 2, 16), "qwen3.5-4b": Hybrid(2560, 9216, 8, 16, 4, 32)}
 
 
 def smollm2(a: argparse.Namespace) -> None:
@@ -149,20 +164,96 @@ def moe(a: argparse.Namespace, kind: str) -> None:
     writer.close()
 
 
+class Random:
+    """Random codes, of which matrices are cut at random places: nothing has to be quantized."""
+
+    def __init__(self, writer: gguf.GGUFWriter, kind: str, size: int) -> None:
+        self._writer, self._stored = writer, gguf.GGMLQuantizationType[kind.upper()]
+        self._rng = np.random.default_rng(0)
+        self._values, block_bytes = gguf.GGML_QUANT_SIZES[self._stored]
+        self._blocks = self._rng.integers(0, 256, (size // self._values + 65536, block_bytes), np.uint8)
+        scale = {"q4_0": 0.004, "q8_0": 0.0003}[kind]
+        signs = self._rng.choice([-scale, scale], (len(self._blocks), 1))
+        self._blocks[:, :2] = signs.astype(np.float16).view(np.uint8)
+
+    def matrix(self, name: str, *shape: int) -> None:
+        count, first = int(np.prod(shape)) // self._values, int(self._rng.integers(65536))
+        rows = self._blocks[first : first + count].reshape(*shape[:-1], -1)
+        self._writer.add_tensor(name, rows, raw_dtype=self._stored)
+
+    def normal(self, name: str, *shape: int, around: float = 0.0, scale: float = 1.0) -> None:
+        values = self._rng.standard_normal(shape, np.float32) * scale + around
+        self._writer.add_tensor(name, values.astype(np.float32))
+
+
+def hybrid(a: argparse.Namespace, name: str, kind: str) -> None:
+    s = HYBRIDS[name]
+    writer = gguf.GGUFWriter(str(a.out / f"{name}-{kind}.gguf"), "qwen35")
+    numbers = {
+        "block_count": s.layers, "context_length": 40960, "embedding_length": s.hidden, "feed_forward_length": s.inter,
+        "attention.head_count": s.heads, "attention.head_count_kv": s.kv_heads, "attention.key_length": 256,
+        "attention.value_length": 256, "rope.dimension_count": 64, "full_attention_interval": 4, "ssm.conv_kernel": 4,
+        "ssm.state_size": 128, "ssm.group_count": 16, "ssm.time_step_rank": s.value_heads,
+        "ssm.inner_size": s.value_heads * 128,
+    }  # fmt: skip
+    for field, number in numbers.items():
+        writer.add_uint32(f"qwen35.{field}", number)
+    writer.add_array("qwen35.rope.dimension_sections", [11, 11, 10, 0])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e7)
+    vocab = len(gguf.GGUFReader(a.smollm2).fields["tokenizer.ggml.tokens"].contents())
+    vocabulary(writer, a.smollm2, vocab)
+    tensors = Random(writer, kind, max(vocab, s.inter) * s.hidden)
+    tensors.matrix("token_embd.weight", vocab, s.hidden)
+    tensors.normal("output_norm.weight", s.hidden, around=1.0, scale=0.02)
+    for i in range(s.layers):
+        _hybrid_layer(tensors, s, f"blk.{i}.", attends=i % 4 == 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _hybrid_layer(tensors: Random, s: Hybrid, p: str, *, attends: bool) -> None:
+    wide, keys, values = s.heads * 256, 16 * 128, s.value_heads * 128
+    shapes = {"ffn_gate": (s.inter, s.hidden), "ffn_up": (s.inter, s.hidden), "ffn_down": (s.hidden, s.inter)}
+    norms = {"attn_norm": s.hidden, "post_attention_norm": s.hidden}
+    if attends:
+        shapes |= {"attn_q": (2 * wide, s.hidden), "attn_k": (s.kv_heads * 256, s.hidden)}
+        shapes |= {"attn_v": (s.kv_heads * 256, s.hidden), "attn_output": (s.hidden, wide)}
+        norms |= {"attn_q_norm": 256, "attn_k_norm": 256}
+    else:
+        shapes |= {"attn_qkv": (2 * keys + values, s.hidden), "attn_gate": (values, s.hidden)}
+        shapes |= {"ssm_beta": (s.value_heads, s.hidden), "ssm_alpha": (s.value_heads, s.hidden)}
+        shapes |= {"ssm_out": (s.hidden, values)}
+        norms |= {"ssm_norm": 128}
+        tensors.normal(f"{p}ssm_conv1d.weight", 2 * keys + values, 4, scale=0.5)
+        tensors.normal(f"{p}ssm_dt.bias", s.value_heads)
+        tensors.normal(f"{p}ssm_a", s.value_heads, around=-0.5, scale=0.1)
+    for name, shape in shapes.items():
+        tensors.matrix(f"{p}{name}.weight", *shape)
+    for name, size in norms.items():
+        tensors.normal(f"{p}{name}.weight", size, around=1.0, scale=0.02)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", required=True, help="SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--llama", required=True, help="folder with llama-quantize")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only-experts", action="store_true", help="only qwen3-moe")
+    parser.add_argument("--only", choices=("all", "experts", "hybrids"), default="all", help="qwen3-moe, or qwen3.5")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    if not a.only_experts:
+    if a.only == "all":
         smollm2(a)
         for kind in ("q4_0", "q8_0"):
             qwen3(a, kind)
-    for kind in ("q4_0", "q4_k"):
-        moe(a, kind)
+    if a.only != "hybrids":
+        for kind in ("q4_0", "q4_k"):
+            moe(a, kind)
+    if a.only != "experts":
+        for name, kind in (("qwen3.5-0.8b", "q4_0"), ("qwen3.5-0.8b", "q8_0"), ("qwen3.5-4b", "q4_0")):
+            hybrid(a, name, kind)
 
 
 if __name__ == "__main__":

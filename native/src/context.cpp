@@ -256,7 +256,7 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     const bool head = std::any_of(c->ops.begin(), c->ops.end(), [](const pg_op& op) { return op.kind == PG_HEAD; });
     c->logit_pages = head ? Pages((int64_t)d->max_rows * d->vocab * 4) : Pages();
     int64_t widest = std::max(attention_scratch(d->head_dim), encoder_scratch(d->head_dim));
-    widest = std::max<int64_t>(widest, 2 * (n.key_dim + n.value_dim));
+    widest = std::max(widest, delta_scratch(n.key_dim, n.value_dim));
     int64_t row = 0;
     for (auto& b : c->buffers) row = std::max(row, b.width);
     widest = std::max(widest, row);

@@ -84,6 +84,9 @@ struct EncoderJob {  // consecutive tokens of one request, one head, over all it
   int64_t out_stride;
 };
 
+constexpr int kDeltaTokens = 8;  // that go through a part of a state together, while it is in the nearest cache
+constexpr int kMaxKernel = 16;   // inputs of a convolution
+
 struct DeltaJob {  // consecutive tokens of one request, one key head of a gated delta net and its value heads
   const float* in;  // first token: q, k, v, z of all heads, then of each value head beta, then decay
   int64_t in_stride;
@@ -98,10 +101,14 @@ struct DeltaJob {  // consecutive tokens of one request, one key head of a gated
   float* state;  // see delta_state
 };
 
-// Floats that a key head keeps of a request: inputs of the convolution, then S of its `shared` value heads.
+// Floats that a key head keeps of a request: inputs of the convolution, then S of its `shared` value heads, without a scale,
+// then those scales. A whole number of cache lines, or vectors would lie across two.
 constexpr int64_t delta_state(int64_t key_dim, int64_t value_dim, int64_t shared, int64_t kernel) {
-  return (kernel - 1) * (2 * key_dim + shared * value_dim) + shared * key_dim * value_dim;
+  return ((kernel - 1) * (2 * key_dim + shared * value_dim) + shared * key_dim * value_dim + shared + 15) / 16 * 16;
 }
+
+// Floats of scratch that `delta` needs.
+constexpr int64_t delta_scratch(int64_t key_dim, int64_t value_dim) { return 2 * kDeltaTokens * (key_dim + value_dim); }
 
 struct Kernels {
   const char* name;

@@ -87,26 +87,27 @@ void test_attention(const Kernels& t, bool int8, int window, bool has_sinks) {
   }
 }
 
-// Two steps of a request: the state goes on from the first.
+// Two steps of a request: the state goes on from the first. Where it was cut changes no bit.
 void test_delta(const Kernels& t, bool tiled) {
-  const int keys = 2, heads = 4, dk = 24, dv = 40, kernel = 4, tokens = 5;
+  const int keys = 2, heads = 4, dk = 24, dv = 40, kernel = 4, tokens = 21;
   const int64_t channels = 2 * keys * dk + heads * dv, width = channels + heads * dv + 2 * heads;
   const std::vector<float> in = normal(tokens * width), taps = normal(kernel * channels), norm = normal(dv), dt = normal(heads);
-  const std::vector<float> rate(heads, 0.5f);
-  std::vector<float> results[2];
-  for (int table : {0, 1}) {
-    const Kernels* k = table ? kernels_generic() : &t;
-    std::vector<float> state(delta_state(dk, dv, heads / keys, kernel), NAN), scratch(2 * (dk + dv)), out(tokens * heads * dv);
+  const std::vector<float> rate = {0.5f, 0.01f, 8.0f, 100.0f};
+  const auto run = [&](const Kernels& k, int cut) {
+    const int64_t size = delta_state(dk, dv, heads / keys, kernel);
+    std::vector<float> states(keys * size), scratch(delta_scratch(dk, dv)), out(tokens * heads * dv);
     for (int head = 0; head < keys; head++)
-      for (auto [from, to] : {std::pair<int, int>{0, 2}, {2, tokens}})
-        k->delta({in.data() + from * width, width, out.data() + from * heads * dv, heads * dv, to - from, head, keys, heads, dk, dv,
-                  kernel, tiled, from == 0, taps.data(), channels, rate.data(), dt.data(), norm.data(), 1e-6f, state.data()}, scratch.data());
-    results[table] = out;
-    results[table].insert(results[table].end(), state.begin(), state.end());
-  }
+      for (auto [from, to] : {std::pair<int, int>{0, cut}, {cut, tokens}})
+        k.delta({in.data() + from * width, width, out.data() + from * heads * dv, heads * dv, to - from, head, keys, heads, dk, dv, kernel,
+                 tiled, taps.data(), channels, rate.data(), dt.data(), norm.data(), 1e-6f, states.data() + head * size}, scratch.data());
+    out.insert(out.end(), states.begin(), states.end());
+    return out;
+  };
+  const std::vector<float> found = run(t, 2), expected = run(*kernels_generic(), 2);
   double top = 0;
-  for (float v : results[1]) top = std::max(top, (double)std::abs(v));
-  for (size_t i = 0; i < results[0].size(); i++) check(close(results[0][i], results[1][i], top), t.name, "delta");
+  for (float v : expected) top = std::max(top, (double)std::abs(v));
+  for (size_t i = 0; i < found.size(); i++) check(close(found[i], expected[i], top), t.name, "delta");
+  for (int cut : {1, 9, 16}) check(run(t, cut) == found, t.name, "delta, cut", cut);
 }
 
 void test_rows(const Kernels& t) {
