@@ -105,7 +105,7 @@ def with_lively_choices(model: Any) -> Any:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, values in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 values.copy_(0.3 * torch.randn(values.shape, generator=generator))
     return model
 
@@ -206,6 +206,7 @@ def stored_tensors(model: Any, arch: str, old: bool = False) -> Iterator[tuple[s
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         values, layer = weight.numpy(), name.split(".")[2] if ".layers." in name else ""
+        values = values.squeeze(1) if name.endswith("conv.conv.weight") else values
         if name.endswith("experts.gate_up_proj"):
             size = values.shape[1] // 2
             yield f"blk.{layer}.ffn_gate_exps.weight", np.ascontiguousarray(values[:, :size])
@@ -218,7 +219,7 @@ def stored_tensors(model: Any, arch: str, old: bool = False) -> Iterator[tuple[s
             k_b, v_b = own[:, : c.qk_nope_head_dim], own[:, c.qk_nope_head_dim :]
             yield f"blk.{layer}.attn_k_b.weight", np.ascontiguousarray(k_b.transpose(0, 2, 1))
             yield f"blk.{layer}.attn_v_b.weight", np.ascontiguousarray(v_b)
-        elif name.endswith("e_score_correction_bias"):
+        elif name.endswith(("e_score_correction_bias", "expert_bias")):
             yield f"blk.{layer}.exp_probs_b.bias", values.reshape(-1)
         else:
             name = name.replace(".router.weight", ".router.layer.weight")

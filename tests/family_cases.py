@@ -28,6 +28,7 @@ _MULTIPLIERS = {
     "residual_multiplier": 0.4,
     "logits_scaling": 3.0,
 }
+_CONVOLVES = ["conv", "full_attention", "conv", "conv"]
 _GROUPED = {
     "head_dim": 32,
     "num_experts_per_tok": 3,
@@ -144,6 +145,26 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "arcee": {"model_type": "arcee", "head_dim": 32},
         "nemotron": {"model_type": "nemotron", "head_dim": 32, "rope_parameters": _PARTIAL},
+        "lfm2": {
+            "model_type": "lfm2",
+            "num_hidden_layers": 4,
+            "layer_types": _CONVOLVES,
+            "intermediate_size": 256,
+            "block_multiple_of": 64,
+            "conv_L_cache": 4,
+            "tie_word_embeddings": True,
+        },
+        "lfm2_moe": {
+            "model_type": "lfm2_moe",
+            "num_hidden_layers": 4,
+            "layer_types": _CONVOLVES,
+            "num_dense_layers": 1,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "routed_scaling_factor": 1.7,
+            "tie_word_embeddings": True,
+        },
         "granitemoe": {
             "model_type": "granitemoe",
             **_MULTIPLIERS,
@@ -205,6 +226,17 @@ _GGUF: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "exaone_moe": ("exaone-moe", {**_GROUPED_EXPERTS, "attention.sliding_window": 24}),
         "arcee": ("arcee", {}),
         "nemotron": ("nemotron", {"rope.dimension_count": 16}),
+        "lfm2": ("lfm2", {"feed_forward_length": 192, "shortconv.l_cache": 4, "attention.head_count_kv": [0, 2, 0, 0]}),
+        "lfm2_moe": (
+            "lfm2moe",
+            {
+                **_EXPERTS,
+                "expert_gating_func": 2,
+                "expert_weights_scale": 1.7,
+                "shortconv.l_cache": 3,
+                "attention.head_count_kv": [0, 2, 0, 0],
+            },
+        ),
         "granitemoe": (
             "granitemoe",
             {

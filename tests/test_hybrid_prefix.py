@@ -22,6 +22,7 @@ from test_hybrid import DEVICES, TOKENS, alone, core, last, load
 from pagoda.arch import memory
 from pagoda.arch.delta import DeltaNet
 from pagoda.arch.registry import load_spec
+from pagoda.arch.short_conv import ShortConv
 from pagoda.backend.base import Limits
 from pagoda.backend.torch import delta as nets
 from pagoda.backend.torch import ops
@@ -66,10 +67,16 @@ def test_a_kept_state_has_the_bits_of_the_request(device: str, dense: Path) -> N
     assert np.array_equal(logits(executor, replace(again, kept=kept((4, -1, -1))))[0], beside)
 
 
-def test_the_kernels_move_states_as_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("d", [DeltaNet(1, 2, 8, 8, 4), ShortConv(24, 3)])
+def test_the_kernels_move_states_as_pytorch_does(d: DeltaNet | ShortConv, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    d = DeltaNet(1, 2, 8, 8, 4)
-    layer = nets.Delta(d, torch.randn(4, d.width), torch.rand(2), torch.rand(2), torch.rand(8), 1e-6)
+    taps = torch.randn(d.kernel, d.width)
+    layer: nets.Delta | nets.Convolution
+    if isinstance(d, ShortConv):
+        layer, width = nets.Convolution(d, taps), 3 * d.channels
+    else:
+        layer = nets.Delta(d, taps, torch.rand(2), torch.rand(2), torch.rand(8), 1e-6)
+        width = d.width + d.value_width + 2 * d.value_heads
     plain, fused = nets.make_states(d, 5, torch.device("cpu")), nets.make_states(d, 5, torch.device("cpu"))
     steps: list[tuple[list[int], list[int], Any]] = [
         ([6, 2], [0, 0], [(-1, 4, 2), (-1, -1, -1)]),
@@ -86,7 +93,7 @@ def test_the_kernels_move_states_as_pytorch_does(monkeypatch: pytest.MonkeyPatch
             slots=torch.tensor([2, 0], dtype=torch.int32),
             kept=None if rows is None else torch.tensor(rows, dtype=torch.int32),
         )
-        x = torch.randn(sum(counts), d.width + d.value_width + 2 * d.value_heads)
+        x = torch.randn(sum(counts), width)
         expected = layer(x, plain, batch)
         with monkeypatch.context() as patch:
             patch.setattr(ops, "on_gpu", lambda x: True)

@@ -1,8 +1,9 @@
-// The gated delta nets of a step: which tokens, heads and states a chunk is of.
+// The gated delta nets and the short convolutions of a step: which tokens, heads and states a chunk is of.
 #pragma once
 #include <cstring>
 
 #include "context.h"
+#include "short_conv.h"
 
 namespace pagoda {
 
@@ -31,6 +32,11 @@ inline void run_delta(pg_context& c, const pg_step& st, const pg_op& op, int64_t
   float* state = state_of(st.slots[r]);
   const auto advance = [&](int64_t from, int64_t to) {
     if (from == to) return;
+    if (!d.key_dim) {
+      const int64_t at = (int64_t)head * d.value_dim;
+      return short_conv(in.row(from) + at, in.width, out.row(from) + at, out.width, to - from, d.value_dim, width,
+                        c.vectors[op.vector].data() + at, d.kernel, state);
+    }
     c.kernels->delta({in.row(from), in.width, out.row(from), out.width, (int)(to - from),
                       head, d.key_heads, d.value_heads, d.key_dim, d.value_dim, d.kernel, d.tiled != 0,
                       c.vectors[op.vector].data(), width, heads, heads + d.value_heads, heads + 2 * d.value_heads, op.f,

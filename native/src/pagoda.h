@@ -40,7 +40,8 @@ enum pg_op_kind : int32_t {
   PG_GELU_TANH = 19,     // out = gelu(in), by tanh
   PG_DELTA = 20,         // out = gated delta net of q, k, v, z, beta, decay in `in`, with the state `layer` of each request;
                          // vector: taps of the convolution [kernel][channels]; vector2: rate and dt of each value head,
-                         // then the norm; eps in f
+                         // then the norm; eps in f. With key_dim 0 a short convolution: out = c * (convolution of
+                         // b * u), of b, u, c in `in`, with such taps; the channels are cut into `key_heads` parts
   PG_OUT_GATE = 21,      // out *= sigmoid(in from column `layer` on)
   PG_GATED_GELU_TANH = 22,  // out = gelu(in[:, :n]) * in[:, n:], by tanh
   PG_LATENT_KEY = 23,    // out behind its heads = the key of latent attention: of `in` from column `layer` on first what turns,

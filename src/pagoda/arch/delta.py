@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FLOAT32_BYTES = 4
 
@@ -55,3 +55,20 @@ class DeltaNet:
         out: dict[str, tuple[int, ...]] = {name: (rows, hidden) for name, rows in products.items()}
         out |= {"q_conv": (k, self.kernel), "k_conv": (k, self.kernel), "v_conv": (v, self.kernel)}
         return out | {"rate": heads, "dt": heads, "z_norm": (self.value_dim,), "o": (hidden, v)}
+
+    def cut_width(self, slot: str) -> int:
+        """Places of a tensor that lie head by head; 0 for other tensors."""
+        if slot in ("q", "k", "q_conv", "k_conv"):
+            return self.key_width
+        if slot in ("v", "z", "v_conv", "o"):
+            return self.value_width
+        return self.value_heads if slot in ("beta", "decay", "rate", "dt") else 0
+
+    def divides(self, size: int, group: int) -> bool:
+        """Each GPU takes some key heads, and the value heads that share them; tiled, these do not lie together."""
+        together = size == 1 or not self.tiled or self.key_heads == self.value_heads
+        return together and self.key_heads % size == 0 and self.value_width // group % size == 0
+
+    def share(self, size: int) -> DeltaNet:
+        """What one of several GPUs has."""
+        return replace(self, key_heads=self.key_heads // size, value_heads=self.value_heads // size)

@@ -29,6 +29,8 @@ _OTHER_NAMES = MappingProxyType(
         "gemma3_text": "gemma3",
         "hunyuan-dense": "hunyuan_v1_dense",
         "hunyuan-moe": "hunyuan_v1_moe",
+        "kimi_k2": "deepseek_v3",
+        "lfm2moe": "lfm2_moe",
         "phi2": "phi",
         "qwen2vl": "qwen2_vl",
         "qwen3vl": "qwen3_vl",

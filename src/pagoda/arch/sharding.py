@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pagoda.arch.delta import DeltaNet
 from pagoda.arch.memory import Limits, vision_bytes
 from pagoda.arch.spec import Attention, Layer, Mlp, ModelSpec
 from pagoda.errors import ConfigError, ModelError
@@ -50,7 +49,7 @@ def _last_has_some(spec: ModelSpec, size: int) -> bool:
 
 
 def _divides(spec: ModelSpec, size: int, group: int) -> list[bool]:
-    return [_divides_delta(layer.delta, size, group) for layer in spec.layers if layer.delta is not None] + [
+    return [layer.delta.divides(size, group) for layer in spec.layers if layer.delta is not None] + [
         layer.attention.heads % size == 0
         and (layer.attention.kv_heads % size == 0 or size % layer.attention.kv_heads == 0)
         and layer.attention.out_width // group % size == 0
@@ -59,12 +58,6 @@ def _divides(spec: ModelSpec, size: int, group: int) -> list[bool]:
         and (size == 1 or not layer.attention.qk_norm_whole)
         for layer in spec.layers
     ]
-
-
-def _divides_delta(d: DeltaNet, size: int, group: int) -> bool:
-    """Each takes some key heads, and the value heads that share them; tiled, these do not lie together."""
-    together = size == 1 or not d.tiled or d.key_heads == d.value_heads
-    return together and d.key_heads % size == 0 and d.value_width // group % size == 0
 
 
 def check_size(spec: ModelSpec, tensors: Mapping[str, Tensor], size: int) -> None:
@@ -116,7 +109,7 @@ def share(spec: ModelSpec, tensors: Mapping[str, Tensor], rank: int, size: int) 
                 layer.attention, heads=layer.attention.heads // size, kv_heads=_kv_heads(layer.attention, size)
             ),
             mlp=_mlp_share(layer.mlp, size),
-            delta=_delta_share(layer.delta, size),
+            delta=layer.delta and layer.delta.share(size),
         )
         for layer in spec.layers
     )
@@ -134,7 +127,7 @@ def _cut_of(spec: ModelSpec, layer: Layer | None, name: str, rank: int, size: in
     if layer is None:
         return vocab_range(spec, rank, size) if name in _BY_VOCAB else None
     a = layer.attention
-    if layer.delta is not None and (width := _delta_width(layer.delta, name)):
+    if layer.delta is not None and (width := layer.delta.cut_width(name)):
         return rank * width // size, (rank + 1) * width // size
     if name in (*_BY_HEADS, *_INPUTS_BY_HEADS):
         whole = {"sinks": a.heads, "k_b": a.heads, "v_b": a.heads, "o": a.out_width}.get(name, a.q_width)
@@ -151,23 +144,9 @@ def _cut_of(spec: ModelSpec, layer: Layer | None, name: str, rank: int, size: in
     return rank * each, (rank + 1) * each
 
 
-def _delta_width(d: DeltaNet, name: str) -> int:
-    """Places of a tensor of a delta net that lie head by head; 0 for other tensors."""
-    if name in ("q", "k", "q_conv", "k_conv"):
-        return d.key_width
-    if name in ("v", "z", "v_conv", "o"):
-        return d.value_width
-    return d.value_heads if name in ("beta", "decay", "rate", "dt") else 0
-
-
-def _delta_share(d: DeltaNet | None, size: int) -> DeltaNet | None:
-    return d and replace(d, key_heads=d.key_heads // size, value_heads=d.value_heads // size)
-
-
 def state_bytes(spec: ModelSpec, size: int) -> int:
     """What one running request keeps beside the cache on each GPU."""
-    found = (_delta_share(layer.delta, size) for layer in spec.layers)
-    return sum(d.state_bytes for d in found if d is not None)
+    return sum(layer.delta.share(size).state_bytes for layer in spec.layers if layer.delta is not None)
 
 
 def _shared(mlp: Mlp) -> int:

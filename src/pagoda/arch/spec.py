@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from pagoda.arch.delta import DeltaNet
 from pagoda.arch.latent import Latent
+from pagoda.arch.short_conv import ShortConv
 from pagoda.arch.vision_spec import Vision
 
 
@@ -173,7 +174,7 @@ class Layer:
     attention: Attention
     mlp: Mlp
     norms: Norms = "before"
-    delta: DeltaNet | None = None
+    delta: DeltaNet | ShortConv | None = None
 
 
 @dataclass(frozen=True, slots=True)

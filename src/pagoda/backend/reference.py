@@ -15,11 +15,12 @@ from pagoda.arch.latent import Latent
 from pagoda.arch.lora import AdapterWeights, adapters_bytes
 from pagoda.arch.memory import KV_GROUP, KvType
 from pagoda.arch.registry import bind
+from pagoda.arch.short_conv import ShortConv
 from pagoda.arch.spec import Attention, Experts, Mlp, ModelSpec, Rope
 from pagoda.backend.activations import ACTIVATIONS, clamped_swiglu, silu
 from pagoda.backend.base import Capacity, Due, Limits, Progress
 from pagoda.backend.cpu.machine import free_memory_bytes
-from pagoda.backend.reference_delta import PRODUCTS, WEIGHTS, advance, new_states
+from pagoda.backend.reference_delta import PRODUCTS, WEIGHTS, advance, convolve, new_states
 from pagoda.backend.reference_experts import route
 from pagoda.backend.reference_latent import expanded, latent_queries
 from pagoda.backend.reference_product import matmul
@@ -168,7 +169,7 @@ class ReferenceExecutor:
             x = self.added(i, x, plan)
             normed = self.norm(p + "attn_norm", x)
             if layer.delta is not None:
-                y = self.delta(i, layer.delta, normed, plan)
+                y = self.recurrence(i, layer.delta, normed, plan)
             else:
                 y = self.attention(i, layer.attention, normed, plan, positions, cells)
             if layer.norms == "one":
@@ -249,8 +250,11 @@ class ReferenceExecutor:
         key = np.concatenate((r, self.norm(name + "kv_a_norm", c)), axis=-1)
         return latent_queries(q.reshape(-1, a.heads, latent.nope + a.turned), self.weights[name + "k_b"]), key[:, None]
 
-    def delta(self, i: int, d: DeltaNet, x: Float32, plan: StepPlan) -> Float32:
+    def recurrence(self, i: int, d: DeltaNet | ShortConv, x: Float32, plan: StepPlan) -> Float32:
         name = f"layers.{i}."
+        if isinstance(d, ShortConv):
+            parts = {part: self.linear(name + part, x) for part in ("b", "u", "c")}
+            return self.linear(name + "o", convolve(parts, self.weights[name + "u_conv"], self.states[i], plan))
         products = {part: self.linear(name + part, x) for part in PRODUCTS}
         own = {part: self.weights[name + part] for part in WEIGHTS}
         out = self.norm(name + "z_norm", advance(d, products, own, self.states[i], plan))

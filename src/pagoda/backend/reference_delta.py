@@ -1,13 +1,14 @@
-"""What a gated delta net keeps of a request, and what one token does to it, in plain numpy and float32."""
+"""What a gated delta net or a short convolution keeps of a request, and what one token does to it, in plain numpy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pagoda.arch.delta import DeltaNet
+from pagoda.arch.short_conv import ShortConv
 from pagoda.types import Float32, StepPlan
 
 PRODUCTS = ("q", "k", "v", "z", "beta", "decay")
@@ -28,11 +29,15 @@ class State:
         self.past[:] = other.past
         self.s[:] = other.s
 
+    def convolved(self, now: Float32, taps: Float32) -> Float32:
+        """The convolution of what came before and a token's own [width]."""
+        inputs = np.concatenate((self.past, now[None]))
+        self.past[:] = inputs[1:]
+        return np.asarray((inputs * taps).sum(axis=0))
+
     def advance(self, d: DeltaNet, mixed: Float32, taps: Float32, decay: Float32, share: Float32) -> Float32:
         """The output [value heads, value dim] of a token with q, k and v `mixed` [width], before its norm."""
-        inputs = np.concatenate((self.past, mixed[None]))
-        self.past[:] = inputs[1:]
-        x = (inputs * taps).sum(axis=0)
+        x = self.convolved(mixed, taps)
         x = x / (1 + np.exp(-x))
         q, k, v = np.split(x, (d.key_width, 2 * d.key_width))
         q, k = (_of_value_heads(d, _unit(part.reshape(d.key_heads, d.key_dim))) for part in (q, k))
@@ -51,6 +56,22 @@ def advance(
     decay = np.exp(-own["rate"] * np.logaddexp(np.float32(0), products["decay"] + own["dt"]))
     share = 1 / (1 + np.exp(-products["beta"]))
     out = np.empty((len(mixed), d.value_heads, d.value_dim), np.float32)
+
+    def one(state: State, token: int) -> Float32:
+        return state.advance(d, mixed[token], taps, decay[token], share[token])
+
+    return _walked(out, one, states, plan)
+
+
+def convolve(products: Mapping[str, Float32], taps: Float32, states: Sequence[State], plan: StepPlan) -> Float32:
+    """[T, channels] of a short convolution's products with the tokens of a plan, in their order."""
+    inputs = products["b"] * products["u"]
+    out = _walked(np.empty_like(inputs), lambda state, token: state.convolved(inputs[token], taps.T), states, plan)
+    return np.asarray(out * products["c"])
+
+
+def _walked(out: Float32, one: Callable[[State, int], Float32], states: Sequence[State], plan: StepPlan) -> Float32:
+    """What `one` makes of each token, in order, and of the state of its request."""
     for r, slot in enumerate(plan.slots):
         state, position = states[slot], plan.positions[r]
         begin, to, end = (-1, -1, -1) if plan.kept is None else plan.kept[r]
@@ -59,14 +80,15 @@ def advance(
         elif position == 0:
             state.clear()
         for place, token in enumerate(range(plan.starts[r], plan.starts[r + 1]), position + 1):
-            out[token] = state.advance(d, mixed[token], taps, decay[token], share[token])
+            out[token] = one(state, token)
             if to >= 0 and place == end:
                 states[to].copy(state)
     return out
 
 
-def new_states(d: DeltaNet, count: int) -> list[State]:
-    past, s = (d.kernel - 1, d.width), (d.value_heads, d.key_dim, d.value_dim)
+def new_states(d: DeltaNet | ShortConv, count: int) -> list[State]:
+    past = (d.kernel - 1, d.width)
+    s = (0, 0, 0) if isinstance(d, ShortConv) else (d.value_heads, d.key_dim, d.value_dim)
     return [State(np.zeros(past, np.float32), np.zeros(s, np.float32)) for _ in range(count)]
 
 

@@ -29,6 +29,13 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
 _CASED_SIGNS = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 
+_KIMI = (
+    r"\p{Han}+|"
+    + (_CASED % (_CONTRACTION + "?", _CONTRACTION + "?")).replace(r"\p{M}]", r"\p{M}&&[^\p{Han}]]")
+    + rf"|\p{{N}}{{1,3}}|{_SIGNS}|{_SPACES}"
+)
+"""Chinese characters stand apart from the words around them."""
+
 
 class _Pre(NamedTuple):
     """How a family cuts text before merging: patterns one after the other, then GPT-2's own where `gpt2` says so."""
@@ -82,6 +89,13 @@ _FAMILIES: dict[str, _Pre] = {
         ("gpt-4o", "llama4", "kanana2", "minimax-m2"),
         _Pre((_CASED % (_CONTRACTION + "?", _CONTRACTION + "?") + rf"|\p{{N}}{{1,3}}|{_CASED_SIGNS}",)),
     ),
+    "exaone-moe": _Pre(
+        (
+            rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+        )
+    ),
+    "kimi-k2": _Pre((_KIMI,)),
     "deepseek-coder": _Pre((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
     "deepseek-llm": _Pre(
         (

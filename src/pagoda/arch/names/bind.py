@@ -15,6 +15,7 @@ from pagoda.arch.names.fused import cut_tensors
 from pagoda.arch.names.gemma import gemma_tensors
 from pagoda.arch.names.gpt2 import gpt2_tensors
 from pagoda.arch.names.gpt_oss import gpt_oss_tensors
+from pagoda.arch.names.lfm2 import lfm2_tensors
 from pagoda.arch.names.pooled import encoder_name, plain_tensors, unused
 from pagoda.arch.names.visual import apart_experts, encoder_slot_name, from_mmproj, hub_tensors, language_tensors
 from pagoda.arch.spec import ModelSpec
@@ -152,7 +153,9 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
         tensors = gpt_oss_tensors(tensors)
     if spec.model_type in DEEPSEEKS:
         tensors = deepseek_tensors(spec, tensors)
-    if spec.recurrent:
+    if spec.model_type.startswith("lfm2"):
+        tensors = lfm2_tensors(spec, tensors, gguf=gguf)
+    elif spec.recurrent:
         tensors = delta_tensors(spec, tensors, gguf=gguf)
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)

@@ -23,7 +23,7 @@ _INT4 = MappingProxyType(dict.fromkeys(("embed", "head", *EIGHT_BITS_OF_INT4), "
 
 FUSED = MappingProxyType(
     {
-        "qkv": ("q", "q_a", "kv_a", "k", "v", "q_gate", "z", "beta", "decay"),
+        "qkv": ("q", "q_a", "kv_a", "k", "v", "q_gate", "z", "beta", "decay", "b", "u", "c"),
         "q_b": ("q_b",),
         "o": ("o",),
         "gate_up": ("gate", "up"),

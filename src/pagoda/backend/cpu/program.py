@@ -130,7 +130,8 @@ class Program:
                     ids[p + "q_b"] = self._matrix(p + "q_b")
             if layer.delta is not None:
                 ids[p + "taps"] = self._lib.vector(taps(self._tensors, p))
-                ids[p + "of_heads"] = self._lib.vector(of_heads(self._tensors, p))
+                if p + "rate" in self._tensors:
+                    ids[p + "of_heads"] = self._lib.vector(of_heads(self._tensors, p))
             if layer.mlp.experts is None:
                 ids[p + "gate_up"] = self._matrix(*(p + s for s in _inner(layer)))
                 ids[p + "down"] = self._matrix(p + "down")
@@ -242,7 +243,8 @@ class Program:
         # of the layers with a cache, or those with a state
         place = sum((other.delta is None) == (layer.delta is None) for other in self._spec.layers[:i])
         if layer.delta is not None:
-            v, v2 = p + "taps", p + "of_heads"
+            v = p + "taps"
+            v2 = p + "of_heads" if p + "of_heads" in self.ids else v
             return self._emit(native.DELTA, in_=QKV, out=MIXED, vector=v, vector2=v2, layer=place, f=eps, order=order)
         if a.latent is not None:
             return self._latent(p, a, a.latent, place, order)

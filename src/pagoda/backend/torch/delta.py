@@ -1,7 +1,8 @@
-"""The gated delta net of a layer on tensors: what it means, in plain PyTorch; on a GPU the kernels do it."""
+"""The layers with a state, gated delta nets and short convolutions: plain PyTorch; on a GPU the kernels do it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagoda.arch.delta import DeltaNet
+from pagoda.arch.short_conv import ShortConv
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.kernels import delta as kernels
+from pagoda.backend.torch.kernels import short_conv
 
 States = tuple[Tensor, Tensor]
 """Of one layer, float32: the last inputs of each state's convolution [states, kernel - 1, channels], and S of its
 value heads [states, value heads, key dim, value dim]."""
-PRODUCTS = ("q", "k", "v", "z", "beta", "decay")
+PRODUCTS, CONV_PRODUCTS = ("q", "k", "v", "z", "beta", "decay"), ("b", "u", "c")
 """The slots whose products with a token stand side by side."""
 _EPS = 1e-6
 
@@ -36,24 +39,7 @@ class Delta:
         """[T, value heads * value dim] of products x [T, q, k, v, z, beta, decay], in x's type; moves the states."""
         if ops.on_gpu(x):
             return kernels.delta(x, self.shape, (self.taps, self.rate, self.dt, self.norm), self.eps, states, batch)
-        d, slots = self.shape, batch.slots.tolist()
-        starts, contexts, out = batch.starts.tolist(), batch.contexts.tolist(), x.new_zeros(len(x), d.value_width)
-        kept = [[-1, -1, -1]] * len(slots) if batch.kept is None else batch.kept.tolist()
-        for r, slot in enumerate(slots):
-            past, s = states[0][slot], states[1][slot]
-            position = contexts[r] - (starts[r + 1] - starts[r])
-            begin, to, end = kept[r]
-            for part in states:
-                if begin >= 0:
-                    part[slot] = part[begin]
-                elif position == 0:
-                    part[slot] = 0
-            for place, token in enumerate(range(starts[r], starts[r + 1]), position + 1):
-                out[token] = self._advance(x[token].float(), past, s)
-                if to >= 0 and place == end:
-                    for part in states:
-                        part[to] = part[slot]
-        return out
+        return _walked(x, x.new_zeros(len(x), self.shape.value_width), self._advance, states, batch)
 
     def _advance(self, x: Tensor, past: Tensor, s: Tensor) -> Tensor:
         """One token."""
@@ -80,6 +66,51 @@ class Delta:
         return heads.repeat(shared, 1) if d.tiled else heads.repeat_interleave(shared, 0)
 
 
-def make_states(d: DeltaNet, count: int, device: torch.device) -> States:
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """A short convolution."""
+
+    shape: ShortConv
+    taps: Tensor  # float32 [kernel, channels]
+
+    def __call__(self, x: Tensor, states: States, batch: Batch) -> Tensor:
+        """[T, channels] of products x [T, b, u, c], in x's type; moves the states."""
+        if ops.on_gpu(x):
+            return short_conv.convolved(x, self.shape, self.taps, states[0], batch)
+        return _walked(x, x.new_zeros(len(x), self.shape.channels), self._advance, states, batch)
+
+    def _advance(self, x: Tensor, past: Tensor, _: Tensor) -> Tensor:
+        """One token."""
+        b, u, c = x.chunk(3)
+        inputs = torch.cat((past, (b * u)[None]))
+        past.copy_(inputs[1:])
+        return (inputs * self.taps).sum(0) * c
+
+
+def _walked(
+    x: Tensor, out: Tensor, advance: Callable[[Tensor, Tensor, Tensor], Tensor], states: States, batch: Batch
+) -> Tensor:
+    """What `advance` makes of each token, in order, and of the two parts of its request's state."""
+    slots, starts, contexts = batch.slots.tolist(), batch.starts.tolist(), batch.contexts.tolist()
+    kept = [[-1, -1, -1]] * len(slots) if batch.kept is None else batch.kept.tolist()
+    for r, slot in enumerate(slots):
+        past, s = states[0][slot], states[1][slot]
+        position = contexts[r] - (starts[r + 1] - starts[r])
+        begin, to, end = kept[r]
+        for part in states:
+            if begin >= 0:
+                part[slot] = part[begin]
+            elif position == 0:
+                part[slot] = 0
+        for place, token in enumerate(range(starts[r], starts[r + 1]), position + 1):
+            out[token] = advance(x[token].float(), past, s)
+            if to >= 0 and place == end:
+                for part in states:
+                    part[to] = part[slot]
+    return out
+
+
+def make_states(d: DeltaNet | ShortConv, count: int, device: torch.device) -> States:
+    s = (0, 0, 0) if isinstance(d, ShortConv) else (d.value_heads, d.key_dim, d.value_dim)
     past = torch.zeros(count, d.kernel - 1, d.width, dtype=torch.float32, device=device)
-    return past, torch.zeros(count, d.value_heads, d.key_dim, d.value_dim, dtype=torch.float32, device=device)
+    return past, torch.zeros(count, *s, dtype=torch.float32, device=device)

@@ -14,12 +14,13 @@ from torch import Tensor
 from pagoda.arch.delta import DeltaNet
 from pagoda.arch.latent import Latent
 from pagoda.arch.memory import encoded_bytes
+from pagoda.arch.short_conv import ShortConv
 from pagoda.arch.spec import Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.torch.adapters import Adapted, Adapters
 from pagoda.backend.torch.batch import Heads
 from pagoda.backend.torch.convert import FLOATS, Converter, Target
-from pagoda.backend.torch.delta import PRODUCTS, Delta
+from pagoda.backend.torch.delta import CONV_PRODUCTS, PRODUCTS, Convolution, Delta
 from pagoda.backend.torch.join import side_by_side
 from pagoda.backend.torch.latent import LatentAttention
 from pagoda.backend.torch.load_vision import VisionLoader
@@ -132,8 +133,10 @@ class Loader:
             a.turned,
         )
         latent = None if a.latent is None else self._latent(p, a.latent, shape)
-        products = ("q", "k", "v") + (("q_gate",) if a.out_gate else ()) if layer.delta is None else PRODUCTS
-        if a.latent is not None:
+        products: tuple[str, ...] = ("q", "k", "v") + (("q_gate",) if a.out_gate else ())
+        if layer.delta is not None:
+            products = CONV_PRODUCTS if isinstance(layer.delta, ShortConv) else PRODUCTS
+        elif a.latent is not None:
             products = ("q_a" if a.latent.q_rank else "q", "kv_a")
         return DecoderLayer(
             heads=shape,
@@ -159,7 +162,9 @@ class Loader:
         own = RmsNorm(self._vector(p + "kv_a_norm"), eps)
         return LatentAttention(shape, heads, own, self._table(p + "k_b"), self._table(p + "v_b"), norm, q_b)
 
-    def _delta(self, p: str, shape: DeltaNet) -> Delta:
+    def _delta(self, p: str, shape: DeltaNet | ShortConv) -> Delta | Convolution:
+        if isinstance(shape, ShortConv):
+            return Convolution(shape, self._vector(p + "u_conv").t().contiguous())
         taps = torch.cat([self._vector(f"{p}{letter}_conv") for letter in "qkv"]).t().contiguous()
         rate, dt, norm = (self._vector(p + name) for name in ("rate", "dt", "z_norm"))
         return Delta(shape, taps, rate, dt, norm, self._spec.norm_eps)

@@ -14,7 +14,7 @@ from pagoda.arch.spec import Experts, ModelSpec
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.adapters import Adapted, Adapters
 from pagoda.backend.torch.batch import Batch, Heads, Routed, Seen
-from pagoda.backend.torch.delta import Delta
+from pagoda.backend.torch.delta import Convolution, Delta
 from pagoda.backend.torch.latent import LatentAttention
 from pagoda.backend.torch.norms import Norm, RmsNorm
 from pagoda.backend.torch.packs import Dense, Weight
@@ -185,7 +185,7 @@ class DecoderLayer:
     mlp: Block
     mlp_post_norm: Norm
     sinks: Tensor | None = None  # float32 [heads]
-    delta: Delta | None = None
+    delta: Delta | Convolution | None = None
     out_gate: bool = False
     latent: LatentAttention | None = None
 
@@ -197,7 +197,7 @@ class DecoderLayer:
         cache: KvCache,
         query_scales: Tensor | None = None,
     ) -> Tensor:
-        """What the layer makes of the tokens before one, by its delta net where it has one."""
+        """What the layer makes of the tokens before one, by its delta net or convolution where it has one."""
         if self.delta is not None:
             return self.attn_post_norm(self.o(self.delta(qkv, cache, batch)))
         if self.latent is not None:
