@@ -53,6 +53,26 @@ def test_reasoning_and_content(step: int, text: str, opened: bool, reasoning: st
     assert split(text, step, opened=opened) == [part for part in wanted if part.text]
 
 
+@pytest.mark.parametrize("step", [1, 2, 7, 1000])
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("<think>\nHm.\n</think>\n\n<response>\nIt is < 4.\n</response>\n", "It is < 4."),
+        ("<think>Hm.</think>no marks\n\nhere", "no marks\n\nhere"),
+        ("<think>Hm.</think><response>cut </resp", "cut </resp"),
+        ("<think>Hm.</think>\n", ""),
+    ],
+)
+def test_marks_around_the_answer_are_left_out(step: int, text: str, content: str) -> None:
+    template = "{{ messages }}<think></think><response>{{ content }}</response>"
+    form = find_reasoning(template)
+    assert form is not None and form == find_reasoning("", "ernie45")
+    parts = [Part("reasoning", "Hm."), Part("content", content)]
+    assert split(text, step, form=form) == [part for part in parts if part.text]
+    assert find_reasoning(template.replace("response", "answer")) == find_reasoning("", "hunyuan_a13b")
+    assert find_reasoning("<think></think>") == find_reasoning("", "qwen3")
+
+
 @pytest.mark.parametrize("step", [1, 5, 1000])
 def test_gpt_oss_channels(step: int) -> None:
     text = (

@@ -16,13 +16,14 @@ _MAX_BLANK_CHARS = 64
 class ReasoningFormat:
     """The marks of a family. `opened`: the reasoning begins without its first mark, whatever the prompt says.
 
-    `then` is what has to follow the last mark before the answer can begin.
+    `then` is what has to follow the last mark before the answer can begin. `answer` are the marks around that, if any.
     """
 
     start: str
     end: str
     opened: bool = False
     then: str = "\n\n"
+    answer: tuple[str, ...] = ()
 
     def is_open(self, prompt: str) -> bool:
         """Whether an answer to a prompt with this end begins as reasoning."""
@@ -32,6 +33,12 @@ class ReasoningFormat:
     def is_open_in(self, text: str) -> bool:
         """Whether a message that is to be continued breaks off in its reasoning."""
         return text.rfind(self.start) > text.rfind(self.end)
+
+    def is_shown_in(self, template: str) -> bool:
+        """Whether a chat template speaks of it."""
+        # Phi's templates have <|end|> too, and do not think.
+        thinks = self.start in template or (self.end in template and self is not HARMONY)
+        return thinks and all(mark in template for mark in self.answer)
 
     @property
     def closing(self) -> str:
@@ -52,6 +59,8 @@ HARMONY = ReasoningFormat(
 _FORMATS: Mapping[str, ReasoningFormat] = MappingProxyType(
     {
         "openai_gptoss": HARMONY,
+        "ernie45": ReasoningFormat("<think>", "</think>", answer=("<response>", "</response>")),
+        "hunyuan_a13b": ReasoningFormat("<think>", "</think>", answer=("<answer>", "</answer>")),
         "qwen3": _THINK,
         "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
         "seed_oss": ReasoningFormat("<seed:think>", "</seed:think>"),
@@ -59,11 +68,11 @@ _FORMATS: Mapping[str, ReasoningFormat] = MappingProxyType(
         "deepseek_r1": ReasoningFormat("<think>", "</think>", opened=True),
         "step3": ReasoningFormat("<think>", "</think>", opened=True),
         **dict.fromkeys(
-            "deepseek_v3 ernie45 glm45 glm47 holo2 kimi_k2 mimo minimax_m2 nemotron_v3 olmo3 step3p5".split(), _THINK
+            "deepseek_v3 glm45 glm47 holo2 kimi_k2 mimo minimax_m2 nemotron_v3 olmo3 step3p5".split(), _THINK
         ),
     }
 )
-_FOUND_BY_TEMPLATE = ("openai_gptoss", "qwen3", "mistral", "seed_oss", "granite")
+_FOUND_BY_TEMPLATE = ("openai_gptoss", "ernie45", "hunyuan_a13b", "qwen3", "mistral", "seed_oss", "granite")
 
 
 def find_reasoning(template: str, name: str | None = None) -> ReasoningFormat | None:
@@ -78,23 +87,21 @@ def find_reasoning(template: str, name: str | None = None) -> ReasoningFormat | 
             )
         return _FORMATS[name]
     formats = (_FORMATS[each] for each in _FOUND_BY_TEMPLATE)
-    # Phi's templates have <|end|> too, and do not think.
-    return next(
-        (each for each in formats if each.start in template or (each.end in template and each is not HARMONY)), None
-    )
+    return next((each for each in formats if each.is_shown_in(template)), None)
 
 
 class ThinkSplitter:
     """Reasoning first, if the answer begins with it (or `opened` says that it has begun), then content.
 
-    Marks and the blank space around them are left out. Only at the beginning can there be a first mark: later it is
-    text like any other. One pass, and no more is held back than what may become a mark.
+    Marks, those around the answer too, and the blank space around them are left out. Only at the beginning can there
+    be a first mark: later it is text like any other. One pass, and no more is held back than what may become a mark.
     """
 
     def __init__(self, form: ReasoningFormat, *, opened: bool) -> None:
         self._form = form
         self._ends = Markers((form.end,))
-        self._reasoning = Trimmer()
+        self._reasoning, self._answer = Trimmer(), Trimmer()
+        self._around = Markers(form.answer) if form.answer else None
         self._buffer = ""
         self._step = self._inside if opened else self._before
         self.thinking = opened
@@ -114,6 +121,8 @@ class ThinkSplitter:
         rest, self._buffer = self._buffer, ""
         if self.thinking:
             return [Part("reasoning", self._reasoning.feed(rest))]
+        if self._step == self._inner:
+            rest = self._answer.feed(rest)
         return [Part("content", rest)]
 
     def _before(self) -> list[Part]:
@@ -144,8 +153,19 @@ class ThinkSplitter:
         self._buffer = self._buffer.lstrip("\n")
         if not self._buffer:
             return []
-        self._step = self._content
-        return self._content()
+        self._step = self._content if self._around is None else self._inner
+        return self._step()
+
+    def _inner(self) -> list[Part]:
+        """Content without the marks around it."""
+        shown: list[str] = []
+        while self._around is not None and (found := self._around.search(self._buffer)):
+            shown.append(self._buffer[: found.start()])
+            self._buffer = self._buffer[found.end() :]
+        cut = len(self._buffer) - (self._around.held(self._buffer) if self._around else 0)
+        shown.append(self._buffer[:cut])
+        self._buffer = self._buffer[cut:]
+        return [Part("content", self._answer.feed("".join(shown)))]
 
     def _content(self) -> list[Part]:
         text, self._buffer = self._buffer, ""
