@@ -145,6 +145,24 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "arcee": {"model_type": "arcee", "head_dim": 32},
         "nemotron": {"model_type": "nemotron", "head_dim": 32, "rope_parameters": _PARTIAL},
+        "jais2": {"model_type": "jais2", "head_dim": 32},
+        "solar_open": {
+            "model_type": "solar_open",
+            **_GROUPED,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "attention_bias": True,
+        },
+        "youtu": {
+            "model_type": "youtu",
+            "kv_lora_rank": 32,
+            "q_lora_rank": 32,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+        },
         "lfm2": {
             "model_type": "lfm2",
             "num_hidden_layers": 4,
@@ -225,6 +243,7 @@ _GGUF: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "dots1": ("dots1", _GROUPED_EXPERTS),
         "exaone_moe": ("exaone-moe", {**_GROUPED_EXPERTS, "attention.sliding_window": 24}),
         "arcee": ("arcee", {}),
+        "jais2": ("jais2", {}),
         "nemotron": ("nemotron", {"rope.dimension_count": 16}),
         "lfm2": ("lfm2", {"feed_forward_length": 192, "shortconv.l_cache": 4, "attention.head_count_kv": [0, 2, 0, 0]}),
         "lfm2_moe": (

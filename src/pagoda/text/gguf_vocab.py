@@ -76,7 +76,7 @@ _FAMILIES: dict[str, _Pre] = {
     "qwen2": _Pre((_QWEN2_PATTERN,), nfc=True),
     "seed-coder": _Pre((rf"{_CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}",)),
     "exaone4": _GPT2,
-    **dict.fromkeys(("deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"), _Pre((_QWEN2_PATTERN,))),
+    **dict.fromkeys(("deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open"), _Pre((_QWEN2_PATTERN,))),
     "qwen35": _Pre(
         (
             rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"

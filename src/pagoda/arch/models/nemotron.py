@@ -11,16 +11,16 @@ from pagoda.arch.fields import Fields
 from pagoda.arch.spec import ModelSpec
 from pagoda.weights.source import Tensor
 
-_PARTS = decoder.Parts(gated=False, activation="relu2", norm="layer")
+PARTS = decoder.Parts(gated=False, activation="relu2", norm="layer")
 DEFAULT_SHARE = 0.5
 
 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields({"partial_rotary_factor": DEFAULT_SHARE, **config}, "config.json")
     bias = fields.flag("attention_bias", False)
-    parts = replace(_PARTS, qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag("mlp_bias", False))
+    parts = replace(PARTS, qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag("mlp_bias", False))
     return decoder.from_config("nemotron", fields, parts, norm_eps="norm_eps")
 
 
 def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
-    return decoder.from_gguf("nemotron", metadata, tensors, parts=_PARTS)
+    return decoder.from_gguf("nemotron", metadata, tensors, parts=PARTS)

@@ -103,7 +103,9 @@ _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "gemma2": {"mlp_norm": "pre_feedforward_layernorm"},
         "gemma3": {"mlp_norm": "pre_feedforward_layernorm"},
-        **dict.fromkeys(("glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "dots1"), _SHARED_EXPERTS),
+        **dict.fromkeys(
+            ("glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "dots1", "solar_open"), _SHARED_EXPERTS
+        ),
         "ernie4_5_moe": {**_SHARED_EXPERTS, "router_choice": "mlp.moe_statics.e_score_correction"},
         "exaone_moe": {**_SHARED_EXPERTS, "router_choice": "mlp.e_score_correction"},
         "granitemoe": {"router": "block_sparse_moe.router.layer"},

@@ -20,7 +20,7 @@ from pagoda.weights.source import Tensor
 FAMILIES = frozenset(
     {
         *("glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3"),
-        *("dots1", "ernie4_5_moe", "exaone_moe", "minimax_m2"),
+        *("dots1", "ernie4_5_moe", "exaone_moe", "minimax_m2", "solar_open", "youtu"),
     }
 )
 _LAYER = re.compile(r"(model\.layers\.|blk\.)(\d+)\.(.+)")
