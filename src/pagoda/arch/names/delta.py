@@ -80,7 +80,7 @@ def _from_hub(spec: ModelSpec, name: str, tensor: Tensor) -> Named:
     index, rest = (int(found[1]), found[2]) if found else (0, "")
     part_name = _HUB_PARTS.get(rest)
     delta = spec.layers[index].delta if index < len(spec.layers) else None
-    if part_name is not None and delta is not None:
+    if part_name is not None and isinstance(delta, DeltaNet):
         if part_name == "rate":
             tensor = _computed(tensor, np.exp)
         yield from _of_delta(f"model.layers.{index}.linear_attn.", part_name, delta, tensor)
@@ -100,7 +100,7 @@ def _from_gguf(spec: ModelSpec, name: str, tensor: Tensor) -> Named:
     if index >= len(spec.layers):
         return  # several tokens at once, as `_UNUSED`
     part_name, delta = _GGUF_PARTS.get(rest), spec.layers[index].delta
-    if part_name is not None and delta is not None:
+    if part_name is not None and isinstance(delta, DeltaNet):
         if part_name == "rate":
             tensor = _computed(tensor, np.negative)
         yield from _of_delta(f"blk.{index}.linear_attn.", part_name, delta, tensor)
