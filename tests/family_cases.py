@@ -315,7 +315,7 @@ def write_family_gguf(path: Path, case: str, model: Any, kind: str = "F32") -> N
             values = neighbours(torch.from_numpy(values), heads if ".attn_q." in name else kv_heads).numpy()
         if case == "nemotron" and name.endswith("norm.weight"):
             values = values + 1  # as they multiply
-        exact = values.ndim == 1 or "ffn_gate_inp" in name
+        exact = values.ndim == 1 or "ffn_gate_inp" in name or "shortconv.conv" in name
         tensors[name] = values if exact else (values, kind)
     for length in ("long", "short"):
         if f"{length}_factor" in config.rope_parameters:

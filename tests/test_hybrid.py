@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -171,7 +172,8 @@ def test_the_state_is_part_of_the_memory(dense: tuple[Path, Any]) -> None:
 def test_as_many_requests_as_have_room_where_nobody_says(dense: tuple[Path, Any]) -> None:
     spec = load_spec(open_source(str(dense[0])))
     assert memory.usual_requests(spec, 64) == 64
-    delta = replace(spec.layers[0].delta, key_dim=2**14, value_dim=2**13)  # type: ignore[type-var]
+    assert spec.layers[0].delta is not None
+    delta = msgspec.structs.replace(spec.layers[0].delta, key_dim=2**14, value_dim=2**13)
     large = replace(spec, layers=(replace(spec.layers[0], delta=delta),))
     assert memory.usual_requests(large, 64) == 1
 

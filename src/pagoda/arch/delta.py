@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import msgspec
+from msgspec.structs import replace
 
 FLOAT32_BYTES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class DeltaNet:
+class DeltaNet(msgspec.Struct, frozen=True, tag="delta_net"):
     """A layer's linear attention (Gated DeltaNet, arXiv 2412.06464).
 
     q, k and v go through a causal convolution over `kernel` tokens, each channel by itself, and silu; then q and k of

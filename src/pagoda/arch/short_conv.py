@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import msgspec
+from msgspec.structs import replace
 
 FLOAT32_BYTES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class ShortConv:
+class ShortConv(msgspec.Struct, frozen=True, tag="short_conv"):
     """A gated convolution in place of an attention (LFM2, arXiv 2511.23404): o(c(x) * conv(b(x) * u(x))).
 
     The convolution is causal, each channel by itself over `kernel` tokens, zeros before a request's first.

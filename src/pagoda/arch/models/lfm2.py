@@ -57,7 +57,8 @@ def of_gguf(model_type: str, metadata: Mapping[str, Any], tensors: Mapping[str, 
     fields = Fields(metadata, "GGUF metadata", f"{prefix}.")
     count = fields.integer("block_count", most=MOST_LAYERS)
     convolves = [f"blk.{i}.shortconv.conv.weight" in tensors for i in range(count)]
-    heads = np.unique(fields.get("attention.head_count_kv") or 0)
+    said = fields.get("attention.head_count_kv")
+    heads = np.unique(np.atleast_1d(0 if said is None else said))
     own = {f"{prefix}.attention.head_count_kv": heads[heads > 0].tolist()}
     spec = decoder.from_gguf(model_type, {**metadata, **own}, tensors, parts=_PARTS, prefix=prefix)
     kernel = fields.integer("shortconv.l_cache", DEFAULT_KERNEL, least=2, most=16)
