@@ -269,6 +269,8 @@ _GGUF: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     }
 )
 IN_GGUF = tuple(_GGUF)
+_NORMED_BY_ROOT = ("lfm2", "lfm2_moe")
+"""Families with RMS norms whose configs do not say so by the name of their epsilon."""
 _REORDERED = ("smollm3", "granite", "ministral3", "granitemoe", "arcee")
 """Families whose rows of q and k converters put in the order of Llama's."""
 
@@ -305,7 +307,9 @@ def write_family_gguf(path: Path, case: str, model: Any, kind: str = "F32") -> N
         "attention.head_count_kv": kv_heads,
         "attention.key_length": size,
         "attention.value_length": size,
-        f"attention.layer_norm_{'rms_' if 'rms' in eps else ''}epsilon": float(getattr(config, eps)),
+        f"attention.layer_norm_{'rms_' if 'rms' in eps or case in _NORMED_BY_ROOT else ''}epsilon": float(
+            getattr(config, eps)
+        ),
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         **more,
     }

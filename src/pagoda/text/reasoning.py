@@ -10,6 +10,8 @@ from pagoda.errors import ConfigError
 from pagoda.text.parts import Markers, Part, Trimmer
 
 _MAX_BLANK_CHARS = 64
+_MINIMAX = "<minimax:tool_call>"
+"""Of a template that has ERNIE's marks around what tools say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class ReasoningFormat:
         """Whether a chat template speaks of it."""
         # Phi's templates have <|end|> too, and do not think.
         thinks = self.start in template or (self.end in template and self is not HARMONY)
-        return thinks and all(mark in template for mark in self.answer)
+        return thinks and all(mark in template for mark in self.answer) and not (self.answer and _MINIMAX in template)
 
     @property
     def closing(self) -> str:

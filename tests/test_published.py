@@ -1,0 +1,208 @@
+"""The configurations of published models, as their makers wrote them, and how many parameters these models have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from pagoda.arch import memory
+from pagoda.deploy.plan.model import model_of_config
+
+PUBLISHED: Mapping[str, tuple[float, int, Mapping[str, Any]]] = MappingProxyType(
+    {
+        # billions of parameters, values in the cache for each token, what config.json says
+        "MiniMax-M2": (
+            228.7,
+            62 * 2 * 8 * 128,
+            {
+                "model_type": "minimax_m2",
+                "attn_type_list": [1] * 62,
+                "head_dim": 128,
+                "hidden_act": "silu",
+                "hidden_size": 3072,
+                "intermediate_size": 1536,
+                "max_position_embeddings": 196608,
+                "num_attention_heads": 48,
+                "num_experts_per_tok": 8,
+                "num_hidden_layers": 62,
+                "num_key_value_heads": 8,
+                "num_local_experts": 256,
+                "num_mtp_modules": 3,
+                "qk_norm_type": "per_layer",
+                "rms_norm_eps": 1e-06,
+                "rope_theta": 5000000,
+                "rotary_dim": 64,
+                "scoring_func": "sigmoid",
+                "shared_intermediate_size": 0,
+                "tie_word_embeddings": False,
+                "use_qk_norm": True,
+                "vocab_size": 200064,
+            },
+        ),
+        "ERNIE-4.5-21B-A3B": (
+            21.83,
+            28 * 2 * 4 * 128,
+            {
+                "model_type": "ernie4_5_moe",
+                "hidden_act": "silu",
+                "hidden_size": 2560,
+                "intermediate_size": 12288,
+                "max_position_embeddings": 131072,
+                "moe_capacity": [64, 64, 64],
+                "moe_gate": "topk",
+                "moe_intermediate_size": 1536,
+                "moe_k": 6,
+                "moe_layer_end_index": 27,
+                "moe_layer_interval": 1,
+                "moe_layer_start_index": 1,
+                "moe_num_experts": 64,
+                "moe_num_shared_experts": 2,
+                "moe_use_aux_free": True,
+                "num_attention_heads": 20,
+                "num_hidden_layers": 28,
+                "num_key_value_heads": 4,
+                "rms_norm_eps": 1e-05,
+                "rope_scaling": None,
+                "rope_theta": 500000.0,
+                "tie_word_embeddings": True,
+                "use_bias": False,
+                "vocab_size": 103424,
+            },
+        ),
+        "OLMoE-1B-7B": (
+            6.92,
+            16 * 2 * 16 * 128,
+            {
+                "model_type": "olmoe",
+                "attention_bias": False,
+                "clip_qkv": None,
+                "hidden_size": 2048,
+                "intermediate_size": 1024,
+                "max_position_embeddings": 4096,
+                "norm_topk_prob": False,
+                "num_attention_heads": 16,
+                "num_experts": 64,
+                "num_experts_per_tok": 8,
+                "num_hidden_layers": 16,
+                "num_key_value_heads": 16,
+                "rms_norm_eps": 1e-05,
+                "rope_theta": 10000.0,
+                "vocab_size": 50304,
+            },
+        ),
+        "dots.llm1": (
+            142.8,
+            62 * 2 * 32 * 128,
+            {
+                "model_type": "dots1",
+                "attention_bias": False,
+                "first_k_dense_replace": 1,
+                "head_dim": 128,
+                "hidden_size": 4096,
+                "intermediate_size": 10944,
+                "max_position_embeddings": 32768,
+                "max_window_layers": 62,
+                "moe_intermediate_size": 1408,
+                "n_group": 1,
+                "n_routed_experts": 128,
+                "n_shared_experts": 2,
+                "norm_topk_prob": True,
+                "num_attention_heads": 32,
+                "num_experts_per_tok": 6,
+                "num_hidden_layers": 62,
+                "num_key_value_heads": 32,
+                "rms_norm_eps": 1e-05,
+                "rope_theta": 10000000,
+                "routed_scaling_factor": 2.5,
+                "scoring_func": "noaux_tc",
+                "sliding_window": None,
+                "tie_word_embeddings": False,
+                "topk_group": 1,
+                "use_sliding_window": False,
+                "vocab_size": 152064,
+            },
+        ),
+        "granite-3.0-1b-a400m": (
+            1.334,
+            24 * 2 * 8 * 64,
+            {
+                "model_type": "granitemoe",
+                "attention_multiplier": 0.015625,
+                "embedding_multiplier": 12.0,
+                "hidden_size": 1024,
+                "intermediate_size": 512,
+                "logits_scaling": 6.0,
+                "max_position_embeddings": 4096,
+                "num_attention_heads": 16,
+                "num_experts_per_tok": 8,
+                "num_hidden_layers": 24,
+                "num_key_value_heads": 8,
+                "num_local_experts": 32,
+                "residual_multiplier": 0.22,
+                "rms_norm_eps": 1e-06,
+                "rope_theta": 10000,
+                "tie_word_embeddings": True,
+                "vocab_size": 49155,
+            },
+        ),
+        "LFM2-8B-A1B": (
+            8.34,
+            6 * 2 * 8 * 64,
+            {
+                "model_type": "lfm2_moe",
+                "conv_L_cache": 3,
+                "conv_bias": False,
+                "hidden_size": 2048,
+                "intermediate_size": 7168,
+                "layer_types": ["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
+                "max_position_embeddings": 128000,
+                "moe_intermediate_size": 1792,
+                "norm_eps": 1e-05,
+                "norm_topk_prob": True,
+                "num_attention_heads": 32,
+                "num_dense_layers": 2,
+                "num_experts": 32,
+                "num_experts_per_tok": 4,
+                "num_hidden_layers": 24,
+                "num_key_value_heads": 8,
+                "rope_theta": 1000000.0,
+                "routed_scaling_factor": 1.0,
+                "use_expert_bias": True,
+                "vocab_size": 65536,
+            },
+        ),
+        "Minitron-4B": (
+            4.19,
+            32 * 2 * 8 * 128,
+            {
+                "model_type": "nemotron",
+                "attention_bias": False,
+                "head_dim": 128,
+                "hidden_act": "relu2",
+                "hidden_size": 3072,
+                "intermediate_size": 9216,
+                "max_position_embeddings": 4096,
+                "mlp_bias": False,
+                "norm_eps": 1e-05,
+                "num_attention_heads": 24,
+                "num_hidden_layers": 32,
+                "num_key_value_heads": 8,
+                "partial_rotary_factor": 0.5,
+                "rope_theta": 10000,
+                "tie_word_embeddings": False,
+                "vocab_size": 256000,
+            },
+        ),
+    }
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_sizes_of_published_models(name: str) -> None:
+    billions, cached, config = PUBLISHED[name]
+    model = model_of_config(config, ())
+    assert model.parameters == pytest.approx(billions * 1e9, rel=0.002)
+    assert memory.kv_bytes_per_block(model.spec) == 16 * 2 * cached
