@@ -146,6 +146,14 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "arcee": {"model_type": "arcee", "head_dim": 32},
         "nemotron": {"model_type": "nemotron", "head_dim": 32, "rope_parameters": _PARTIAL},
         "jais2": {"model_type": "jais2", "head_dim": 32},
+        "iquestcoder": {"model_type": "iquestcoder", "head_dim": 32},
+        "ministral": {
+            "model_type": "ministral",
+            "head_dim": 32,
+            "sliding_window": 24,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+        "cwm": {"model_type": "cwm", "head_dim": 32, "sliding_window": 24},
         "solar_open": {
             "model_type": "solar_open",
             **_GROUPED,
