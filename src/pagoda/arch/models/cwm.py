@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pagoda.arch import decoder
@@ -11,16 +12,24 @@ from pagoda.arch.models import llama
 from pagoda.arch.spec import ModelSpec
 
 PATTERN, DEFAULT_WINDOW = 4, 8192
+_ROPE = MappingProxyType(
+    {
+        "rope_type": "llama3",
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+)
 
 from_gguf = llama.from_gguf
 
 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
-    fields = Fields(config, "config.json")
-    count, window = (
-        fields.integer("num_hidden_layers", most=MOST_LAYERS),
-        fields.integer("sliding_window", DEFAULT_WINDOW),
-    )
+    scaled = {} if config.get("rope_parameters") or config.get("rope_scaling") else {"rope_scaling": _ROPE}
+    fields = Fields({"rope_theta": 1e6, **config, **scaled}, "config.json")
+    count = fields.integer("num_hidden_layers", most=MOST_LAYERS)
+    window = fields.integer("sliding_window", DEFAULT_WINDOW)
     sliding = decoder.layer_kinds(fields, [i % PATTERN != 0 for i in range(count)])
     windows = [window if slides else None for slides in sliding]
     parts = decoder.Parts(mlp_bias=fields.flag("mlp_bias", False))
