@@ -17,10 +17,11 @@ from test_hybrid import DEVICES, SHORT, TOKENS, alone, answers, core, last, load
 from test_reference_models import generate
 
 from pagoda.arch import memory
+from pagoda.arch.lora import check_adapters
 from pagoda.arch.registry import load_spec
 from pagoda.arch.short_conv import ShortConv
 from pagoda.deploy.plan.model import model_of_config
-from pagoda.errors import ModelError
+from pagoda.errors import ConfigError, ModelError
 from pagoda.weights.open import open_source
 
 Tiny = tuple[Path, Any]
@@ -105,6 +106,11 @@ def test_the_sizes_of_a_published_model() -> None:
     assert [i for i, layer in enumerate(model.spec.layers) if layer.delta is None] == LFM2_1B["full_attn_idxs"]
     assert model.spec.layers[0].delta == ShortConv(2048, 3) and model.spec.layers[0].mlp.size == 8192
     assert model.spec.tied
+
+
+def test_adapters_are_refused() -> None:
+    with pytest.raises(ConfigError, match="models of the type lfm2 are not read"):
+        check_adapters(model_of_config(LFM2_1B, ()).spec)
 
 
 @pytest.mark.parametrize(

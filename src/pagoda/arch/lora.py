@@ -40,6 +40,10 @@ AdapterWeights = Mapping[str, LowRank]
 """By slot, such as layers.0.q."""
 
 
+_OTHER_NAMES = ("gpt2", "lfm2", "lfm2_moe")
+"""Families whose checkpoints, and so their adapters, call their matrices otherwise."""
+
+
 def adaptable(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """The slots that adapters of a model may change, with their shapes."""
     slots = spec.slots().items()
@@ -59,7 +63,7 @@ def check_adapters(spec: ModelSpec) -> None:
         why = "this model gives vectors or scores, and adapters are for models that generate"
     elif any(layer.attention.latent is not None for layer in spec.layers):
         why = "adapters for models with latent attention are not read"
-    elif spec.model_type == "gpt2" or not adaptable(spec):
+    elif spec.model_type in _OTHER_NAMES or not adaptable(spec):
         why = f"adapters for models of the type {spec.model_type} are not read"
     if why:
         raise ConfigError(f"--enable-lora: {why}", remedy="Merge the adapter into the model, and serve the result")
