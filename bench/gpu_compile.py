@@ -3,6 +3,7 @@
 
     python bench/gpu_compile.py                          # all that executors and bench/gpu.py launch, six GPUs
     python bench/gpu_compile.py --gpus 90,120 --quick    # a decode step and a prompt of small shapes
+    python bench/gpu_compile.py --gpus 90 --models Qwen3-8B --steps 200    # compilations before and behind the start
 
 What is compiled is what models of public shapes launch (see gpu_launches.py), as the limits of each GPU make them
 choose their tiles, and with --tiles those that bench/gpu.py tries. Ends with 1 where a kernel does not compile or
@@ -14,11 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 import gpu_cases
 import gpu_kernels as kernels
 import gpu_sass
+import numpy as np
 import torch
 import triton
 from gpu_launches import META, Launch, noted, plan_of, step, without_data
@@ -34,11 +37,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from pagoda.backend.torch import executor as executors
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.batch import Heads
+from pagoda.backend.torch.graphs import padding
+from pagoda.backend.torch.graphs import sizes as graph_sizes
 from pagoda.backend.torch.kernels import matmul
 from pagoda.backend.torch.kernels.launch import Gpu
+from pagoda.backend.torch.kernels.stage import stage
 from pagoda.backend.torch.packs import FP8
+from pagoda.types import StepPlan
 
 GPUS = {
     80: ("A100", Gpu(108, 163 << 10, (8, 0))),
@@ -121,6 +129,45 @@ def of_models(
             for requests in (1, 2):
                 name = f"{model} {requests} of {tokens}"
                 yield from ((name, each) for each in step(decoder, plan_of(requests, tokens), gpu))
+
+
+def mixed(rng: random.Random, most: int, before: int) -> StepPlan:
+    """Requests of which most generate and some begin, in any way of drawing, behind up to `before` others."""
+    count = rng.randint(1, most)
+    lengths = [rng.randint(2, 600) if rng.random() < 0.2 else 1 for _ in range(count)]
+    sampling = rng.choice(({}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9}))
+    starts = np.cumsum([0, *lengths], dtype=np.int32)
+    old = np.array([rng.randint(0, before) for _ in lengths], np.int32)
+    tables = np.tile(np.arange((before + 600) // 16 + 1, dtype=np.int32), (count, 1))
+    plan, tokens = plan_of(count, **sampling), np.zeros(starts[-1], np.int32)
+    return replace(plan, tokens=tokens, starts=starts, positions=old, block_tables=tables, rows=starts[1:] - 1)
+
+
+def compilations(model: str, number: int, steps: int) -> dict[str, Any]:
+    """How many programs a server has compiled when it is ready, how many it compiles for its graphs while nobody asks,
+    and which ones so many steps of all kinds make it compile all the same."""
+    gpu, rng, most = GPUS[number][1], random.Random(1), 256
+    decoder, seen = without_data(model, 1, 4096, gpu), set[Source]()
+
+    def fresh(launches: Iterable[Launch]) -> list[Source]:
+        new = {source(note, number) for note in launches if note.kernel is not None} - seen
+        seen.update(new)
+        return list(new)
+
+    def padded(requests: int) -> list[Launch]:
+        with noted(gpu) as notes:
+            hidden = decoder.hidden(batch := padding(requests, 4096, META, three=False))
+            decoder.logits(hidden[:1])
+            stage(batch, batch)
+        return notes
+
+    trials = executors.trial_steps(2048, most, 4096)
+    ready = [new for plan in trials for new in fresh(step(decoder, plan, gpu))]
+    ready += [new for requests in (most, 1) for new in fresh(padded(requests))]
+    idle = [new for requests in graph_sizes(most) for new in fresh(padded(requests))]
+    asked = [mixed(rng, rng.choice((1, 2, 4, 16, 100)), 3000) for _ in range(steps)]
+    late = [new for plan in asked for new in fresh(step(decoder, plan, gpu))]
+    return {"model": model, "ready": len(ready), "idle": len(idle), "late": [f"{x.name} {tile_of(x)}" for x in late]}
 
 
 def of_cases(gpu: Gpu) -> Iterator[Launch]:
@@ -213,8 +260,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kernels whose name has one of these, separated by commas")
     parser.add_argument("--facts", action="store_true", help="a table of what the machine code of each program does")
     parser.add_argument("--out", type=Path, help="a file for one line of JSON for each kernel")
+    parser.add_argument("--steps", type=int, help="with --models: what so many steps compile behind a server's start")
     args = parser.parse_args()
     numbers = [int(number) for number in args.gpus.split(",")]
+    if args.steps:
+        for model in args.models.split(","):
+            print(json.dumps(compilations(model, numbers[0], args.steps)), flush=True)
+        return
     sizes: tuple[Any, ...] = (MODELS, (1, 8, 16, 64, 256), (128, 4096))
     if args.quick:
         sizes = (TINY, (1, 3), (20,))

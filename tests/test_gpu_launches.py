@@ -59,3 +59,14 @@ def test_what_the_machine_code_of_large_kernels_does(tmp_path: Path) -> None:
         assert (row["kernel"] == "_gemv") != bool(row["matrix"]), about
         assert row["programs"] * 32 * row["warps"] >= 256 and row["programs"] >= 2, about
         assert (row["kernel"] == "_gemv") or row["ahead"] > 0, about
+
+
+def test_what_requests_need_is_compiled_before_they_come() -> None:
+    """A compilation takes seconds, in which all streams stand still."""
+    command = [sys.executable, str(BENCH / "gpu_compile.py"), "--gpus", "90", "--steps", "40"]
+    command += ["--models", "Qwen3-8B-FP8,Qwen3-30B-A3B"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["model"] for row in rows] == ["Qwen3-8B-FP8", "Qwen3-30B-A3B"]
+    assert all(not row["late"] and row["ready"] <= 34 and row["idle"] <= 8 for row in rows), rows

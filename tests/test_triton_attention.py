@@ -150,3 +150,31 @@ def test_latent(name: str, heads: int, rank: int, dtype: torch.dtype) -> None:
     if name == "single tokens":
         alone = replace(batch, starts=batch.starts[:2], contexts=batch.contexts[:1], max_query=1)
         assert torch.equal(latent.latent_attention(q[:1], k, alone, shape)[0], got[0])
+
+
+@pytest.mark.parametrize("turned", [0, 32])
+def test_blocks_far_behind_in_a_large_cache(turned: int) -> None:
+    """Places beyond 2^31, of which the memory is there where something is written."""
+    shape = Heads(4, 1, 128, 0.1, None, 1e-6, False, turned=turned)
+    q, k, v, batch = case([(1, 40), (20, 30), (1, 300)], 4, 1, 128)
+    blocks, most = len(k), (1 << 31) // (16 * 128)
+    near, far = [], []
+    for values in (k, v):
+        near.append(values.to(torch.float8_e4m3fn))
+        cache = torch.zeros(most + blocks, 16, 1, 128, dtype=torch.uint8, device=DEVICE)
+        cache[most:] = near[-1].view(torch.uint8)
+        far.append(cache.view(torch.float8_e4m3fn))
+    behind = replace(batch, block_tables=batch.block_tables + most, cells=batch.cells + 16 * most)
+    if turned:
+        new = torch.randn(len(q), 1, 128, device=DEVICE).to(torch.float8_e4m3fn)
+        for caches, one in ((near, batch), (far, behind)):
+            latent.keep(new, caches[0].flatten(0, 1), one.cells)
+        got, wanted = (latent.latent_attention(q, c[0], b, shape) for c, b in ((far, behind), (near, batch)))
+    else:
+        qkv, table = torch.randn(len(q), 6 * 128, device=DEVICE), torch.rand(400, 64, device=DEVICE)
+        rows = [rope.rope_and_cache(qkv, None, None, table, b, *c, shape) for c, b in ((far, behind), (near, batch))]
+        assert torch.equal(*rows)
+        got, wanted = (attention.paged_attention(q, *c, b, shape) for c, b in ((far, behind), (near, batch)))
+    assert torch.equal(got, wanted) and got.abs().max() > 0.1
+    for one, other in zip(far, near, strict=True):
+        assert torch.equal(one[most:].view(torch.uint8), other.view(torch.uint8))

@@ -291,8 +291,9 @@ def measured(decoder: Decoder | Encoder, limits: Limits, device: Device, kv_type
     release(device)
     weights = torch.cuda.memory_allocated(device.device)
     count = limits.max_num_batched_tokens
-    plan = largest_step(count, min(limits.max_num_seqs, count), limits.max_model_len)
-    blocks = int(plan.block_tables.max()) + 1
+    plans = trial_steps(count, min(limits.max_num_seqs, count), limits.max_model_len)
+    blocks = int(plans[0].block_tables.max()) + 1
+    generating = decoder if isinstance(decoder, Decoder) and decoder.spec.pooling is None else None
     decoder.caches = make_caches(decoder.spec, blocks, kv_type, device.device, limits.max_num_seqs)
     begun = torch.cuda.memory_allocated(device.device)
     torch.cuda.reset_peak_memory_stats(device.device)
@@ -300,14 +301,17 @@ def measured(decoder: Decoder | Encoder, limits: Limits, device: Device, kv_type
     with torch.inference_mode():
         if isinstance(decoder, Decoder) and decoder.sight is not None:
             kept = decoder.sight.try_largest(limits.max_model_len)
-        batch, turns = upload(plan, device.device, int(plan.block_tables.max()) + 1)
-        hidden = decoder.hidden(batch)
-        for turn in turns if decoder.spec.pooling is None else ():
-            choose(decoder.logits(hidden[turn.first : turn.last]), turn, plan)
+        for plan in plans if generating else plans[:1]:
+            batch, turns = upload(plan, device.device, blocks)
+            hidden = decoder.hidden(replace(batch, tokens=ops.told(batch.tokens, batch.cells)))
+            for turn in turns if generating else ():
+                choose(decoder.logits(hidden[turn.first : turn.last]), turn, plan)
+        if generating:  # a single stream has kernels of its own
+            generating.logits(generating.hidden(_padding(generating, 1, limits, device)))
     torch.cuda.synchronize(device.device)
     work = torch.cuda.max_memory_reserved(device.device) - begun + kept
-    if isinstance(decoder, Decoder) and decoder.spec.pooling is None and not limits.enforce_eager:
-        work += graph_bytes(decoder, limits, device)
+    if generating and not limits.enforce_eager:
+        work += graph_bytes(generating, limits, device)
     decoder.caches = []
     release(device)
     return weights, work
@@ -319,10 +323,25 @@ def graph_bytes(decoder: Decoder, limits: Limits, device: Device) -> int:
     begun = torch.cuda.memory_allocated(device.device)
     torch.cuda.reset_peak_memory_stats(device.device)
     with torch.inference_mode():
-        shape = {"three": bool(decoder.spec.rope.sections), "recurrent": decoder.spec.recurrent}
-        decoder.hidden(padding(limits.max_num_seqs, limits.max_model_len, device.device, **shape))
+        decoder.hidden(_padding(decoder, limits.max_num_seqs, limits, device))
     torch.cuda.synchronize(device.device)
     return torch.cuda.max_memory_reserved(device.device) - begun
+
+
+def _padding(decoder: Decoder, requests: int, limits: Limits, device: Device) -> Batch:
+    spec = decoder.spec
+    three, recurrent = bool(spec.rope.sections), spec.recurrent
+    return padding(requests, limits.max_model_len, device.device, three=three, recurrent=recurrent)
+
+
+def trial_steps(tokens: int, requests: int, max_model_len: int) -> tuple[StepPlan, ...]:
+    """The largest step, and smaller ones whose tokens are drawn otherwise: with them all kinds of kernels are compiled
+    that prompts take, before anyone waits for it."""
+    first, second, third = (
+        largest_step(count, min(requests, count), max_model_len)
+        for count in (tokens, max(1, tokens // 4), max(1, tokens // 16))
+    )
+    return first, replace(second, top_p=np.ones_like(second.top_p)), replace(third, temperature=third.temperature * 0)
 
 
 def largest_step(tokens: int, requests: int, max_model_len: int) -> StepPlan:

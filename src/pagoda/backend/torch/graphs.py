@@ -121,6 +121,7 @@ class DecodeGraphs:
         if size is None:
             return False
         fixed = self._of_size(size)
+        stage(fixed, fixed)  # for its compilation alone
         for values in (fixed.tokens, fixed.positions, fixed.starts, fixed.contexts, fixed.rows):
             values.zero_()
         if fixed.rope_positions is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pagoda.backend.torch.batch import Batch, Heads
 from pagoda.backend.torch.kernels import fp8, launch
 from pagoda.backend.torch.kernels.fold import LOG2_E, NO_WINDOW, cap_of, fold
-from pagoda.backend.torch.kernels.launch import arrivals, await_others, block_of, fetch_ahead
+from pagoda.backend.torch.kernels.launch import arrivals, await_others, block_of, fetch_ahead, lines_of
 from pagoda.backend.torch.kernels.rope import cached, heads_of
 from pagoda.backend.torch.kernels.tuning import Tile
 from pagoda.types import BLOCK_SIZE
@@ -49,7 +49,7 @@ def run_length(context: tl.tensor) -> tl.tensor:
     return length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests"])
 def _count_runs(
     starts: tl.tensor, contexts: tl.tensor, runs: tl.tensor, requests: tl.tensor, R: tl.constexpr, CHAINED: tl.constexpr
 ) -> None:
@@ -186,7 +186,7 @@ def _fresh(
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "table_width"])
 def _decode(
     q: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor, cos_sin: tl.tensor, positions: tl.tensor, cells: tl.tensor,
     k_cache: tl.tensor, v_cache: tl.tensor, sinks: tl.tensor, starts: tl.tensor, contexts: tl.tensor,
@@ -233,11 +233,11 @@ def _decode(
         if count == 1:
             tl.store(place, (acc / (total + tl.exp2(sink - most))[:, None]).to(out.dtype.element_ty), mask=inside)
         else:
-            line = (number * kv_heads + head) * GROUP + row
+            line = (number.to(tl.int64) * kv_heads + head) * GROUP + row
             tl.store(parts + line[:, None] * HEAD + d[None, :], acc, mask=inside)
             tl.store(stats + line * 2, most, mask=row < GROUP)
             tl.store(stats + line * 2 + 1, total, mask=row < GROUP)
-            first, counter = (begun * kv_heads + head) * GROUP + row, arrived + r * kv_heads + head
+            first, counter = (begun.to(tl.int64) * kv_heads + head) * GROUP + row, arrived + r * kv_heads + head
             join(parts, stats, place, counter, first, row < GROUP, count, kv_heads * GROUP, sink, HEAD, D, 4)
 
 
@@ -246,7 +246,7 @@ def count_runs(starts: Tensor, contexts: Tensor) -> Tensor:
     requests = len(contexts)
     runs = torch.empty(requests + 1, dtype=torch.int32, device=contexts.device)
     _count_runs[(1,)](
-        starts, contexts, runs, requests, R=block_of(requests), num_warps=4, **launch.chained(contexts.device)
+        starts, contexts, runs, requests, R=lines_of(requests), num_warps=4, **launch.chained(contexts.device)
     )
     return runs
 
@@ -278,7 +278,7 @@ def run_decode(
         runs, parts, stats, out, arrivals(q.device, requests * shape.kv_heads), requests, shape.kv_heads,
         shape.scale * LOG2_E, shape.window or NO_WINDOW, shape.eps, FRESH=fresh is not None, NORM=normed,
         LATE=shape.late, INTERLEAVED=shape.interleaved, DIM=0 if fresh is None else cos_sin.shape[1],
-        CAP=cap_of(shape), SINKS=sinks is not None, R=block_of(requests, 64), GROUP=group,
+        CAP=cap_of(shape), SINKS=sinks is not None, R=lines_of(requests), GROUP=group,
         M=block_of(group + 2 * (fresh is not None)), HEAD=shape.head_dim, D=block_of(shape.head_dim), TILE=tile.n,
         num_warps=tile.warps, num_stages=tile.stages, **launch.chained(q.device),
     )  # fmt: skip

@@ -135,6 +135,6 @@ def drawn(logits: Tensor, targets: Tensor, how: Sampling, cuts: Tensor | None) -
         )
         _draw[(rows,)](
             logits, limits, best, ids, how.temperature, how.min_p, how.seed, how.position, targets, sums, out, size,
-            stride, parts, **shape, num_warps=8, **chained,
+            stride, parts, **shape, num_warps=16, **chained,
         )  # fmt: skip
     return out

@@ -16,7 +16,7 @@ MOST_VALUES = 1 << 14
 _BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _route(
     logits: tl.tensor,
     shares: tl.tensor,
@@ -93,7 +93,7 @@ def _combine(
 def fits(logits: Tensor) -> bool:
     """Whether `route` takes so many logits."""
     tokens, experts = logits.shape
-    return 0 < tokens and block_of(tokens, 1) * block_of(experts) <= MOST_VALUES
+    return 0 < tokens and block_of(tokens) * block_of(experts) <= MOST_VALUES
 
 
 def route(logits: Tensor, active: int, normalized: bool) -> Routed:
@@ -103,7 +103,8 @@ def route(logits: Tensor, active: int, normalized: bool) -> Routed:
     shares = torch.empty(count, active, dtype=torch.float32, device=device)
     numbers = torch.empty(experts + 1 + 3 * size, dtype=torch.int32, device=device)
     starts, tokens, owners, places = torch.split(numbers, [experts + 1, size, size, size])
-    block = (block_of(count, 1), block_of(experts))
+    # few sizes, as each is a compilation; a single stream has its own
+    block = (1 if count == 1 else block_of(count), block_of(experts))
     _route[(1,)](
         logits.contiguous(), shares, starts, tokens, owners, places, count, experts, ACTIVE=active,
         NORMALIZED=normalized, T=block[0], E=block[1], num_warps=max(4, 2 * warps_for(block[0] * block[1])),

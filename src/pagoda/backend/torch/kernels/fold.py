@@ -45,23 +45,25 @@ def fold(
     TILE: tl.constexpr,
 ) -> Any:
     """Take the keys key .. key + TILE into the running maximum, sum and weighted values of each row."""
-    at, d = key + tl.arange(0, TILE), tl.arange(0, D)
+    at, d = key + tl.arange(0, TILE), tl.arange(0, D)[None, :]
     known = at < limit
     block = tl.load(table + at // _CELLS, mask=known, other=0).to(tl.int64)
-    cell = (block * _CELLS + at % _CELLS) * row_stride
-    k = tl.load(k_cache + cell[None, :] + d[:, None], mask=known[None, :] & (d < HEAD)[:, None], other=0.0)
-    scores = tl.dot(q, fp8.floats(k, q.dtype), input_precision="ieee") * scale
+    cell = ((block * _CELLS + at % _CELLS) * row_stride)[:, None] + d
+    there = known[:, None] & (d < HEAD)
+    k = fp8.floats(tl.load(k_cache + cell, mask=there, other=0.0), q.dtype)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if CAP != 0.0:
         # CAP * tanh(s / CAP) by tanh(u) = 1 - 2 / (e^2u + 1); both are in units of log2(e)
-        scores = CAP - 2.0 * CAP / (tl.exp2(scores * (_TWO_LOG2_E / CAP)) + 1.0)
+        scores = CAP - 2.0 * CAP / (tl.exp2(scores * scale * (_TWO_LOG2_E / CAP)) + 1.0)
+        scale = 1.0
     if MASK:
         seen = (at[None, :] < ends[:, None]) & (at[None, :] >= begins[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-    new = tl.maximum(most, tl.max(scores, axis=1))
+    # the largest is found before they are scaled: what scales them then also takes it off
+    new = tl.maximum(most, tl.max(scores, axis=1) * scale)
     base = tl.where(new == float("-inf"), 0.0, new)
-    weights, keep = tl.exp2(scores - base[:, None]), tl.exp2(most - base)
-    v = tl.load(v_cache + cell[:, None] + d[None, :], mask=known[:, None] & (d < HEAD)[None, :], other=0.0)
-    v = fp8.floats(v, q.dtype)
+    weights, keep = tl.exp2(scores * scale - base[:, None]), tl.exp2(most - base)
+    v = fp8.floats(tl.load(v_cache + cell, mask=there, other=0.0), q.dtype)
     if v_cache.dtype.element_ty.primitive_bitwidth == 8:
         # changes no value; it keeps the compiler from moving bytes as the matrix units want them, one at a time
         v = tl.where(known[:, None], v, 0.0)

@@ -15,7 +15,7 @@ from pagoda.backend.torch.batch import Batch, Heads
 from pagoda.backend.torch.kernels import fp8, launch
 from pagoda.backend.torch.kernels.decode import LEAST_RUN, MOST_RUNS, count_runs, join, owner, run_length
 from pagoda.backend.torch.kernels.fold import LOG2_E
-from pagoda.backend.torch.kernels.launch import arrivals, await_others, block_of
+from pagoda.backend.torch.kernels.launch import arrivals, await_others, block_of, lines_of
 from pagoda.backend.torch.kernels.prefill import tile_of
 from pagoda.backend.torch.kernels.tuning import Tile
 from pagoda.types import BLOCK_SIZE
@@ -95,7 +95,7 @@ def _rows(
     return first, tl.load(place + TURNED + c, mask=inside[:, None] & (c < RANK), other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "table_width"])
 def _latent_runs(
     q: tl.tensor,
     cache: tl.tensor,
@@ -141,18 +141,18 @@ def _latent_runs(
         if count == 1:
             tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=both)
         else:
-            own = number * heads + head
+            own = number.to(tl.int64) * heads + head
             tl.store(parts + own[:, None] * RANK + c, acc, mask=both)
             tl.store(stats + own * 2, most, mask=inside)
             tl.store(stats + own * 2 + 1, total, mask=inside)
             none = tl.full((M,), float("-inf"), tl.float32)
             join(
-                parts, stats, place, arrived + r * blocks + block, begun * heads + head, inside, count, heads, none,
-                RANK, C, 1,
+                parts, stats, place, arrived + r * blocks + block, begun.to(tl.int64) * heads + head, inside, count,
+                heads, none, RANK, C, 1,
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "table_width"])
 def _latent_tiles(
     q: tl.tensor,
     cache: tl.tensor,
@@ -234,7 +234,7 @@ def _run_tiles(q: Tensor, k_cache: Tensor, batch: Batch, shape: Heads, out: Tens
     grid = (len(q) // (tile.m // _HEADS) + requests, triton.cdiv(shape.heads, _HEADS))
     _latent_tiles[grid](
         q.contiguous(), fp8.known(k_cache), batch.starts, batch.contexts, batch.block_tables,
-        batch.block_tables.stride(0), out, requests, shape.heads, shape.scale * LOG2_E, R=block_of(requests),
+        batch.block_tables.stride(0), out, requests, shape.heads, shape.scale * LOG2_E, R=lines_of(requests),
         HEADS=_HEADS, M=tile.m, TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages, **_sizes(shape),
         **launch.chained(q.device),
     )  # fmt: skip
@@ -252,6 +252,6 @@ def _run_runs(q: Tensor, k_cache: Tensor, batch: Batch, shape: Heads, out: Tenso
     _latent_runs[(min(most * blocks, launch.gpu_of(q.device).processors * _PROGRAMS),)](
         q.contiguous(), fp8.known(k_cache), batch.starts, batch.contexts, batch.block_tables,
         batch.block_tables.stride(0), runs, parts, stats, out, arrivals(q.device, requests * blocks), requests,
-        shape.heads, shape.scale * LOG2_E, R=block_of(requests, 64), M=tile.m, TILE=tile.n, num_warps=tile.warps,
+        shape.heads, shape.scale * LOG2_E, R=lines_of(requests), M=tile.m, TILE=tile.n, num_warps=tile.warps,
         num_stages=tile.stages, **_sizes(shape), **launch.chained(q.device),
     )  # fmt: skip

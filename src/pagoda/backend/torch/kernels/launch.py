@@ -38,6 +38,11 @@ def block_of(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def lines_of(requests: int) -> int:
+    """The block in which a kernel looks for its request: one for all usual batches, as each size is a compilation."""
+    return block_of(requests, 256)
+
+
 def warps_for(values: int) -> int:
     """Warps for a tile that is passed over once: 16 values for each thread, 1 to 8 warps."""
     return min(8, max(1, values // 512))

@@ -17,7 +17,7 @@ from pagoda.backend.torch.kernels.launch import arrivals, block_of
 from pagoda.backend.torch.kernels.norm import coded_add_rms_norm, quantize_f8, quantize_rows
 from pagoda.backend.torch.kernels.tuning import Tile, bucket, measured
 from pagoda.backend.torch.kernels.unpack import _unpack
-from pagoda.backend.torch.kernels.w4 import BEFORE, BY_SUMS, IN_CODES, NONE, _w4
+from pagoda.backend.torch.kernels.w4 import AFTER_ADDED, BEFORE, BY_SUMS, IN_CODES, NONE, _w4
 from pagoda.backend.torch.packs import F8, I8, M4, W4, W8, Dense, Weight
 from pagoda.weights.device_size import W4_CHUNK
 
@@ -350,7 +350,9 @@ def _zeros_of(parts: Operand, rows: int, experts: int, tile: Tile) -> int:
         return int(NONE.value)
     if rows == 1 and not experts:
         return int(BEFORE.value)
-    return int((IN_CODES if parts.whole and tile.m > 16 else BY_SUMS).value)
+    if tile.m <= 16:
+        return int(BY_SUMS.value)
+    return int((IN_CODES if parts.whole else AFTER_ADDED).value)
 
 
 def w4_tile(rows: int, parts: Operand, x: Tensor) -> Tile:

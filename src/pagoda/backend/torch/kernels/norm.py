@@ -30,7 +30,7 @@ def in_8_bits(values: tl.tensor, scale: tl.tensor, kind: tl.constexpr, INT8: tl.
         return fp8.codes(values, kind)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm(
     x: tl.tensor,
     residual: tl.tensor,

@@ -54,7 +54,7 @@ def _narrowed(
     return begin + (found.to(tl.int64) << shift), above, target
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"])
 def _narrow(
     logits: tl.tensor,
     best: tl.tensor,
@@ -197,7 +197,8 @@ def nucleus(logits: Tensor, how: Sampling) -> Tensor:
     best = torch.empty(rows, parts, dtype=torch.float32, device=device)
     ids, counts = (torch.empty(rows, parts, dtype=torch.int32, device=device) for _ in range(2))
     sums = torch.empty(2, rows, parts, _WAYS.value, dtype=torch.float64, device=device)
-    begins = torch.empty(2, rows, dtype=torch.int64, device=device)
+    # both begin where a kernel expects it: elsewhere it would be compiled once more
+    begins = torch.empty(2, rows + rows % 2, dtype=torch.int64, device=device)
     states = torch.empty(2, rows, 2, dtype=torch.float64, device=device)
     shape = {"BLOCK": PART, "PARTS": block_of(parts), "num_warps": 8, **chained}
     grid, given = (rows, parts), (how.temperature, how.top_p, how.top_k)
@@ -212,5 +213,7 @@ def nucleus(logits: Tensor, how: Sampling) -> Tensor:
     _count[grid](
         logits, *given, sums[old], begins[old], states[old], counts, begins[new], states[new], size, stride, **shape
     )
-    _cut[(rows,)](logits, best, *given, counts, begins[new], states[new], out, size, stride, parts, **shape)
+    _cut[(rows,)](
+        logits, best, *given, counts, begins[new], states[new], out, size, stride, parts, **shape | {"num_warps": 16}
+    )
     return out

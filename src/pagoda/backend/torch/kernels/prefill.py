@@ -11,7 +11,7 @@ from torch import Tensor
 from pagoda.backend.torch.batch import Batch, Heads
 from pagoda.backend.torch.kernels import fp8, launch
 from pagoda.backend.torch.kernels.fold import LOG2_E, NO_WINDOW, cap_of, fold
-from pagoda.backend.torch.kernels.launch import await_others, block_of
+from pagoda.backend.torch.kernels.launch import await_others, block_of, lines_of
 from pagoda.backend.torch.kernels.tuning import Tile
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -30,7 +30,7 @@ def tile_of(starts: tl.tensor, tile: tl.tensor, requests: tl.tensor, R: tl.const
     return r, start, tl.load(starts + r + 1) - start, (tile - start // TOKENS - r) * TOKENS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "table_width"])
 def _prefill(
     q: tl.tensor,
     k_cache: tl.tensor,
@@ -112,7 +112,7 @@ def run_prefill(
         q.contiguous(), fp8.known(k_cache), fp8.known(v_cache), q if sinks is None else sinks, batch.starts,
         batch.contexts, batch.block_tables, batch.block_tables.stride(0), out, len(batch.contexts), shape.kv_heads,
         shape.scale * LOG2_E, shape.window or NO_WINDOW, CAP=cap_of(shape), SINKS=sinks is not None,
-        R=block_of(len(batch.contexts)), GROUP=group, GROUP2=block_of(group, 1), M=rows, HEAD=shape.head_dim,
+        R=lines_of(len(batch.contexts)), GROUP=group, GROUP2=block_of(group, 1), M=rows, HEAD=shape.head_dim,
         D=block_of(shape.head_dim), TILE=tile.n, num_warps=tile.warps, num_stages=tile.stages,
         **launch.chained(q.device),
     )  # fmt: skip

@@ -176,7 +176,7 @@ def _ended(
     return result.to(kind)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _product(
     x: tl.tensor, weight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, x_scales: tl.tensor, bias: tl.tensor,
     starts: tl.tensor, tokens: tl.tensor, out: tl.tensor, parts: tl.tensor, arrived: tl.tensor, rows: tl.tensor,

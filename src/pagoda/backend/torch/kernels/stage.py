@@ -12,7 +12,7 @@ from pagoda.backend.torch.kernels import launch
 from pagoda.backend.torch.kernels.launch import await_others
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "width", "pitch", "to_pitch"])
 def _stage(
     tokens: tl.tensor,
     positions: tl.tensor,
@@ -65,7 +65,7 @@ def stage(batch: Batch, fixed: Batch) -> None:
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _told(
     tokens: tl.tensor, sampled: tl.tensor, out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr, CHAINED: tl.constexpr
 ) -> None:

@@ -23,7 +23,7 @@ class Tile:
 
 DEFAULTS = MappingProxyType(
     {
-        "prefill": Tile(m=128, n=64, warps=8, stages=2),
+        "prefill": Tile(m=128, n=128, warps=8, stages=2),
         "decode": Tile(n=32, warps=4, stages=7),
     }
 )

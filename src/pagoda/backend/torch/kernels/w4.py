@@ -19,9 +19,10 @@ _CHUNK = tl.constexpr(W4_CHUNK)
 _WORDS = tl.constexpr(W4_CHUNK // 8)
 _AHEAD = tl.constexpr(4)
 """Chunks, of 128 bytes, of each output that are fetched before the kernel may begin."""
-NONE, BEFORE, BY_SUMS, IN_CODES = (tl.constexpr(n) for n in range(4))
+NONE, BEFORE, BY_SUMS, IN_CODES, AFTER_ADDED = (tl.constexpr(n) for n in range(5))
 """What becomes of zero points and `_added`: there are none (4-bit floats); what they make of a single row is taken off
-first; sums of the rows are multiplied with them; or they are taken off the codes, where zero points are whole."""
+first; sums of the rows are multiplied with them; they are taken off the codes together, where zero points are whole;
+or one after the other, where they are not, which then rounds codes as a matrix of floats would be."""
 
 
 @triton.jit
@@ -123,10 +124,13 @@ def _slices(
         if slice % RUN == 0:
             acc, sums = tl.zeros_like(total), tl.zeros_like(total)
             group = tl.minimum((begin + slice * 32) // GROUP, groups - 1) if GROUP else 0
-            if ZEROS == IN_CODES:
-                zero = (tl.load(zeros + group * N).to(tl.float32) + added).to(kind)[:, None]
+            if ZEROS >= IN_CODES:
+                zero = tl.load(zeros + group * N).to(tl.float32)
+                zero = (zero + added if ZEROS == IN_CODES else zero).to(kind)[:, None]
         codes = _codes(words, slice, kind, ZEROS == NONE)
-        if ZEROS == IN_CODES:
+        if ZEROS == AFTER_ADDED:
+            codes = codes - added
+        if ZEROS >= IN_CODES:
             codes = codes - zero
         acc = tl.dot(codes, x, acc, input_precision="ieee")
         if ZEROS == BY_SUMS:
@@ -170,7 +174,7 @@ def _ended(
     return total.to(kind)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _w4(
     x: tl.tensor, weight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, bias: tl.tensor, starts: tl.tensor,
     tokens: tl.tensor, out: tl.tensor, parts: tl.tensor, arrived: tl.tensor, rows: tl.tensor, N: tl.tensor,
