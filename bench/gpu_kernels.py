@@ -26,6 +26,8 @@ CACHE_BYTES = 256 << 20
 """Inputs take turns over so many bytes: what one call left in the cache is gone when its turn comes again."""
 
 
+PROMPT_ROWS = 64
+"""More rows than this are a prompt."""
 ROW_KERNELS = 18
 """Of `in_a_row`."""
 
@@ -146,7 +148,7 @@ def micro(
     """Bytes and operations per second of each kernel on real shapes."""
     for n, k in shapes:
         for name, weight in weights(n, k, dtype, device).items():
-            for rows in (1, 3) if small else (1, 8, 64, 256):
+            for rows in (1, 3, 70) if small else (1, 8, 64, 256, 4096):
                 args = (name, (n, k), rows, weight_nbytes(weight), dtype, device)
                 yield f"{name} {n}x{k} rows {rows}", lambda args=args: product_row(*args)  # type: ignore[misc]
     decodes = ((2, 64),) if small else ((1, 1024), (8, 1024), (64, 1024), (256, 1024), (8, 16384))
@@ -205,7 +207,37 @@ def product_row(
 
     with dispatch(True):
         seconds = timed(in_turns(make, nbytes, device), device)
-    return {"kernel": f"{name} {n}x{k}", "rows": rows, **rates(seconds, nbytes, 2 * rows * n * k)}
+        row = {"kernel": f"{name} {n}x{k}", "rows": rows, **rates(seconds, nbytes, 2 * rows * n * k)}
+        if rows > PROMPT_ROWS and name in ("i8", "f8 row", "f8 block"):
+            x, own = torch.randn(rows, k, device=device).to(dtype), weights(n, k, dtype, device)[name]
+            for other, call in instead(x, own).items():
+                row[other] = duration(call, device)
+    return row
+
+
+def instead(x: torch.Tensor, weight: Weight) -> dict[str, Callable[[], Any]]:
+    """What else there is for the product of a prompt with a matrix of 8 bits: floats made of it, cuBLAS' own blocks."""
+    parts = matmul.operand(weight)
+    assert parts is not None
+    found = {"unpacked_us": lambda: torch.nn.functional.linear(x, matmul.unpacked(parts, x.dtype))}
+    if isinstance(weight, F8) and weight.block is not None:
+        scales = weight.scales.t()
+
+        def blocks() -> torch.Tensor:
+            codes, own = ops.quantize_f8(x, GROUP)
+            by_column = own.t().contiguous().t()
+            return torch._scaled_mm(codes, weight.codes.t(), by_column, scales, out_dtype=x.dtype)
+
+        found["library_us"] = blocks
+    return found
+
+
+def duration(call: Callable[[], Any], device: torch.device) -> float | str:
+    """Microseconds, or why there are none: not every GPU and version of PyTorch has every product."""
+    try:
+        return timed([call] * 3, device) * 1e6
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:200]
 
 
 def attention_row(requests: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, small: bool) -> Row:
