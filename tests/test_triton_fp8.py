@@ -86,3 +86,15 @@ def test_rows_become_the_same_codes_on_an_older_gpu() -> None:
     x = torch.randn(3, 128, device=DEVICE)
     for mine, its in zip(norm.quantize_f8(x, 32), ops.quantize_f8(x, 32), strict=True):
         assert torch.equal(mine.view(torch.uint8), its.view(torch.uint8))
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_the_product_of_pytorch_with_scales_of_rows(by_row: bool) -> None:
+    x, values = torch.randn(33, 64, device=DEVICE), torch.randn(48, 64, device=DEVICE)
+    own = torch.rand(48 if by_row else 1, 1, device=DEVICE) + 0.1
+    weight = F8(values.to(FP8), own)
+    codes, scales = ops.quantize_f8(x, 64)
+    got = fp8.by_rows(codes, scales, weight.codes, weight.scales).float()
+    wanted = (codes.float() * scales) @ weight.floats().t()
+    assert (got - wanted).norm() / wanted.norm() < 0.005
+    assert fp8.has_row_scales(torch.device(DEVICE)) == (DEVICE == "cuda")

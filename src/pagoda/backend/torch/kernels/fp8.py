@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,25 @@ def known(x: Tensor) -> Tensor:
     """FP8 as the kernels take it: bytes where the GPU has no such type. Other tensors as they are."""
     own = x.dtype == FP8 and launch.gpu_of(x.device).capability < SINCE
     return x.view(torch.uint8) if own else x
+
+
+def by_rows(codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor) -> Tensor:
+    """PyTorch's own product of codes [T, K] and the transpose of a weight [N, K], with scales for each row of both."""
+    own = weight_scales.expand(len(weight), 1).t().contiguous()
+    return torch._scaled_mm(codes, weight.t(), scales, own, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+@cache
+def has_row_scales(device: torch.device) -> bool:
+    """Whether a GPU has that product: PyTorch is not made with it for each of them."""
+    if device.type != "cuda":
+        return False
+    codes, scales = torch.zeros(32, 32, device=device).to(FP8), torch.ones(32, 1, device=device)
+    try:
+        by_rows(codes, scales, codes, scales)
+    except RuntimeError:
+        return False
+    return True
 
 
 @triton.jit

@@ -128,13 +128,9 @@ def _coded_run(rows: int, weight: Weight, parts: Operand, device: torch.device) 
 
 
 def _of_codes(codes: Tensor, scales: Tensor, weight: I8 | F8, parts: Operand, dtype: torch.dtype) -> Tensor:
-    if isinstance(weight, I8) or parts.group or not codes.is_cuda or parts.n % 16 or parts.k % 16:
+    if isinstance(weight, I8) or parts.group or parts.n % 16 or parts.k % 16 or not fp8.has_row_scales(codes.device):
         return tiled(codes, parts, dtype, x_scales=scales)
-    # the product of Hopper's own, with a scale for each row on both sides
-    out = weight.scales.expand(parts.n, 1).t().contiguous()
-    half = dtype if dtype == torch.bfloat16 else torch.bfloat16
-    result = torch._scaled_mm(codes, parts.codes.t(), scales, out, out_dtype=half, use_fast_accum=True)
-    return result.to(dtype)
+    return fp8.by_rows(codes, scales, weight.codes, weight.scales).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
