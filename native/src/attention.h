@@ -90,13 +90,15 @@ PG_INLINE void block_values(const float* weights, const KvBlock<Int8>& block, in
     for (int n = 0; n < N; n++) store_wide(scaled + n * kTokens, load_wide(weights + n * kSegment) * scale);
   }
   const float* w = Int8 ? scaled : weights;
-  const auto add = [&](int t, auto loaded) {
+  const auto add = [&](int t, auto loaded) __attribute__((always_inline)) {
     multiply_add<N, C>([&](int n) { return splat_query<Int8>(w[n * stride + t / pair]); },
                        [&](int c, int i) { return loaded(block.values, t * dim + pair * (d + 16 * c), i); }, sums);
   };
   int t = 0;
-  for (; t + pair <= count; t += pair) add(t, load_kv<Int8>);
-  if (t < count) add(t, [](const uint8_t* p, int i, int part) { return first_half(load_kv<Int8>(p, i, part)); });
+  const auto both = [](const uint8_t* p, int i, int part) __attribute__((always_inline)) { return load_kv<Int8>(p, i, part); };
+  const auto one = [](const uint8_t* p, int i, int part) __attribute__((always_inline)) { return first_half(load_kv<Int8>(p, i, part)); };
+  for (; t + pair <= count; t += pair) add(t, both);
+  if (t < count) add(t, one);
 }
 
 // Scores [from, count) to weights, packed as values are multiplied: those in front of `low`, at `high` and behind become 0.
