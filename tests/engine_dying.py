@@ -8,13 +8,14 @@ import sys
 
 from pagoda.engine.core import EngineCore
 from pagoda.engine.process import main
+from pagoda.types import Delta
 
 
 class Dying(EngineCore):
-    def begin(self) -> None:
+    def begin(self) -> list[Delta]:
         if self.stats().steps == int(sys.argv[1]):
             os.kill(os.getpid(), signal.SIGKILL)
-        super().begin()
+        return super().begin()
 
 
 if __name__ == "__main__":

@@ -152,12 +152,16 @@ class Launched:
 class Harness:
     """A scheduler with the fake executor behind it; knows what each request was told, from its deltas only.
 
-    With `ahead` a step is planned and computed behind each one before that is heard of, wherever the scheduler does so.
+    With `ahead` a step is planned and computed behind each one before that is heard of, wherever the scheduler does so;
+    with `follows` one that just goes on is computed before the one before it is applied.
     """
 
-    def __init__(self, config: SchedulerConfig, *, ahead: bool = False, encodes: bool = False) -> None:
+    def __init__(
+        self, config: SchedulerConfig, *, ahead: bool = False, follows: bool = False, encodes: bool = False
+    ) -> None:
         self.config = config
         self.ahead, self.steps_ahead = ahead, 0
+        self.follows, self.steps_followed = follows, 0
         self.flights: list[Launched] = []
         self.encoded: list[bytes] | None = [] if encodes else None  # digests; None: all are from the start
         self.scheduler = Scheduler(config, encoded=self.is_encoded)
@@ -211,7 +215,10 @@ class Harness:
         if plan is None:
             assert self.flights or not self.scheduler.has_work or self.scheduler.wanted_image()
             return None
-        return plan, [turn.seq.request_id for turn in self.scheduler._flights._flights[-1].turns]
+        return plan, self._names()
+
+    def _names(self) -> list[str]:
+        return [turn.seq.request_id for turn in self.scheduler._flights.last.turns]
 
     def step(self, *, fails: bool = False, poisoned: str = "", cancels: list[str] | None = None) -> bool:
         """One step; False when there was nothing to do."""
@@ -225,6 +232,11 @@ class Harness:
             self.cancel(name)
         if flight.result is None:
             deltas, self.flights = self.scheduler.fail(flight.plan, "the step failed"), []
+        elif self.follows and self.scheduler.follow(flight.plan, flight.result):
+            self.steps_followed += 1
+            self._compute(flight.plan, self._names(), fails, poisoned)
+            deltas = self.scheduler.tell()
+            del self.flights[0]
         else:
             deltas = self.scheduler.apply(flight.plan, flight.result)
             del self.flights[0]
@@ -247,6 +259,10 @@ class Harness:
                 self.flights.append(Launched(plan, None, {}))
                 return True
             plan.tokens[:] = [before.tokens[-1 - t] if t < 0 else t for t in plan.tokens.tolist()]
+        self._compute(plan, names, fails, poisoned)
+        return True
+
+    def _compute(self, plan: StepPlan, names: list[str], fails: bool, poisoned: str) -> None:
         self._write(plan, names, fails)
         result = None if fails else self._result(plan, names, poisoned)
         sampled = {}
@@ -254,7 +270,6 @@ class Harness:
             if result is not None and plan.row_target[row] == -1 and not self.drafts[names[r]]:
                 sampled[names[r]] = int(result.tokens[row])
         self.flights.append(Launched(plan, result, sampled))
-        return True
 
     def planned(self) -> dict[str, int]:
         """Run a step; how many tokens each request got in it."""

@@ -8,7 +8,7 @@ import engine_fake as fake
 import pytest
 
 from pagoda.engine.core import EngineCore
-from pagoda.errors import ConfigError, MemoryShort
+from pagoda.errors import ConfigError, EngineError, MemoryShort
 from pagoda.options.engine_config import EngineConfig
 from pagoda.types import Delta, Request, SamplingParams
 
@@ -128,3 +128,63 @@ def test_cancel_frees_at_once(make: Any) -> None:
     core.cancel("refused")
     core.cancel("never heard of")
     assert core.stats().scheduler.blocks_used == 0 and not core.has_work and core.step() == []
+
+
+def serve(core: EngineCore, between: Any = lambda steps: None) -> dict[str, list[Delta]]:
+    """As the engine process does: what came of a step is asked for when the next one has begun."""
+    told: dict[str, list[Delta]] = {}
+    for steps in range(1000):
+        between(steps)
+        if not core.has_work:
+            return told
+        for delta in core.begin():
+            told.setdefault(delta.request_id, []).append(delta)
+        core.wait()
+    raise AssertionError("the engine does not come to an end")
+
+
+def tokens(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+def test_streams_that_go_on_are_told_while_the_next_step_runs(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make()
+    for name, count in (("a", 30), ("b", 50), ("c", 50), ("gone", 50)):
+        core.add(request(name, [ord(name[0])] * 9, max_tokens=count))
+    late: list[int] = []
+    tell = core._scheduler.tell
+    monkeypatch.setattr(core._scheduler, "tell", lambda: late.append(len(deltas := tell())) or deltas)
+
+    def between(steps: int) -> None:
+        if steps == 12:  # a step with it is done, and not told yet
+            core.cancel("gone")
+        if steps == 20:
+            core.add(request("new", [7] * 20, max_tokens=9))
+
+    told = serve(core, between)
+    for name, count in (("a", 30), ("b", 50), ("c", 50)):
+        assert tokens(told[name]) == fake.expected([ord(name)] * 9, count) and told[name][-1].finish_reason == "length"
+    assert tokens(told["gone"]) == fake.expected([ord("g")] * 9, 10) and tokens(told["new"]) == fake.expected(
+        [7] * 20, 9
+    )
+    assert late.count(4) > 8 and late.count(3) > 6, "few steps were launched before the one before was told"
+    assert core.stats().scheduler.generation_tokens == 30 + 50 + 50 + 10 + 9 and not core.stats().scheduler.blocks_used
+
+
+def test_a_step_that_goes_on_and_fails_at_once_loses_no_token(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make()
+    for name in ("a", "b", "c"):
+        core.add(request(name, [5, 6], max_tokens=50))
+    launch, launched = core._executor.launch, list[int]()
+
+    def failing(plan: Any) -> Any:
+        launched.append(plan.step)
+        if len(launched) == 10:
+            raise EngineError("told to fail")
+        return launch(plan)
+
+    monkeypatch.setattr(core._executor, "launch", failing)
+    told = serve(core)
+    for deltas in told.values():
+        assert tokens(deltas) == fake.expected([5, 6], 9) and deltas[-1].error == "told to fail"
+    assert len(told) == 3 and core.stats().scheduler.blocks_used == 0

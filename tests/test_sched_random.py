@@ -104,7 +104,7 @@ def draw_mix(rng: Random, *, disturbed: bool) -> Mix:
 
 def play(mix: Mix) -> Harness:
     """Run a mix to its end. A request may be cancelled before it comes, while it waits or runs, or when it is gone."""
-    harness = Harness(mix.config, ahead=mix.ahead)
+    harness = Harness(mix.config, ahead=mix.ahead, follows=not mix.ahead)
     for now in range(100_000):
         for arrival in mix.arrivals:
             if arrival.at == now:
@@ -133,7 +133,8 @@ def check_undisturbed(mix: Mix) -> Counter[str]:
     stats = harness.scheduler.stats()
     assert stats.generation_tokens == sum(len(told.tokens) for told in harness.told.values())
     assert stats.prefix_hits_tokens <= stats.prefix_queries_tokens
-    counts = Counter(preempted=stats.preemptions, hits=stats.prefix_hits_tokens, ahead=harness.steps_ahead)
+    counts = Counter(preempted=stats.preemptions, hits=stats.prefix_hits_tokens)
+    counts += Counter(ahead=harness.steps_ahead, followed=harness.steps_followed)
     right = counts["right"] = stats.spec_decode_num_accepted_tokens
     counts["wrong"] = stats.spec_decode_num_draft_tokens - right
     counts.update(told.finish_reason for told in harness.told.values() if told.finish_reason)
@@ -143,7 +144,8 @@ def check_undisturbed(mix: Mix) -> Counter[str]:
 def check_disturbed(mix: Mix) -> Counter[str]:
     harness = play(mix)
     harness.assert_empty()
-    counts: Counter[str] = Counter(preempted=harness.scheduler.stats().preemptions, ahead=harness.steps_ahead)
+    counts: Counter[str] = Counter(preempted=harness.scheduler.stats().preemptions)
+    counts += Counter(ahead=harness.steps_ahead, followed=harness.steps_followed)
     for arrival in mix.arrivals:
         name = arrival.request.request_id
         told, alone = harness.told[name], solo(arrival.request, mix.config)
@@ -181,7 +183,18 @@ def test_hundreds_of_mixes(mixes: int) -> None:
         seen += check_undisturbed(draw_mix(Random(f"calm {seed}"), disturbed=False))
         seen += check_disturbed(draw_mix(Random(f"rough {seed}"), disturbed=True))
     print(dict(seen))
-    for what in ("preempted", "hits", "stop", "length", "error", "cancelled", "failed", "poisoned", "ahead"):
+    for what in (
+        "preempted",
+        "hits",
+        "stop",
+        "length",
+        "error",
+        "cancelled",
+        "failed",
+        "poisoned",
+        "ahead",
+        "followed",
+    ):
         assert seen[what] > mixes / 20, f"the mixes do not try {what}"
 
 

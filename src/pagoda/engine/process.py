@@ -133,7 +133,6 @@ def serve(wire: Wire, core: EngineCore) -> None:
     decoder = msgspec.msgpack.Decoder(ToEngine)
     images = HeldImages()
     more = True  # to prepare
-    unsent: list[Delta] | None = None  # of the last step: sent while the next one runs
     while True:
         asked = False
         for data in wire.receive(wait=wire.full or not (core.has_work or more)):
@@ -151,16 +150,14 @@ def serve(wire: Wire, core: EngineCore) -> None:
                     asked = True
                 case Shutdown():
                     return
+        told: list[Delta] | None = None
         if core.has_work and not wire.full:
-            core.begin()
-            if unsent is not None:
-                wire.send_step(Step(unsent, core.stats()))
-            unsent, more = core.finish(), True
+            told, more = core.begin(), True
         elif more and not (core.has_work or asked):
             more = core.prepare()
-        if (unsent is not None or asked) and not core.has_work:
-            wire.send_step(Step(unsent or [], core.stats()))
-            unsent = None
+        if told is not None or asked:  # sent while the next step runs
+            wire.send_step(Step(told or [], core.stats()))
+        core.wait()
 
 
 def run(sock: socket.socket, make_core: CoreFactory = EngineCore) -> int:

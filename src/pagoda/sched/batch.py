@@ -66,6 +66,11 @@ class Batch:
         self._steady, self._steady_seqs = (plan, seqs) if steady else (None, [])
         return plan
 
+    def follow(self, plan: StepPlan, step: int, tokens: Int32) -> None:
+        """Write the last plan anew for the step behind it: its streams go on with these tokens."""
+        plan.step, plan.tokens[:] = step, tokens
+        plan.positions += 1
+
     def _whole_plan(self, step: int, turns: list[Turn]) -> StepPlan:
         tokens: list[int] = []
         rows: list[int] = []

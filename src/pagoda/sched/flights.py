@@ -30,6 +30,10 @@ class Flights:
     def plans(self) -> list[StepPlan]:
         return [flight.plan for flight in self._flights]
 
+    @property
+    def last(self) -> Flight:
+        return self._flights[-1]
+
     def turns(self) -> list[Turn]:
         return [turn for flight in self._flights for turn in flight.turns]
 

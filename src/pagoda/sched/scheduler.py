@@ -16,11 +16,13 @@ from pagoda.sched.adapters import Places
 from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
 from pagoda.sched.config import SchedulerConfig
+from pagoda.sched.course import Course, course_of
 from pagoda.sched.draft import Speculator
 from pagoda.sched.flights import Flight, Flights
 from pagoda.sched.images import Encoded, Images, at_once, needing
 from pagoda.sched.outcome import NO_LOGITS, Outcome
 from pagoda.sched.pace import Load, Pace
+from pagoda.sched.prefixes import Prefixes
 from pagoda.sched.state import Grammar, Proposer, Sequence, Turn, turn_of
 from pagoda.sched.states import States
 from pagoda.sched.stats import SchedulerStats
@@ -32,12 +34,13 @@ _ORDER = attrgetter("order")
 class Scheduler:
     def __init__(self, config: SchedulerConfig, proposer: Proposer | None = None, encoded: Encoded = at_once) -> None:
         self._config = config
-        self._images = Images(encoded, lambda seq: len(self._cached_prefix(seq)) * BLOCK_SIZE)
+        self._images = Images(encoded, lambda seq: len(self._prefixes.cached(seq)) * BLOCK_SIZE)
         self._proposer = proposer
         self.places = Places(config.max_loras)
         self._pool = BlockPool(config.num_blocks)
         self._batch = Batch(config.max_num_seqs, config.max_model_len, config.vocab_size)
         self._states = States(config.recurrent, config.max_num_seqs, config.kept_states)
+        self._prefixes = Prefixes(config.prefix_caching, self._pool, self._states)
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._live: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # both lists by (priority, arrival)
@@ -46,6 +49,7 @@ class Scheduler:
         self._pace = Pace(config.step_time_target_s)
         self._speculator = Speculator(config.speculation, self._pace) if config.speculation else None
         self._load = Load()  # of the step that is being planned
+        self._course: Course | None = None
         self._last: Flight | None = None
         self._measured: tuple[Load, float, float | None] | None = None
         self._arrivals = 0
@@ -109,10 +113,9 @@ class Scheduler:
         return self._plan() if missing <= self._pool.free else None
 
     def _plan(self) -> StepPlan | None:
-        self._load = Load()
+        self._load, self._course = Load(), None
         turns = self._continue_running(self._config.max_num_batched_tokens)
-        filling = [turn for turn in turns if turn.seq.offered < (turn.seq.computed + turn.count) // BLOCK_SIZE]
-        published = [block for turn in filling for block in self._publish(turn.seq, turn.count)]
+        published = self._prefixes.publish_filled(turns)
         budget = self._config.max_num_batched_tokens - sum(turn.count for turn in turns)
         self._admit_waiting(budget, turns, published)
         if not turns:
@@ -124,6 +127,33 @@ class Scheduler:
         plan = self._batch.plan(self._steps, turns, alone=not self._flights)
         self._flights.add(Flight(plan, turns, published, self._load))
         return plan
+
+    def follow(self, plan: StepPlan, result: StepResult) -> bool:
+        """Whether the streams of a step that has its result just go on: then its plan is now that of the next one, and
+        `tell` says what came of it, once that has begun. Else `apply` it first, and `plan`."""
+        turns = self._flights.last.turns
+        if self._waiting or len(self._running) != len(turns) or self._config.kept_states or not all(result.ok.tolist()):
+            return False
+        course = self._course = self._course or course_of(self._flights.last, self._speculator)
+        if course is None or not course.goes_on(tokens := result.tokens.tolist()):
+            return False
+        if len(lacking := course.lacking()) > self._pool.free:
+            return False
+        for seq in lacking:
+            self._batch.add_blocks(seq, self._pool.take(1))
+        self._last, self._steps = self._flights.land(plan), self._steps + 1
+        self._batch.follow(plan, self._steps, result.tokens)
+        self._flights.add(course.go_on(tokens))
+        return True
+
+    def tell(self) -> list[Delta]:
+        """What came of the step that was followed."""
+        deltas = self._course.tell() if self._course else []
+        if not deltas:
+            return []
+        self._outcome.generation_tokens += len(deltas)
+        self._flights.last.published += self._prefixes.publish_filled(self._flights.last.turns)
+        return deltas
 
     def wanted_image(self) -> tuple[Image, float] | None:
         """What to encode next, and how long that may take before the next step."""
@@ -165,7 +195,7 @@ class Scheduler:
                         self._pool.unpublish(seq.blocks)  # they may be why, and must not be served again
                         self._states.forget(seq.hashes)
             if delta is not None and delta.error is None and seq.offered < seq.computed // BLOCK_SIZE:
-                self._publish(seq, 0)  # drafts that were right may have filled a block
+                self._prefixes.publish(seq, 0)  # drafts that were right may have filled a block
             if not seq.alive:
                 self._leave(seq)
         return deltas
@@ -281,7 +311,7 @@ class Scheduler:
                 # others go first: its like then find in the cache what it has computed, or places come free
                 place += 1
                 continue
-            cached = self._cached_prefix(seq)
+            cached = self._prefixes.cached(seq)
             done = len(cached) * BLOCK_SIZE
             most = min(budget, self._pace.prompt_tokens(self._load, done), len(seq.known) - done)
             if self._config.whole_prompts:
@@ -297,14 +327,9 @@ class Scheduler:
             self._load.add_prompt(seq.computed, count)
             turn = turn_of(seq, count)
             turns.append(turn)
-            published += self._publish(seq, count)
+            published += self._prefixes.publish(seq, count)
             promised += blocks_for(len(seq.known)) + 1 - len(seq.blocks)
             budget -= count
-
-    def _cached_prefix(self, seq: Sequence) -> list[int]:
-        if not self._config.prefix_caching:
-            return []
-        return self._states.prefix(seq, self._pool.match(seq.hash_blocks(seq.reusable_len() // BLOCK_SIZE)))
 
     def _seat(self, seq: Sequence, cached: list[int]) -> None:
         self._pool.hold(cached)
@@ -357,15 +382,6 @@ class Scheduler:
         places = (len(seq.blocks) + spare) * BLOCK_SIZE - len(seq.known)
         return max(0, min(budget, places, seq.end - len(seq.known) - 1))
 
-    def _publish(self, seq: Sequence, count: int) -> list[int]:
-        """Make the blocks findable that `count` more tokens fill: a request behind in the same step may read them."""
-        first, end = seq.offered, min(seq.computed + count, len(seq.known) - seq.promised) // BLOCK_SIZE
-        if first >= end or not self._config.prefix_caching:
-            return []
-        seq.offered = end
-        hashes = seq.hash_blocks(end)
-        return [seq.blocks[i] for i in range(first, end) if self._pool.publish(seq.blocks[i], hashes[i])]
-
     def _leave(self, seq: Sequence) -> None:
         """Free what a request held that is gone, unless a step in flight still writes there."""
         if not self._flights.hold(seq):
@@ -373,7 +389,7 @@ class Scheduler:
 
     def _drop(self, seq: Sequence) -> None:
         """A running request ends; what it holds stays until `_release`."""
-        seq.alive = False
+        seq.alive, self._course = False, None
         self._running.remove(seq)
         del self._live[seq.request_id]
 

@@ -15,8 +15,8 @@ from pagoda.backend.base import Limits
 from pagoda.backend.cpu import buffers, executor, program
 from pagoda.deploy.plan.machines import Machine
 from pagoda.deploy.plan.model import PlannedModel, packed, planned_model
-from pagoda.engine.core import resolve_limits
 from pagoda.engine.draft_limits import draft_limits
+from pagoda.engine.limits import resolve_limits
 from pagoda.errors import ConfigError, MemoryShort
 from pagoda.options.engine_config import EngineConfig
 from pagoda.options.formats import KV_EIGHT_BITS, QUANTIZE_ON_LOAD, QUANTIZE_ON_LOAD_GPU
