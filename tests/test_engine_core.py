@@ -164,11 +164,11 @@ def test_streams_that_go_on_are_told_while_the_next_step_runs(make: Any, monkeyp
     told = serve(core, between)
     for name, count in (("a", 30), ("b", 50), ("c", 50)):
         assert tokens(told[name]) == fake.expected([ord(name)] * 9, count) and told[name][-1].finish_reason == "length"
-    assert tokens(told["gone"]) == fake.expected([ord("g")] * 9, 10) and tokens(told["new"]) == fake.expected(
+    assert tokens(told["gone"]) == fake.expected([ord("g")] * 9, 11) and tokens(told["new"]) == fake.expected(
         [7] * 20, 9
     )
     assert late.count(4) > 8 and late.count(3) > 6, "few steps were launched before the one before was told"
-    assert core.stats().scheduler.generation_tokens == 30 + 50 + 50 + 10 + 9 and not core.stats().scheduler.blocks_used
+    assert core.stats().scheduler.generation_tokens == 30 + 50 + 50 + 11 + 9 and not core.stats().scheduler.blocks_used
 
 
 def test_a_step_that_goes_on_and_fails_at_once_loses_no_token(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
