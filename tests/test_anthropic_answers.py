@@ -19,7 +19,7 @@ HI = [anthropic.types.UserMessageParam(role="user", content="Hi")]
 def client() -> Iterator[anthropic.Anthropic]:
     server, engine = thinker()
     with on_port(server, engine) as base:
-        yield anthropic.Anthropic(base_url=base, api_key="x", max_retries=0, timeout=10)
+        yield anthropic.Anthropic(base_url=base, api_key="x", max_retries=0, timeout=60)
 
 
 def check(message: anthropic.types.Message) -> None:
@@ -77,7 +77,7 @@ def test_a_call_can_be_required(choice: anthropic.types.ToolChoiceParam) -> None
     call_text = '<tool_call>\n{"name": "add", "arguments": {"a": 3}}\n</tool_call>'
     engine.tokens = [*call_text.encode(), EOS]
     with on_port(server, engine) as base:
-        client = anthropic.Anthropic(base_url=base, api_key="x", max_retries=0, timeout=10)
+        client = anthropic.Anthropic(base_url=base, api_key="x", max_retries=0, timeout=60)
         message = client.messages.create(
             model="fake-model", max_tokens=99, messages=HI, tools=TOOLS, tool_choice=choice
         )

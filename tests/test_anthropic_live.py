@@ -22,7 +22,7 @@ def url() -> Iterator[str]:
 
 
 def client_of(url: str, key: str = "right") -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=url, api_key=key, max_retries=0, timeout=10)
+    return anthropic.Anthropic(base_url=url, api_key=key, max_retries=0, timeout=60)
 
 
 def test_messages_and_tokens(url: str) -> None:
@@ -33,7 +33,7 @@ def test_messages_and_tokens(url: str) -> None:
     assert (message.stop_reason, message.usage.output_tokens) == ("end_turn", 54)
     count = client.messages.count_tokens(model="fake-model", messages=HI)
     assert count.input_tokens == len("?user: Hi\nassistant: ")
-    with_token = anthropic.Anthropic(base_url=url, auth_token="right", max_retries=0, timeout=10)
+    with_token = anthropic.Anthropic(base_url=url, auth_token="right", max_retries=0, timeout=60)
     assert with_token.messages.create(model="fake-model", max_tokens=3, messages=HI).stop_reason == "max_tokens"
 
 

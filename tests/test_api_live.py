@@ -49,7 +49,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 3.0) -> bool:
 
 
 def client_of(url: str, key: str = "EMPTY") -> openai.OpenAI:
-    return openai.OpenAI(base_url=url + "/v1", api_key=key, max_retries=0, timeout=10)
+    return openai.OpenAI(base_url=url + "/v1", api_key=key, max_retries=0, timeout=60)
 
 
 def test_openai_package_over_several_turns(url: str) -> None:
@@ -173,7 +173,7 @@ def test_an_offer_of_http2_is_ignored(url: str) -> None:
     body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
     offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n" % len(body) + offer + b"\r\n"
-    with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=5) as raw:
+    with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=60) as raw:
         for pieces in ([head + body], [head, body]):
             for piece in pieces:
                 raw.sendall(piece)
@@ -191,7 +191,7 @@ def test_endless_headers_are_cut(url: str) -> None:
 
 
 def exchange(url: str, sent: bytes) -> tuple[int, bytes]:
-    with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=5) as raw:
+    with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=60) as raw:
         raw.sendall(sent)
         got = b""
         while part := raw.recv(65536):
@@ -202,11 +202,11 @@ def exchange(url: str, sent: bytes) -> tuple[int, bytes]:
 
 def test_slow_headers_are_cut(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pagoda.api.http.connection.HEADERS_S", 0.2)
-    with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=5) as raw:
+    with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=60) as raw:
         raw.sendall(b"GET /health HTTP/1.1\r\nHost: lo")
         start = time.monotonic()
         assert raw.recv(100) == b""
-        assert 0.1 < time.monotonic() - start < 2
+        assert 0.1 < time.monotonic() - start < 8
 
 
 def test_slow_bodies_are_cut(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +358,7 @@ def test_sigterm_lets_streams_finish_and_refuses_new_ones() -> None:
             assert refused.headers["retry-after"] == "5"
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
-        out, err = server.process.communicate(timeout=5)
+        out, err = server.process.communicate(timeout=60)
         assert server.process.returncode == 0 and "stopped True 0" in out
         assert "prompt=1 cached=4 completion=40 first_token=" in err and "finish=length" in err
 
@@ -371,7 +371,7 @@ def test_streams_that_outlast_the_drain_end_with_an_error_event() -> None:
             server.process.send_signal(signal.SIGINT)
             rest = [line for line in lines if line]
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
-        out, _ = server.process.communicate(timeout=5)
+        out, _ = server.process.communicate(timeout=60)
         assert server.process.returncode == 0 and "stopped True 0" in out
 
 
@@ -394,5 +394,5 @@ def test_a_dead_engine_ends_the_server_with_70() -> None:
     )
     path = f"{TESTS.parent / 'src'}:{TESTS}"
     command = [sys.executable, "-c", script, "0", "5"]
-    done = subprocess.run(command, env={"PYTHONPATH": path}, capture_output=True, text=True, timeout=10)
+    done = subprocess.run(command, env={"PYTHONPATH": path}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 70 and "no luck" in done.stderr

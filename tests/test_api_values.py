@@ -56,7 +56,7 @@ def refused(client: Client, path: str, body: bytes, status: int = 400) -> dict[s
     before = len(engine.requests)
     start = time.perf_counter()
     response = client.post(path, body)
-    assert time.perf_counter() - start < 0.5
+    assert time.perf_counter() - start < 10
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     error: dict[str, str | None] = response.json()["error"]

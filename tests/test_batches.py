@@ -51,7 +51,7 @@ def work(
     async def main() -> None:
         batches.changed = asyncio.Event()  # each loop has its own
         running = asyncio.create_task(BatchRunner(make_server(engine, batches=batches), batches).run())
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while not (until() if until else batch.is_over) and time.monotonic() < end:
             await asyncio.sleep(0.002)
         running.cancel()
@@ -165,7 +165,7 @@ def test_a_full_disk_makes_a_batch_wait(tmp_path: Path) -> None:
 
     async def main() -> None:
         running = asyncio.create_task(BatchRunner(make_server(batches=batches), batches, retry_s=0.001).run())
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while not batch.is_over and time.monotonic() < end:
             await asyncio.sleep(0.002)
         running.cancel()
@@ -272,7 +272,7 @@ def test_routes(tmp_path: Path) -> None:
 def test_the_openai_package(tmp_path: Path) -> None:
     engine = FakeEngine()
     with on_port(make_server(engine, batches=store_of(tmp_path)), engine) as base:
-        client = openai.OpenAI(base_url=base + "/v1", api_key="x", max_retries=0, timeout=20)
+        client = openai.OpenAI(base_url=base + "/v1", api_key="x", max_retries=0, timeout=60)
         file = client.files.create(file=("in.jsonl", content(line("a"), line("b", n=2))), purpose="batch")
         batch = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
         while batch.status not in ("completed", "failed"):

@@ -226,7 +226,7 @@ def test_a_connection_that_dies_fails_one_request_only(capsys: pytest.CaptureFix
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         words = ["--num-prompts", "4", "--concurrency", "1", "--output-len", "1", "--ready-check-timeout-sec", "20"]
         assert main(["bench", "--base-url", url + "/v1/", *words]) == 1
-        thread.join(10)
+        thread.join(60)
     assert seen == [*["/v1/models"] * 2, *["/v1/completions"] * 7]
     assert "failed: the connection broke" in capsys.readouterr().out
 

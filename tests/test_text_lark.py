@@ -81,6 +81,6 @@ def test_what_is_taken(grammar: str, takes: list[str], refuses: list[str]) -> No
     ],
 )  # fmt: skip
 def test_what_no_expression_can_say(grammar: str) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     assert lark_expression(grammar) is None
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 2

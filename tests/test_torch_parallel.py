@@ -235,19 +235,22 @@ def _same(path: Path, size: int, kv_parts: int) -> None:
     assert _followers() == []
 
 
+@pytest.mark.slow
 def test_four_ranks_with_two_kv_heads(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "llama")
     _same(tmp_path, 4, 2)
 
 
-def test_two_ranks_with_a_tied_head_of_uneven_parts(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, "qwen2-tied", vocab_size=VOCAB + 5)
-    _same(tmp_path, 2, 2)
+def test_two_ranks_with_one_kv_head_and_a_tied_head_of_uneven_parts(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen2-tied", vocab_size=VOCAB + 5, num_key_value_heads=1)
+    _same(tmp_path, 2, 1)
 
 
-@pytest.mark.parametrize(
-    "name", ["awq", "gptq", "gptq_in_order_of_activations", "fp8", "experts", "biases", "gpt2", "gpt_oss", "gemma"]
-)
+# Each starts a process that imports PyTorch; test_the_parts_make_up_the_whole tries what each rank gets in all of them.
+QUICK = ("gptq_in_order_of_activations", "fp8", "gpt_oss")
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n not in QUICK)])
 def test_two_ranks(name: str, tmp_path: Path) -> None:
     MODELS[name](tmp_path)
     _same(tmp_path, 2, 2)
@@ -341,7 +344,7 @@ def test_a_stream_outlives_the_death_of_a_rank(tmp_path: Path) -> None:
                 os.kill(follower.pid, signal.SIGKILL)
         assert "".join(got) == "".join(undisturbed) != ""
         assert engine.restarts == 1 and _followers() != [follower]
-    ended = time.monotonic() + 10
+    ended = time.monotonic() + 120
     while _followers() and time.monotonic() < ended:
         time.sleep(0.05)
     assert _followers() == []

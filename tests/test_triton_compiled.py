@@ -39,7 +39,13 @@ SHARED_BYTES = 227 << 10
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
-@pytest.mark.parametrize("kernel", [("_decode", 16, 4, 3, 0.0), ("_prefill", 128, 8, 2, 72.0)])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(("_decode", 16, 4, 3, 0.0), marks=pytest.mark.slow),
+        ("_prefill", 128, 8, 2, 72.0),
+    ],
+)
 def test_an_fp8_cache_is_not_read_byte_by_byte(kernel: tuple[str, int, int, int, float], tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", SCRIPT, *map(str, kernel), str(tmp_path / "cubin")]
