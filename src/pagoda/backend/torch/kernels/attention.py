@@ -19,6 +19,10 @@ from pagoda.backend.torch.kernels.launch import block_of
 from pagoda.backend.torch.kernels.prefill import run_prefill
 from pagoda.backend.torch.kernels.tuning import Tile, choose
 
+_WIDE_SINCE, _NARROW_AGAIN = (9, 0), (12, 0)
+_KEY_VALUES = 64 * 128
+"""Of a tile of keys, on GPUs whose matrix units take them from registers: all but those between these two."""
+
 
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, shape: Heads, sinks: Tensor | None = None
@@ -54,7 +58,10 @@ def fitted(tile: Tile, size: int, q: Tensor) -> Tile:
     """The tile cut down until its queries and the keys and values under way fit the shared memory of the GPU."""
     if q.dtype == torch.float32:  # it would not fit the registers
         tile = replace(tile, m=min(tile.m, 32), n=min(tile.n, 32))
-    room = launch.gpu_of(q.device).shared_bytes // (size * q.element_size())
+    gpu = launch.gpu_of(q.device)
+    if gpu.capability < _WIDE_SINCE or gpu.capability >= _NARROW_AGAIN:
+        tile = replace(tile, n=min(tile.n, max(32, _KEY_VALUES // size)))
+    room = gpu.shared_bytes // (size * q.element_size())
     while tile.m + 2 * tile.n * tile.stages > room:
         if tile.n > 32:
             tile = replace(tile, n=tile.n // 2)
