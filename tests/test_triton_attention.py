@@ -152,6 +152,7 @@ def test_latent(name: str, heads: int, rank: int, dtype: torch.dtype) -> None:
         assert torch.equal(latent.latent_attention(q[:1], k, alone, shape)[0], got[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turned", [0, 32])
 def test_blocks_far_behind_in_a_large_cache(turned: int) -> None:
     """Places beyond 2^31, of which the memory is there where something is written."""
