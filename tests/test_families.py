@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ from pagoda.options.engine_config import EngineConfig
 Folders = dict[str, tuple[Path, Any]]
 KV_ERROR = 5e-3
 """The native executor keeps keys and values in float16."""
+
+
+ALIKE = ("iquestcoder", "ministral", "cwm", "dots1-window", "jais2", "solar_open", "youtu", "exaone_moe")
+"""Cases whose parts other cases have: what these say too is asked on request."""
+
+
+def unlike(cases: Iterable[str]) -> list[Any]:
+    return [pytest.param(case, marks=pytest.mark.slow) if case in ALIKE else case for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +84,7 @@ def test_the_language_model_of_mistral_small_3_behind_its_eyes(inner: str, tmp_p
         executor.close()
 
 
-@pytest.mark.parametrize("case", IN_GGUF)
+@pytest.mark.parametrize("case", unlike(IN_GGUF))
 def test_quantized_gguf_models_run_in_their_own_bits(case: str, folders: Folders, tmp_path: Path) -> None:
     write_family_gguf(tmp_path / "tiny.gguf", case, folders[case][1], "Q8_0")
     exact, native = load(tmp_path / "tiny.gguf", "reference"), load(tmp_path / "tiny.gguf", "cpu")
@@ -85,7 +94,7 @@ def test_quantized_gguf_models_run_in_their_own_bits(case: str, folders: Folders
 
 
 @pytest.mark.parametrize("kind", ["cpu", "torch"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", unlike(CASES))
 def test_a_prompt_in_chunks_and_in_company_has_the_bits_of_the_whole(case: str, kind: str, folders: Folders) -> None:
     executor = load(folders[case][0], kind, quantization="int8")
     check_chunks(executor, 23)
@@ -107,7 +116,7 @@ def test_through_the_triton_kernels(case: str, folders: Folders, monkeypatch: py
     assert relative(logits(load(folders[case][0], "torch"), plan), plain) < 2e-3
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", unlike(CASES))
 def test_random_weights_and_the_plan_of_a_config(case: str, folders: Folders, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((folders[case][0] / "config.json").read_bytes())
     source = open_dummy(str(tmp_path))

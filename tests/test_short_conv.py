@@ -75,6 +75,7 @@ def test_preemption_and_a_restart_change_no_token(tiny: Tiny) -> None:
     test_hybrid.test_preemption_and_a_restart_change_no_token("cpu", tiny)
 
 
+@pytest.mark.slow
 def test_the_kernels_and_the_fixed_buffers_of_graphs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     test_hybrid.test_the_kernels_and_the_fixed_buffers_of_graphs(tiny, monkeypatch)
 
