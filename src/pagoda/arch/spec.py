@@ -168,7 +168,8 @@ class Layer:
     Before each half as above; or behind it, x += norm(attention(x)); or both, x += norm(attention(norm(x))); or there
     is one in front of both halves, x += attention(norm(x)) + mlp(norm(x)).
     In an encoder they follow the sum: x = norm(x + attention(x)); x = norm(x + mlp(x)).
-    With `delta` the layer has that in place of its attention, and `attention` is the one of the model's other layers.
+    With `delta`, a delta net or a short convolution, the layer has that in place of its attention, and `attention` is
+    the one of the model's other layers.
     """
 
     attention: Attention
