@@ -16,7 +16,7 @@ from typing import Any
 from pagoda.cli.inputs import load as load_options
 from pagoda.cli.inputs import split
 from pagoda.cli.screen import size, table
-from pagoda.cli.words import read_words
+from pagoda.cli.words import Words, read_words, take_words
 from pagoda.deploy.service import service as disk
 from pagoda.deploy.service.compose import Compose
 from pagoda.deploy.service.options import service_options, service_secrets
@@ -100,31 +100,11 @@ def manager_of(service: Service) -> Manager:
     return Tmux() if service.via == "tmux" else Compose(service.folder.parent)
 
 
-def _take(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Take out what is not for `pagoda serve`."""
-    own: dict[str, str] = {}
-    rest: list[str] = []
-    words = [word for word in argv if word != "--"]
-    while words:
-        word = words.pop(0)
-        flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--").replace("_", "-") if flag.startswith("--") else ""
-        if name in _SWITCHES and not equals:
-            own[name] = ""
-        elif name in _OF_INSTALL:
-            if not equals and not words:
-                raise ConfigError(f"{flag} needs a value", remedy="See: pagoda service --help")
-            own[name] = value if equals else words.pop(0)
-        else:
-            rest.append(word)
-    return own, rest
-
-
 def _install(argv: list[str]) -> int:
-    own, rest = _take(argv)
-    service = _planned(own, rest)
+    words, rest = take_words([word for word in argv if word != "--"], _OF_INSTALL, _SWITCHES)
+    service = _planned(words, rest)
     manager = manager_of(service)
-    if "dry-run" not in own:
+    if "dry-run" not in words.switches:
         manager.check()
         others = [one for one in _all() if one.name != service.name and one.port == service.port]
         if others:
@@ -132,26 +112,27 @@ def _install(argv: list[str]) -> int:
     files = manager.files(service)
     for path, text in {service.options_path: disk.options_text(service.options), **files}.items():
         print(f"# {path}\n{text}")
-    if "dry-run" in own:
+    if "dry-run" in words.switches:
         return 0
     disk.save(service, files)
     at_boot = manager.enable(service)
     print(f"{service.name} is installed; keys and tokens are in {service.secrets_path}, readable by its owner only.")
     print(at_boot)
-    if "start" in own:
+    if "start" in words.switches:
         return _change("start", service)
     print(f"Start it: pagoda service start {service.name}")
     return 0
 
 
-def _planned(own: dict[str, str], rest: list[str]) -> Service:
-    via = own.get("via", "systemd")
+def _planned(words: Words, rest: list[str]) -> Service:
+    via = words.values.get("via", ["systemd"])[-1]
     if via not in disk.KINDS:
         raise ConfigError(f"--via {via}: there is no such way", remedy=f"Give one of {', '.join(disk.KINDS)}")
-    if "gpus" in own and via != "compose":
+    if "gpus" in words.values and via != "compose":
         raise ConfigError("--gpus is for --via compose", remedy="Leave --gpus out")
-    if "replicas" in own and via != "compose":
-        rest = [*rest, "--replicas", own["replicas"]]
+    replicas = words.values.get("replicas", ["1"])[-1]
+    if "replicas" in words.values and via != "compose":
+        rest = [*rest, "--replicas", replicas]
     inputs = split(rest)
     settings = load_options(inputs, os.environ)
     for each in each_model(settings):
@@ -159,14 +140,14 @@ def _planned(own: dict[str, str], rest: list[str]) -> Service:
     for line in settings.notices:
         print(f"note: {line}", file=sys.stderr)
     options = service_options(settings, os.environ)
-    user = via == "systemd" and ("user" in own or os.geteuid() != 0) and "run-as" not in own
+    user = via == "systemd" and ("user" in words.switches or os.geteuid() != 0) and "run-as" not in words.values
     about: dict[str, object] = {"user": user} if via == "systemd" else {}
     if via == "systemd" and not user:
-        about["run_as"] = own.get("run-as") or owner_of(Path(_first_model(options) or sys.executable), os.environ)
+        about["run_as"] = words.last("run-as") or owner_of(Path(_first_model(options) or sys.executable), os.environ)
     if via == "compose":
-        about |= {"gpus": _gpus(own.get("gpus")), "replicas": _replicas(own.get("replicas", "1"))}
+        about |= {"gpus": _gpus(words.last("gpus")), "replicas": _replicas(replicas)}
     names = settings.options.served_model_name
-    name = own.get("name") or disk.name_for(names[0] if names else settings.options.model or "pagoda")
+    name = words.last("name") or disk.name_for(names[0] if names else settings.options.model or "pagoda")
     folder = (system_folder() if via == "systemd" and not user else own_folder()) / disk.check_name(name)
     secrets = service_secrets(settings, os.environ, here=via != "compose")
     return Service(name=name, via=via, folder=folder, options=options, secrets=secrets, about=about)

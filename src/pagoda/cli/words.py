@@ -55,37 +55,27 @@ def read_words(
     command: str, argv: list[str], options: Collection[str], switches: Collection[str], short: Mapping[str, str] = {}
 ) -> Words:
     """Sort the words; ConfigError for an option that the command does not have. `--` ends the options."""
-    out, rest = Words(), list(argv)
-    while rest:
-        word = rest.pop(0)
+    out, rest = take_words(argv, options, switches, short)
+    for place, word in enumerate(rest):
         if word == "--":
-            out.plain += rest
+            out.plain += rest[place + 1 :]
             break
-        if not word.startswith("-") or word == "-":
-            out.plain.append(word)
-            continue
-        flag, equals, value = word.partition("=")
-        name = short.get(flag, flag.removeprefix("--").replace("_", "-"))
-        if name in switches and not equals:
-            out.switches.add(name)
-        elif name not in options:
+        if word.startswith("-") and word != "-":
+            flag = word.partition("=")[0]
             raise ConfigError(f"pagoda {command} has no option {flag}", remedy=f"See: pagoda {command} --help")
-        elif not equals and not rest:
-            raise ConfigError(f"{flag} needs a value", remedy=f"See: pagoda {command} --help")
-        else:
-            out.values.setdefault(name, []).append(value if equals else rest.pop(0))
-            while name in _MANY and not equals and rest and not rest[0].startswith("-"):
-                out.values[name].append(rest.pop(0))
+        out.plain.append(word)
     return out
 
 
-def take_words(argv: list[str], options: Collection[str], switches: Collection[str]) -> tuple[Words, list[str]]:
-    """What a command takes for itself, and the rest, which are options of serve."""
+def take_words(
+    argv: list[str], options: Collection[str], switches: Collection[str], short: Mapping[str, str] = {}
+) -> tuple[Words, list[str]]:
+    """What a command takes for itself, and the rest: plain words, options of others, all from `--` on."""
     out, rest, words = Words(), list[str](), list(argv)
-    while words:
+    while words and words[0] != "--":
         word = words.pop(0)
         flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--").replace("_", "-") if flag.startswith("--") else ""
+        name = short.get(flag) or (flag[2:].replace("_", "-") if flag.startswith("--") else "")
         if name in switches and not equals:
             out.switches.add(name)
         elif name not in options:
@@ -94,4 +84,6 @@ def take_words(argv: list[str], options: Collection[str], switches: Collection[s
             raise ConfigError(f"{flag} needs a value", remedy=f"Write {flag} VALUE")
         else:
             out.values.setdefault(name, []).append(value if equals else words.pop(0))
-    return out, rest
+            while name in _MANY and not equals and words and not words[0].startswith("-"):
+                out.values[name].append(words.pop(0))
+    return out, rest + words
