@@ -23,8 +23,9 @@ import numpy as np
 from pagoda.arch.models.qwen2_5_vl import from_config
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Limits
-from pagoda.backend.cpu import library as native
-from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Picture
+from pagoda.backend.cpu import records as native
+from pagoda.backend.cpu.library import Native
+from pagoda.backend.cpu.records import BufferShape, Dims, Op, Picture
 from pagoda.backend.cpu.vision import VisionEncoder, split_tensors
 from pagoda.backend.vision import WHOLE_S
 from pagoda.types import Image
@@ -93,7 +94,7 @@ def product_speed(threads: int, kind: str) -> float:
     lib, k, out, rows, times = Native(threads), 1280, 6848, 512, 30
     values = np.full(out * k, 0x3C00, np.uint16).view(np.uint8)
     weight = lib.weight([(values, out, k, "BF16")], [kind])
-    ops = [Op(native.PATCHES, -1, 0, flags=0 if kind == "BF16" else native.QUANTIZE)]
+    ops = [Op(native.PATCHES, -1, 0)]
     ops += [Op(native.MATMUL, 0, 1, weight, -1, -1) for _ in range(times)]
     freq = np.ones(8)
     dims = Dims(0, 1, 1, 16, 1, rows, 1, 0, 16, 0, 1.0, freq.ctypes.data)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pagoda.backend.cpu import library as native
-from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Step
+from pagoda.backend.cpu import records as native
+from pagoda.backend.cpu.library import Native, isas
+from pagoda.backend.cpu.records import BufferShape, Dims, Op, Step
 from pagoda.weights.ggml import BLOCKS, nbytes
 
 ROWS = (1, 64)
@@ -43,7 +44,7 @@ class Product:
             dims,
             [BufferShape(inputs, 0), BufferShape(outputs, 0)],
             [
-                Op(native.EMBED, -1, 0, embed, -1, -1, 0, native.QUANTIZE, 0),
+                Op(native.EMBED, -1, 0, embed, -1, -1, 0, 0, 0),
                 *[Op(native.MATMUL, 0, 1, weight, -1, -1, 0, 0, 0)] * 8,
             ],
         )
@@ -66,7 +67,7 @@ class Product:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=["MXFP4", "IQ4_NL", "Q4_0"])
-    parser.add_argument("--isa", nargs="+", default=native.isas()[:1])
+    parser.add_argument("--isa", nargs="+", default=isas()[:1])
     parser.add_argument("--shape", nargs=2, type=int, default=[5760, 2880], help="outputs and inputs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=12)

@@ -17,9 +17,10 @@ from test_native_models import LIMITS, TOKENS, expected_logits, native_logits, r
 
 from pagoda.arch.dummy import dummy
 from pagoda.arch.registry import bind, load_spec
-from pagoda.backend.cpu import library as native
+from pagoda.backend.cpu import records as native
 from pagoda.backend.cpu.executor import CpuExecutor, weight_bytes
-from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Router
+from pagoda.backend.cpu.library import Native
+from pagoda.backend.cpu.records import BufferShape, Dims, Op, Router
 from pagoda.backend.reference import ReferenceExecutor
 from pagoda.engine.core import EngineCore
 from pagoda.errors import ModelError

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pytest
 from gguf_quants import encode
 
-from pagoda.backend.cpu import library as native
-from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
+from pagoda.backend.cpu import records as native
+from pagoda.backend.cpu.library import Native, isas
+from pagoda.backend.cpu.records import BufferShape, Dims, Op
 from pagoda.errors import ConfigError
 from pagoda.types import StepPlan
 from pagoda.weights.ggml import dequantize
@@ -20,7 +21,7 @@ FLOAT = ("F32", "F16", "BF16")
 QUANTIZED = tuple(t for t in native.TYPES if t not in FLOAT)
 
 
-ISAS = native.isas()[::-1]  # the plain one first, the best last
+ISAS = isas()[::-1]  # the plain one first, the best last
 
 
 def stored(rng: np.random.Generator, rows: int, k: int, kind: str) -> Tensor:

@@ -11,8 +11,9 @@ from reference_plans import Feed, make_plan
 from test_native_kernels import ISAS
 
 from pagoda.backend import sampling
-from pagoda.backend.cpu import library as native
-from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op
+from pagoda.backend.cpu import records as native
+from pagoda.backend.cpu.library import Native
+from pagoda.backend.cpu.records import BufferShape, Dims, Op
 from pagoda.types import StepPlan, StepResult
 
 VOCAB = 1000

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pagoda.arch.spec import Experts, ModelSpec
-from pagoda.backend.cpu import library as native
+from pagoda.backend.cpu import records as native
 from pagoda.backend.cpu.delta_program import delta_of, product_width
-from pagoda.backend.cpu.library import BufferShape
+from pagoda.backend.cpu.records import BufferShape
 
 MAX_ROWS = 32
 """Rows of logits that go through the head at a time; more are taken in turns."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pagoda.arch.delta import DeltaNet
 from pagoda.arch.short_conv import ShortConv
 from pagoda.arch.spec import ModelSpec
-from pagoda.backend.cpu.library import Delta
+from pagoda.backend.cpu.records import Delta
 from pagoda.errors import ModelError
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.source import Tensor

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pagoda.arch.spec import Layer
-from pagoda.backend.cpu import library as native
+from pagoda.backend.cpu import records as native
 from pagoda.backend.cpu.buffers import ATT, GATE_UP, LAST, MLP, QKV, X
-from pagoda.backend.cpu.library import Op
 from pagoda.backend.cpu.program import ACTIVATIONS, Program
+from pagoda.backend.cpu.records import Op
 
 
 class EncoderProgram(Program):

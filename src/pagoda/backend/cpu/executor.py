@@ -11,7 +11,7 @@ from pagoda.arch.registry import bind
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.base import Capacity, Limits, Pending, Progress
-from pagoda.backend.cpu import library as native
+from pagoda.backend.cpu import records as native
 from pagoda.backend.cpu.adapters import Products, adapted_products, native_pairs
 from pagoda.backend.cpu.buffers import buffer_bytes
 from pagoda.backend.cpu.encoder_program import EncoderProgram

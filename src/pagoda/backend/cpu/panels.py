@@ -8,7 +8,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from pagoda.backend.cpu import library as native
+from pagoda.backend.cpu import records as native
 from pagoda.options.formats import EIGHT_BITS_OF_INT4, EXACT, QUANTIZE_ON_LOAD
 from pagoda.weights.ggml import dequantize
 from pagoda.weights.grouped import OrderedTensor

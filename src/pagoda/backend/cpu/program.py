@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pagoda.arch.latent import Latent as LatentAttention
 from pagoda.arch.spec import Attention, Experts, Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
-from pagoda.backend.cpu import library as native
+from pagoda.backend.cpu import records as native
 from pagoda.backend.cpu.buffers import (
     ATT,
     CHOSEN,
@@ -42,8 +42,9 @@ from pagoda.backend.cpu.buffers import (
     narrow_end,
 )
 from pagoda.backend.cpu.delta_program import check_delta, delta_dims, of_heads, taps
-from pagoda.backend.cpu.library import Dims, Latent, Native, Op, Router
+from pagoda.backend.cpu.library import Native
 from pagoda.backend.cpu.panels import FUSED, in_their_order, panel_type, runnable
+from pagoda.backend.cpu.records import Dims, Latent, Op, Router
 from pagoda.errors import ModelError
 from pagoda.weights.files import drop_pages
 from pagoda.weights.ggml import dequantize

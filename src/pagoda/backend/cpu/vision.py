@@ -14,10 +14,11 @@ from pagoda.arch import memory
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.base import Limits, Progress
-from pagoda.backend.cpu import library as native
-from pagoda.backend.cpu.library import BufferShape, Dims, Native, Op, Picture
+from pagoda.backend.cpu import records as native
+from pagoda.backend.cpu.library import Native
 from pagoda.backend.cpu.panels import FLOATS
 from pagoda.backend.cpu.program import ACTIVATIONS, Program
+from pagoda.backend.cpu.records import BufferShape, Dims, Op, Picture
 from pagoda.backend.vision import Encoded, frequencies, in_one_go, layout, scaling, vectors_taken
 from pagoda.errors import ModelError
 from pagoda.options.formats import QUANTIZE_ON_LOAD
