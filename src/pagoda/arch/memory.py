@@ -192,16 +192,7 @@ def fit(
     kept = kept_states(limits, state_bytes(spec), left_bytes, _asked_bytes(spec, limits, kv_type))
     left_bytes -= kept * state_bytes(spec)
     fitting = blocks_that_fit(spec, left_bytes, kv_type)
-    one, everyone = blocks_for(limits.max_model_len), limits.max_num_seqs * blocks_for(limits.max_model_len)
-    if spec.encoder is not None:
-        wanted = everyone
-    elif limits.num_blocks is not None:
-        wanted = limits.num_blocks
-    elif limits.kv_cache_bytes is not None:
-        wanted = blocks_that_fit(spec, limits.kv_cache_bytes, kv_type)
-    else:
-        modest = max(min(fitting // 2, blocks_that_fit(spec, AUTO_CACHE_BYTES, kv_type)), min(one, fitting))
-        wanted = min(everyone, fitting if limits.memory_share is not None else modest)
+    one, wanted = blocks_for(limits.max_model_len), _wanted(spec, limits, kv_type, fitting)
     enough = 1 if limits.max_model_len >= spec.max_position else one
     if enough <= wanted <= fitting:
         return Fit(wanted, kept)
@@ -213,15 +204,27 @@ def fit(
             remedy=_any_of(cures),
         )
     blocks = max(wanted, one)
-    need = {
-        "weights": weight_bytes,
-        "activations": activation_bytes,
-    }
+    need = {"weights": weight_bytes, "activations": activation_bytes}
     if states:
         need[f"the states of {limits.max_num_seqs} requests"] = states
     if spec.encoder is None:
         need[f"a KV cache of {blocks * BLOCK_SIZE} tokens"] = blocks * kv_bytes_per_block(spec, kv_type)
     raise _short(limits, need, pool, fitting)
+
+
+def _wanted(spec: ModelSpec, limits: Limits, kv_type: KvType, fitting: int) -> int:
+    """Blocks to take, if as many fit."""
+    one = blocks_for(limits.max_model_len)
+    everyone = limits.max_num_seqs * one
+    if spec.encoder is not None:
+        return everyone
+    if limits.num_blocks is not None:
+        return limits.num_blocks
+    if limits.kv_cache_bytes is not None:
+        return blocks_that_fit(spec, limits.kv_cache_bytes, kv_type)
+    if limits.memory_share is not None:
+        return min(everyone, fitting)
+    return min(everyone, max(min(fitting // 2, blocks_that_fit(spec, AUTO_CACHE_BYTES, kv_type)), min(one, fitting)))
 
 
 def _asked_bytes(spec: ModelSpec, limits: Limits, kv_type: KvType) -> int:

@@ -58,6 +58,10 @@ class _InProcess(BaseModel):
         """The model behind it."""
         return self._llm
 
+    @property
+    def _identifying_params(self) -> Mapping[str, Any]:
+        return {"model": self.model, **self._sampling}
+
     def close(self) -> None:
         """Give the memory back."""
         self._llm.close()
@@ -82,10 +86,6 @@ class PagodaLLM(_InProcess, BaseLLM):
     @property
     def _llm_type(self) -> str:
         return "pagoda"
-
-    @property
-    def _identifying_params(self) -> Mapping[str, Any]:
-        return {"model": self.model, **self._sampling}
 
     def _generate(
         self,
@@ -131,10 +131,6 @@ class ChatPagoda(_InProcess, BaseChatModel):
     @property
     def _llm_type(self) -> str:
         return "pagoda-chat"
-
-    @property
-    def _identifying_params(self) -> Mapping[str, Any]:
-        return {"model": self.model, **self._sampling}
 
     def bind_tools(
         self,

@@ -79,14 +79,7 @@ def place(
             continue
         image = next(left)
         if frame is not None and not image.video:
-            if frame.ends is not None:
-                _add_breaks(out, 2, breaks, frame)
-                out.append(frame.ends[0])
-            placed.append(msgspec.structs.replace(image, start=len(out)))
-            out += frame.tokens(image)
-            if frame.ends is not None:
-                out.append(frame.ends[1])
-                _add_breaks(out, 2, breaks, frame)
+            placed.append(_add_framed(out, image, breaks, frame))
             continue
         if not image.video or times is None:
             placed.append(msgspec.structs.replace(image, start=len(out)))
@@ -106,6 +99,19 @@ def _breaks(frame: Frame) -> dict[int, int]:
     """The tokens that are line breaks alone, and how many each is."""
     found = {count: frame.encode("\n" * count) for count in range(1, _MOST_BREAKS + 1)}
     return {ids[0]: count for count, ids in found.items() if len(ids) == 1}
+
+
+def _add_framed(out: list[int], image: Image, breaks: dict[int, int], frame: Frame) -> Image:
+    """The picture with its place, and its tokens; between its ends and line breaks where it has ends."""
+    if frame.ends is not None:
+        _add_breaks(out, 2, breaks, frame)
+        out.append(frame.ends[0])
+    placed = msgspec.structs.replace(image, start=len(out))
+    out += frame.tokens(image)
+    if frame.ends is not None:
+        out.append(frame.ends[1])
+        _add_breaks(out, 2, breaks, frame)
+    return placed
 
 
 def _add_breaks(out: list[int], count: int, breaks: dict[int, int], frame: Frame | None) -> None:
