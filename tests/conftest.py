@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from api_fake import Client, FakeEngine, make_server
@@ -20,8 +22,18 @@ if not Path("/dev/nvidiactl").exists():
 
 def pytest_collection_finish() -> None:
     """What is imported now stays: no search for garbage (each executor ends with one) walks through it again."""
+    _make_triton_quick()
     gc.collect()
     gc.freeze()
+
+
+def _make_triton_quick() -> None:
+    """Its interpreter changes the language anew for each call of a function, which takes most of its time."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is not None:
+        language = interpreter.tl
+        interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
+        interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
 
 
 @pytest.fixture(scope="session")

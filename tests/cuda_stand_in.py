@@ -268,11 +268,12 @@ class SideStream(Stream):
 @contextlib.contextmanager
 def _use(stream: Stream) -> Iterator[None]:
     """See torch.cuda.stream."""
-    current().stream = stream
+    device = current()
+    device.stream = stream
     try:
         yield
     finally:
-        current().stream = None
+        device.stream = None  # also where the block is left only when the stand-in is gone
 
 
 def _properties(gpu: Gpu) -> SimpleNamespace:

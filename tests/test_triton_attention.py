@@ -58,7 +58,7 @@ def test_attention(name: str, heads: int, kv_heads: int, size: int) -> None:
     check(BATCHES[name], shape, torch.float32, torch.float32)
 
 
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name", ["a chunk behind others", "mixed and empty"])
 @pytest.mark.parametrize("window", [None, 20])
 def test_sinks(name: str, window: int | None) -> None:
     shape = Heads(6, 2, 16, 0.25, window, 1e-6, False)
@@ -138,8 +138,10 @@ def test_other_tiles(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     check([(1, 290), (30, 130)], shape, torch.float32, torch.float32)
 
 
-@pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize(("heads", "rank", "dtype"), [(20, 24, torch.float32), (70, 16, HALF)])
+@pytest.mark.parametrize(
+    ("name", "heads", "rank", "dtype"),
+    [*((name, 20, 24, torch.float32) for name in BATCHES), ("mixed and empty", 70, 16, HALF)],
+)
 def test_latent(name: str, heads: int, rank: int, dtype: torch.dtype) -> None:
     shape = Heads(heads, 1, 8 + rank, 0.25, None, 1e-6, False, turned=8)
     q, k, _, batch = case(BATCHES[name], heads, 1, 8 + rank, dtype)

@@ -30,8 +30,10 @@ def how(seed: int, top_k: list[int], top_p: list[float]) -> Sampling:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [7, 9000])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(7, torch.float32), (9000, torch.bfloat16), pytest.param(9000, torch.float32, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [([0], [1.0]), ([20, 3], [0.9, 0.3, 1.0]), ([0, 300], [0.8, 1.0])], ids=["all", "near", "far"]
 )

@@ -34,7 +34,7 @@ def answers(executor: object, see: Callable[..., np.ndarray]) -> list[np.ndarray
 def test_a_model(case: str, quantization: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if quantization and case != "qwen3":
         pytest.skip("one model for each kind of weight")
-    write_checkpoint(tmp_path, case)
+    write_checkpoint(tmp_path, case, num_hidden_layers=2)
     plain = answers(load(tmp_path, quantization=quantization), logits)
     monkeypatch.setattr(ops, "on_gpu", lambda x: True)
     fused = answers(load(tmp_path, quantization=quantization), logits)
@@ -44,7 +44,7 @@ def test_a_model(case: str, quantization: str | None, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("case", ["qwen3", "gpt2"])
 def test_a_step_through_the_fixed_buffers(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_checkpoint(tmp_path, case)
+    write_checkpoint(tmp_path, case, num_hidden_layers=2)
     plain, executor = load(tmp_path), load(tmp_path)
     for plan in (PROMPTS, MIXED):
         plain.launch(plan).wait()

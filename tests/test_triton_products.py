@@ -73,9 +73,9 @@ def test_product(kind: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
-@pytest.mark.parametrize("group", [32, 64, 96, 128, 256, 512, 0])
+@pytest.mark.parametrize("group", [32, 64, 96, 128, 256, 0])
 def test_four_bits_in_groups_of_any_size(group: int, dtype: torch.dtype) -> None:
-    k = 288 if group == 96 else 512
+    k = {96: 288, 256: 512}.get(group, 256)
     groups = k // group if group else 1
     steps, zeros = scales(groups, 40) / 8, codes(0, 16, groups, 40, dtype=torch.float)
     whole = group == 64
@@ -123,7 +123,7 @@ def test_an_activation_gives_codes_to_the_product_behind_it(kind: str) -> None:
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("kind", ["w4", "w4 whole", "w4 act order", "m4", "w8 zeros", "f8 block"])
 def test_an_activation_ends_a_product_of_few_rows(kind: str, rows: int) -> None:
-    weight, x = weights(48, 288)[kind], torch.randn(rows, 288, device=DEVICE) / 16
+    weight, x = weights(48, 160)[kind], torch.randn(rows, 160, device=DEVICE) / 16
     got = matmul.gated_few(x, weight)
     close(got, ops.gated_matmul(x, weight))
     parts = matmul.operand(weight)
@@ -208,8 +208,8 @@ class NoHostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["dense", "w4", "w4 act order", "w8 by 16", "f8 block"])
 def test_experts_can_be_recorded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate_up, down = weights(128, 64, 8)[kind], weights(64, 64, 8)[kind]
-    mixture = Mixture(Experts(8, 2, True), torch.randn(8, 64, device=DEVICE), (gate_up,), down)
+    gate_up, down = weights(128, 64, 4)[kind], weights(64, 64, 4)[kind]
+    mixture = Mixture(Experts(4, 2, True), torch.randn(4, 64, device=DEVICE), (gate_up,), down)
     x = torch.randn(5, 64, device=DEVICE)
     wanted = mixture(x)
     monkeypatch.setattr(ops, "on_gpu", lambda x: True)
