@@ -125,14 +125,18 @@ def test_places_that_do_not_exist_are_refused(dense: Path) -> None:
     assert np.array_equal(logits(executor, make_plan([last(TOKENS)], VOCAB))[0], alone(dense, "cpu", TOKENS))
 
 
-def told(engine: EngineCore, *prompts: list[int], known: tuple[int, ...] = (), most: int = 70) -> list[Delta]:
+def told(
+    engine: EngineCore, *prompts: list[int], known: tuple[int, ...] = (), most: int = 70, eos: int = -1
+) -> list[Delta]:
     """What each of some requests gets, greedy and seeded in turns."""
     out = []
     for i, prompt in enumerate(prompts):
         params = SamplingParams(temperature=i % 2, seed=i, max_tokens=most, ignore_eos=True, logprobs=1)
         name = str(i)
         out.append(Delta(request_id=name))
-        engine.add(Request(request_id=name, prompt_token_ids=prompt, params=params, output_token_ids=list(known)))
+        request = Request(request_id=name, prompt_token_ids=prompt, params=params, output_token_ids=list(known))
+        request.eos_token_ids = () if eos < 0 else (eos,)
+        engine.add(request)
     while engine.has_work:
         for delta in engine.step():
             assert delta.error is None
@@ -173,6 +177,21 @@ def test_a_shared_prefix_preemption_and_a_restart(device: str, dense: Path) -> N
     known = tuple(expected[0].token_ids[:50])
     for resuming in (engine, core(dense, device, **options)):
         assert told(resuming, prompts[0], known=known)[0].token_ids == expected[0].token_ids[50:]
+
+
+def test_who_shares_a_first_message_waits_for_its_state(dense: Path) -> None:
+    """One of those that come at once computes it, and the state behind it serves all others, now and later."""
+    options = {"max_model_len": 256, "max_num_batched_tokens": 48, "num_blocks": 64}
+    end = 2
+    prompts = [[*LONG[:100], end, *LONG[100 + 5 * i : 160 + 5 * i]] for i in range(4)]
+    engine, plain = core(dense, "cpu", **options), core(dense, "cpu", **options, prefix_caching=False)
+    together = told(engine, *prompts[:3], eos=end)
+    assert [found.cached_tokens for found in together] == [0, 96, 96]
+    assert all(map(same, together, told(plain, *prompts[:3], eos=end)))
+    assert told(engine, prompts[3], eos=end)[0].cached_tokens == 96
+    assert [found.cached_tokens for found in told(core(dense, "cpu", **options), *prompts)] == [0, 0, 96, 96]
+    again = told(core(dense, "cpu", **options), *[prompts[0]] * 3)
+    assert [found.cached_tokens for found in again] == [0, 144, 144]
 
 
 @pytest.mark.parametrize("device", ["reference", "cpu"])

@@ -317,8 +317,8 @@ class Scheduler:
             if self._config.whole_prompts:
                 most = len(seq.known) if len(seq.known) <= budget or not turns else 0
             count = self._images.clear(seq, done, most, budget)
-            fresh = blocks_for(len(seq.known)) - len(cached)
-            if count == 0 or fresh + self._pool.free_among(cached) + promised > self._pool.free:
+            needed = blocks_for(len(seq.known)) - len(cached) + self._pool.free_among(cached) + promised
+            if count == 0 or needed > self._pool.free or self._states.awaited(seq, done, self._running):
                 break
             del self._waiting[place]
             self._seat(seq, cached)

@@ -16,9 +16,10 @@ _SUFFIX = 8
 class States:
     """A state is found by the hash of the block that ends where it does, and lives until the longest unused has to go.
 
-    A prefix in the cache is of use as far as there is a state behind it. So each request leaves one behind its prompt,
-    one behind its output, which moves on with it, and one where it leaves a prefix that is in the cache and has none:
-    who comes next with that prefix will find it. Places are numbered behind the slots.
+    A prefix in the cache is of use as far as there is a state behind it. So each request leaves one behind its prompt;
+    one behind its output, which moves on with it; one behind its first message, with which other chats may begin; and
+    one where it leaves a prefix that is in the cache and has none. Who comes next with such a prefix finds the state,
+    or waits for it while it is on its way. Places are numbered behind the slots.
     """
 
     def __init__(self, recurrent: bool, slots: int, count: int) -> None:
@@ -45,10 +46,18 @@ class States:
             seq.begins = self._place_of[last] = self._place_of.pop(last)
             self._read.add(seq.begins)
         end = max(0, seq.prompt_len - _SUFFIX) // BLOCK_SIZE * BLOCK_SIZE
-        if seq.computed + _APART <= seq.shared < end:
-            seq.leaves.append(seq.shared)
-        if seq.computed < end:
-            seq.leaves.append(end)
+        places = {place for place in (_first_message(seq), seq.shared) if seq.computed + _APART <= place < end}
+        seq.leaves = sorted(places | ({end} if seq.computed < end else set()))
+
+    def awaited(self, seq: Sequence, done: int, running: Iterable[Sequence]) -> bool:
+        """One that runs will leave a state behind more of these tokens than `done`, those to begin with now."""
+        most = seq.reusable_len()
+        for other in running:
+            for place in reversed(other.leaves):
+                count = place // BLOCK_SIZE
+                if done + _APART <= place <= most and seq.hash_blocks(count)[-1] == other.hash_blocks(count)[-1]:
+                    return True
+        return False
 
     def cut(self, seq: Sequence, count: int) -> int:
         """How many of the next `count` tokens of a request a step may take: it leaves one state at most."""
@@ -63,6 +72,8 @@ class States:
             begins, turn.seq.begins = turn.seq.begins, -1
             at = self._due(turn)
             place = self._take() if at else -1
+            taken = range(turn.seq.computed + 1, turn.seq.computed + turn.count + 1)
+            turn.seq.leaves = [each for each in turn.seq.leaves if each not in taken or (each == at and place >= 0)]
             if begins >= 0 or place >= 0:
                 turn.kept = begins, place, at
         self._read.clear()
@@ -73,6 +84,7 @@ class States:
             if turn.kept is None or turn.kept[1] < 0:
                 continue
             seq, (_, place, at) = turn.seq, turn.kept
+            seq.leaves = [each for each in seq.leaves if each > at]
             found = seq.hash_blocks(at // BLOCK_SIZE)[-1] if at <= len(seq.known) else b""
             if not found or found in self._place_of:
                 self._blank.append(place)
@@ -112,3 +124,9 @@ class States:
                 return self._blank.pop(i)
         oldest = next((each for each, place in self._place_of.items() if place not in self._read), None)
         return -1 if oldest is None else self._place_of.pop(oldest)
+
+
+def _first_message(seq: Sequence) -> int:
+    """The end of the blocks up to the first token that ends a message, 0 if there is none: often a system prompt's."""
+    prompt, ends = seq.request.prompt_token_ids, set(seq.request.eos_token_ids)
+    return next((i + 1 for i, token in enumerate(prompt) if token in ends), 0) // BLOCK_SIZE * BLOCK_SIZE
