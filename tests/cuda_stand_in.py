@@ -7,6 +7,7 @@ It forbids what a GPU forbids, and does late what a GPU does late:
 - what is allocated holds poison, counts, and is refused where the memory is full;
 - within the recording of a graph nothing is computed, and nothing may wait, copy from or to the host, or have a shape
   that depends on values; a replay computes what was recorded in the memory of then, which must still be there;
+- an exchange between devices is part of a graph at all of them or at none;
 - operations join tensors of one device; a kernel of Triton runs on the device that is the thread's own.
 """
 
@@ -300,9 +301,19 @@ def _exchanges(patch: pytest.MonkeyPatch) -> None:
             raise Forbidden("an exchange of a tensor that is not contiguous")
         graph = current().here.graph if given else None
         if graph is None:
+            alike(given, 0)
             own(*args, **named)
         else:
-            graph.add(lambda: own(*args, **named) and None, given)
+            graph.add(lambda: alike(given, 1) or (own(*args, **named) and None), given)
+
+    def alike(given: list[Any], recorded: int) -> None:
+        """NCCL: whether an exchange is part of a graph must be the same for all ranks."""
+        if not given:
+            return
+        ranks = torch.tensor(recorded)
+        reduce(ranks)
+        if int(ranks) not in (0, dist.get_world_size()):
+            raise Forbidden("an exchange is part of a graph at some ranks only")
 
     patch.setattr(dist, "init_process_group", started)
     patch.setattr(dist, "all_reduce", partial(done, reduce))
@@ -344,6 +355,7 @@ def install(patch: pytest.MonkeyPatch, gpus: int = 1, total_bytes: int = 1 << 30
         "get_device_properties": of(_properties),
         "mem_get_info": of(lambda gpu: (gpu.total_bytes - gpu.held_bytes - gpu.reserved, gpu.total_bytes)),
         "memory_allocated": of(lambda gpu: gpu.allocated),
+        "memory_reserved": of(lambda gpu: gpu.reserved),
         "max_memory_reserved": of(lambda gpu: gpu.peak),
         "reset_peak_memory_stats": of(reset_peak),
         "synchronize": of(Gpu.wait),

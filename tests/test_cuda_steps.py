@@ -14,7 +14,7 @@ from checkpoints import write_checkpoint
 from cuda_stand_in import StandIn, install
 from deepseek_cases import write_case
 
-from pagoda.backend.torch import load
+from pagoda.backend.torch import executor, load
 from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.executor import TorchExecutor
 from pagoda.engine.core import EngineCore
@@ -27,8 +27,8 @@ ONE = {"num_hidden_layers": 1}
 
 
 def core_of(path: Path, device: str = "cuda", **changes: Any) -> EngineCore:
-    table = {"num_blocks": 24, "max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 64, **changes}
-    return EngineCore(EngineConfig(model=str(path), device=device, dtype="float32", speculation=None, **table))
+    table = {"num_blocks": 24, "max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 64, "dtype": "float32"}
+    return EngineCore(EngineConfig(model=str(path), device=device, speculation=None, **(table | changes)))
 
 
 def answers(core: EngineCore, cases: list[dict[str, Any]] | None = None, tokens: int = 3) -> list[list[Any]]:
@@ -215,6 +215,25 @@ def test_the_cache_takes_what_is_left(floats: Path, monkeypatch: pytest.MonkeyPa
         gpu.here.held_bytes = total * 7 // 16
         with pytest.raises(MemoryShort, match=r"0\.9 MiB are held by .*the driver"):
             core_of(floats, num_blocks=None, memory_share=0.5)
+
+
+def test_what_libraries_hold_is_not_for_the_cache(floats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL and compiled programs take memory that PyTorch does not know, once they are first used."""
+    table: dict[str, Any] = {"num_blocks": None, "max_num_seqs": 8, "max_model_len": 256, "memory_share": 0.5}
+    found = []
+    for own in (0, 1 << 16):
+        with install(monkeypatch, total_bytes=2 << 20) as gpu:
+            choose = executor.choose
+
+            def first(*args: Any, gpu: StandIn = gpu, own: int = own, choose: Any = choose) -> Any:
+                gpu.here.held_bytes = own
+                return choose(*args)
+
+            monkeypatch.setattr(executor, "choose", first)
+            found.append(executor_of(core_of(floats, **table)).capacity)
+            monkeypatch.setattr(executor, "choose", choose)
+    assert found[1].activation_bytes - found[0].activation_bytes == 1 << 16
+    assert found[1].kv_bytes + (1 << 16) == pytest.approx(found[0].kv_bytes, abs=1 << 14)
 
 
 def test_memory_that_runs_out_while_a_model_is_loaded(floats: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,12 @@ def room(device: Device, share: float | None) -> Room:
     return Room(total, used, f"{size_text(used)} are held by {holders(_uuid(device))}", share)
 
 
+def held_outside(device: Device) -> int:
+    """Bytes of a GPU that are held, by others or by what this process uses beside PyTorch: NCCL, programs, graphs."""
+    free, total = torch.cuda.mem_get_info(device.device)
+    return total - free - torch.cuda.memory_reserved(device.device)
+
+
 def _uuid(device: Device) -> str:
     return f"GPU-{torch.cuda.get_device_properties(device.device).uuid}"
 

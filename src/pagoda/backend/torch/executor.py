@@ -24,7 +24,7 @@ from pagoda.backend.torch.answer import Chosen, Returning, choose
 from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.convert import Target
 from pagoda.backend.torch.delta import make_states
-from pagoda.backend.torch.device import Device, Room, choose_dtype, open_device, room
+from pagoda.backend.torch.device import Device, Room, choose_dtype, held_outside, open_device, room
 from pagoda.backend.torch.encoder import Encoder, EncoderLoader
 from pagoda.backend.torch.faults import errors_told, memory_told
 from pagoda.backend.torch.graphs import DecodeGraphs, Recorder, padding
@@ -33,34 +33,14 @@ from pagoda.backend.torch.model import Decoder, KvCache
 from pagoda.backend.torch.packs import FP8
 from pagoda.backend.torch.size import weight_bytes
 from pagoda.backend.torch.split import joined, middle, part
+from pagoda.backend.torch.team import ALONE, Team
 from pagoda.backend.torch.upload import Fed, Rows, decoding, upload
 from pagoda.errors import EngineError
 from pagoda.options.formats import KV_EIGHT_BITS
 from pagoda.types import BLOCK_SIZE, Image, StepPlan, StepResult
-from pagoda.weights.source import Tensor, TensorSource
+from pagoda.weights.source import TensorSource
 
 _log = logging.getLogger(__name__)
-
-
-class Team:
-    """The processes that share a model, as one of them sees it: here, one that has it alone."""
-
-    count = ""
-
-    def share(self, spec: ModelSpec, tensors: dict[str, Tensor]) -> tuple[ModelSpec, dict[str, Tensor]]:
-        """What this process holds of the model."""
-        return spec, tensors
-
-    def least(self, work: Callable[[], int]) -> int:
-        """The least that any of them comes to; where one fails, all do."""
-        return work()
-
-    def joined(self, load: Callable[[], Decoder], most_tokens: int) -> Decoder:
-        """The decoder with what this process computes joined to what the others do, in steps of up to `most_tokens`."""
-        return load()
-
-
-ALONE = Team()
 
 
 class Running:
@@ -119,6 +99,7 @@ class TorchExecutor:
         kv_type = FP8 if limits.kv_cache_dtype in KV_EIGHT_BITS else dtype
         spec, tensors = team.share(spec.served(limits.max_model_len), bind(spec, source))
         space = room(device, limits.memory_share)
+        outside = held_outside(device) if device.is_gpu else 0
         adapters, own = None, 0
         if limits.max_loras:
             adapters, own = Adapters(device.device, dtype), adapters_bytes(spec, limits, dtype.itemsize)
@@ -132,7 +113,7 @@ class TorchExecutor:
             decoder = EncoderLoader(spec, tensors, target).encoder(progress)
         if device.is_gpu:
             stored, work = measured(decoder, limits, device, kv_type)
-            stored += own
+            stored, work = stored + own, work + max(0, held_outside(device) - outside)
             blocks = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type).blocks)
         kept = team.least(lambda: fitting(spec, limits, space, stored, work, kv_type).kept_states)
         states = limits.max_num_seqs + kept
@@ -153,6 +134,7 @@ class TorchExecutor:
                 device=device.device,
                 three=bool(spec.rope.sections),
                 recurrent=spec.recurrent,
+                team=team,
             )
         # several GPUs are told the tokens of a step by the one that has sampled them
         at_once = 2 if team is ALONE and spec.pooling is None else 1
@@ -196,7 +178,9 @@ class TorchExecutor:
         batch, turns = upload(plan, self._device.device, self.capacity.num_blocks)
         if plan.tokens.min(initial=0) < 0:
             batch = replace(batch, tokens=ops.told(batch.tokens, self._sampled))
-        return self._computed(plan, batch, turns)
+        pending = self._computed(plan, batch, turns)
+        self.record_wanted()
+        return pending
 
     def _computed(self, plan: StepPlan, batch: Batch, turns: list[Rows]) -> Pending:
         if plan.images and isinstance(self.decoder, Decoder) and self.decoder.sight is not None:
@@ -216,10 +200,27 @@ class TorchExecutor:
         count = len(plan.tokens)
         return self._graphs.padded(count) if self._graphs is not None and decoding(plan) else count
 
+    def idle(self, plan: StepPlan | Fed) -> Callable[[], object] | None:
+        """What replays the graph that a plan's forward pass is, without the plan; None where it is none."""
+        return self._graphs.idle(len(plan.tokens)) if self._graphs is not None and decoding(plan) else None
+
     def prepare(self) -> bool:
         """Record a CUDA graph."""
-        with torch.inference_mode():
-            return self._graphs is not None and self._graphs.record_next()
+        size = self._graphs.next_size() if self._graphs is not None else None
+        if size is not None:
+            with torch.inference_mode():
+                self.record(size, new=True)
+        return size is not None
+
+    def record_wanted(self) -> None:
+        """The graph of the step before this, which was computed without."""
+        if self._graphs is not None and self._graphs.wanted is not None:
+            self.record(self._graphs.wanted, new=False)
+
+    def record(self, size: int, *, new: bool) -> None:
+        """See DecodeGraphs.record."""
+        if self._graphs is not None:
+            self._graphs.record(size, new=new)
 
     def adapt(self, place: int, weights: AdapterWeights) -> None:
         if not isinstance(self.decoder, Decoder) or self.decoder.adapters is None:

@@ -2,6 +2,9 @@
 
 Sizes are recorded while nothing is asked, the largest first, so that the others fit into its memory; one that a step
 needs before is recorded behind that step, which runs as it is in the padded batch. So no start waits for graphs.
+
+Where several GPUs share a model, all record a size at the same time and agree on what came of it: an exchange is part
+of a graph on all of them or on none, which is what NCCL asks.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.kernels.stage import stage
+from pagoda.backend.torch.team import ALONE, Team
 from pagoda.types import BLOCK_SIZE
 
 _log = logging.getLogger(__name__)
@@ -25,6 +30,8 @@ Forward = Callable[[Batch], Tensor]
 Replay = Callable[[], object]
 Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 """Records what a call does; gives a way to do it again, and the tensor that then holds its result."""
+_FAILED, _NO_MEMORY, _DONE = range(3)
+_T = TypeVar("_T")
 
 
 def sizes(most: int) -> tuple[int, ...]:
@@ -78,18 +85,21 @@ class DecodeGraphs:
         device: torch.device,
         three: bool = False,
         recurrent: bool = False,
+        team: Team = ALONE,
     ) -> None:
         """`three`: tokens turn by three positions. `recurrent`: requests have a state."""
-        self._forward, self._record = forward, record
+        self._forward, self._record, self._team = forward, record, team
         self._sizes = sizes(most_requests)
         self._recorded: dict[int, Recorded] = {}
         self._without: set[int] = set()
         """Sizes that could not be recorded. They are padded all the same: several GPUs have to agree on the rows."""
         self._fixed = padding(most_requests, most_context, device, three=three, recurrent=recurrent)
+        self.wanted: int | None = None
+        """The size of the last batch, where a graph of it is still to be recorded."""
 
     def run(self, batch: Batch) -> Tensor | None:
         """The forward pass of a batch, [L, hidden], good until the next one; None where no graph is for it."""
-        requests = len(batch.tokens)
+        requests, self.wanted = len(batch.tokens), None
         if not batch.decoding or requests > self._sizes[-1]:
             return None
         size = self.padded(requests)
@@ -103,47 +113,72 @@ class DecodeGraphs:
             kept = fixed.kept[:requests]
             kept.fill_(-1) if batch.kept is None else kept.copy_(batch.kept)
         if recorded:
-            recorded.replay()
-            return recorded.result[:requests]
-        result = self._forward(fixed)
-        if size not in self._without:
-            self._add(size, fixed)
-        return result[:requests]
+            return self._replayed(recorded)[:requests]
+        self.wanted = None if size in self._without else size
+        return self._forward(fixed)[:requests]
 
     def padded(self, requests: int) -> int:
         """The size that so many requests are padded to."""
         return self._sizes[bisect_left(self._sizes, requests)] if requests <= self._sizes[-1] else requests
 
-    def record_next(self) -> bool:
-        """Record the largest size that is not; False when there is none."""
-        done = self._recorded.keys() | self._without
-        size = next((s for s in reversed(self._sizes) if s not in done), None)
-        if size is None:
-            return False
-        fixed = self._of_size(size)
-        stage(fixed, fixed)  # for its compilation alone
-        for values in (fixed.tokens, fixed.positions, fixed.starts, fixed.contexts, fixed.rows):
-            values.zero_()
-        if fixed.rope_positions is not None:
-            fixed.rope_positions.zero_()
-        fixed.cells.fill_(-1)
-        self._add(size, fixed, new=True)
-        return True
+    def idle(self, requests: int) -> Callable[[], object] | None:
+        """What replays the graph of so many requests with none, in no memory; None where there is no graph."""
+        recorded = self._recorded.get(self.padded(requests))
+        if recorded is None:
+            return None
 
-    def _add(self, size: int, fixed: Batch, *, new: bool = False) -> None:
-        """`new`: no step was computed in it."""
-        try:
-            if new:
-                self._forward(fixed)  # compiles and loads every kernel it takes
-            replay, result = self._record(lambda: self._forward(fixed))
-        except torch.OutOfMemoryError:
-            self._without.add(size)
-            _log.warning("no memory for a CUDA graph of %d requests: steps of so many run without", size)
-        except Exception:  # graphs only save time: where one cannot be recorded, none is tried again
-            self._without.update(self._sizes)
-            _log.exception("a CUDA graph of %d requests was not recorded: steps run without, and take longer", size)
-        else:
-            self._recorded[size] = Recorded(fixed, replay, result)
+        def replay() -> None:
+            emptied(recorded.batch)
+            self._replayed(recorded)
+
+        return replay
+
+    def next_size(self) -> int | None:
+        """The largest that is not recorded; None when there is none."""
+        done = self._recorded.keys() | self._without
+        return next((size for size in reversed(self._sizes) if size not in done), None)
+
+    def record(self, size: int, *, new: bool) -> None:
+        """Behind a step of that size; or `new`: behind none, so that kernels may have to be compiled and loaded."""
+        fixed, self.wanted = self._of_size(size), None
+
+        def compiled() -> bool:
+            stage(fixed, fixed)
+            self._team.tried(size, lambda: self._forward(emptied(fixed)))
+            return True
+
+        if new and not self._agreed(size, compiled):
+            return
+        if found := self._agreed(size, lambda: self._record(lambda: self._forward(fixed))):
+            self._recorded[size] = Recorded(fixed, *found)
+
+    def _replayed(self, recorded: Recorded) -> Tensor:
+        recorded.replay()
+        self._team.replayed()
+        return recorded.result
+
+    def _agreed(self, size: int, work: Callable[[], _T]) -> _T | None:
+        """What came of a part of a recording, if it went well on all GPUs that share the model."""
+        made: list[_T] = []
+
+        def tried() -> int:
+            try:
+                made.append(work())
+            except torch.OutOfMemoryError:
+                _log.warning("no memory for a CUDA graph of %d requests: steps of so many run without", size)
+                return _NO_MEMORY
+            except Exception:  # graphs only save time: where one cannot be recorded, none is tried again
+                _log.exception("a CUDA graph of %d requests was not recorded: steps run without, and take longer", size)
+                return _FAILED
+            return _DONE
+
+        found = self._team.least(tried)
+        if found == _DONE:
+            return made[0]
+        self._without.update((size,) if found == _NO_MEMORY else self._sizes)
+        if made:
+            _log.warning("a CUDA graph of %d requests was not recorded on another GPU: nor is it here", size)
+        return None
 
     def _of_size(self, size: int) -> Batch:
         """The first `size` requests of the fixed buffers."""
@@ -156,6 +191,16 @@ class DecodeGraphs:
         if f.rope_positions is not None:
             parts["rope_positions"] = f.rope_positions[:, :size]
         return replace(f, starts=f.starts[: size + 1], block_tables=f.block_tables[:size], **parts)
+
+
+def emptied(batch: Batch) -> Batch:
+    """The batch as padding alone."""
+    for values in (batch.tokens, batch.positions, batch.starts, batch.contexts, batch.rows):
+        values.zero_()
+    if batch.rope_positions is not None:
+        batch.rope_positions.zero_()
+    batch.cells.fill_(-1)
+    return batch
 
 
 def padding(requests: int, context: int, device: torch.device, *, three: bool, recurrent: bool = False) -> Batch:

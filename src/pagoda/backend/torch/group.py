@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ from pagoda.arch.memory import blocks_for
 from pagoda.arch.sharding import share, vocab_range
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.torch.batch import Seen
-from pagoda.backend.torch.executor import Team
 from pagoda.backend.torch.model import Block, Decoder, Table, with_seen
+from pagoda.backend.torch.team import Team
 from pagoda.backend.torch.upload import MAX_ROWS, Fed
 from pagoda.errors import ConfigError, EngineError, MemoryShort, ModelError, PagodaError
 from pagoda.types import Int32, StepPlan
@@ -79,10 +80,27 @@ class SplitHead:
     group: Group
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        self.group.summed()
         logits = self.own(hidden)
         parts = self.group.gathered(F.pad(logits, (0, self.width - logits.shape[-1])))
         return torch.cat(parts, dim=-1)[:, : self.vocab_size].contiguous() if parts else logits
+
+
+@dataclass(frozen=True, slots=True)
+class Work(Generic[_T]):
+    """A forward pass of `width` tokens, and `rows` of logits. `idle` takes part in the exchanges of the forward pass in
+    place of it, where all ranks do them in a graph."""
+
+    width: int
+    rows: int
+    run: Callable[[], _T]
+    idle: Callable[[], object] | None = None
+
+
+class Recording(NamedTuple):
+    """What all ranks record at the same time; see DecodeGraphs.record."""
+
+    size: int
+    new: bool
 
 
 class Group(Team):
@@ -93,6 +111,8 @@ class Group(Team):
         if dist.is_initialized():
             raise ConfigError("this process has a model on several GPUs already", remedy="Close it first")
         self.rank, self.size, self.count = rank, size, f"{size} x "
+        # with buffers of graphs registered, ranks wait for each other while they record: also for one that has failed
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         # numbers of steps go by gloo, which waits without computing
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         place = {"init_method": meeting} if isinstance(meeting, str) else {"store": meeting}
@@ -133,37 +153,42 @@ class Group(Team):
         dist.gather(x, parts or None, dst=0)
         self._gathers += 1
 
-    def summed(self) -> None:
-        """All sums of a step are done: a graph that is replayed counts none."""
+    def replayed(self) -> None:
+        """A graph counts no sums."""
         self._sums = self._sums_of_step
 
-    def step(self, fed: StepPlan | Fed, width: int, rows: int, work: Callable[[], _T]) -> _T:
-        """What comes of a step's work at this rank, which computes `width` tokens and `rows` of logits.
+    def tried(self, tokens: int, work: Callable[[], object]) -> None:
+        self.step(np.zeros(tokens, np.int32), Work(tokens, 0, work))
+
+    def step(self, tokens: Int32, work: Work[_T]) -> _T:
+        """What comes of a step's work at this rank.
 
         OutOfMemoryError at each rank that had too little, and at rank 0 where any had: its result is of no use then,
         and all are ready for another step.
         """
         self._sums = self._gathers = 0
-        self.wide = self.vectors if (fed.tokens < 0).any() else 1
+        self.wide = self.vectors if (tokens < 0).any() else 1
         found: list[_T] = []
         with suppress(torch.OutOfMemoryError):
-            found.append(work())
+            found.append(work.run())
         if not found:  # what the work held is free now
-            self._attend(width, rows)
+            self._attend(work)
         short = torch.tensor(int(not found))
         dist.reduce(short, 0, dist.ReduceOp.MAX)  # by gloo: while the device computes
         if not found or (self.rank == 0 and int(short)):
-            raise torch.OutOfMemoryError(f"a step of {len(fed.tokens)} tokens does not fit at one of {self.size} ranks")
+            raise torch.OutOfMemoryError(f"a step of {len(tokens)} tokens does not fit at one of {self.size} ranks")
         return found[0]
 
-    def _attend(self, tokens: int, rows: int) -> None:
+    def _attend(self, work: Work[_T]) -> None:
         """Take part in what is left of a step, without memory of its own: the others would wait for this rank."""
         hidden, width = self._widths
+        if self._sums < self._sums_of_step and work.idle is not None:
+            work.idle()
         while self._sums < self._sums_of_step:
             wide = hidden * (1 if self._sums else self.wide)
-            self.sum(self._spare[: tokens * wide].zero_().view(tokens, wide))
-        while (first := self._gathers * MAX_ROWS) < rows:
-            count = min(MAX_ROWS, rows - first)
+            self.sum(self._spare[: work.width * wide].zero_().view(work.width, wide))
+        while (first := self._gathers * MAX_ROWS) < work.rows:
+            count = min(MAX_ROWS, work.rows - first)
             own = self._spare[: count * width].zero_().view(count, width)
             self._gather(own, [own] * self.size if self.rank == 0 else [])
 
@@ -213,22 +238,27 @@ class Group(Team):
         dist.all_gather(parts, torch.from_numpy(own))
         return [json.loads(part.numpy().tobytes()) for part in parts]
 
-    def tell(self, plan: StepPlan | None) -> None:
-        """From rank 0: the step that all compute now; None: there is none any more."""
-        numbers = np.zeros(0, np.int32) if plan is None else _packed(plan)
-        head = np.zeros(_HEAD, np.int32)
-        head[0] = len(numbers)
-        first = numbers[: _HEAD - 1]
-        head[1 : 1 + len(first)] = first
+    def tell(self, what: StepPlan | Recording | None) -> None:
+        """From rank 0: the step that all compute now, the graph that all record; None: there is nothing any more."""
+        head, numbers = np.zeros(_HEAD, np.int32), np.zeros(0, np.int32)
+        if isinstance(what, Recording):
+            head[:2] = -what.size, what.new
+        elif what is not None:
+            numbers = _packed(what)
+            head[0] = len(numbers)
+            first = numbers[: _HEAD - 1]
+            head[1 : 1 + len(first)] = first
         dist.broadcast(torch.from_numpy(head), src=0)
-        if len(numbers) > len(first):
-            dist.broadcast(torch.from_numpy(numbers[len(first) :].copy()), src=0)
+        if len(numbers) >= _HEAD:
+            dist.broadcast(torch.from_numpy(numbers[_HEAD - 1 :].copy()), src=0)
 
-    def told(self) -> Fed | None:
+    def told(self) -> Fed | Recording | None:
         """What rank 0 tells; waits for it."""
         head = torch.empty(_HEAD, dtype=torch.int32)
         dist.broadcast(head, src=0)
         count = int(head[0])
+        if count < 0:
+            return Recording(-count, bool(head[1]))
         rest = torch.empty(max(0, count - _HEAD + 1), dtype=torch.int32)
         if len(rest):
             dist.broadcast(rest, src=0)

@@ -25,8 +25,9 @@ from pagoda.arch.sharding import check_size
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.base import Limits, Pending, Progress
-from pagoda.backend.torch.executor import ALONE, Team, TorchExecutor
-from pagoda.backend.torch.group import Group
+from pagoda.backend.torch.executor import TorchExecutor
+from pagoda.backend.torch.group import Group, Recording, Work
+from pagoda.backend.torch.team import ALONE, Team
 from pagoda.backend.torch.upload import MAX_ROWS, Fed, upload, upload_batch
 from pagoda.backend.vision import vectors_taken
 from pagoda.errors import ConfigError, EngineError
@@ -155,32 +156,43 @@ class ParallelExecutor(TorchExecutor):
         plan = without_images(plan, self.decoder.spec.vision)
         batch, turns = upload(plan, self._device.device, self.capacity.num_blocks)
         rows = len(plan.rows) if self.decoder.spec.pooling is None else 0
+        work = Work(self.width(plan), rows, lambda: self._computed(plan, batch, turns), self.idle(plan))
+        with self._together(f"step {plan.step}"):
+            self.group.tell(plan)
+            pending = self.group.step(plan.tokens, work)
+        self.record_wanted()
+        return pending
+
+    def record(self, size: int, *, new: bool) -> None:
+        with self._together(f"the recording of a graph of {size} requests"):
+            self.group.tell(Recording(size, new))
+            super().record(size, new=new)
+
+    @contextmanager
+    def _together(self, what: str) -> Iterator[None]:
+        """What all ranks do. A fault within it ends the engine: they may be at different places then."""
         self.apart = True
         try:
-            self.group.tell(plan)
-            pending = self.group.step(plan, self.width(plan), rows, lambda: self._computed(plan, batch, turns))
+            yield
         except torch.OutOfMemoryError:
             self.apart = False
             raise
         except Exception as error:
             # the others may have gone further, or wait for this one
-            _log.critical(
-                "step %d failed at one of %d ranks; the engine ends", plan.step, self.group.size, exc_info=True
-            )
+            _log.critical("%s failed at one of %d ranks; the engine ends", what, self.group.size, exc_info=True)
             raise SystemExit(EngineError.exit_code) from error
         self.apart = False
-        return pending
-
-    def prepare(self) -> bool:
-        return False  # all would have to record at the same time
 
     def close(self) -> None:
         self.followers.ending = True  # before they are told: they may be gone at once
-        if not self.apart:
+        if self.apart:
+            self.followers.end(kill=True)
+        else:
             self.group.tell(None)
-        self.followers.end(kill=self.apart)
         super().close()  # the end of the exchange waits for the graphs that have it in them
-        self.group.close()
+        if not (self.apart and self.cuda):  # NCCL would wait for what the others do no more
+            self.group.close()
+        self.followers.end(kill=self.apart)
 
 
 class ParallelCpuExecutor(ParallelExecutor):
@@ -209,9 +221,13 @@ def follow(executor: TorchExecutor, group: Group) -> None:
     """Compute what rank 0 tells, until it has no more."""
     with torch.inference_mode():
         while (fed := group.told()) is not None:
+            if isinstance(fed, Recording):
+                executor.record(fed.size, new=fed.new)
+                continue
             rows = len(fed.rows) if executor.decoder.spec.pooling is None else 0
+            work = Work(executor.width(fed), rows, partial(_followed, executor, fed, rows), executor.idle(fed))
             try:
-                group.step(fed, executor.width(fed), rows, partial(_followed, executor, fed, rows))
+                group.step(fed.tokens, work)
             except torch.OutOfMemoryError as error:
                 _log.warning("rank %d: %s", group.rank, error)
                 executor.release()

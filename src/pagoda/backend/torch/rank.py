@@ -32,6 +32,8 @@ def run(job: Job, meeting: str | Store) -> int:
     except PagodaError as error:
         return error.exit_code
     follow(executor, group)
+    executor.close()
+    group.close()  # NCCL has the ranks of a machine do so together
     return 0
 
 
