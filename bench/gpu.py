@@ -171,7 +171,7 @@ FORMATS = {
     "decode": "{model:14} decode {batch:4}: {step_ms:8.3f} ms {tok_s:8.0f} tok/s, {share:.0%} of the floor",
     "prefill": "{model:14} prefill {prompt:5}: {ms:8.1f} ms {tok_s:8.0f} tok/s, {share:.0%} of the matrix rate",
     "throughput": "{model:14} throughput: {out_tok_s:.0f} tok/s ({tokens} tokens, {seconds:.1f} s)",
-    "first": "{model:14} weights {weights_s:.1f} s, first step {first_step_s:.1f} s",
+    "first": "{model:14} weights {weights_s:.1f} s, first step {first_step_s:.1f} s, prompts by {prompts_by}",
     "start": "{model:14} start to first token, {cache}: {first_token_s:.1f} s (imports {imported_s:.1f} s, loaded "
     "after {loaded_s:.1f} s)",
 }

@@ -238,7 +238,9 @@ def first(model: Model) -> Row:
     model.add(16, 2)
     while not model.step()[1]:
         pass
-    return {"model": model.name, "weights_s": model.made_s, "first_step_s": time.monotonic() - started}
+    prompts_by = getattr(model.core._executor, "prompts_by", "")
+    return {"model": model.name, "weights_s": model.made_s, "first_step_s": time.monotonic() - started,
+            "prompts_by": prompts_by}  # fmt: skip
 
 
 def measures(name: str, small: bool, roof: Row, until: float) -> Iterator[tuple[str, str, Callable[[Model], Row]]]:

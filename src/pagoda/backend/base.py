@@ -22,7 +22,8 @@ class Limits:
     where a backend has a choice ("auto", "float32", "float16", "bfloat16"). `quantization` "int8" or "int4" makes 8 or
     4 bits of float matrices while they are loaded; anything else leaves the weights as they are stored.
     `kv_cache_dtype` is the option of that name; arch.memory.kv_type says what it means on a CPU. `reserved_bytes` of
-    the memory that looks free is promised to somebody else. `enforce_eager`: no CUDA graphs.
+    the memory that looks free is promised to somebody else. `enforce_eager`: no CUDA graphs. `attention_backend`: the
+    option of that name, for GPUs.
     `tensor_parallel_size` GPUs share the model: of this machine, or with `distributed_executor_backend` "ray" of a Ray
     cluster; each process opens the model by its path, as `load_format` and `mmproj` say. `max_loras` adapters, of rank
     `max_lora_rank` at most, are there at once. `kept_states` is how many states of prefixes may be kept, of models that
@@ -41,6 +42,7 @@ class Limits:
     kv_cache_dtype: str = "auto"
     reserved_bytes: int = 0
     enforce_eager: bool = False
+    attention_backend: str | None = None
     tensor_parallel_size: int = 1
     distributed_executor_backend: str = "mp"
     load_format: str = "auto"

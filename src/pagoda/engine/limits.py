@@ -59,6 +59,7 @@ def resolve_limits(config: EngineConfig, spec: ModelSpec) -> Limits:
         kv_cache_dtype=config.kv_cache_dtype,
         reserved_bytes=0 if cuda else config.reserved_bytes,
         enforce_eager=config.enforce_eager,
+        attention_backend=config.attention_backend,
         tensor_parallel_size=config.tensor_parallel_size,
         distributed_executor_backend=config.distributed_executor_backend,
         load_format=config.load_format,

@@ -17,7 +17,6 @@ ACCEPTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
         "seed": (None, "without effect on answers: each request has its own seed, its `seed` field or a random one"),
         "block_size": (None, "a block of the cache always holds 16 tokens"),
         "async_scheduling": (True, "the engine decides"),
-        "attention_backend": (None, "there is one attention kernel for a CPU"),
         "compilation_config": (None, "nothing is compiled at start"),
         "optimization_level": (None, "nothing is compiled at start"),
         "cudagraph_capture_sizes": (None, "there are no CUDA graphs on a CPU"),

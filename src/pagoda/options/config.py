@@ -149,6 +149,14 @@ class Options(HttpOptions):
         "Machine",
         note="on a CPU there are no CUDA graphs to turn off",
     )
+    attention_backend: str | None = option(
+        None,
+        "Attention of prompts on a GPU. FLASHINFER: FlashInfer's; TRITON_ATTN, or any other name that vLLM knows: the "
+        "own kernel's; without it FlashInfer's where it is installed, agrees and is faster, tried out at the start",
+        "Machine",
+        env=("VLLM_ATTENTION_BACKEND",),
+        note="there is one attention kernel for a CPU",
+    )
     num_gpu_blocks_override: int | None = option(
         None, "Exact number of blocks (16 tokens each) of the KV cache", "Machine", low=1
     )
@@ -331,6 +339,7 @@ class Options(HttpOptions):
             kv_cache_bytes=self.kv_cache_memory_bytes,
             kv_cache_dtype=self.kv_cache_dtype,
             enforce_eager=self.enforce_eager,
+            attention_backend=self.attention_backend,
             num_blocks=self.num_gpu_blocks_override,
             threads=self.threads,
             tensor_parallel_size=self.tensor_parallel_size,

@@ -27,6 +27,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int | None = None
     kv_cache_dtype: str = "auto"
     enforce_eager: bool = False
+    attention_backend: str | None = None
     num_blocks: int | None = None
     reserved_bytes: int = 0
     threads: int | None = None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 Seen = tuple[tuple[slice | Tensor, Tensor], ...]
@@ -18,6 +21,24 @@ class Ahead:
     last: int
     request: int
     position: int
+
+
+class OnHost(NamedTuple):
+    """What of a batch the host knows, for kernels that are planned there."""
+
+    starts: npt.NDArray[np.int32]  # [R + 1]
+    contexts: npt.NDArray[np.int32]  # [R]
+    tables: npt.NDArray[np.int32]  # [R, W]
+
+
+class Prompts(Protocol):
+    """Another kernel for the tokens of prompts, in one step."""
+
+    def attend(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, heads: Heads, sinks: Tensor | None, out: Tensor
+    ) -> bool:
+        """Writes what they get to `out`, and anything for single tokens; False where it does not do so."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +67,8 @@ class Batch:
     whole: bool = False  # `rows` are all tokens, in their order
     decoding: bool = False  # see upload.decoding
     kept: Tensor | None = None  # int32 [R, 3], see StepPlan; None: no state is copied
+    on_host: OnHost | None = None
+    prompts: Prompts | None = None  # None: the own kernel
     runs: Tensor | None = None  # what `prepared` adds for the kernels
 
 

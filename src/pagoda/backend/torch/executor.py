@@ -18,7 +18,7 @@ from pagoda.arch.sharding import activation_bytes
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.base import Capacity, Done, Limits, Pending, Progress
 from pagoda.backend.reference import pooled_rows
-from pagoda.backend.torch import ops
+from pagoda.backend.torch import flash, ops
 from pagoda.backend.torch.adapters import Adapters
 from pagoda.backend.torch.answer import Chosen, Returning, choose
 from pagoda.backend.torch.batch import Batch
@@ -71,6 +71,8 @@ class TorchExecutor:
     """See backend.base.Executor. `launch` queues the work on the device; `wait` fetches what came of it."""
 
     cuda = True
+    prompts_by = flash.OWN
+    """Whose attention prompts get, and why."""
 
     def __init__(
         self, decoder: Decoder | Encoder, capacity: Capacity, device: Device, graphs: DecodeGraphs | None = None
@@ -94,6 +96,7 @@ class TorchExecutor:
     ) -> Self:
         """Raises ConfigError (no GPU), ModelError, or, before any weight is read, MemoryShort."""
         device = open_device(cls.cuda)
+        forced = flash.asked_for(limits.attention_backend) if device.is_gpu else None
         dtype = choose_dtype(limits.dtype, source.config, device)
         target = Target(device.device, dtype, limits.quantization, device.fp8)
         kv_type = FP8 if limits.kv_cache_dtype in KV_EIGHT_BITS else dtype
@@ -111,6 +114,7 @@ class TorchExecutor:
             decoder = team.joined(lambda: loader.decoder(limits.max_model_len, progress), limits.max_num_batched_tokens)
         else:
             decoder = EncoderLoader(spec, tensors, target).encoder(progress)
+        prompts_by = flash.given_prompts(decoder, (dtype, kv_type), device, limits.max_num_batched_tokens, forced)
         if device.is_gpu:
             stored, work = measured(decoder, limits, device, kv_type)
             stored, work = stored + own, work + max(0, held_outside(device) - outside)
@@ -138,7 +142,9 @@ class TorchExecutor:
             )
         # several GPUs are told the tokens of a step by the one that has sampled them
         at_once = 2 if team is ALONE and spec.pooling is None else 1
-        return cls(decoder, Capacity(blocks, stored, kv_bytes, work, name, at_once, kept), device, graphs)
+        executor = cls(decoder, Capacity(blocks, stored, kv_bytes, work, name, at_once, kept), device, graphs)
+        executor.prompts_by = prompts_by
+        return executor
 
     def launch(self, plan: StepPlan) -> Pending:
         with errors_told(f"step {plan.step}"), torch.inference_mode():
@@ -232,7 +238,7 @@ class TorchExecutor:
         self._graphs = None
         self.decoder.caches, self.decoder.layers = [], ()
         if isinstance(self.decoder, Decoder):
-            self.decoder.sight = None
+            self.decoder.sight = self.decoder.begun = None
         self.release()
 
     def release(self) -> None:

@@ -248,10 +248,12 @@ class Decoder:
     sight: Sight | None = None
     query_scales: Tensor | None = None  # float32 [positions]
     adapters: Adapters | None = None
+    begun: Callable[[Batch], Batch] | None = None
+    """Gives the prompts of a batch to another kernel."""
 
     def hidden(self, batch: Batch) -> Tensor:
         """The normed final hidden states of the rows of a batch, [L, hidden]."""
-        batch = ops.prepared(batch)
+        batch = ops.prepared(batch if self.begun is None else self.begun(batch))
         if self.adapters is not None:
             self.adapters.rows = batch.adapters
         total = self.embed(batch.tokens, batch.seen)

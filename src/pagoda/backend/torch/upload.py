@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pagoda.backend.rows import adapter_rows
-from pagoda.backend.torch.batch import Ahead, Batch
+from pagoda.backend.torch.batch import Ahead, Batch, OnHost
 from pagoda.backend.torch.sampling import NEAREST, Ragged, Sampling
 from pagoda.types import BLOCK_SIZE, Int32, StepPlan
 
@@ -132,6 +132,7 @@ def _add_batch(parcel: Parcel, plan: StepPlan | Fed, num_blocks: int) -> Callabl
         adapters=tuple((place, parcel[f"adapter.{place}"]) for place, _ in adapted),
         ahead=_ahead(plan.last_seen, positions, request_of),
         kept=None if plan.kept is None else parcel["kept"],
+        on_host=OnHost(plan.starts, contexts, tables),
     )
 
 

@@ -31,7 +31,8 @@ def paged_attention(
     out = torch.empty_like(q)
     if not len(q) or not len(batch.contexts):
         return out.zero_()
-    if batch.max_query > 1:
+    theirs = batch.prompts is not None and batch.prompts.attend(q, k_cache, v_cache, shape, sinks, out)
+    if batch.max_query > 1 and not theirs:
         run_prefill(q, k_cache, v_cache, batch, shape, out, _tile("prefill", q, shape), sinks=sinks)
     # a batch of one prompt has no single tokens
     if batch.max_query == 1 or len(batch.contexts) > 1:
