@@ -108,10 +108,10 @@ def kernels(calls: flash_stand_in.Calls) -> set[int]:
     return {named["window_left"] for name, _, named in calls if name == "plan"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [None, "flashinfer"])
 def test_a_model(asked: str | None, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In chunks beside single tokens, with steps launched ahead. `None`: it is faster than an
-    interpreter."""
+    """In chunks beside single tokens, with steps launched ahead. `None`: it is faster than an interpreter."""
     with install(monkeypatch):
         wanted = answers(core_of(model, **HALF))
     calls = installed(monkeypatch)
@@ -139,7 +139,7 @@ def broken(_: int) -> None:
 @pytest.mark.parametrize(
     ("faults", "asked", "said"),
     [
-        ({"run": slow}, None, "the own kernel for 1 layers of window None"),
+        pytest.param({"run": slow}, None, "the own kernel for 1 layers of window None", marks=pytest.mark.slow),
         ({"off": 0.5}, "FLASHINFER", "which differ by"),
         ({"off": float("nan")}, "FLASHINFER", "which differ by inf"),
         ({"plan": broken}, "FLASHINFER", "FlashInfer failed"),
@@ -159,6 +159,7 @@ def test_when_it_is_not_used(
     assert ("FlashInfer is installed and not used: RuntimeError: ninja" in caplog.text) == ("plan" in faults)
 
 
+@pytest.mark.slow
 def test_a_failure_in_a_step_leaves_all_to_the_kernels(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
