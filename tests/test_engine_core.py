@@ -171,7 +171,17 @@ def test_streams_that_go_on_are_told_while_the_next_step_runs(make: Any, monkeyp
     assert core.stats().scheduler.generation_tokens == 30 + 50 + 50 + 11 + 9 and not core.stats().scheduler.blocks_used
 
 
-def test_a_step_that_goes_on_and_fails_at_once_loses_no_token(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+class Failing:
+    """A step in flight."""
+
+    def wait(self) -> Any:
+        raise EngineError("told to fail")
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_step_that_goes_on_and_fails_loses_no_token(
+    at_once: bool, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     core = make()
     for name in ("a", "b", "c"):
         core.add(request(name, [5, 6], max_tokens=50))
@@ -180,7 +190,7 @@ def test_a_step_that_goes_on_and_fails_at_once_loses_no_token(make: Any, monkeyp
     def failing(plan: Any) -> Any:
         launched.append(plan.step)
         if len(launched) == 10:
-            raise EngineError("told to fail")
+            return Failing().wait() if at_once else Failing()
         return launch(plan)
 
     monkeypatch.setattr(core._executor, "launch", failing)

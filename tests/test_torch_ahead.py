@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,22 @@ def core_of(model: str, **changes: Any) -> EngineCore:
     return EngineCore(EngineConfig(model=model, device="torch-cpu", **table))
 
 
-def answers(core: EngineCore, cases: dict[str, dict[str, Any]]) -> dict[str, list[Any]]:
+def answers(core: EngineCore, cases: dict[str, dict[str, Any]], served: bool = False) -> dict[str, list[Any]]:
+    """`served`: as the engine's process works, whose reader stands still now and then."""
     found: dict[str, list[Any]] = {name: [] for name in cases}
     for name, params in cases.items():
         i = list(CASES).index(name)
         prompt = [(11 * i + 7 * j) % 250 + 2 for j in range(10 + 9 * i)]
         sampling = SamplingParams(**{"seed": 7 + i, "max_tokens": 30, **params})
         core.add(Request(request_id=name, prompt_token_ids=prompt, params=sampling))
-    while core.has_work:
-        for delta in core.step():
+    for turn in count():
+        if not core.has_work:
+            return found
+        for delta in core.step() if not served else core.begin() if turn % 5 else []:
             found[delta.request_id] += [delta.token_ids, delta.logprobs, delta.prompt_logprobs, delta.finish_reason]
-    return found
+        if served:
+            core.wait()
+    raise AssertionError("count ends")
 
 
 class Watched:
@@ -85,6 +91,18 @@ def test_answers_are_those_of_one_step_after_the_other(model: str) -> None:
         assert answers(core, {name: CASES[name] for name in names}) == {name: expected[name] for name in names}
         assert watched.ahead > 10
         assert core.stats().scheduler.blocks_used == 0
+
+
+@pytest.mark.parametrize("blocks", [40, 5, 4])
+def test_streams_that_go_on_where_blocks_run_out(model: str, blocks: int) -> None:
+    """The step behind one in flight is not planned then, and what came before it is applied first."""
+    cases = {name: {**CASES[name], "ignore_eos": True} for name in ("greedy", "drawn")}
+    one = core_of(model)
+    one._ahead = False
+    expected = answers(one, cases)
+    core = core_of(model, num_blocks=blocks)
+    assert answers(core, cases, served=True) == expected
+    assert core.stats().scheduler.blocks_used == 0
 
 
 def test_a_run_of_tokens_that_must_not_come_is_seen_across_steps(model: str) -> None:

@@ -207,10 +207,10 @@ class EngineCore:
 
     def wait(self) -> None:
         """Until the step that has begun is done. What came of it, the next `begin` tells."""
-        flight, self._flight = self._flight, None
-        if flight is None:
+        flight = self._flight
+        if flight is None or self._done is not None:  # what came of the one before is not taken yet
             return
-        plan = flight.plan
+        plan, self._flight = flight.plan, None
         try:
             if self._ahead:
                 self._flight = self._launch(self._scheduler.plan_ahead())
@@ -232,7 +232,7 @@ class EngineCore:
     def _follow(self) -> bool:
         """Launch a step that only goes on with the one that is done, whose result is applied while it runs."""
         done = self._done
-        if done is None or self._flight is not None or not self._scheduler.follow(done.plan, done.result):
+        if done is None or self._ahead or not self._scheduler.follow(done.plan, done.result):
             return False
         self._done = None
         self._flight = self._launch(done.plan)

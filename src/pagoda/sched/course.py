@@ -40,8 +40,10 @@ class Course:
         return self.flight
 
     def tell(self) -> list[Delta]:
-        """Apply the news."""
-        tokens, self.news = self.news or [], None
+        """Apply the news, if there are any."""
+        if self.news is None:
+            return []
+        tokens, self.news = self.news, None
         deltas = []
         for turn, token in zip(self.flight.turns, tokens, strict=True):
             seq = turn.seq
