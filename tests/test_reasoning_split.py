@@ -73,6 +73,14 @@ def test_marks_around_the_answer_are_left_out(step: int, text: str, content: str
     assert find_reasoning("<think></think>") == find_reasoning("", "qwen3")
 
 
+@pytest.mark.parametrize("step", [1, 2, 7, 1000])
+def test_marks_around_an_answer_without_reasoning(step: int) -> None:
+    """As with `enable_thinking` false."""
+    form = find_reasoning("", "hunyuan_a13b")
+    assert form is not None
+    assert split("<answer>\nHi < you.\n</answer>", step, form=form) == [Part("content", "Hi < you.")]
+
+
 @pytest.mark.parametrize("step", [1, 5, 1000])
 def test_gpt_oss_channels(step: int) -> None:
     text = (

@@ -104,7 +104,7 @@ struct DeltaJob {  // consecutive tokens of one request, one key head of a gated
 // Floats that a key head keeps of a request: inputs of the convolution, then S of its `shared` value heads, without a scale,
 // then those scales. A whole number of cache lines, or vectors would lie across two.
 constexpr int64_t delta_state(int64_t key_dim, int64_t value_dim, int64_t shared, int64_t kernel) {
-  return ((kernel - 1) * (2 * key_dim + shared * value_dim) + shared * key_dim * value_dim + shared + 15) / 16 * 16;
+  return ((kernel - 1) * (2 * key_dim + shared * value_dim) + shared * key_dim * value_dim + (key_dim ? shared : 0) + 15) / 16 * 16;
 }
 
 // Floats of scratch that `delta` needs.

@@ -136,8 +136,8 @@ class ThinkSplitter:
             return self._inside()
         if self._form.start.startswith(text) and len(self._buffer) <= _MAX_BLANK_CHARS:
             return []
-        self._step = self._content
-        return self._content()
+        self._step = self._content if self._around is None else self._inner
+        return self._step()
 
     def _inside(self) -> list[Part]:
         found = self._ends.search(self._buffer)

@@ -27,7 +27,8 @@ from_gguf = llama.from_gguf
 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
     scaled = {} if config.get("rope_parameters") or config.get("rope_scaling") else {"rope_scaling": _ROPE}
-    fields = Fields({"rope_theta": 1e6, **config, **scaled}, "config.json")
+    ends = {} if config.get("eos_token_id") is not None else {"eos_token_id": [128001, 128008, 128009]}
+    fields = Fields({"rope_theta": 1e6, **config, **scaled, **ends}, "config.json")
     count = fields.integer("num_hidden_layers", most=MOST_LAYERS)
     window = fields.integer("sliding_window", DEFAULT_WINDOW)
     sliding = decoder.layer_kinds(fields, [i % PATTERN != 0 for i in range(count)])

@@ -16,7 +16,7 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def of_config(model_type: str, config: Mapping[str, Any]) -> ModelSpec:
-    fields = Fields(config, "config.json")
+    fields = Fields({"tie_word_embeddings": True, **config}, "config.json")
     bias = fields.flag("use_bias", False)
     parts = decoder.Parts(qkv_bias=bias, out_bias=bias, mlp_bias=bias, interleaved=True)
     return decoder.from_config(model_type, fields, parts)
