@@ -146,17 +146,17 @@ def micro(
     shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, small: bool
 ) -> Iterator[tuple[str, Callable[[], Row]]]:
     """Bytes and operations per second of each kernel on real shapes."""
-    for n, k in shapes:
-        for name, weight in weights(n, k, dtype, device).items():
-            for rows in (1, 3, 70) if small else (1, 8, 64, 256, 4096):
-                args = (name, (n, k), rows, weight_nbytes(weight), dtype, device)
-                yield f"{name} {n}x{k} rows {rows}", lambda args=args: product_row(*args)  # type: ignore[misc]
     decodes = ((2, 64),) if small else ((1, 1024), (8, 1024), (64, 1024), (256, 1024), (8, 16384))
     many = [[(1, context - 1)] * count for count, context in decodes]
     many += [[(tokens, 0)] for tokens in ((64,) if small else (1024, 4096, 16384))]
     for requests in many:
         name = f"attention {len(requests)} of {sum(requests[0])}, {requests[0][0]} at once"
         yield name, lambda r=requests: attention_row(r, dtype, device, small)  # type: ignore[misc]
+    for n, k in shapes:
+        for name, weight in weights(n, k, dtype, device).items():
+            for rows in (1, 3, 70) if small else (1, 8, 64, 256, 4096):
+                args = (name, (n, k), rows, weight_nbytes(weight), dtype, device)
+                yield f"{name} {n}x{k} rows {rows}", lambda args=args: product_row(*args)  # type: ignore[misc]
 
 
 def in_a_row(x: torch.Tensor, norm: torch.Tensor, weight: Weight) -> torch.Tensor:

@@ -114,10 +114,14 @@ def autotune(end: float) -> Iterator[bool]:
 
 def measured(name: str, config: Row, kind: str, ranks: int, until: float) -> Iterator[bool]:
     title = name if ranks == 1 else f"{name} x{ranks}"
-    todo = [m for m in gpu_models.measures(name, SMALL, JOB["roof"], until) if f"{title}: {m[0]}" not in JOB["over"]]
-    if not todo or f"{title}: load" in JOB["over"]:
+
+    def left(until: float) -> list[tuple[str, str, Callable[[gpu_models.Model], Row]]]:
+        measures = gpu_models.measures(name, SMALL, JOB["roof"], until)
+        return [measure for measure in measures if f"{title}: {measure[0]}" not in JOB["over"]]
+
+    if not left(until) or f"{title}: load" in JOB["over"]:
         return
-    made: list[gpu_models.Model] = []
+    made, began = list[gpu_models.Model](), time.monotonic()
 
     def load() -> Iterator[tuple[str, Row]]:
         made.append(gpu_models.Model(name, config, kind, Path(JOB["folder"]) / title, SMALL, ranks))
@@ -129,8 +133,9 @@ def measured(name: str, config: Row, kind: str, ranks: int, until: float) -> Ite
 
     if not unit(f"{title}: load", "load", load):
         return
+    until = min(until + time.monotonic() - began, JOB["end"])  # what a load compiles is not the measures' time
     try:
-        for what, phase, measure in todo:
+        for what, phase, measure in left(until):
             if time.monotonic() > until:
                 row("cut", {"model": title, "what": what})
                 break

@@ -217,6 +217,13 @@ def test_the_cache_takes_what_is_left(floats: Path, monkeypatch: pytest.MonkeyPa
             core_of(floats, num_blocks=None, memory_share=0.5)
 
 
+def test_a_smaller_trial_step_may_have_the_longest_prompt(floats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """140 tokens are 14 for the first of 19 requests, and 35 are 17."""
+    with install(monkeypatch):
+        core = core_of(floats, num_blocks=None, max_num_batched_tokens=140, max_num_seqs=19, enforce_eager=True)
+        core.close()
+
+
 def test_what_libraries_hold_is_not_for_the_cache(floats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL and compiled programs take memory that PyTorch does not know, once they are first used."""
     table: dict[str, Any] = {"num_blocks": None, "max_num_seqs": 8, "max_model_len": 256, "memory_share": 0.5}

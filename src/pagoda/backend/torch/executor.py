@@ -299,7 +299,7 @@ def measured(decoder: Decoder | Encoder, limits: Limits, device: Device, kv_type
     weights = torch.cuda.memory_allocated(device.device)
     count = limits.max_num_batched_tokens
     plans = trial_steps(count, min(limits.max_num_seqs, count), limits.max_model_len)
-    blocks = int(plans[0].block_tables.max()) + 1
+    blocks = 1 + max(int(plan.block_tables.max()) for plan in plans)
     generating = decoder if isinstance(decoder, Decoder) and decoder.spec.pooling is None else None
     decoder.caches = make_caches(decoder.spec, blocks, kv_type, device.device, limits.max_num_seqs)
     begun = torch.cuda.memory_allocated(device.device)

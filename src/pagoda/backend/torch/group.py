@@ -158,7 +158,13 @@ class Group(Team):
         self._sums = self._sums_of_step
 
     def tried(self, tokens: int, work: Callable[[], object]) -> None:
-        self.step(np.zeros(tokens, np.int32), Work(tokens, 0, work))
+        try:
+            self.step(np.zeros(tokens, np.int32), Work(tokens, 0, work))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the others wait within the step
+            _log.critical("rank %d failed in a trial step; the engine ends", self.rank, exc_info=True)
+            raise SystemExit(EngineError.exit_code) from error
 
     def step(self, tokens: Int32, work: Work[_T]) -> _T:
         """What comes of a step's work at this rank.
