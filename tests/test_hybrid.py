@@ -228,9 +228,13 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 
 def test_the_kernels_and_the_fixed_buffers_of_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts, parts of them that go on, and single tokens in a padded batch."""
     write_checkpoint(tmp_path, "qwen3.5", num_hidden_layers=2, full_attention_interval=2)
-    plain, fused = (load(tmp_path, "torch-cpu") for _ in range(2))
+    check_kernels(tmp_path, monkeypatch)
+
+
+def check_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, parts of them that go on, and single tokens in a padded batch."""
+    plain, fused = (load(path, "torch-cpu") for _ in range(2))
     lengths, places, plans = (5, 2, 1), [2, 0, 3], []
     for count, done in ((lengths, (0, 0, 0)), ((3, 1, 2), lengths), ((1, 1, 1), (8, 3, 3)), ((1, 1, 1), (9, 4, 4))):
         feeds = [last(TOKENS[at : at + n], at, (5 - r,)) for r, (n, at) in enumerate(zip(count, done, strict=True))]

@@ -77,7 +77,7 @@ def test_preemption_and_a_restart_change_no_token(tiny: Tiny) -> None:
 
 @pytest.mark.slow
 def test_the_kernels_and_the_fixed_buffers_of_graphs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    test_hybrid.test_the_kernels_and_the_fixed_buffers_of_graphs(tiny, monkeypatch)
+    test_hybrid.check_kernels(tiny[0], monkeypatch)
 
 
 @pytest.mark.parametrize("device", ["cpu", "torch-cpu"])
