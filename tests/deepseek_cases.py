@@ -25,7 +25,7 @@ _EXPERTS = {
 _PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 
 _GROUPS = {"n_group": 4, "topk_group": 2}
-_LATENT = {
+LATENT = {
     "kv_lora_rank": 32,
     "q_lora_rank": 32,
     "qk_nope_head_dim": 32,
@@ -66,7 +66,7 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "deepseek_v2-lite": {
             "model_type": "deepseek_v2",
             **_EXPERTS,
-            **_LATENT,
+            **LATENT,
             "q_lora_rank": None,
             "n_group": 1,
             "topk_group": 1,
@@ -75,12 +75,12 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "deepseek_v2": {
             "model_type": "deepseek_v2",
             **_EXPERTS,
-            **_LATENT,
+            **LATENT,
             "n_group": 4,
             "topk_group": 2,
             "topk_method": "group_limited_greedy",
         },
-        "deepseek_v3": {"model_type": "deepseek_v3", **_EXPERTS, **_LATENT, **_GROUPS, "rope_parameters": _YARN},
+        "deepseek_v3": {"model_type": "deepseek_v3", **_EXPERTS, **LATENT, **_GROUPS, "rope_parameters": _YARN},
         "hunyuan_v1_moe": {
             "model_type": "hunyuan_v1_moe",
             "head_dim": 32,
@@ -89,7 +89,7 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "intermediate_size": 64,
             "pad_token_id": 0,
         },
-        "glm4_moe_lite": {"model_type": "glm4_moe_lite", **_EXPERTS, **_LATENT, "rms_norm_eps": 1e-6},
+        "glm4_moe_lite": {"model_type": "glm4_moe_lite", **_EXPERTS, **LATENT, "rms_norm_eps": 1e-6},
     }
 )
 _GGUF: Mapping[str, str] = MappingProxyType({"glm4_moe": "glm4moe", "hunyuan_v1_moe": "hunyuan-moe"})

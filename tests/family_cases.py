@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from checkpoints import TINY, neighbours, random_model
-from deepseek_cases import stored_tensors, with_lively_choices
+from deepseek_cases import LATENT, stored_tensors, with_lively_choices
 from gguf_writer import write_gguf
 
 SMALL: Mapping[str, Any] = MappingProxyType({**TINY, "num_hidden_layers": 2, "pad_token_id": 0})
@@ -163,12 +163,7 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "youtu": {
             "model_type": "youtu",
-            "kv_lora_rank": 32,
-            "q_lora_rank": 32,
-            "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 32,
-            "num_key_value_heads": 4,
+            **LATENT,
             "tie_word_embeddings": True,
         },
         "lfm2": {

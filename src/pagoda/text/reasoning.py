@@ -136,8 +136,7 @@ class ThinkSplitter:
             return self._inside()
         if self._form.start.startswith(text) and len(self._buffer) <= _MAX_BLANK_CHARS:
             return []
-        self._step = self._content if self._around is None else self._inner
-        return self._step()
+        return self._begin()
 
     def _inside(self) -> list[Part]:
         found = self._ends.search(self._buffer)
@@ -155,6 +154,10 @@ class ThinkSplitter:
         self._buffer = self._buffer.lstrip("\n")
         if not self._buffer:
             return []
+        return self._begin()
+
+    def _begin(self) -> list[Part]:
+        """The answer itself."""
         self._step = self._content if self._around is None else self._inner
         return self._step()
 

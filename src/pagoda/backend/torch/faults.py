@@ -55,6 +55,11 @@ def broken() -> bool:
 
 
 def device_lost(work: str) -> SystemExit:
-    """After a fault the GPU serves this process no more: it ends, and the server starts another one."""
-    _log.critical("%s broke the GPU's context; the engine ends", work, exc_info=True)
+    """After a fault the GPU serves this process no more."""
+    return engine_lost(f"{work} broke the GPU's context")
+
+
+def engine_lost(why: str) -> SystemExit:
+    """The error under way is logged; this process ends, and the server starts another one."""
+    _log.critical("%s; the engine ends", why, exc_info=True)
     return SystemExit(EngineError.exit_code)

@@ -23,6 +23,7 @@ from pagoda.arch.memory import blocks_for
 from pagoda.arch.sharding import share, vocab_range
 from pagoda.arch.spec import ModelSpec
 from pagoda.backend.torch.batch import Seen
+from pagoda.backend.torch.faults import engine_lost
 from pagoda.backend.torch.model import Block, Decoder, Table, with_seen
 from pagoda.backend.torch.team import Team
 from pagoda.backend.torch.upload import MAX_ROWS, Fed
@@ -163,8 +164,7 @@ class Group(Team):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the others wait within the step
-            _log.critical("rank %d failed in a trial step; the engine ends", self.rank, exc_info=True)
-            raise SystemExit(EngineError.exit_code) from error
+            raise engine_lost(f"rank {self.rank} failed in a trial step") from error
 
     def step(self, tokens: Int32, work: Work[_T]) -> _T:
         """What comes of a step's work at this rank.

@@ -26,6 +26,7 @@ from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.base import Limits, Pending, Progress
 from pagoda.backend.torch.executor import TorchExecutor
+from pagoda.backend.torch.faults import engine_lost
 from pagoda.backend.torch.group import Group, Recording, Work
 from pagoda.backend.torch.team import ALONE, Team
 from pagoda.backend.torch.upload import MAX_ROWS, Fed, upload, upload_batch
@@ -179,8 +180,7 @@ class ParallelExecutor(TorchExecutor):
             raise
         except Exception as error:
             # the others may have gone further, or wait for this one
-            _log.critical("%s failed at one of %d ranks; the engine ends", what, self.group.size, exc_info=True)
-            raise SystemExit(EngineError.exit_code) from error
+            raise engine_lost(f"{what} failed at one of {self.group.size} ranks") from error
         self.apart = False
 
     def close(self) -> None:
