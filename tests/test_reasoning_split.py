@@ -53,6 +53,16 @@ def test_reasoning_and_content(step: int, text: str, opened: bool, reasoning: st
     assert split(text, step, opened=opened) == [part for part in wanted if part.text]
 
 
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_the_channel_that_gemma_4_thinks_in(step: int) -> None:
+    template = "{% if not enable_thinking %}<|channel>thought\\n<channel|>{% endif %}"
+    form = find_reasoning(template)
+    assert form is not None and form == find_reasoning("", "gemma4")
+    text = "<|channel>thought\nLet me see.\n<channel|>It is 4."
+    assert split(text, step, form=form) == [Part("reasoning", "Let me see."), Part("content", "It is 4.")]
+    assert not form.is_open("<|turn>model\n<|channel>thought\n<channel|>") and form.is_open("<|channel>thought\n")
+
+
 @pytest.mark.parametrize("step", [1, 2, 7, 1000])
 @pytest.mark.parametrize(
     ("text", "content"),

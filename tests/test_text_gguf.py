@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from text_models import CORPUS, LLAMA3_SPLIT, TEXTS, gguf_byte_metadata, gguf_space_metadata, trained_json, write_model
 from transformers import AutoTokenizer
 
 from pagoda.errors import ModelError
+from pagoda.text import gguf_vocab
 from pagoda.text.gguf_vocab import build_gguf_vocab
 from pagoda.text.pieces import byte_characters
 from pagoda.text.tokenizer import Tokenizer, load_tokenizer
@@ -138,6 +140,21 @@ def test_sentencepiece_merges_by_score() -> None:
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert ids == reference_sentencepiece(metadata, text)
+        assert tokenizer.decode(ids) == text
+
+
+def test_gemma_4_merges_lines_without_their_ends() -> None:
+    plain = gguf_space_metadata(**{"tokenizer.ggml.add_space_prefix": False})
+    tokens = plain["tokenizer.ggml.tokens"]
+    merges = gguf_vocab._merges_of_scores(tokens, plain["tokenizer.ggml.token_type"], plain["tokenizer.ggml.scores"])
+    words = {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.merges": [f"{a} {b}" for a, b in merges]}
+    tokenizer = load_tokenizer("m.gguf", plain | words)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True))
+    theirs.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    for text in (*TEXTS, " hello\n\nworld \n the", "ähm\n"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == theirs.encode(text).ids
         assert tokenizer.decode(ids) == text
 
 

@@ -38,7 +38,7 @@ KINDS = {"city": str, "days": int, "unit": str, "exact": bool, "tags": list}
 
 NAMES = (
     "hermes qwen3_coder glm45 mistral mistral_args llama3_json pythonic llama4_pythonic lfm2 deepseek_v3 deepseek_v31 "
-    "kimi_k2 minimax_m2 functiongemma granite jamba phi4_mini_json openai"
+    "kimi_k2 minimax_m2 functiongemma gemma4 granite jamba phi4_mini_json openai"
 ).split()
 
 

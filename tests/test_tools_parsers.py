@@ -92,6 +92,12 @@ GOLDEN = [
         "<start_function_call>call:now{}<end_function_call><start_function_response>",
         BOTH_PLAIN,
     ),
+    (
+        "gemma4",
+        '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:3}<tool_call|>'
+        "<|tool_call>call:now{}<tool_call|><|tool_response>",
+        BOTH_PLAIN,
+    ),
     ("lfm2", "Hm.<|tool_call_start|>[now()]<|tool_call_end|>", [Part("content", "Hm."), *BOTH[2:]]),
     (
         "deepseek_v3",
@@ -217,6 +223,7 @@ def test_a_megabyte_of_hostile_text_takes_linear_time(name: str, unit: str) -> N
         ("{% if tools %}[TOOL_CALLS]...[ARGS]", "mistral_args"),
         ("{% if tools %}<|python_tag|>", "llama3_json"),
         ("{% if tools %}<start_function_call>call:", "functiongemma"),
+        ("{% if tools %}<|tool_call>call:", "gemma4"),
         ("{% if tools %}[func_name1(params_name1=params_value1", "pythonic"),
         ("{% for tool in message.tool_calls %}{{ tools }}<｜tool▁calls▁begin｜>```json", "deepseek_v3"),
         ("{{ tools }}<｜tool▁calls▁begin｜>", "deepseek_v31"),

@@ -34,7 +34,7 @@ _GGUF_NAMES = {
 }
 _INTEGERS = ("top_k", "max_tokens")
 _GGUF_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>")
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<turn|>")
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,9 +148,11 @@ def build_gguf_vocab(metadata: Mapping[str, Any]) -> GgufVocab:
         types = _spaces_as_normal(tokens, types) if prefix else types
         backend, add_bos = _sentencepiece(metadata, tokens, types, prefix), True
         pieces = Pieces("space", _SPACE, strip_first=prefix)
+    elif model == "gemma4":
+        backend, pieces, add_bos = _spaced(metadata, tokens), Pieces("space", _SPACE, strip_first=False), True
     else:
         raise ModelError(
-            f"the GGUF file has a tokenizer of kind {model!r}; gpt2 and llama can be rebuilt",
+            f"the GGUF file has a tokenizer of kind {model!r}; gpt2, llama and gemma4 can be rebuilt",
             remedy="Take another GGUF file of the model, or its safetensors version",
         )
     _add_tokens(backend, tokens, types, model)
@@ -207,10 +209,7 @@ def _family(name: Any) -> _Pre:
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], family: _Pre) -> tokenizers.Tokenizer:
     vocab = {token: i for i, token in enumerate(tokens)}
-    same = {token: token for token in vocab}  # or each would be there again in all its merges
-    cuts = (merge.partition(" ") for merge in _strings(metadata, "tokenizer.ggml.merges"))
-    merges = [(same.get(left, left), same.get(right, right)) for left, _, right in cuts]
-    backend = _model(vocab, merges, ignore_merges=family.ignore_merges)
+    backend = _model(vocab, _merges(metadata, vocab), ignore_merges=family.ignore_merges)
     steps: list[pre_tokenizers.PreTokenizer] = [
         pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in family.patterns
     ]
@@ -219,6 +218,29 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], family: _Pre
     if family.nfc:
         backend.normalizer = normalizers.NFC()
     return backend
+
+
+def _spaced(metadata: Mapping[str, Any], tokens: Sequence[str]) -> tokenizers.Tokenizer:
+    """Merges of characters, over lines without their ends: a run of these is one token where there is such a token."""
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unknown = _token_id(metadata, "unknown_token_id", len(tokens))
+    backend = _model(
+        vocab,
+        _merges(metadata, vocab),
+        byte_fallback=True,
+        fuse_unk=True,
+        ignore_merges=True,
+        unk_token=tokens[unknown] if unknown is not None else None,
+    )
+    backend.normalizer = normalizers.Replace(" ", _SPACE)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+"), "isolated")
+    return backend
+
+
+def _merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    same = {token: token for token in vocab}  # or each would be there again in all its merges
+    cuts = (merge.partition(" ") for merge in _strings(metadata, "tokenizer.ggml.merges"))
+    return [(same.get(left, left), same.get(right, right)) for left, _, right in cuts]
 
 
 def _sentencepiece(
@@ -269,6 +291,6 @@ def _add_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Seq
             added.append(AddedToken(tokens[i], special=True, normalized=False))
         elif kind == _USER_DEFINED and tokens[i]:
             # A SentencePiece vocabulary stores its own mark for the space, which exists only after normalizing.
-            marked = model == "llama" and _SPACE in tokens[i]
+            marked = model in ("llama", "gemma4") and _SPACE in tokens[i]
             added.append(AddedToken(tokens[i], special=False, normalized=marked))
     backend.add_tokens(added)

@@ -66,6 +66,7 @@ _FORMATS: Mapping[str, ReasoningFormat] = MappingProxyType(
         "qwen3": _THINK,
         "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
         "seed_oss": ReasoningFormat("<seed:think>", "</seed:think>"),
+        "gemma4": ReasoningFormat("<|channel>thought", "<channel|>", then=""),
         "granite": ReasoningFormat("Here is my thought process:", "Here is my response:"),
         "deepseek_r1": ReasoningFormat("<think>", "</think>", opened=True),
         "step3": ReasoningFormat("<think>", "</think>", opened=True),
@@ -74,7 +75,7 @@ _FORMATS: Mapping[str, ReasoningFormat] = MappingProxyType(
         ),
     }
 )
-_FOUND_BY_TEMPLATE = ("openai_gptoss", "ernie45", "hunyuan_a13b", "qwen3", "mistral", "seed_oss", "granite")
+_FOUND_BY_TEMPLATE = ("openai_gptoss", "ernie45", "hunyuan_a13b", "qwen3", "mistral", "seed_oss", "granite", "gemma4")
 
 
 def find_reasoning(template: str, name: str | None = None) -> ReasoningFormat | None:

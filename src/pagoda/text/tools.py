@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +12,7 @@ from pagoda.errors import BadRequest, ConfigError
 from pagoda.text import harmony
 from pagoda.text.tool_grammar import CallForm
 from pagoda.text.tool_parsers.json_calls import bare_objects, deepseek_call, kimi_call, listed_calls, mistral_calls
-from pagoda.text.tool_parsers.marked_calls import STRING, marked_call
+from pagoda.text.tool_parsers.marked_calls import GEMMA4_STRING, STRING, marked_call
 from pagoda.text.tool_parsers.pythonic import pythonic_calls
 from pagoda.text.tool_parsers.reading import Reader
 from pagoda.text.tool_parsers.scanner import CallScanner
@@ -135,6 +136,12 @@ _FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
             noise=("<end_function_call>", "<start_function_response>"),
             inside=(STRING,),
         ),
+        "gemma4": ToolFormat(
+            CallForm("<|tool_call>call:", "{", "}<tool_call|>", separator="", arguments="marked", end=GEMMA4_STRING),
+            {"<|tool_call>": partial(marked_call, mark=GEMMA4_STRING)},
+            noise=("<tool_call|>", "<|tool_response>"),
+            inside=(GEMMA4_STRING,),
+        ),
         "granite": _listed("<|tool_call|>"),
         "jamba": _listed("<tool_calls>", "</tool_calls>"),
         "phi4_mini_json": _listed("functools"),
@@ -165,6 +172,7 @@ _FOUND_BY: tuple[tuple[str, str], ...] = (
     ("<|tool_call_start|>", "lfm2"),
     ("<|python_start|>", "llama4_pythonic"),
     ("<start_function_call>", "functiongemma"),
+    ("<|tool_call>", "gemma4"),
     ("<tool_calls>", "jamba"),
     ("<tool_call>", "hermes"),
     ("<|tool_call|>", "granite"),
