@@ -55,6 +55,7 @@ enum pg_op_kind : int32_t {
   PG_GATED_GELU = 41,    // out = gelu(in[:, :n]) * in[:, n:]
   PG_RELU2 = 42,         // out = the square of what of in is above 0
   PG_GRID = 27,          // out += the positions of the table `vector` with `layer` rows and columns, spread over the picture
+  PG_ADD_SCALED = 48,    // out += in * vector
 };
 
 enum pg_op_flags : int32_t {

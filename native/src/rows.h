@@ -34,6 +34,10 @@ inline void put_in_order(const std::vector<int32_t>& places, float* row, float* 
   for (size_t i = 0; i < places.size(); i++) row[i] = scratch[places[i]];
 }
 
+inline void add_scaled(float* out, const float* x, const float* scale, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] += x[i] * scale[i];
+}
+
 inline void add_to(float* out, const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i++) out[i] += x[i];
 }

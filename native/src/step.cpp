@@ -187,6 +187,7 @@ class StepJob : public Job {
         if (st_.vector_of && st_.vector_of[row] >= 0) add_to(out, vectors_of(row) + op.layer * c_.buffers[op.out].width, c_.buffers[op.out].width);
         break;
       case PG_GRID: add_grid_position(st_, row, vector(op.vector), op.layer, c_.buffers[op.out].width, out); break;
+      case PG_ADD_SCALED: add_scaled(out, in, vector(op.vector), c_.buffers[op.out].width); break;
       case PG_GELU: k.gelu(in, c_.buffers[op.out].width, out); break;
       case PG_QUICK_GELU: k.quick_gelu(in, c_.buffers[op.out].width, out); break;
       case PG_GELU_TANH: k.gelu_tanh(in, c_.buffers[op.out].width, out); break;

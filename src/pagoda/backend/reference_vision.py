@@ -103,28 +103,40 @@ class ReferenceImages:
         if v.grid_side:
             taps, shares = grid_taps(place, image.grid, v.grid_side)
             x += (self.weights["vision.positions"][taps] * shares[:, :, None]).sum(axis=1)
+        if v.class_token:
+            x = np.concatenate([x, self.weights["vision.positions"][-1:]])
         if v.first_norm:
             x = self.norm("vision.first_norm", x)
         deep: list[Float32] = []
         for i in range(v.depth):
             name = f"vision.layers.{i}."
             segments = place.frames if v.sees_all(i) else place.windows
-            x = x + self.attention(name, self.norm(name + "attn_norm", x), turns, segments)
-            x = x + self.mlp(name, self.norm(name + "mlp_norm", x))
+            seen = self.attention(name, self.norm(name + "attn_norm", x), turns, segments)
+            x = x + seen * self.weights.get(name + "attn_scale", 1)
+            x = x + self.mlp(name, self.norm(name + "mlp_norm", x)) * self.weights.get(name + "mlp_scale", 1)
             if i in v.deep_layers:
                 name = f"vision.deep.{len(deep)}."
                 deep.append(self.merged(name, self.norm(name + "merge_norm", x.reshape(-1, v.merged_size))))
-        last = self.merged("vision.", self.norm("vision.merge_norm", x, v.merge_eps).reshape(-1, v.merged_size))
-        vectors = np.concatenate([last, *deep], axis=1)
+        vectors = np.concatenate([self.merged("vision.", self.joined(x[: place.patches])), *deep], axis=1)
         out = np.empty_like(vectors)
         out[place.order] = vectors
         return out
+
+    def joined(self, x: Float32) -> Float32:
+        """The patches of each token side by side, normed."""
+        v = self.vision
+        if v.merge_norm == "each":
+            x = self.norm("vision.merge_norm", x, v.merge_eps)
+        x = x.reshape(-1, v.merged_size)
+        return self.norm("vision.merge_norm", x, v.merge_eps) if v.merge_norm == "joined" else x
 
     def merged(self, name: str, x: Float32) -> Float32:
         """Of the patches of each token, side by side, its vector."""
         v = self.vision
         if v.merge == "averaged":
             x = self.norm(name + "mean_norm", x.reshape(len(x), -1, v.hidden_size).mean(axis=1), v.merge_eps)
+            return self.linear(name + "merge_down", x)
+        if v.merge == "linear":
             return self.linear(name + "merge_down", x)
         if v.merge == "reduced":
             x = self.linear(name + "merge_in", x)

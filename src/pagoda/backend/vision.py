@@ -34,13 +34,18 @@ class Layout:
     The patches that become one token are neighbours always; `order` [N / merge²] says which token's patches stand at
     each place. Patches attend to those of their segment: `frames` and `windows` are where segments begin, and the
     end; without windows both are the same. `places` [3, N] are the group of frames, the row and the column of each
-    patch.
+    patch. A class token is the last row, in row and column -1.
     """
 
     order: Index
     frames: Int32
     windows: Int32
     places: Int32
+
+    @property
+    def patches(self) -> int:
+        """Rows that are patches."""
+        return int((self.places[1] >= 0).sum())
 
     def turns(self, vision: Vision) -> tuple[Float32, Float32]:
         """cos and sin [N, head size / 2] of the pairs (i, i + head size / 2) of queries and keys.
@@ -81,7 +86,7 @@ def grid_taps(place: Layout, grid: tuple[int, int, int], side: int) -> tuple[Ind
     """Of a square table of positions with `side` rows and columns: the four that each patch [N, 4] is between, and what
     share it has of each."""
     ends, shares = [], []
-    for at, size in zip(place.places[1:], grid[1:], strict=True):
+    for at, size in zip(place.places[1:, : place.patches], grid[1:], strict=True):
         where = at.astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
         low = np.minimum(where.astype(np.intp), side - 1)
         share = (where - low).astype(np.float32)
@@ -122,7 +127,11 @@ def layout(grid: tuple[int, int, int], vision: Vision) -> Layout:
         window = (frame * down + row // side) * across + column // side
         order = np.argsort(window, kind="stable")
         windows = np.concatenate([[0], np.cumsum(np.bincount(window))]).astype(np.int32) * np.int32(merge**2)
-    return Layout(order, frames, windows, _places(frame[order], row[order], column[order], merge))
+    places = _places(frame[order], row[order], column[order], merge)
+    if vision.class_token:  # of one frame, as all pictures of such a model are
+        frames = windows = np.array([0, h * w + 1], np.int32)
+        places = np.concatenate([places, np.array([[0], [-1], [-1]], np.int32)], axis=1)
+    return Layout(order, frames, windows, places)
 
 
 def _places(frame: Index, row: Index, column: Index, merge: int) -> Int32:

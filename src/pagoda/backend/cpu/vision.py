@@ -67,7 +67,7 @@ class VisionProgram(Program):
         }
         for i in range(v.depth):
             p = f"layers.{i}."
-            vectors += [p + "attn_norm", p + "mlp_norm"]
+            vectors += [p + name for name in ("attn_norm", "mlp_norm", "attn_scale", "mlp_scale")]
             products |= {p + name: (p + name,) for name in ("qkv", "o", "down")}
             products[p + "gate_up"] = (p + "gate", p + "up") if v.gated else (p + "up",)
         products = {name: slots for name, slots in products.items() if slots[0] in self._tensors}
@@ -106,15 +106,16 @@ class VisionProgram(Program):
             if i in v.deep_layers:
                 place = v.deep_layers.index(i)
                 self._merge(f"deep.{place}.", place + 1, parts=1)
-        self._merge("", 0, parts=v.merge_size**2)
+        self._merge("", 0, parts=1 if v.merge_norm == "joined" else v.merge_size**2)
         return self._ops
 
     def _merge(self, p: str, place: int, parts: int) -> None:
         """Make vector `place` of each token; a norm is of each of the `parts` that are joined, or of them all."""
         v, rows, joined = self._vision, native.LOGIT_ROWS, MERGED
         eps = v.norm_eps if v.merge_eps is None else v.merge_eps
-        self._emit(native.GATHER, in_=X, out=JOINED, flags=rows)
-        self._vision_norm(p + "merge_norm", JOINED, MERGED, rows, parts, eps)
+        self._emit(native.GATHER, in_=X, out=JOINED if v.merge_norm else MERGED, flags=rows)
+        if v.merge_norm:
+            self._vision_norm(p + "merge_norm", JOINED, MERGED, rows, parts, eps)
         if v.merge == "averaged":
             joined = ONE
             self._emit(native.MEAN, in_=MERGED, out=ONE, layer=parts, flags=rows)
@@ -122,7 +123,7 @@ class VisionProgram(Program):
         if v.merge == "reduced":
             joined = ONE
             self._product(p + "merge_in", MERGED, ONE, rows)
-        if v.merge != "averaged":
+        if v.merge in ("joined", "narrow", "reduced"):
             self._product(p + "merge_up", joined, MERGED_UP, rows)
             self._emit(native.GELU, in_=MERGED_UP, out=MERGED_UP, flags=rows)
             joined = MERGED_UP
@@ -137,11 +138,18 @@ class VisionProgram(Program):
             self._emit(native.ROPE, in_=QKV, flags=pieces)
         whole = native.FRAMES if v.sees_all(i) else 0
         self._emit(native.ATTEND_ALL, in_=QKV, out=ATT, f=v.head_dim**-0.5, flags=whole)
-        self._product(p + "o", ATT, X, native.ADD | pieces)
+        self._add(p + "o", ATT, p + "attn_scale")
         self._vision_norm(p + "mlp_norm", X, H, pieces)
         self._product(p + "gate_up", H, GATE_UP, pieces)
         self._emit(ACTIVATIONS[v.activation, v.gated], in_=GATE_UP, out=MLP, flags=pieces)
-        self._product(p + "down", MLP, X, native.ADD | pieces)
+        self._add(p + "down", MLP, p + "mlp_scale")
+
+    def _add(self, name: str, in_: int, scale: str) -> None:
+        """To each patch a product, scaled where there is a vector for that."""
+        if scale not in self.ids:
+            return self._product(name, in_, X, native.ADD | native.PIECES)
+        self._product(name, in_, H, native.PIECES)
+        self._emit(native.ADD_SCALED, in_=H, out=X, vector=scale, flags=native.PIECES)
 
     def _vision_norm(self, name: str, in_: int, out: int, flags: int, parts: int = 1, eps: float | None = None) -> None:
         kind = native.LAYER_NORM if self._vision.norm == "layer" else native.NORM
@@ -285,8 +293,8 @@ def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
     v = vision_of(spec)
     patch, inner = (-(-size // BLOCK) * BLOCK for size in (v.patch_values, v.intermediate_size))
     wide, heads, gates = v.hidden_size, v.heads * padded_head(v), 2 if v.gated else 1
-    up = {"joined": v.merged_size, "reduced": spec.hidden_size, "averaged": 0}[v.merge]
-    one = 0 if v.merge == "joined" else wide
+    up = {"joined": v.merged_size, "narrow": spec.hidden_size, "reduced": spec.hidden_size}.get(v.merge, 0)
+    one = wide if v.merge in ("reduced", "averaged") else 0
     all_rows, piece, merged = native.TOKENS, native.PIECE, native.LOGITS
     return [
         BufferShape(patch, piece), BufferShape(wide, all_rows), BufferShape(wide, piece),

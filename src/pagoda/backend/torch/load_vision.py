@@ -49,7 +49,7 @@ class VisionLoader:
 
     def _merger(self, p: str, eps: float | None = None) -> Merger:
         return Merger(
-            self._norm(p + "merge_norm", eps),
+            self._norm(p + "merge_norm", eps) if self._has(p + "merge_norm") else None,
             self._product(p + "merge_down"),
             self._vision.merged_size,
             up=self._product(p + "merge_up") if self._has(p + "merge_up") else None,
@@ -67,6 +67,8 @@ class VisionLoader:
             up=self._product(p + "up"),
             down=self._product(p + "down"),
             activation=_ACTIVATIONS[self._vision.activation],
+            attn_scale=self._floats(p + "attn_scale") if self._vision.layer_scale else None,
+            mlp_scale=self._floats(p + "mlp_scale") if self._vision.layer_scale else None,
         )
 
     def _product(self, slot: str) -> Product:

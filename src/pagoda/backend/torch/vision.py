@@ -47,6 +47,8 @@ class VisionLayer:
     up: Product
     down: Product
     activation: Callable[[Tensor], Tensor]
+    attn_scale: Tensor | None = None  # of what is added
+    mlp_scale: Tensor | None = None
 
     def mlp(self, x: Tensor) -> Pieces[Tensor]:
         """By tiles: its inner values are the widest of all."""
@@ -60,24 +62,27 @@ class VisionLayer:
         x = self.mlp_norm(x)
         up = self.up(x)
         if self.gate is not None:
-            return self.down(self.activation(self.gate(x)) * up)
-        return self.down(self.activation(up))
+            return scaled(self.down(self.activation(self.gate(x)) * up), self.mlp_scale)
+        return scaled(self.down(self.activation(up)), self.mlp_scale)
 
 
 @dataclass(frozen=True, slots=True)
 class Merger:
     """Patches [N, hidden] to the vectors of tokens; the norm is of each patch, or of all that become a token."""
 
-    norm: Norm
+    norm: Norm | None
     down: Product
     size: int
-    up: Product | None = None  # None where the patches are averaged
+    up: Product | None = None  # None where the patches are averaged, or one product makes a vector of them
     first: Product | None = None
     mean_norm: Norm | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        wide = self.norm.weight.shape[0] == self.size
-        x = self.norm(x.view(-1, self.size)) if wide else self.norm(x).view(-1, self.size)
+        if self.norm is None:
+            x = x.view(-1, self.size)
+        else:
+            wide = self.norm.weight.shape[0] == self.size
+            x = self.norm(x.view(-1, self.size)) if wide else self.norm(x).view(-1, self.size)
         if self.mean_norm is not None:
             mean = x.view(len(x), -1, len(self.mean_norm.weight)).float().mean(1)
             x = self.mean_norm(mean).to(x.dtype)
@@ -154,14 +159,14 @@ class VisionEncoder:
         deep: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             seen = yield from self._attend(layer, x, places, places.frames if v.sees_all(i) else places.windows)
-            x = x + layer.o(seen)
+            x = x + scaled(layer.o(seen), layer.attn_scale)
             yield
             x = x + (yield from layer.mlp(x))
             if i in v.deep_layers:
                 yield
                 deep.append(self.deep[len(deep)](x))
         yield
-        vectors = torch.cat([self.merger(x), *deep], dim=-1)
+        vectors = torch.cat([self.merger(x[: laid.patches]), *deep], dim=-1)
         return torch.empty_like(vectors).index_copy_(0, torch.from_numpy(laid.order).to(self.device), vectors)
 
     def _embedded(self, image: Image, laid: Layout) -> Pieces[Tensor]:
@@ -177,6 +182,9 @@ class VisionEncoder:
             if self.positions is not None:
                 x = x + (self.positions[taps[i]].float() * shares[i].unsqueeze(-1)).sum(1).to(self.dtype)
             out.append(x if self.first_norm is None else self.first_norm(x))
+        if v.class_token and self.positions is not None:
+            last = self.positions[-1:]
+            out.append(last if self.first_norm is None else self.first_norm(last))
         return torch.cat(out)
 
     def _taps(self, image: Image, laid: Layout) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -213,6 +221,10 @@ class VisionEncoder:
                 q, k = turned(q, cos, sin), turned(k, cos, sin)
             out[0, tile], out[1, tile], out[2, tile] = q, k, v
         return out
+
+
+def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
