@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pagoda.errors import BadRequest
 from pagoda.text.chat import ChatTemplate
 
 # Qwen3-VL shows pictures in such a loop, Qwen3.5 in such a macro
@@ -92,3 +93,14 @@ def test_qwen3_vl_counts_pictures_and_shows_videos() -> None:
     assert (
         said.count("<|image_pad|>") == 2 and said.count("<|video_pad|>") == 1 and "Picture 2: <|vision_start|>" in said
     )
+
+
+def test_a_picture_is_shown_where_the_template_takes_strings_only() -> None:
+    """As with the language model's own template in GGUF. What a user writes is no place for a picture."""
+    plain = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    made = ChatTemplate(plain, picture="<IMG_CONTEXT>")
+    chat = [{"role": "user", "content": [PICTURE, TEXT]}, {"role": "user", "content": "\ue000"}]
+    said = "<|im_start|>user\n<IMG_CONTEXT>\nWhat?<|im_end|>\n<|im_start|>user\n\ue000<|im_end|>\n"
+    assert made.render(chat) == said
+    with pytest.raises(BadRequest, match="takes text only"):
+        ChatTemplate(plain).render(chat)

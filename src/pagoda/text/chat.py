@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -31,7 +33,7 @@ class ChatTemplate:
     """A model's template, and the one for requests with tools where it has its own. Safe between threads.
 
     `special_tokens` are the texts (`bos_token`, ...) that templates refer to. A rendering may take `deadline_s`.
-    `all_source` is the text of both.
+    `all_source` is the text of both. `picture` is what stands for a picture where a template has no places for them.
     """
 
     def __init__(
@@ -42,11 +44,13 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         origin: str = "the chat template",
         deadline_s: float = 2.0,
+        picture: str = "",
     ) -> None:
         environment = ChatEnvironment()
         self.source = source
         self.all_source = source if tool_source is None else source + tool_source
         self._special_tokens = dict(special_tokens or {})
+        self._picture = picture
         self._deadline_s = deadline_s
         self._deadline = Deadline(deadline_s)
         self._plain = _Compiled(environment, source, origin)
@@ -102,13 +106,17 @@ class ChatTemplate:
             kwargs = _check_kwargs(template_kwargs or {}, compiled.names)
             for where, value in (("messages", messages), ("tools", tools), ("chat_template_kwargs", kwargs)):
                 check_unicode(value, where)
-            prepared = prepare_messages(messages, compiled.style)
+            style = compiled.style
+            if self._picture and not style.media:
+                style = replace(style, mark=next(free_characters(messages, tools, kwargs)))
+            prepared = prepare_messages(messages, style)
             marker = _mark_end(prepared, tools, kwargs) if continue_final_message else ""
             disguise = Disguise(tokenizer.special_pattern if tokenizer else None, prepared, tools, kwargs)
             values = {"messages": prepared, "tools": list(tools) if tools else None, **kwargs}
             context = {"documents": None, **self._special_tokens, **disguise.hide(values)}
             context["add_generation_prompt"] = add_generation_prompt
             text = self._run(compiled, context)
+            text = text.replace(style.mark, self._picture) if style.mark else text
         except RecursionError:
             raise BadRequest("the messages or the tools are nested too deeply", param="messages") from None
         return (_cut_at(text, marker) if marker else text), disguise
@@ -158,6 +166,8 @@ class _Compiled:
 
 
 _OVERRIDE = "Give a working one with --chat-template FILE"
+_PICTURES = MappingProxyType({"internvl": "<IMG_CONTEXT>", "idefics3": "<image>"})
+"""By the projector of a GGUF file, whose template may be that of the language model."""
 
 
 def load_chat_template(
@@ -172,7 +182,8 @@ def load_chat_template(
             return None
         source, tool_source, origin = named["default"], named.get("tool_use"), "the model's chat template"
     tokens = special_tokens(model_path, metadata)
-    return ChatTemplate(source, tool_source=tool_source, special_tokens=tokens, origin=origin)
+    picture = _PICTURES.get(str(metadata.get("clip.projector_type")), "")
+    return ChatTemplate(source, tool_source=tool_source, special_tokens=tokens, origin=origin, picture=picture)
 
 
 def _read_override(override: str) -> str:

@@ -17,13 +17,15 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 class MessageStyle:
     """What a template expects. `parts`: it walks over a list of content parts; `strings`: it takes strings too.
 
-    `null_content`: it knows messages that have tool calls and no content. `media`: it has places for pictures.
+    `null_content`: it knows messages that have tool calls and no content. `media`: it has places for pictures. `mark`:
+    it has none, and this text stands for a picture.
     """
 
     parts: bool = False
     strings: bool = True
     null_content: bool = False
     media: bool = False
+    mark: str = ""
 
 
 def prepare_messages(messages: Sequence[Any], style: MessageStyle) -> list[dict[str, Any]]:
@@ -85,6 +87,8 @@ def _parts(where: str, content: Any, style: MessageStyle) -> str | list[dict[str
 def _content_part(where: str, part: Any, style: MessageStyle) -> dict[str, Any]:
     if style.media and _is_media(part):
         return {"type": part["type"]}
+    if style.mark and isinstance(part, Mapping) and part.get("type") == "image":
+        return {"type": "text", "text": style.mark}
     return {"type": "text", "text": _part_text(where, part)}
 
 
