@@ -115,8 +115,48 @@ def mistral3(**changes: Any) -> Any:
     return transformers.Mistral3ForConditionalGeneration(config)
 
 
-MODELS = {"qwen3_5": qwen3_5, "gemma3": gemma3, "mistral3": mistral3}
-SHAPES = {"gemma3": ((8, 8), (8, 8))}
+_EYES = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def internvl(**changes: Any) -> Any:
+    eyes = {**_EYES, "image_size": [56, 56], "patch_size": [14, 14], "attention_bias": True}
+    config = transformers.InternVLConfig(
+        text_config={**_TEXT, "model_type": "qwen3", **changes}, vision_config=eyes, image_token_id=IMAGE
+    )
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+def idefics3(**changes: Any) -> Any:
+    eyes = {**_EYES, "image_size": 96, "patch_size": 16}
+    config = transformers.Idefics3Config(
+        text_config={**_TEXT, "model_type": "llama", **changes},
+        vision_config=eyes,
+        image_token_id=IMAGE,
+        scale_factor=3,
+        tie_word_embeddings=True,
+    )
+    return transformers.Idefics3ForConditionalGeneration(config)
+
+
+def llava(**changes: Any) -> Any:
+    eyes = {**_EYES, "num_hidden_layers": 3, "image_size": 56, "patch_size": 14}
+    config = transformers.LlavaConfig(
+        text_config={**_TEXT, "model_type": "llama", "tie_word_embeddings": False, **changes},
+        vision_config={"model_type": "clip_vision_model", **eyes},
+        image_token_index=IMAGE,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+MODELS = {
+    "qwen3_5": qwen3_5,
+    "gemma3": gemma3,
+    "mistral3": mistral3,
+    "internvl": internvl,
+    "idefics3": idefics3,
+    "llava": llava,
+}
+SHAPES = {"gemma3": ((8, 8),) * 2, "internvl": ((4, 4),) * 2, "idefics3": ((6, 6),) * 2, "llava": ((4, 4),) * 2}
 
 
 def write(folder: Path, kind: str, **changes: Any) -> Any:
@@ -131,7 +171,12 @@ def write(folder: Path, kind: str, **changes: Any) -> Any:
 
 
 _NAMES = {7: "<image>", START: "<start_of_image>", STOP: "<end_of_image>", 12: "[IMG_BREAK]", 13: "[IMG_END]"}
+_OWN_NAMES = {
+    "internvl": {IMAGE: "<IMG_CONTEXT>", VIDEO: "<video>", START: "<img>", STOP: "</img>"},
+    "idefics3": {START: "<fake_token_around_image>", STOP: "<global-img>"},
+}
 _SHOWN = {"gemma3": "<start_of_image>", "mistral3": "<image>", "qwen3_5": "<start_of_image><image><end_of_image>"}
+_SHOWN |= {"internvl": "<IMG_CONTEXT>\n", "idefics3": "<image>", "llava": "<image>\n"}
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -142,7 +187,8 @@ TEMPLATE = (
 
 def write_texts(folder: Path, kind: str) -> None:
     """A tokenizer of bytes, and a chat template that shows a picture as the family's does."""
-    special = [_NAMES.get(i, f"<unused{i}>") for i in range(20)]
+    names = _NAMES | _OWN_NAMES.get(kind, {})
+    special = [names.get(i, f"<unused{i}>") for i in range(20)]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate([*special, *letters])}, merges=[]))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -212,6 +258,10 @@ def inputs(kind: str, vision: Vision, tokens: Sequence[int], images: Sequence[Im
     values = [pixel_values(vision, image) for image in images]
     if kind == "gemma3":
         return {**made, "pixel_values": torch.cat(values), "token_type_ids": kinds}
+    if kind == "idefics3":
+        return {**made, "pixel_values": torch.cat(values)[None]}
+    if kind in ("internvl", "llava"):
+        return {**made, "pixel_values": torch.cat(values)}
     sizes = [value.shape[2:] for value in values]
     high, wide = (max(size[axis] for size in sizes) for axis in (0, 1))
     padded = [F.pad(v, (0, wide - v.shape[3], 0, high - v.shape[2])) for v in values]

@@ -22,7 +22,8 @@ from pagoda.arch.mrope import rope_positions
 from pagoda.arch.registry import load_spec
 from pagoda.backend.reference_vision import ReferenceVision
 from pagoda.backend.select import load_executor
-from pagoda.media.place import Times, place
+from pagoda.media.place import place
+from pagoda.media.shown import timed
 from pagoda.media.size import find_sizing
 from pagoda.types import Float32, Image, PlannedImage
 from pagoda.weights.open import open_source
@@ -37,11 +38,15 @@ def encode(text: str) -> list[int]:
     return vl_tiny.tokenizer().encode(text).ids
 
 
+def tokens_of(image: Image) -> list[int]:
+    return [vl_tiny.VIDEO if image.video else vl_tiny.IMAGE] * image.tokens
+
+
 def prompt() -> tuple[list[int], list[Image]]:
     """Text, a picture, text, two groups of frames of a video, text."""
     bare = [*TEXT[:5], vl_tiny.IMAGE, *TEXT[5:9], vl_tiny.VIDEO, *TEXT[9:15]]
     shown = [vl_tiny.picture(STILL, -1), vl_tiny.picture(MOVING, -1, video=True)]
-    return place(bare, shown, vl_tiny.IMAGE, vl_tiny.VIDEO, Times(2, START, STOP, encode))
+    return place(bare, shown, vl_tiny.IMAGE, vl_tiny.VIDEO, tokens_of, timed(2, START, STOP, encode))
 
 
 TOKENS, IMAGES = prompt()
@@ -129,7 +134,9 @@ def test_times_are_transformers(frames: int) -> None:
     theirs = Qwen3VLProcessor.replace_video_token(asked, shown, 0)
     video = vl_tiny.picture(noise(2 * groups, 4, 6), -1, video=True, second_per_grid=1.0)
     video = transformed(video, repeated=2 * groups - frames)
-    ids, placed = place([40, vl_tiny.VIDEO, 41], [video], vl_tiny.IMAGE, vl_tiny.VIDEO, Times(2, START, STOP, encode))
+    ids, placed = place(
+        [40, vl_tiny.VIDEO, 41], [video], vl_tiny.IMAGE, vl_tiny.VIDEO, tokens_of, timed(2, START, STOP, encode)
+    )
     assert ids == [40, *encode(theirs), 41]
     assert len({image.digest for image in placed}) == groups
     assert b"".join(image.pixels for image in placed) == video.pixels

@@ -36,7 +36,7 @@ from pagoda.backend.torch.split import middle
 from pagoda.engine.core import EngineCore
 from pagoda.engine.images import check_images
 from pagoda.errors import BadRequest, ConfigError
-from pagoda.media.place import Frame, place
+from pagoda.media.place import Ends, place
 from pagoda.media.size import find_sizing
 from pagoda.options.engine_config import EngineConfig
 from pagoda.sched.sight import Sight
@@ -113,13 +113,17 @@ def test_a_picture_of_a_gemma_stands_between_two_tokens_and_blank_lines() -> Non
     def encode(text: str) -> list[int]:
         return [100 + len(text)] if set(text) == {"\n"} else [ord(letter) for letter in text]
 
-    frame = Frame(lambda image: [7] * image.tokens, (START, STOP), encode)
+    ends = Ends(START, STOP, encode)
+
+    def tokens(image: Image) -> list[int]:
+        return [7] * image.tokens
+
     image = Image(start=-1, tokens=4, grid=(1, 2, 2), pixels=b"", digest=b"")
-    ids, placed = place([50, 101, START, 51, START, 102, 52], [image, image], START, None, None, frame)
+    ids, placed = place([50, 101, START, 51, START, 102, 52], [image, image], START, None, tokens, None, ends)
     body = [START, 7, 7, 7, 7, STOP]
     assert ids == [50, 103, *body, 102, 51, 102, *body, 104, 52]
     assert [each.start for each in placed] == [3, 12]
-    ids, _ = place([START, START], [image, image], START, None, None, frame)
+    ids, _ = place([START, START], [image, image], START, None, tokens, None, ends)
     assert ids == [102, *body, 104, *body, 102]
 
 

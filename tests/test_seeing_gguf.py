@@ -1,4 +1,4 @@
-"""Gemma 3 and Mistral 3 in GGUF, with the encoder in a file beside it, as llama.cpp's converters write both."""
+"""Models that see in GGUF, beside Qwen's: with the encoder in a file of its own, as llama.cpp writes both."""
 
 from __future__ import annotations
 
@@ -24,8 +24,20 @@ from pagoda.weights.open import open_source
 NAMES = {
     "gemma3": {IMAGE: "<image_soft_token>", START: "<start_of_image>", STOP: "<end_of_image>"},
     "mistral3": {IMAGE: "[IMG]", BREAK_TOKENS[0]: "[IMG_BREAK]", BREAK_TOKENS[1]: "[IMG_END]"},
+    "internvl": {IMAGE: "<IMG_CONTEXT>"},
+    "idefics3": {IMAGE: "<image>"},
 }
-LAYER = {"attn_norm": "ln1", "o": "attn_out", "mlp_norm": "ln2", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
+LANGUAGES = {"internvl": "qwen3", "idefics3": "llama"}
+REORDERED = ("mistral3", "idefics3")
+LAYER = {"attn_scale": "ls1", "mlp_scale": "ls2"}
+LAYER |= {
+    "attn_norm": "ln1",
+    "o": "attn_out",
+    "mlp_norm": "ln2",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
 ENDS = {
     "gemma3": {"merge_norm": "v.post_ln", "mean_norm": "mm.soft_emb_norm", "merge_down": "mm.input_projection"},
     "mistral3": {
@@ -35,6 +47,8 @@ ENDS = {
         "merge_up": "mm.1",
         "merge_down": "mm.2",
     },
+    "internvl": {"merge_norm": "mm.model.mlp.0", "merge_up": "mm.model.mlp.1", "merge_down": "mm.model.mlp.3"},
+    "idefics3": {"merge_norm": "v.post_ln", "merge_down": "mm.model.fc"},
 }
 
 
@@ -44,7 +58,7 @@ def write_language(folder: Path, kind: str, spec: ModelSpec, slots: dict[str, An
     for slot, values in slots.items():
         if slot.startswith("vision."):
             continue
-        if kind == "mistral3" and slot.endswith((".q", ".k")):
+        if kind in REORDERED and slot.endswith((".q", ".k")):
             values = neighbours(torch.from_numpy(values), a.heads if slot.endswith(".q") else a.kv_heads).numpy()
         tensors[checkpoint_name(slot, gguf=True, family=spec.model_type)] = values
     table: dict[str, Any] = {
@@ -62,7 +76,8 @@ def write_language(folder: Path, kind: str, spec: ModelSpec, slots: dict[str, An
     if kind == "gemma3":
         table |= {"attention.sliding_window": 40, "attention.sliding_window_pattern": 2}
     tokens = [NAMES[kind].get(i, f"token {i}") for i in range(VOCAB)]
-    table = {"general.architecture": kind, **{f"{kind}.{name}": value for name, value in table.items()}}
+    arch = LANGUAGES.get(kind, kind)
+    table = {"general.architecture": arch, **{f"{arch}.{name}": value for name, value in table.items()}}
     table |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.bos_token_id": 1}
     write_gguf(folder / "model.gguf", table, tensors)
 
@@ -88,6 +103,9 @@ def write_encoder(folder: Path, kind: str, spec: ModelSpec, slots: dict[str, Any
             size = v.patch_size
             tensors[f"v.patch_embd.{suffix}"] = values if suffix == "bias" else values.reshape(-1, 3, size, size)
         elif stem == "positions":
+            if v.class_token:  # what its row begins with, and its position
+                half = values[-1] / 2
+                tensors["v.class_embd"], values = half, np.concatenate([half[None], values[:-1]])
             tensors["v.position_embd.weight"] = values
         else:
             if stem == "merge_in":  # the neighbours of one channel side by side
@@ -103,7 +121,7 @@ def write_encoder(folder: Path, kind: str, spec: ModelSpec, slots: dict[str, Any
         "attention.head_count": v.heads,
         "attention.layer_norm_epsilon": v.norm_eps,
         "patch_size": v.patch_size,
-        "image_size": v.longest_edge or v.side * v.patch_size,
+        "image_size": v.side * v.patch_size or v.longest_edge,
         "image_mean": list(v.mean),
         "image_std": list(v.std),
         **({"spatial_merge_size": 2} if kind == "mistral3" else {"projector.scale_factor": v.merge_size}),
@@ -116,7 +134,7 @@ def write_encoder(folder: Path, kind: str, spec: ModelSpec, slots: dict[str, Any
 @pytest.mark.parametrize("kind", NAMES)
 def test_it_is_the_model_that_safetensors_hold(kind: str, tmp_path: Path) -> None:
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-    seeing_models.write(tmp_path / "hub", kind, **(rope if kind == "mistral3" else {}))
+    seeing_models.write(tmp_path / "hub", kind, **({} if kind == "gemma3" else rope))
     stored = open_source(str(tmp_path / "hub"))
     spec = load_spec(stored)
     slots = {slot: dequantize(tensor).copy() for slot, tensor in bind(spec, stored).items()}

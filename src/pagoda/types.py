@@ -170,7 +170,7 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     `temporal_patch_size` frames. `pixels` are uint8 RGB [frames, h * patch, w * patch, 3], not normalized; a picture
     has one frame, which the encoder repeats. `digest` is 16 bytes over kind, shape and pixels: what is encoded once is
     known by it. `second_per_grid` is the time between groups of frames of a video, in seconds; `repeated` of its last
-    frames only fill up their group.
+    frames only fill up their group. `tiles`, until it has a place: rows and columns of tiles that are its frames.
     """
 
     start: int
@@ -181,6 +181,7 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     video: bool = False
     second_per_grid: float = 1.0
     repeated: int = 0
+    tiles: tuple[int, int] = (1, 1)
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True):

@@ -134,7 +134,7 @@ def encoded_bytes(spec: ModelSpec, max_model_len: int, itemsize: int = FLOAT32_B
 
 def most_patches(vision: Vision, max_model_len: int) -> int:
     """Of the largest picture that memory is set aside for."""
-    return vision.side**2 or min(max_model_len, MOST_IMAGE_TOKENS) * vision.merge_size**2
+    return (vision.side**2 or min(max_model_len, MOST_IMAGE_TOKENS) * vision.merge_size**2) + vision.class_token
 
 
 def vision_bytes(spec: ModelSpec, max_model_len: int, itemsize: int = FLOAT32_BYTES) -> int:

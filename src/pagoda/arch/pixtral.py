@@ -61,7 +61,7 @@ def encoder(config: Mapping[str, Any], eps: float) -> Vision:
 
 def seeing(spec: ModelSpec, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
     """The language model with the encoder of its mmproj file, if there is one."""
-    if visual_gguf.projector(metadata) is None:
+    if visual_gguf.projector(metadata) in (None, *visual_gguf.ANY):
         return spec
     clip = visual_gguf.clip_fields(metadata, "pixtral", spec)
     rows = (visual_gguf.token(metadata, "[IMG_BREAK]"), visual_gguf.token(metadata, "[IMG_END]"))

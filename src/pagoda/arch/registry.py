@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from pagoda.arch import models
+from pagoda.arch import attached, models
 from pagoda.arch.names.bind import bind_tensors, plainly_named, slot_name
 from pagoda.arch.pooling import with_pooling
 from pagoda.arch.spec import ModelSpec
@@ -40,10 +40,20 @@ _OTHER_NAMES = MappingProxyType(
         "qwen3next": "qwen3_next",
         "qwen35": "qwen3_5",
         "qwen35moe": "qwen3_5_moe",
+        "smolvlm": "idefics3",
         "qwen3_5_text": "qwen3_5",
         "qwen3_5_moe_text": "qwen3_5_moe",
     }
 )
+
+
+_REMEDIES = MappingProxyType(
+    {
+        "gptoss": "It is Ollama's own form of gpt-oss: take the safetensors, or llama.cpp's GGUF file",
+        "internvl_chat": "Take the version of the model whose name ends with -HF",
+    }
+)
+"""Of models that there are in another form."""
 
 
 class Architecture(Protocol):
@@ -59,6 +69,11 @@ def supported() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(models.__path__))
 
 
+def known(name: object) -> bool:
+    """Whether an architecture of this name can be served."""
+    return isinstance(name, str) and _OTHER_NAMES.get(name, name.replace("-", "_")) in supported()
+
+
 def load_spec(source: TensorSource, task: Task = "auto") -> ModelSpec:
     """The spec of a checkpoint, as it is run for a task.
 
@@ -66,7 +81,8 @@ def load_spec(source: TensorSource, task: Task = "auto") -> ModelSpec:
     """
     if source.metadata:
         architecture = _architecture(source.metadata.get("general.architecture"), "general.architecture")
-        return with_pooling(architecture.from_gguf(source.metadata, source.tensors), source, task)
+        spec = attached.seeing(architecture.from_gguf(source.metadata, source.tensors), source.metadata, source.tensors)
+        return with_pooling(spec, source, task)
     spec = _architecture(source.config.get("model_type"), "model_type in config.json").from_config(source.config)
     spec = _with_own_head(with_pixels(spec, source.path), source.tensors)
     return with_pooling(spec, source, task)
@@ -79,14 +95,11 @@ def bind(spec: ModelSpec, source: TensorSource) -> dict[str, Tensor]:
 
 def _architecture(name: object, where: str) -> Architecture:
     # only names of files that are here are ever imported, whatever the checkpoint says
-    known = supported()
-    module = _OTHER_NAMES.get(name, name.replace("-", "_")) if isinstance(name, str) else name
-    if module not in known:
+    if not known(name):
         said = f"the architecture {name!r} is not supported" if name else f"{where} is missing"
-        remedy = "Take another model, or a newer Pagoda"
-        if name == "gptoss":  # another form, that no other program reads
-            remedy = "It is Ollama's own form of gpt-oss: take the safetensors, or llama.cpp's GGUF file"
-        raise ModelError(f"{said} (supported: {', '.join(known)})", remedy=remedy)
+        remedy = _REMEDIES.get(str(name), "Take another model, or a newer Pagoda")
+        raise ModelError(f"{said} (supported: {', '.join(supported())})", remedy=remedy)
+    module = _OTHER_NAMES.get(str(name), str(name).replace("-", "_"))
     return cast(Architecture, importlib.import_module(f"pagoda.arch.models.{module}"))
 
 

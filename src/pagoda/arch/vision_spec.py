@@ -14,7 +14,7 @@ ROPE_BASE = 10000.0
 
 @dataclass(frozen=True, slots=True)
 class Vision:
-    """The vision encoder of Qwen2-VL (arXiv 2409.12191) and its successors, Gemma 3 or Mistral: pixels to vectors.
+    """A vision encoder: pixels to vectors. What it is made of began with Qwen2-VL's (arXiv 2409.12191).
 
     A patch is `patch_size`² pixels of `temporal_patch_size` frames in RGB, normalized by `mean` and `std` (of values
     0 to 1). Patches go through `depth` layers x += attention(norm(x)); x += mlp(norm(x)). With `rope` "paired" their
@@ -26,8 +26,10 @@ class Vision:
     with so many on a side that is spread over the picture (0: none).
 
     In the end `merge_size`² neighbours are normed and become one vector of the model's hidden size. `merge` "joined":
-    they are joined, and go through an MLP with gelu; "reduced": a product makes them one as wide as a patch before
-    that; "averaged": their mean is normed again, and goes through one product. `merge_bias` is of that MLP.
+    they are joined, and go through an MLP with gelu; "narrow": that is as wide inside as the model; "linear": a product
+    does it; "reduced": a product makes them one as wide as a patch before the MLP; "averaged": their mean is normed
+    again, and goes through one product. `merge_bias` is of these. `merge_norm` "joined": the norm is of all neighbours
+    together, and None: there is none.
     What comes out of `deep_layers` is joined too, by MLPs with a norm over all that is joined, and added to the tokens
     behind the first layers of the language model (arXiv 2406.04334).
 
@@ -37,8 +39,11 @@ class Vision:
     and line breaks, and templates write the first alone. With `in_line` a picture's tokens have one position each, as
     text has; else `merge_size` says how they lie in time, height and width. `both_ways`: the tokens of a picture see
     each other, also those behind them. `side`: pictures have so many patches in each direction, whatever they were;
-    `longest_edge`: pixels that they may have in one (0: any number). No `video_token_id`: there are no videos.
-    `names`: whose spelling checkpoints have.
+    `longest_edge`: pixels that they may have in one (0: any number). With `tiling` they are cut into pictures of that
+    side: "nearest" into as many as fit their shape best, at most `most_tiles`; "grid" into those of their longest edge,
+    as `longest_edge` says; the whole picture follows, and texts stand around them (see media.shown). `cropped`: what
+    does not fit into the side is cut off. No `video_token_id`: there are no videos, unless templates write `video_text`
+    for one. `names`: whose spelling checkpoints have.
     """
 
     patch_size: int
@@ -61,11 +66,14 @@ class Vision:
     grid_side: int = 0
     deep_layers: tuple[int, ...] = ()
     frame_tokens: tuple[int, int] | None = None
-    names: Literal["qwen", "siglip", "pixtral"] = "qwen"
+    names: Literal["qwen", "siglip", "pixtral", "internvl", "clip", "idefics"] = "qwen"
     rope: Literal["paired", "alternating"] | None = "paired"
     first_norm: bool = False
     biased: bool = True
-    merge: Literal["joined", "reduced", "averaged"] = "joined"
+    class_token: bool = False
+    layer_scale: bool = False
+    merge: Literal["joined", "narrow", "linear", "reduced", "averaged"] = "joined"
+    merge_norm: Literal["each", "joined"] | None = "each"
     merge_bias: bool = True
     merge_eps: float | None = None  # of its norms, where that is not `norm_eps`
     row_tokens: tuple[int, int] | None = None
@@ -74,6 +82,10 @@ class Vision:
     both_ways: bool = False
     side: int = 0
     longest_edge: int = 0
+    tiling: Literal["nearest", "grid"] | None = None
+    most_tiles: int = 0
+    cropped: bool = False
+    video_text: str = ""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -98,6 +110,10 @@ class Vision:
 
     def sees_all(self, layer: int) -> bool:
         return not self.window_size or layer in self.full_layers
+
+    @property
+    def takes_videos(self) -> bool:
+        return self.video_token_id is not None or bool(self.video_text)
 
     @property
     def placeholder_id(self) -> int:
@@ -139,13 +155,17 @@ class Vision:
             products["gate"] = (inner, wide)
         norms = self._normed("attn_norm", "mlp_norm")
         layer = (_with_biases(products) if self.biased else products) | norms
+        layer |= dict.fromkeys(("attn_scale", "mlp_scale"), (wide,)) if self.layer_scale else {}
         out: dict[str, tuple[int, ...]] = {"patch": (wide, self.patch_values)}
         out |= {"patch_bias": (wide,)} if self.patch_bias else {}
-        out |= {"positions": (self.grid_side**2, wide)} if self.grid_side else {}
+        out |= {"positions": (self.grid_side**2 + self.class_token, wide)} if self.grid_side else {}
         out |= self._normed("first_norm") if self.first_norm else {}
         for i in range(self.depth):
             out |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-        into, between = {"joined": (merged, merged), "reduced": (wide, hidden), "averaged": (0, wide)}[self.merge]
+        into, between = {
+            "joined": (merged, merged), "narrow": (merged, hidden), "linear": (0, merged),
+            "reduced": (wide, hidden), "averaged": (0, wide),
+        }[self.merge]  # fmt: skip
         merge: dict[str, tuple[int, ...]] = {"merge_up": (between, into)} if into else {}
         merge |= {"merge_down": (hidden, between)}
         if self.merge_bias:
@@ -155,10 +175,12 @@ class Vision:
             out |= {f"deep.{i}.{name}": shape for name, shape in deep.items()}
         out |= {"merge_in": (wide, merged)} if self.merge == "reduced" else {}
         out |= {"mean_norm": (wide,)} if self.merge == "averaged" else {}
-        return out | self._normed("merge_norm") | merge
+        if self.merge_norm:
+            out |= self._normed("merge_norm", width=merged if self.merge_norm == "joined" else wide)
+        return out | merge
 
-    def _normed(self, *names: str) -> dict[str, tuple[int, ...]]:
-        norms: dict[str, tuple[int, ...]] = dict.fromkeys(names, (self.hidden_size,))
+    def _normed(self, *names: str, width: int = 0) -> dict[str, tuple[int, ...]]:
+        norms: dict[str, tuple[int, ...]] = dict.fromkeys(names, (width or self.hidden_size,))
         return _with_biases(norms) if self.norm == "layer" else norms
 
 

@@ -14,7 +14,7 @@ from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
 from pagoda.errors import ModelError
 
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _OF_BOTH = ("eos_token_id", "bos_token_id", "rope_theta")
 _RECIPES = ("rope_parameters", "rope_scaling")
 
@@ -54,6 +54,22 @@ def check_activation(fields: Fields, wanted: str) -> None:
     activation = fields.get("hidden_act") or wanted
     if activation != wanted:
         raise fields.error("hidden_act", f"is {activation!r}; this encoder is supported with {wanted} only")
+
+
+def check_same(fields: Fields, wanted: Mapping[str, Any]) -> None:
+    """Refuse what a file asks for that is not as we have it."""
+    for name, value in wanted.items():
+        given = fields.get(name)
+        if given is not None and given != value:
+            raise fields.error(name, f"is {given!r}; this encoder is supported with {value!r} only")
+
+
+def square(fields: Fields, name: str, default: int) -> int:
+    """A number of pixels that may be given for both directions."""
+    value = fields.get(name)
+    if isinstance(value, list | tuple) and len(set(value)) == 1:
+        return Fields({name: value[0]}, fields.where).integer(name)
+    return fields.integer(name, default)
 
 
 def encoder_fields(config: Mapping[str, Any]) -> Fields:
@@ -109,21 +125,30 @@ def with_pixels(spec: ModelSpec, path: str) -> ModelSpec:
     if spec.vision is None:
         return spec
     place = Path(path)
-    file = (place if place.is_dir() else place.parent) / PREPROCESSOR
+    folder = place if place.is_dir() else place.parent
+    inner = _json(folder / PROCESSOR).get("image_processor")  # newer folders have it in place of the other
+    table = {**(inner if isinstance(inner, Mapping) else {}), **_json(folder / PREPROCESSOR)}
+    mean = _three(table, "image_mean", spec.vision.mean, folder)
+    return replace(
+        spec, vision=replace(spec.vision, mean=mean, std=_three(table, "image_std", spec.vision.std, folder))
+    )
+
+
+def _json(file: Path) -> Mapping[str, Any]:
+    """What a file holds; nothing where there is none."""
     try:
         table = json.loads(file.read_bytes())
     except FileNotFoundError:
-        return spec
+        return {}
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {file}", remedy="Download it again") from error
     if not isinstance(table, Mapping):
         raise ModelError(f"{file} is not a JSON object", remedy="Download it again")
-    mean = _three(table, "image_mean", spec.vision.mean, file)
-    return replace(spec, vision=replace(spec.vision, mean=mean, std=_three(table, "image_std", spec.vision.std, file)))
+    return table
 
 
 def _three(
-    table: Mapping[str, Any], name: str, default: tuple[float, float, float], file: Path
+    table: Mapping[str, Any], name: str, default: tuple[float, float, float], folder: Path
 ) -> tuple[float, float, float]:
     value = table.get(name)
     if value is None:
@@ -133,7 +158,7 @@ def _three(
         or len(value) != 3
         or not all(type(v) in (int, float) and 0 <= v <= 1 for v in value)
     ):
-        raise ModelError(f"{file}: {name} is {value!r}, must be three numbers from 0 to 1")
+        raise ModelError(f"{folder / PREPROCESSOR}: {name} is {value!r}, must be three numbers from 0 to 1")
     if name == "image_std" and not all(value):
-        raise ModelError(f"{file}: {name} is {value!r}, must be above 0")
+        raise ModelError(f"{folder / PREPROCESSOR}: {name} is {value!r}, must be above 0")
     return float(value[0]), float(value[1]), float(value[2])

@@ -21,8 +21,10 @@ _KINDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen3vl_merger": {"activation": "gelu_tanh", "gated": False, "norm": "layer", "patch_bias": True},
     }
 )
-_OTHERS = ("gemma3", "pixtral")
-"""Projectors of models whose own files know them."""
+ANY = ("internvl", "idefics3")
+"""Projectors that go with any language model."""
+_OTHERS = ("gemma3", "pixtral", *ANY)
+"""Projectors that are not Qwen's."""
 POSITIONS = "v.position_embd.weight"
 
 

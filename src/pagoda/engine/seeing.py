@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pagoda.arch.vision_spec import Vision
 from pagoda.errors import BadRequest, ConfigError, ContextLengthExceeded
+from pagoda.media import shown
 from pagoda.media.fetch import Permission
-from pagoda.media.place import Frame, Times, image_of, place
+from pagoda.media.place import Ends, image_of, place
 from pagoda.media.size import Sizing, find_sizing
 from pagoda.media.sources import Source
 from pagoda.media.task import Pixels, Task, need_pillow
@@ -20,6 +23,7 @@ from pagoda.types import Image
 
 MAX_SOURCE_PIXELS = 400_000_000
 """Of all pictures of a request, as they were sent."""
+_SHOWN = MappingProxyType({"internvl": shown.internvl, "idefics": shown.idefics})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class Seeing:
     limits: Mapping[str, int]
 
     def check_count(self, sources: Sequence[Source]) -> None:
-        if self.vision.video_token_id is None and any(source.video for source in sources):
+        if not self.vision.takes_videos and any(source.video for source in sources):
             raise BadRequest("this model takes pictures, but no videos", param="messages")
         for kind, video in (("image", False), ("video", True)):
             held, limit = sum(source.video == video for source in sources), self.limits.get(kind)
@@ -54,11 +58,18 @@ class Seeing:
         self, ids: list[int], images: Sequence[Image], encode: Callable[[str], list[int]]
     ) -> tuple[list[int], list[Image]]:
         v = self.vision
-        times = None if v.frame_tokens is None else Times(v.temporal_patch_size, *v.frame_tokens, encode)
-        frame = None
-        if v.ends is not None or v.row_tokens is not None:
-            frame = Frame(lambda image: v.placeholders(image.grid), v.ends, encode)
-        return place(ids, images, v.placeholder_id, v.video_token_id, times, frame)
+        show, ends, video = None, None, v.video_token_id
+        if v.frame_tokens is not None:
+            show = shown.timed(v.temporal_patch_size, *v.frame_tokens, encode)
+        elif v.names in _SHOWN:
+            show = _SHOWN[v.names](encode)
+        if v.ends is not None:
+            ends = Ends(*v.ends, encode)
+        if v.video_text:
+            found = encode(v.video_text)
+            video = found[0] if len(found) == 1 else None
+        tokens = partial(_tokens, v)
+        return place(ids, images, v.placeholder_id, video, tokens, show, ends)
 
     def check_taken(self, images: Sequence[Image], count: int, limit: int) -> None:
         """ContextLengthExceeded where the first of `count` pictures alone are too many: the others need no decoding."""
@@ -70,7 +81,7 @@ class Seeing:
         raise ContextLengthExceeded(
             f"this model's maximum context length is {limit} tokens, and {len(images)} of the {count} pictures alone "
             f"take {taken}",
-            remedy="Send fewer pictures" + ("" if self.sizing.side else smaller),
+            remedy="Send fewer pictures" + ("" if self.sizing.only_one else smaller),
             param="messages",
         )
 
@@ -81,16 +92,23 @@ class Seeing:
         taken = sum(image.tokens for image in images)
         room = limit - 1 - (len(ids) - taken)
         vectors = sum(image.grid[0] for image in images)
-        fits = room // vectors if room > 0 else 0
-        if self.sizing.side:
-            fits = 0  # all are of one size
-        kwargs = f'mm_processor_kwargs {{"max_pixels": {self.sizing.pixels_for(fits)}}}'
+        fits = 0 if room <= 0 or self.sizing.side else room // vectors  # tiles are of one size
+        kwargs = 'mm_processor_kwargs {{"max_pixels": {}}}'
+        remedy = "Send fewer pictures"
+        if fits >= 4:
+            remedy = f"Send smaller pictures: with {kwargs.format(self.sizing.pixels_for(fits))} they fit"
+        elif self.sizing.tiling:
+            remedy += f": with {kwargs.format(self.sizing.side**2)} each takes {self.sizing.tile_tokens} tokens"
         raise ContextLengthExceeded(
             f"this model's maximum context length is {limit} tokens, but the prompt holds {len(ids)}, {taken} of them "
-            f"for {len(images)} pictures",
-            remedy=f"Send smaller pictures: with {kwargs} they fit" if fits >= 4 else "Send fewer pictures",
+            f"for {len(images)} {'pictures' if self.sizing.tiling is None else 'parts of pictures'}",
+            remedy=remedy,
             param="messages",
         )
+
+
+def _tokens(vision: Vision, image: Image) -> list[int]:
+    return vision.placeholders(image.grid, video=image.video)
 
 
 def find_seeing(options: Options, path: str, vision: Vision | None) -> Seeing | None:
@@ -120,6 +138,9 @@ def find_seeing(options: Options, path: str, vision: Vision | None) -> Seeing | 
         side=vision.side * vision.patch_size,
         longest_edge=vision.longest_edge,
         row_ends=vision.row_tokens is not None,
+        tiling=vision.tiling,
+        most_tiles=vision.most_tiles,
+        cropped=vision.cropped,
     )
     return Seeing(vision, sizing, Permission(options.allowed_media_domains, folder), limits)
 

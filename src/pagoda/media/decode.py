@@ -17,6 +17,8 @@ from PIL.Image import Image as Picture
 from pagoda.errors import BadRequest
 from pagoda.media.size import Sizing
 from pagoda.media.task import FRAMES_PER_S, MAX_FRAMES, Pixels, Task
+from pagoda.media.tiles import cut as tiles_of
+from pagoda.media.tiles import middle
 
 MAX_PIXELS = 100_000_000
 """Of one picture as it was sent, and of all frames of an animation together."""
@@ -41,8 +43,7 @@ def pixels_of(frames: Sequence[Picture], sizing: Sizing, *, video: bool, source_
     width, height = sizing.fit(frames[0].width, frames[0].height, video=video, frames=len(frames))
     if len(frames) * width * height * 3 > MAX_BYTES:
         raise BadRequest(f"its {len(frames)} frames of {width} x {height} are too much: send fewer, or smaller ones")
-    how = pil.Resampling(sizing.resample)
-    sized = [np.asarray(to_rgb(frame).resize((width, height), how)) for frame in frames]
+    sized, tiles = _sized([to_rgb(frame) for frame in frames], (width, height), sizing, video)
     repeated = -len(sized) % sizing.temporal_patch_size if video else 0  # the model looks at whole groups of frames
     sized += [sized[-1]] * repeated
     data = b"".join(frame.tobytes() for frame in sized)
@@ -56,7 +57,20 @@ def pixels_of(frames: Sequence[Picture], sizing: Sizing, *, video: bool, source_
         width=width,
         source_pixels=source_pixels,
         repeated=repeated,
+        tiles=tiles,
     )
+
+
+def _sized(
+    frames: Sequence[Picture], size: tuple[int, int], sizing: Sizing, video: bool
+) -> tuple[list[Any], tuple[int, int]]:
+    """The pixels of each frame, or of each tile of a picture, and how these lie."""
+    if sizing.tiling and not video:
+        cut, tiles = tiles_of(frames[0], sizing)
+        return [np.asarray(tile) for tile in cut], tiles
+    if sizing.cropped:
+        return [np.asarray(middle(frame, sizing.side, sizing.resample)) for frame in frames], (1, 1)
+    return [np.asarray(frame.resize(size, pil.Resampling(sizing.resample))) for frame in frames], (1, 1)
 
 
 def to_rgb(picture: Picture) -> Picture:

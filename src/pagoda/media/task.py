@@ -28,6 +28,7 @@ class Pixels(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """RGB, uint8, [frames, height, width, 3]. `source_pixels`: how many were decoded to make them.
 
     `digest` is over the kind, the shape and the pixels. `repeated`: of the last frames, how many only fill up a group.
+    `tiles`: rows and columns that a picture was cut into, which are frames then; behind several comes the whole.
     """
 
     data: bytes
@@ -37,6 +38,7 @@ class Pixels(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     width: int
     source_pixels: int
     repeated: int = 0
+    tiles: tuple[int, int] = (1, 1)
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -11,8 +11,8 @@ from pagoda.weights.gguf import open_gguf
 
 MARK = "mmproj"
 _SEEING = ("qwen2vl", "qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "gemma3", "mistral3")
-_PIXTRAL, _MAY_SEE = "pixtral", "llama"
-"""Mistral's models are called llama too, and other encoders of that name are not run."""
+_ANY = ("internvl", "idefics3")
+"""Projectors of encoders that go with language models of any architecture; and Mistral's are called llama too."""
 _PREFERRED = ("f16", "bf16", "f32", "q8_0")
 
 
@@ -32,14 +32,13 @@ def with_mmproj(model: Checkpoint, file: str | None = None) -> Checkpoint:
     architecture = model.metadata.get("general.architecture")
     if file is not None:
         return _together(model, Path(file), f"Give --mmproj the encoder of a {architecture} model, or leave it out")
-    if architecture not in (*_SEEING, _MAY_SEE):
-        return model
     folder = Path(model.path).parent
     name = preferred([file.name for file in folder.iterdir()])
     if name is None:
         return model
     found = _together(model, folder / name, "Take it out of the model's folder")
-    return model if architecture == _MAY_SEE and found.metadata.get("clip.projector_type") != _PIXTRAL else found
+    known = (*_ANY, "pixtral") if architecture == "llama" else _ANY
+    return found if architecture in _SEEING or found.metadata.get("clip.projector_type") in known else model
 
 
 def _together(model: Checkpoint, file: Path, remedy: str) -> Checkpoint:

@@ -1,7 +1,8 @@
-"""What checkpoints call the slots of SigLIP and of Pixtral's encoder, and how they store the products behind these."""
+"""What checkpoints call the slots of encoders that are not Qwen's, and how they store what differs from these."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,6 +20,16 @@ from pagoda.weights.source import Tensor
 Floats = npt.NDArray[np.float32]
 Turn = Callable[[Floats], Floats]
 
+_CLIP_LAYER = MappingProxyType(
+    {
+        "attn_norm": "layer_norm1",
+        "qkv": "self_attn.*_proj",
+        "o": "self_attn.out_proj",
+        "mlp_norm": "layer_norm2",
+        "up": "mlp.fc1",
+        "down": "mlp.fc2",
+    }
+)
 _NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "siglip": {
@@ -28,12 +39,42 @@ _NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "mean_norm": "multi_modal_projector.mm_soft_emb_norm",
             "merge_down": "multi_modal_projector.mm_input_projection_weight",
             "layers": "vision_tower.encoder.layers",
-            "attn_norm": "layer_norm1",
-            "qkv": "self_attn.*_proj",
-            "o": "self_attn.out_proj",
-            "mlp_norm": "layer_norm2",
+            **_CLIP_LAYER,
+        },
+        "idefics": {
+            "patch": "vision_model.embeddings.patch_embedding",
+            "positions": "vision_model.embeddings.position_embedding",
+            "merge_norm": "vision_model.post_layernorm",
+            "merge_down": "connector.modality_projection.proj",
+            "layers": "vision_model.encoder.layers",
+            **_CLIP_LAYER,
+        },
+        "clip": {
+            "patch": "vision_tower.embeddings.patch_embedding",
+            "positions": "vision_tower.embeddings.position_embedding",
+            "class": "vision_tower.embeddings.class_embedding",
+            "first_norm": "vision_tower.pre_layrnorm",
+            "merge_up": "multi_modal_projector.linear_1",
+            "merge_down": "multi_modal_projector.linear_2",
+            "layers": "vision_tower.encoder.layers",
+            **_CLIP_LAYER,
+        },
+        "internvl": {
+            "patch": "vision_tower.embeddings.patch_embeddings.projection",
+            "positions": "vision_tower.embeddings.position_embeddings",
+            "class": "vision_tower.embeddings.cls_token",
+            "merge_norm": "multi_modal_projector.layer_norm",
+            "merge_up": "multi_modal_projector.linear_1",
+            "merge_down": "multi_modal_projector.linear_2",
+            "layers": "vision_tower.encoder.layer",
+            "attn_norm": "layernorm_before",
+            "qkv": "attention.*_proj",
+            "o": "attention.projection_layer",
+            "attn_scale": "lambda_1",
+            "mlp_norm": "layernorm_after",
             "up": "mlp.fc1",
             "down": "mlp.fc2",
+            "mlp_scale": "lambda_2",
         },
         "pixtral": {
             "patch": "vision_tower.patch_conv",
@@ -54,15 +95,28 @@ _NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     }
 )
 # newer versions of transformers have the first part; and no other, which older files do
-_WRAPPED = re.compile(r"^(model\.)?(?=multi_modal_projector\.|vision_tower\.)|(?<=^vision_tower\.)vision_model\.")
-_UNUSED = "vision_tower.head."
-"""What SigLIP makes one vector of a picture with."""
+_WRAPPED = re.compile(
+    r"^(model\.)?(?=multi_modal_projector\.|vision_tower\.|vision_model\.|connector\.)|(?<=^vision_tower\.)vision_model\."
+)
+_BARE = ("vision_tower.embeddings.position_embeddings", "multi_modal_projector.mm_input_projection_weight")
+"""Tensors whose names do not end with what they are."""
+_UNUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "siglip": r"vision_tower\.head\..*",  # what makes one vector of a picture
+        "idefics": r"vision_model\.embeddings\.position_ids",
+        "internvl": r"vision_tower\.embeddings\.mask_token",
+        "clip": r"vision_tower\.(post_layernorm\..*|embeddings\.position_ids|encoder\.layers\..*)",
+    }
+)
+"""Of CLIP the layers behind the last that is run are left."""
 
 
 def from_hub(tensors: Mapping[str, Tensor], vision: Vision) -> dict[str, Tensor]:
     """The tensors with those of the encoder under the names of their slots."""
     plain = {_plain(name): tensor for name, tensor in tensors.items()}
-    out = {name: tensor for name, tensor in plain.items() if not name.startswith(_UNUSED)}
+    out = dict(plain)
+    if vision.class_token:
+        _take_class(out, vision)
     for slot in vision.slots(1):
         ours, stored = f"vision.{_with_suffix(slot)}", _stored(slot, vision)
         parts = [stored.replace("*", part) for part in "qkv"]
@@ -73,7 +127,27 @@ def from_hub(tensors: Mapping[str, Tensor], vision: Vision) -> dict[str, Tensor]
             if slot == "mean_norm":  # stored less 1, as all norms of a Gemma
                 tensor = MadeTensor(tensor.name, tensor.shape, "F32", partial(_plus_one, tensor))
             out[ours] = as_product(slot, tensor, vision)
-    return out
+    unused = re.compile(_UNUSED.get(vision.names, r"(?!)"))
+    return {name: tensor for name, tensor in out.items() if not unused.fullmatch(name)}
+
+
+def _take_class(out: dict[str, Tensor], vision: Vision) -> None:
+    """Put what the row begins with that is no patch behind the positions."""
+    positions, first = _stored("positions", vision), _NAMES[vision.names]["class"]
+    if positions in out and first in out:
+        out[positions] = with_class(out[positions], out.pop(first))
+
+
+def with_class(positions: Tensor, first: Tensor) -> Tensor:
+    """Positions of patches, and behind them what the class's row begins with. Its position is stored first."""
+    wide = first.shape[-1]
+    shape = (math.prod(positions.shape) // wide, wide)
+
+    def make() -> Bytes:
+        table = dequantize(positions).reshape(shape)
+        return _bytes(np.concatenate([table[1:], table[:1] + dequantize(first).reshape(1, wide)]))
+
+    return MadeTensor(positions.name, shape, "F32", make)
 
 
 def as_product(slot: str, tensor: Tensor, vision: Vision) -> Tensor:
@@ -117,8 +191,9 @@ def _stored(slot: str, vision: Vision) -> str:
     prefix, _, part = slot.rpartition(".")
     stem, suffix = part.removesuffix("_bias"), "bias" if part.endswith("_bias") else "weight"
     if prefix:
-        return f"{names['layers']}.{prefix.removeprefix('layers.')}.{names[stem]}.{suffix}"
-    return names[stem] if names[stem].endswith("_weight") else f"{names[stem]}.{suffix}"
+        stored = f"{names['layers']}.{prefix.removeprefix('layers.')}.{names[stem]}"
+        return stored if stem.endswith("_scale") else f"{stored}.{suffix}"
+    return names[stem] if names[stem] in _BARE else f"{names[stem]}.{suffix}"
 
 
 def _floats_as(tensor: Tensor, shape: tuple[int, ...], turn: Turn) -> Tensor:

@@ -59,18 +59,23 @@ _MMPROJ_ENDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "merge_in": "mm.patch_merger",
             "merge_up": "mm.1",
         },
+        "internvl": {"merge_norm": "mm.model.mlp.0", "merge_up": "mm.model.mlp.1", "merge_down": "mm.model.mlp.3"},
+        "idefics": {"merge_down": "mm.model.fc"},
     }
 )
+_MMPROJ_CLASS = "v.class_embd"
 _MMPROJ_UNUSED = "v.token_embd.img_break"  # a row of the language model's own table
 _MMPROJ_LAYER = MappingProxyType(
     {
         "attn_norm": "ln1",
         "qkv": "attn_qkv",
         "o": "attn_out",
+        "attn_scale": "ls1",
         "mlp_norm": "ln2",
         "gate": "ffn_gate",
         "up": "ffn_up",
         "down": "ffn_down",
+        "mlp_scale": "ls2",
     }
 )
 _MMPROJ_DEEP = MappingProxyType({"merge_norm": "norm", "merge_up": "fc1", "merge_down": "fc2"})
@@ -79,7 +84,7 @@ _GATED_MLP = MappingProxyType({"gate": "mlp.gate_proj", "up": "mlp.up_proj", "do
 
 # on the hub the language model is `model.*`; transformers since 4.52 has both inside `model.*`
 _PICTURES = ("vision_tower.", "multi_modal_projector.")
-_WRAPPED = re.compile(r"^model\.(?=visual\.)|(?<=^model\.)language_model\.|^language_model\.")
+_WRAPPED = re.compile(r"^model\.(?=visual\.)|(?<=^model\.)(language|text)_model\.|^language_model\.")
 
 
 def encoder_slot_name(slot: str, vision: Vision) -> str:
@@ -101,6 +106,9 @@ def encoder_slot_name(slot: str, vision: Vision) -> str:
 def from_mmproj(tensors: Mapping[str, Tensor], vision: Vision) -> dict[str, Tensor]:
     """The tensors of a GGUF model and of its encoder's own file, those of the encoder under the hub's names."""
     out = {name: tensor for name, tensor in tensors.items() if name != _MMPROJ_UNUSED}
+    positions = _mmproj_name("positions", vision)
+    if vision.class_token and positions in out and _MMPROJ_CLASS in out:
+        out[positions] = towers.with_class(out[positions], out.pop(_MMPROJ_CLASS))
     for slot in vision.slots(1):
         stored = _mmproj_name(slot, vision)
         ours = encoder_slot_name(f"vision.{slot}", vision)

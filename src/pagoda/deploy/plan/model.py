@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pagoda.arch.registry import bind, load_spec, supported
+from pagoda.arch.registry import bind, known, load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
 from pagoda.options.tasks import Task
@@ -86,7 +86,7 @@ def model_of_config(
 ) -> PlannedModel:
     """The model that a config.json describes; `path` is where its weights would be."""
     kind_name = config.get("model_type")
-    if kind_name not in supported() and ("vision_config" in config or kind_name in _LANGUAGE_PARTS):
+    if not known(kind_name) and ("vision_config" in config or kind_name in _LANGUAGE_PARTS):
         config, notes = _language_part(config), (*notes, NO_IMAGES)
     source = Checkpoint(path, {}, config, {})
     spec, method = load_spec(source, task), method_of(source)
