@@ -138,13 +138,13 @@ class VisionProgram(Program):
             self._emit(native.ROPE, in_=QKV, flags=pieces)
         whole = native.FRAMES if v.sees_all(i) else 0
         self._emit(native.ATTEND_ALL, in_=QKV, out=ATT, f=v.head_dim**-0.5, flags=whole)
-        self._add(p + "o", ATT, p + "attn_scale")
+        self._add_product(p + "o", ATT, p + "attn_scale")
         self._vision_norm(p + "mlp_norm", X, H, pieces)
         self._product(p + "gate_up", H, GATE_UP, pieces)
         self._emit(ACTIVATIONS[v.activation, v.gated], in_=GATE_UP, out=MLP, flags=pieces)
-        self._add(p + "down", MLP, p + "mlp_scale")
+        self._add_product(p + "down", MLP, p + "mlp_scale")
 
-    def _add(self, name: str, in_: int, scale: str) -> None:
+    def _add_product(self, name: str, in_: int, scale: str) -> None:
         """To each patch a product, scaled where there is a vector for that."""
         if scale not in self.ids:
             return self._product(name, in_, X, native.ADD | native.PIECES)
