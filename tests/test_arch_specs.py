@@ -124,6 +124,9 @@ def test_a_missing_architecture_is_named() -> None:
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
         ({"num_key_value_heads": 3}, "cannot share 3 KV heads"),
+        ({"rms_norm_eps": 10**400}, "must be a number above 0"),
+        ({"hidden_act": ["silu"]}, "is .'silu'.; this architecture"),
+        ({"head_dim": 1 << 30}, "at most 65536 is possible"),
         ({"hidden_act": "gelu"}, "'gelu'; this architecture is supported with silu only"),
         ({"head_dim": 15}, "rotary dimension 15"),
         ({"rope_scaling": {"type": "ntk"}}, "rope type 'ntk' is not supported.*yarn"),
@@ -146,6 +149,8 @@ def test_a_wrong_config_is_named(changes: dict[str, Any], said: str) -> None:
     [
         ({"context_length": None}, "llama.context_length is missing"),
         ({"attention__head_count_kv": [2, 1]}, "differs from layer to layer"),
+        ({"attention__head_count_kv": [[2], "1"]}, "must be a whole number or one for each layer"),
+        ({"attention__head_count": 128}, "heads are more than"),
         ({"attention__value_length": 32}, "differs from attention.key_length"),
         ({"rope__scaling__type": "longrope"}, "'longrope'; supported: none, linear, yarn"),
         ({"rope__dimension_count": 32}, "rotary dimension 32"),
@@ -154,6 +159,13 @@ def test_a_wrong_config_is_named(changes: dict[str, Any], said: str) -> None:
 def test_wrong_gguf_metadata_is_named(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ModelError, match=said):
         from_gguf(**changes)
+
+
+@pytest.mark.parametrize("given", [1.5, [["full_attention"], {}], ["linear"] * 2])
+@pytest.mark.parametrize(("kind", "field"), [("cohere2", "layer_types"), ("smollm3", "no_rope_layers")])
+def test_kinds_of_layers_that_are_none(kind: str, field: str, given: Any) -> None:
+    with pytest.raises(ModelError, match=f"{field} .*must hold .* for each layer"):
+        from_config(model_type=kind, num_hidden_layers=2, **{field: given})
 
 
 def test_gguf_without_an_embedding() -> None:

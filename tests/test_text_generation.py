@@ -29,7 +29,8 @@ def test_values_of_generation_config(tmp_path: Path) -> None:
 
 
 def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text('{"temperature": null, "top_p": "1", "top_k": true, "min_p": NaN}')
+    values = f'"temperature": null, "top_p": "1", "top_k": true, "min_p": NaN, "max_new_tokens": 1{"0" * 400}'
+    (tmp_path / "generation_config.json").write_text(f"{{{values}}}")
     assert load_generation_defaults(str(tmp_path), {}).params == {}
 
 

@@ -181,6 +181,7 @@ def test_sentencepiece_flags() -> None:
         ({"tokenizer.ggml.merges": None}, "lacks tokenizer.ggml.merges"),
         ({"tokenizer.ggml.merges": ["no such"]}, "vocabulary is broken"),
         ({"tokenizer.ggml.token_type": [1]}, "1 token types"),
+        ({"tokenizer.ggml.token_type": 1}, "token_type in the GGUF file is no list"),
         ({"tokenizer.ggml.model": "rwkv"}, "'rwkv'"),
         ({"tokenizer.ggml.model": "llama"}, "lacks tokenizer.ggml.scores"),
     ],

@@ -144,13 +144,15 @@ def sliding_windows(config: Fields) -> list[int | None]:
 
 def _refuse_unsupported(config: Fields, activation: str) -> None:
     given = config.get("hidden_act") or activation
-    if ACTIVATIONS.get(given) != activation:
+    if not isinstance(given, str) or ACTIVATIONS.get(given) != activation:
         raise config.error("hidden_act", f"is {given!r}; this architecture is supported with {activation} only")
 
 
 def _attention(fields: Fields, heads: int, kv_heads: int, head_dim: int, parts: Parts) -> Attention:
     if heads % kv_heads:
         raise ModelError(f"{fields.where}: {heads} attention heads cannot share {kv_heads} KV heads evenly")
+    if not head_dim:
+        raise ModelError(f"{fields.where}: {heads} attention heads are more than the hidden size")
     biases, norms = (parts.qkv_bias, parts.out_bias), (parts.qk_norm, parts.qk_norm_whole, parts.qk_norm_late)
     return Attention(heads, kv_heads, head_dim, head_dim**-0.5, *biases, *norms)
 
@@ -179,12 +181,8 @@ def without_rope(spec: ModelSpec, still: Sequence[bool]) -> ModelSpec:
 
 def layer_kinds(config: Fields, default: Sequence[bool]) -> list[bool]:
     """Which layers have a sliding window, by `layer_types`; without that the default."""
-    kinds = config.get("layer_types")
-    if kinds is None:
-        return list(default)
-    if len(kinds) != len(default) or not set(kinds) <= {"sliding_attention", "full_attention"}:
-        raise config.error("layer_types", f"is {kinds!r}, must hold sliding_attention or full_attention for each layer")
-    return [kind == "sliding_attention" for kind in kinds]
+    known = ("full_attention", "sliding_attention")
+    return [kind == known[True] for kind in config.words("layer_types", known, [known[slides] for slides in default])]
 
 
 def _checked(rotation: Rope, head_dim: int, fields: Fields) -> Rope:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -44,7 +44,7 @@ class Fields:
             if default is None:
                 raise self.error(name, "is missing")
             return default
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < _as_float(value) < math.inf:
             raise self.error(name, f"is {value!r}, must be a number above 0")
         return float(value)
 
@@ -64,12 +64,30 @@ class Fields:
             raise self.error(name, f"is {value!r}, must be a token id or a list of them")
         return tuple(int(i) for i in ids)
 
+    def words(self, name: str, known: Sequence[str], default: Sequence[str]) -> list[str]:
+        """One of the known words for each layer."""
+        value = self.get(name)
+        if value is None:
+            return list(default)
+        if not isinstance(value, list) or len(value) != len(default) or any(word not in known for word in value):
+            raise self.error(name, f"is {value!r}, must hold {' or '.join(known)} for each layer")
+        return value
+
     def uniform_integer(self, name: str, default: int | None = None) -> int:
         """A number that GGUF may also give once per layer; layers that differ are not supported."""
         value = self.get(name)
-        if value is None or np.ndim(value) == 0:
+        if not isinstance(value, list | tuple | np.ndarray):
             return self.integer(name, default)
+        if any(not isinstance(v, Integral) for v in value):
+            raise self.error(name, f"is {value!r}, must be a whole number or one for each layer")
         distinct = sorted({int(v) for v in value})
         if len(distinct) != 1 or distinct[0] < 1:
             raise self.error(name, f"differs from layer to layer ({distinct}), which is not supported")
         return distinct[0]
+
+
+def _as_float(value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf

@@ -56,11 +56,8 @@ def from_config(model_type: str, fields: Fields) -> ModelSpec:
 
 def _kinds(fields: Fields, count: int) -> list[str]:
     every = fields.integer("full_attention_interval", _INTERVAL)
-    usual = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
-    kinds = fields.get("layer_types") or usual
-    if not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= {"linear_attention", "full_attention"}:
-        raise fields.error("layer_types", f"is {kinds!r}, must hold linear_attention or full_attention for each layer")
-    return kinds
+    known = ("linear_attention", "full_attention")
+    return fields.words("layer_types", known, [known[(i + 1) % every == 0] for i in range(count)])
 
 
 def from_gguf(

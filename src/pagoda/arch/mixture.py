@@ -64,12 +64,9 @@ def grouped_from_config(spec: ModelSpec, fields: Fields, *, sigmoid: bool) -> Mo
     if fields.get("n_routed_experts") is None:
         return spec
     size, first = fields.integer("moe_intermediate_size"), fields.integer("first_k_dense_replace", 0, least=0)
-    every, kinds = fields.integer("moe_layer_freq", 1), fields.get("mlp_layer_types")
-    sparse = [i >= first and i % every == 0 for i in range(len(spec.layers))]
-    if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) != len(sparse) or not set(kinds) <= {"dense", "sparse"}:
-            raise fields.error("mlp_layer_types", f"is {kinds!r}, must hold dense or sparse for each layer")
-        sparse = [kind == "sparse" for kind in kinds]
+    every, known = fields.integer("moe_layer_freq", 1), ("dense", "sparse")
+    usual = [known[i >= first and i % every == 0] for i in range(len(spec.layers))]
+    sparse = [kind == known[True] for kind in fields.words("mlp_layer_types", known, usual)]
     experts = Experts(
         count=fields.integer("n_routed_experts"),
         active=fields.integer("num_experts_per_tok"),

@@ -17,6 +17,7 @@ from pagoda.weights.source import Tensor
 Float64 = npt.NDArray[np.float64]
 SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "mrope")
 FREQUENCY_DIVISORS = "rope_freqs.weight"
+_MOST_DIM, _MOST_ALPHA = 1 << 16, 1e9  # far above any model's: nothing is computed with what a damaged file says
 LONG_DIVISORS, SHORT_DIVISORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
 
@@ -33,6 +34,8 @@ class Yarn:
 
 def frequencies(dim: int, base: float) -> Float64:
     """The unscaled angular frequencies, [dim // 2]."""
+    if dim > _MOST_DIM:
+        raise ModelError(f"the rotary dimension is {dim}; at most {_MOST_DIM} is possible")
     exponents = np.arange(0, dim, 2, dtype=np.float64) / dim
     return np.power(base, -exponents)
 
@@ -79,7 +82,10 @@ def from_config(config: Fields, head_dim: int, max_position: int) -> tuple[Rope,
     dim = int(head_dim * share)
     kind = recipe.get("rope_type") or recipe.get("type") or "default"
     if kind == "dynamic" and recipe.get("alpha"):  # Hunyuan's: the same for all contexts
-        base *= table.number("alpha") ** (dim / (dim - 2))
+        alpha = table.number("alpha")
+        if dim <= 2 or alpha > _MOST_ALPHA:
+            raise table.error("alpha", f"is {alpha} with a rotary dimension of {dim}, which is not possible")
+        base *= alpha ** (dim / (dim - 2))
     freq = frequencies(dim, base)
     attention_factor = 1.0
     match kind:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ def _numbers(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, f
     found: dict[str, float | int] = {}
     for key, name in names.items():
         value = values.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             found[name] = int(value) if name in _INTEGERS else float(value)
     return found
 

@@ -189,6 +189,8 @@ def _types(metadata: Mapping[str, Any], size: int) -> list[int]:
         for key in (*_END_KEYS, "bos_token_id"):
             if (token := _token_id(metadata, key, size)) is not None:
                 types[token] = _CONTROL
+    if not isinstance(types, list):
+        raise ModelError("tokenizer.ggml.token_type in the GGUF file is no list", remedy=_DOWNLOAD)
     if len(types) != size:
         raise ModelError(f"the GGUF file has {size} tokens but {len(types)} token types", remedy=_DOWNLOAD)
     return list(types)
@@ -200,7 +202,7 @@ def _spaces_as_normal(tokens: Sequence[str], types: Sequence[int]) -> list[int]:
 
 
 def _family(name: Any) -> _Pre:
-    family = _FAMILIES.get(name)
+    family = _FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         log.warning("the GGUF file's pre-tokenizer %r is not known: using GPT-2's, which may cost some quality", name)
         return _GPT2

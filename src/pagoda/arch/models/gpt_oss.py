@@ -42,9 +42,7 @@ def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mod
 
 def _windows(fields: Fields) -> list[int | None]:
     count = fields.integer("num_hidden_layers", most=MOST_LAYERS)
-    kinds = fields.get("layer_types") or [_KINDS[i % 2] for i in range(count)]
-    if len(kinds) != count or not set(kinds) <= set(_KINDS):
-        raise fields.error("layer_types", f"is {kinds!r}, must hold {' or '.join(_KINDS)} for each layer")
+    kinds = fields.words("layer_types", _KINDS, [_KINDS[i % 2] for i in range(count)])
     window = fields.integer("sliding_window", 128)
     return [window if kind == _KINDS[0] else None for kind in kinds]
 

@@ -40,9 +40,7 @@ def of_config(model_type: str, fields: Fields) -> ModelSpec:
     spec = decoder.from_config(model_type, fields, _PARTS, norm_eps="norm_eps")
     count = len(spec.layers)
     attends = fields.token_ids("full_attn_idxs") or range(count)
-    kinds = fields.get("layer_types") or [_KINDS[i in attends] for i in range(count)]
-    if not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= set(_KINDS):
-        raise fields.error("layer_types", f"is {kinds!r}, must hold {' or '.join(_KINDS)} for each layer")
+    kinds = fields.words("layer_types", _KINDS, [_KINDS[i in attends] for i in range(count)])
     kernel = fields.integer("conv_L_cache", DEFAULT_KERNEL, least=2, most=16)
     return _with_convolutions(spec, kernel, [kind == _KINDS[0] for kind in kinds])
 

@@ -9,6 +9,7 @@ from pagoda.arch import decoder, rope
 from pagoda.arch.fields import MOST_LAYERS, Fields
 from pagoda.arch.models import olmo2
 from pagoda.arch.spec import ModelSpec
+from pagoda.errors import ModelError
 
 DEFAULT_WINDOW, DEFAULT_BASE = 4096, 500000.0
 
@@ -20,6 +21,8 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
     both = config.get("rope_parameters")
     if not isinstance(both, Mapping) or "full_attention" not in both:
         both = {"full_attention": config.get("rope_scaling") or both, "sliding_attention": None}
+    if not all(recipe is None or isinstance(recipe, Mapping) for recipe in both.values()):
+        raise ModelError(f"config.json: rope parameters are {both!r}, must be a table for each kind of attention")
     far, near = ({"rope_theta": base, **(both.get(kind) or {})} for kind in ("full_attention", "sliding_attention"))
     fields = Fields({**config, "rope_parameters": far}, "config.json")
     count = fields.integer("num_hidden_layers", most=MOST_LAYERS)

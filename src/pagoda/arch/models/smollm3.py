@@ -21,7 +21,7 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
     turned = fields.get("no_rope_layers")  # despite its name: 1 where a layer has RoPE
     if turned is None:
         return _still(spec, fields.integer("no_rope_layer_interval", DEFAULT_INTERVAL))
-    if len(turned) < len(spec.layers) or not set(turned) <= {0, 1}:
+    if not isinstance(turned, list) or len(turned) < len(spec.layers) or any(turn not in (0, 1) for turn in turned):
         raise fields.error("no_rope_layers", "must hold 0 or 1 for each layer")
     return decoder.without_rope(spec, [not turn for turn in turned[: len(spec.layers)]])
 
