@@ -281,7 +281,8 @@ def test_a_text_goes_on_and_its_speed_is_told(
     code, out, _ = run(capsys, "complete", "--url", url, "--quick", "so", "--max-tokens", "9", "--stats")
     assert code == 0 and out.startswith("so again\nTTFT: ") and "(7 tokens in " in out
     assert (asked[0]["prompt"], asked[0]["max_tokens"], asked[0]["stream"]) == ("so", 9, True)
-    run(capsys, "complete", "--url", url, "-q", "so")
+    run(capsys, "complete", "--url", url, "so")
+    assert asked[1]["prompt"] == "so"
     assert "stream_options" not in asked[1]
     assert run(capsys, "complete", "--system-prompt", "x")[0] == 78
     assert "Examples:\n  pagoda complete" in run(capsys, "complete", "--help")[1]
