@@ -200,6 +200,8 @@ def _heads(config: Any) -> dict[str, Any]:
 
 def stored_tensors(model: Any, arch: str, old: bool = False) -> Iterator[tuple[str, Any]]:
     """The tensors under the names of converters."""
+    # one that the package does not know yet, and one with q, k and v in one matrix: all else is called alike
+    arch = "dots1" if arch in ("hy_v3", "bailingmoe2") else arch
     arch_id = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(arch_id, model.config.num_hidden_layers)
     for name, weight in model.state_dict().items():
@@ -207,10 +209,10 @@ def stored_tensors(model: Any, arch: str, old: bool = False) -> Iterator[tuple[s
             continue
         values, layer = weight.numpy(), name.split(".")[2] if ".layers." in name else ""
         values = values.squeeze(1) if name.endswith("conv.conv.weight") else values
-        if name.endswith("experts.gate_up_proj"):
-            size = values.shape[1] // 2
-            yield f"blk.{layer}.ffn_gate_exps.weight", np.ascontiguousarray(values[:, :size])
-            yield f"blk.{layer}.ffn_up_exps.weight", np.ascontiguousarray(values[:, size:])
+        if name.endswith(("experts.gate_up_proj", "shared_mlp.input_linear.weight")):
+            kind = "exps" if "experts" in name else "shexp"
+            for part, half in zip(("gate", "up"), np.split(values, 2, axis=-2), strict=True):
+                yield f"blk.{layer}.ffn_{part}_{kind}.weight", np.ascontiguousarray(half)
         elif name.endswith("experts.down_proj"):
             yield f"blk.{layer}.ffn_down_exps.weight", values
         elif name.endswith("kv_b_proj.weight") and not old:
@@ -219,6 +221,10 @@ def stored_tensors(model: Any, arch: str, old: bool = False) -> Iterator[tuple[s
             k_b, v_b = own[:, : c.qk_nope_head_dim], own[:, c.qk_nope_head_dim :]
             yield f"blk.{layer}.attn_k_b.weight", np.ascontiguousarray(k_b.transpose(0, 2, 1))
             yield f"blk.{layer}.attn_v_b.weight", np.ascontiguousarray(v_b)
+        elif ".query_key_value." in name:  # stored head by head
+            own = np.split(values, 3 * model.config.num_attention_heads)
+            whole = np.concatenate([part for i in range(3) for part in own[i::3]])
+            yield f"blk.{layer}.attn_qkv.{name.rpartition('.')[2]}", whole
         elif name.endswith(("e_score_correction_bias", "expert_bias")):
             yield f"blk.{layer}.exp_probs_b.bias", values.reshape(-1)
         else:

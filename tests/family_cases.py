@@ -12,6 +12,7 @@ import torch
 from checkpoints import TINY, neighbours, random_model
 from deepseek_cases import LATENT, stored_tensors, with_lively_choices
 from gguf_writer import write_gguf
+from later_families import EXPERTS, FAR, LATER_CASES, LATER_GGUF, MULTIPLIERS, SCALES, YARN
 
 SMALL: Mapping[str, Any] = MappingProxyType({**TINY, "num_hidden_layers": 2, "pad_token_id": 0})
 _LONG = {
@@ -22,12 +23,6 @@ _LONG = {
     "partial_rotary_factor": 0.75,
 }
 _PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-_MULTIPLIERS = {
-    "embedding_multiplier": 3.0,
-    "attention_multiplier": 0.2,
-    "residual_multiplier": 0.4,
-    "logits_scaling": 3.0,
-}
 _CONVOLVES = ["conv", "full_attention", "conv", "conv"]
 _GROUPED = {
     "head_dim": 32,
@@ -39,7 +34,6 @@ _GROUPED = {
     "n_group": 4,
     "topk_group": 2,
 }
-_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -69,10 +63,10 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "use_parallel_residual": True,
             "rope_parameters": _PARTIAL,
         },
-        "granite": {"model_type": "granite", **_MULTIPLIERS, "tie_word_embeddings": True},
+        "granite": {"model_type": "granite", **MULTIPLIERS, "tie_word_embeddings": True},
         "granite4": {
             "model_type": "granitemoehybrid",
-            **_MULTIPLIERS,
+            **MULTIPLIERS,
             "layer_types": ["attention"] * 2,
             "position_embedding_type": "rope",
             "num_local_experts": 0,
@@ -93,7 +87,7 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_hidden_layers": 4,
             "sliding_window": 24,
             "rope_parameters": {
-                "full_attention": {**_YARN, "attention_factor": 1.2},
+                "full_attention": {**YARN, "attention_factor": 1.2},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
             },
         },
@@ -102,7 +96,7 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "ministral3": {
             "model_type": "ministral3",
             "head_dim": 32,
-            "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
         },
         "internlm3": {"model_type": "internlm3", "head_dim": 32, "attention_bias": True, "mlp_bias": True},
         "minimax_m2": {
@@ -188,18 +182,18 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "granitemoe": {
             "model_type": "granitemoe",
-            **_MULTIPLIERS,
+            **MULTIPLIERS,
             "num_local_experts": 8,
             "num_experts_per_tok": 3,
             "intermediate_size": 32,
             "tie_word_embeddings": True,
         },
+        **LATER_CASES,
     }
 )
 
-_EXPERTS = {"expert_count": 8, "expert_used_count": 3, "expert_feed_forward_length": 32}
 _GROUPED_EXPERTS = {
-    **_EXPERTS,
+    **EXPERTS,
     "expert_shared_count": 1,
     "expert_weights_scale": 1.7,
     "expert_weights_norm": True,
@@ -221,27 +215,15 @@ _GGUF: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "cohere2": ("cohere2", {"logit_scale": 0.0625, "attention.sliding_window": 24}),
         "glm": ("chatglm", {"rope.dimension_count": 16}),
         "glm4": ("glm4", {"rope.dimension_count": 16}),
-        "granite": (
-            "granite",
-            {"embedding_scale": 3.0, "attention.scale": 0.2, "residual_scale": 0.4, "logit_scale": 3.0},
-        ),
+        "granite": ("granite", SCALES),
         "hunyuan": ("hunyuan-dense", {"rope.freq_base": 10000.0 * 50.0 ** (32 / 30), "rope.scaling.type": "none"}),
         "olmo2": ("olmo2", {}),
         "exaone4": ("exaone4", {"attention.sliding_window": 24}),
         "exaone4-full": ("exaone4", {}),
-        "ministral3": (
-            "mistral3",
-            {
-                "attention.temperature_scale": 0.3,
-                "rope.scaling.type": "yarn",
-                "rope.scaling.factor": 4.0,
-                "rope.scaling.original_context_length": 16,
-                "rope.scaling.yarn_log_multiplier": 1.0,
-            },
-        ),
+        "ministral3": ("mistral3", {**FAR, "rope.scaling.yarn_log_multiplier": 1.0}),
         "stablelm": ("stablelm", {"rope.dimension_count": 8}),
-        "minimax_m2": ("minimax-m2", {"rope.dimension_count": 16, **_EXPERTS, "expert_gating_func": 2}),
-        "ernie4_5_moe": ("ernie4_5-moe", _EXPERTS),
+        "minimax_m2": ("minimax-m2", {"rope.dimension_count": 16, **EXPERTS, "expert_gating_func": 2}),
+        "ernie4_5_moe": ("ernie4_5-moe", EXPERTS),
         "olmoe": ("olmoe", {"expert_count": 8, "expert_used_count": 3}),
         "dots1": ("dots1", _GROUPED_EXPERTS),
         "exaone_moe": ("exaone-moe", {**_GROUPED_EXPERTS, "attention.sliding_window": 24}),
@@ -252,29 +234,20 @@ _GGUF: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "lfm2_moe": (
             "lfm2moe",
             {
-                **_EXPERTS,
+                **EXPERTS,
                 "expert_gating_func": 2,
                 "expert_weights_scale": 1.7,
                 "shortconv.l_cache": 3,
                 "attention.head_count_kv": [0, 2, 0, 0],
             },
         ),
-        "granitemoe": (
-            "granitemoe",
-            {
-                **_EXPERTS,
-                "embedding_scale": 3.0,
-                "attention.scale": 0.2,
-                "residual_scale": 0.4,
-                "logit_scale": 3.0,
-            },
-        ),
+        **LATER_GGUF,
     }
 )
 IN_GGUF = tuple(_GGUF)
 _NORMED_BY_ROOT = ("lfm2", "lfm2_moe")
 """Families with RMS norms whose configs do not say so by the name of their epsilon."""
-_REORDERED = ("smollm3", "granite", "ministral3", "granitemoe", "arcee")
+_REORDERED = ("smollm3", "granite", "ministral3", "granitemoe", "granitemoeshared", "arcee")
 """Families whose rows of q and k converters put in the order of Llama's."""
 
 
@@ -293,6 +266,15 @@ def write_family(path: Path, case: str, **changes: Any) -> Any:
 def write_family_gguf(path: Path, case: str, model: Any, kind: str = "F32") -> None:
     """Write a model of a case as converters to GGUF do: matrices in `kind`, all else F32."""
     arch, more = _GGUF[case]
+    by_root = {"attention.layer_norm_rms_epsilon": float(model.config.norm_eps)} if case in _NORMED_BY_ROOT else {}
+    plus = 1 if case == "nemotron" else 0  # as its norms multiply
+    write_model_gguf(path, model, arch, {**by_root, **more}, kind, reordered=case in _REORDERED, plus=plus)
+
+
+def write_model_gguf(
+    path: Path, model: Any, arch: str, more: Mapping[str, Any], kind: str, *, reordered: bool, plus: int = 0
+) -> None:
+    """`reordered`: the rows of q and k, as of Llama's. `plus` is added to the weights of norms."""
     config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -310,18 +292,16 @@ def write_family_gguf(path: Path, case: str, model: Any, kind: str = "F32") -> N
         "attention.head_count_kv": kv_heads,
         "attention.key_length": size,
         "attention.value_length": size,
-        f"attention.layer_norm_{'rms_' if 'rms' in eps or case in _NORMED_BY_ROOT else ''}epsilon": float(
-            getattr(config, eps)
-        ),
+        f"attention.layer_norm_{'rms_' if 'rms' in eps else ''}epsilon": float(getattr(config, eps)),
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         **more,
     }
     tensors: dict[str, Any] = {}
     for name, values in stored_tensors(model, arch):
-        if case in _REORDERED and (".attn_q." in name or ".attn_k." in name):
+        if reordered and (".attn_q." in name or ".attn_k." in name):
             values = neighbours(torch.from_numpy(values), heads if ".attn_q." in name else kv_heads).numpy()
-        if case == "nemotron" and name.endswith("norm.weight"):
-            values = values + 1  # as they multiply
+        if name.endswith("norm.weight"):
+            values = values + plus
         exact = values.ndim == 1 or "ffn_gate_inp" in name or "shortconv.conv" in name
         tensors[name] = values if exact else (values, kind)
     for length in ("long", "short"):

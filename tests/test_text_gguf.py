@@ -80,6 +80,7 @@ def test_same_ids_as_the_tokenizer_json_it_came_from(tmp_path: Path, pre: str, s
         ("gpt-4o", "it's HelloWorld 1234", ["it's", " Hello", "World", " ", "123", "4"]),
         ("minimax-m2", "it's HelloWorld 1234", ["it's", " Hello", "World", " ", "123", "4"]),
         ("kimi-k2", "Hello你好World's 1234", ["Hello", "你好", "World's", " ", "123", "4"]),
+        ("bailingmoe2", "it's 42\n\n\nso", ["it", "'s", " ", "4", "2", "\n\n\n", "so"]),
         ("exaone-moe", "it's 한국어 글 12", ["it", "'s", " 한국어 글", " ", "1", "2"]),
         ("deepseek-coder", "a b!\n你好12", ["a", " b", "!", "\n", "你好", "1", "2"]),
         ("deepseek-llm", "Straße a! 12你好", ["Stra", "ß", "e", " a", "!", " ", "12", "你好"]),

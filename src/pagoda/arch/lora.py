@@ -22,7 +22,10 @@ from pagoda.weights.source import Tensor
 ADAPTABLE = ("q", "k", "v", "q_gate", "z", "beta", "decay", "o", "gate", "up", "down")
 """The slots of a layer that adapters may change."""
 
-_REORDERED = ("llama", "granite", "smollm3", "ministral3", "mistral3")
+_REORDERED = (
+    *("llama", "granite", "smollm3", "ministral3", "mistral3"),
+    *("arcee", "baichuan", "deepseek", "granitemoe", "granitemoeshared", "minicpm", "xverse"),
+)
 """Families whose rows of q and k converters to GGUF reorder, so that the pairs of a rotation are neighbours."""
 
 _FLOAT32_BYTES = 4
@@ -40,7 +43,7 @@ AdapterWeights = Mapping[str, LowRank]
 """By slot, such as layers.0.q."""
 
 
-_OTHER_NAMES = ("gpt2", "lfm2", "lfm2_moe")
+_OTHER_NAMES = ("bailing_moe", "exaone", "gpt2", "gpt_neox", "internlm2", "lfm2", "lfm2_moe")
 """Families whose checkpoints, and so their adapters, call their matrices otherwise."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +24,15 @@ def with_mixtures(spec: ModelSpec, size: int, experts: Experts, sparse: Sequence
         raise ModelError(f"a token cannot go through {experts.active} of {experts.count} experts")
     mlp, chosen = Mlp(size, experts=experts), sparse or [True] * len(spec.layers)
     layers = (replace(layer, mlp=mlp) if has else layer for layer, has in zip(spec.layers, chosen, strict=True))
+    return replace(spec, layers=tuple(layers))
+
+
+def with_experts(spec: ModelSpec, change: Callable[[Experts], Experts]) -> ModelSpec:
+    """The spec with the experts of its layers changed."""
+    layers = []
+    for layer in spec.layers:
+        experts = None if layer.mlp.experts is None else change(layer.mlp.experts)
+        layers.append(replace(layer, mlp=replace(layer.mlp, experts=experts)))
     return replace(spec, layers=tuple(layers))
 
 

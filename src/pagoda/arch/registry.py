@@ -22,11 +22,15 @@ from pagoda.weights.source import Tensor, TensorSource
 
 _OTHER_NAMES = MappingProxyType(
     {
+        "bailingmoe": "bailing_moe",
+        "bailingmoe2": "bailing_moe",
+        "bailing_moe_v2": "bailing_moe",
         "chatglm": "glm",
         "glm4moe": "glm4_moe",
         "command-r": "cohere",
         "deepseek2": "deepseek_v2",
         "gemma3_text": "gemma3",
+        "gptneox": "gpt_neox",
         "hunyuan-dense": "hunyuan_v1_dense",
         "hunyuan-moe": "hunyuan_v1_moe",
         "kimi_k2": "deepseek_v3",

@@ -158,7 +158,7 @@ class Mlp:
         return self.size if self.experts is None else self.size * self.experts.active + self.experts.shared
 
 
-Norms = Literal["before", "behind", "both", "one"]
+Norms = Literal["before", "behind", "both", "one", "beside"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,8 @@ class Layer:
     """Decoder layer: x += attention(norm(x)); x += mlp(norm(x)). `norms` says where these norms are.
 
     Before each half as above; or behind it, x += norm(attention(x)); or both, x += norm(attention(norm(x))); or there
-    is one in front of both halves, x += attention(norm(x)) + mlp(norm(x)).
+    is one in front of both halves, x += attention(norm(x)) + mlp(norm(x)); or beside each other each half has its own
+    in that sum.
     In an encoder they follow the sum: x = norm(x + attention(x)); x = norm(x + mlp(x)).
     With `delta`, a delta net or a short convolution, the layer has that in place of its attention, and `attention` is
     the one of the model's other layers.
@@ -310,7 +311,8 @@ def _pooling_slots(pooling: Pooling, hidden: int) -> dict[str, tuple[int, ...]]:
 
 def _norms(layer: Layer) -> tuple[str, ...]:
     before, behind = ("attn_norm", "mlp_norm"), ("attn_post_norm", "mlp_post_norm")
-    return {"before": before, "behind": behind, "both": before + behind, "one": before[:1]}[layer.norms]
+    one = before[:1]
+    return {"before": before, "behind": behind, "both": before + behind, "one": one, "beside": before}[layer.norms]
 
 
 def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:

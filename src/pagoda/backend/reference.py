@@ -172,8 +172,9 @@ class ReferenceExecutor:
                 y = self.recurrence(i, layer.delta, normed, plan)
             else:
                 y = self.attention(i, layer.attention, normed, plan, positions, cells)
-            if layer.norms == "one":
-                x = x + y + self.mlp(i, layer.mlp, normed)
+            if layer.norms in ("one", "beside"):
+                own = normed if layer.norms == "one" else self.norm(p + "mlp_norm", x)
+                x = x + y + self.mlp(i, layer.mlp, own)
                 continue
             x = x + self.norm(p + "attn_post_norm", y)
             y = self.mlp(i, layer.mlp, self.norm(p + "mlp_norm", x))

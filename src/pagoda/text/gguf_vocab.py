@@ -73,6 +73,10 @@ _FAMILIES: dict[str, _Pre] = {
     "lfm2": _LLAMA3,
     **dict.fromkeys(("smaug-bpe", "dbrx", "chatglm-bpe"), _Pre((_LLAMA3_PATTERN,))),
     **dict.fromkeys(("glm4", "glm5"), _Pre((_LLAMA3_PATTERN,), ignore_merges=True)),
+    **dict.fromkeys(
+        ("bailingmoe", "bailingmoe2"),
+        _Pre((rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_SIGNS}|\s*[\r\n]|\s+(?!\S)|\s+",)),
+    ),
     "qwen2": _Pre((_QWEN2_PATTERN,), nfc=True),
     "seed-coder": _Pre((rf"{_CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}",)),
     "exaone4": _GPT2,

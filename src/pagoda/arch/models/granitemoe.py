@@ -9,7 +9,6 @@ from pagoda.arch import mixture
 from pagoda.arch.fields import Fields
 from pagoda.arch.models import granite
 from pagoda.arch.spec import Experts, ModelSpec
-from pagoda.errors import ModelError
 from pagoda.weights.source import Tensor
 
 
@@ -22,8 +21,6 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
-    if "blk.0.ffn_gate_shexp.weight" in tensors:
-        raise ModelError("Granite with a shared expert is not supported", remedy="Take another model")
     spec = granite.of_gguf("granitemoe", metadata, tensors)
     table = {**metadata, "granitemoe.expert_weights_norm": True}
     return mixture.grouped_from_gguf(spec, Fields(table, "GGUF metadata", "granitemoe."), tensors)

@@ -17,6 +17,8 @@ from pagoda.arch.names.gpt2 import gpt2_tensors
 from pagoda.arch.names.gpt_oss import gpt_oss_tensors
 from pagoda.arch.names.lfm2 import lfm2_tensors
 from pagoda.arch.names.pooled import encoder_name, plain_tensors, unused
+from pagoda.arch.names.renamed import FAMILIES as RENAMED
+from pagoda.arch.names.renamed import renamed_tensors
 from pagoda.arch.names.visual import apart_experts, encoder_slot_name, from_mmproj, hub_tensors, language_tensors
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
@@ -82,6 +84,7 @@ _HUNYUAN = MappingProxyType(
         **{f"{p}_shared": f"mlp.shared_mlp.{p}_proj" for p in ("gate", "up", "down")},
     }
 )
+_GRANITE_EXPERTS = MappingProxyType({"router": "block_sparse_moe.router.layer"})
 # the names in safetensors of families that have their own
 _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -104,11 +107,21 @@ _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "gemma2": {"mlp_norm": "pre_feedforward_layernorm"},
         "gemma3": {"mlp_norm": "pre_feedforward_layernorm"},
         **dict.fromkeys(
-            ("glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "dots1", "solar_open"), _SHARED_EXPERTS
+            (
+                *("glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "dots1", "solar_open"),
+                *("bailing_moe", "deepseek", "hy_v3", "mistral4"),
+            ),
+            _SHARED_EXPERTS,
         ),
         "ernie4_5_moe": {**_SHARED_EXPERTS, "router_choice": "mlp.moe_statics.e_score_correction"},
         "exaone_moe": {**_SHARED_EXPERTS, "router_choice": "mlp.e_score_correction"},
-        "granitemoe": {"router": "block_sparse_moe.router.layer"},
+        "granitemoe": _GRANITE_EXPERTS,
+        "granitemoeshared": {
+            **_GRANITE_EXPERTS,
+            "gate_shared": "mlp.gate_proj",
+            "up_shared": "mlp.up_proj",
+            "down_shared": "shared_mlp.output_linear",
+        },
         "starcoder2": {"up": "mlp.c_fc", "down": "mlp.c_proj"},
     }
 )
@@ -151,6 +164,8 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
     """The tensors under the one spelling that the slots are looked up by."""
     if spec.model_type == "gpt2":
         tensors = gpt2_tensors(tensors, gguf=gguf)
+    if spec.model_type in RENAMED and not gguf:
+        tensors = renamed_tensors(spec, tensors)
     if spec.model_type == "gpt_oss":
         tensors = gpt_oss_tensors(tensors)
     if spec.model_type in DEEPSEEKS:

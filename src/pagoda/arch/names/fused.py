@@ -20,6 +20,7 @@ _PIECES = MappingProxyType(
         "block_sparse_moe.input_linear": ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
         "block_sparse_moe.output_linear": ("mlp.experts.*.down_proj",),
         "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.experts.*.gate_up_proj": ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
         "ffn_up": ("ffn_gate", "ffn_up"),
     }
@@ -38,7 +39,8 @@ def _pieces(spec: ModelSpec, name: str, tensor: Tensor) -> Iterator[tuple[str, T
     names = _PIECES.get(stem, ())
     axis = -min(len(tensor.shape), 2)  # of outputs; a bias has no other
     whole = tensor.shape[axis] if tensor.shape else 0
-    sizes = _sizes(spec.layers[int(layer)], len(names), whole) if names and int(layer) < len(spec.layers) else []
+    known = names and int(layer) < len(spec.layers)
+    sizes = _sizes(spec.layers[int(layer)], len(names), whole, shared=stem.startswith("shared")) if known else []
     if not sizes or sum(sizes) != whole:
         yield name, tensor
         return
@@ -46,8 +48,9 @@ def _pieces(spec: ModelSpec, name: str, tensor: Tensor) -> Iterator[tuple[str, T
         yield f"{prefix}{layer}.{own}.{suffix}", part(tensor, axis, first, last)
 
 
-def _sizes(layer: Layer, pieces: int, whole: int) -> list[int]:
-    a = layer.attention
+def _sizes(layer: Layer, pieces: int, whole: int, *, shared: bool) -> list[int]:
+    a, experts = layer.attention, layer.mlp.experts
     if pieces == 3:
         return [a.heads * a.head_dim, *[a.kv_heads * a.head_dim] * 2]
-    return [whole] if pieces == 1 else [layer.mlp.size] * 2
+    size = experts.shared if shared and experts is not None else layer.mlp.size
+    return [whole] if pieces == 1 else [size] * 2

@@ -276,11 +276,13 @@ class Program:
     def _rest(self, i: int, layer: Layer, b: Buffers) -> None:
         """What a layer does behind its attention."""
         p, order = f"layers.{i}.", f"layers.{i}.gate_up"
-        if layer.norms == "one":  # its norm once more, of x as it still is: each product may want its own order
-            h = self._norm(p + "attn_norm", b.x, b.h, flags=b.flags, order=order)
+        # with one norm it is taken once more: each product may want its own order
+        norm, ahead = p + ("attn_norm" if layer.norms == "one" else "mlp_norm"), layer.norms in ("one", "beside")
+        if ahead:  # of x as it still is
+            h = self._norm(norm, b.x, b.h, flags=b.flags, order=order)
         self._add(p + "o", b.att, b, p + "attn_post_norm")
-        if layer.norms != "one":
-            h = self._norm(p + "mlp_norm", b.x, b.h, flags=b.flags, order=order)
+        if not ahead:
+            h = self._norm(norm, b.x, b.h, flags=b.flags, order=order)
         if layer.mlp.experts is not None:
             return self._mixture(p, layer.mlp, layer.mlp.experts)
         self._adapted(p + "gate_up", h, b.gate_up, b.flags)

@@ -147,6 +147,7 @@ class Loader:
             o=self._linear(p + "o"),
             attn_post_norm=self._norm(p + "attn_post_norm"),
             mlp_norm=None if layer.norms == "one" else self._norm(p + "mlp_norm"),
+            beside=layer.norms in ("one", "beside"),
             mlp=self._mlp(p, layer.mlp),
             mlp_post_norm=self._norm(p + "mlp_post_norm"),
             sinks=self._vector(p + "sinks") if a.sinks else None,

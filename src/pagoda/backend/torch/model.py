@@ -182,6 +182,7 @@ class DecoderLayer:
     o: Block
     attn_post_norm: Norm
     mlp_norm: Norm | None  # None: the MLP has the attention's input
+    beside: bool  # the MLP has what goes into the layer, and not also what its attention gives
     mlp: Block
     mlp_post_norm: Norm
     sinks: Tensor | None = None  # float32 [heads]
@@ -266,10 +267,10 @@ class Decoder:
         for i, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
             if 0 < i <= len(deep):
                 x = x + deep[i - 1]
-            if layer.mlp_norm is None:
+            if layer.beside or layer.mlp_norm is None:
                 normed, total = layer.attn_norm.of_sum(x, total)
                 seen = layer.attention(layer.qkv(normed), cos_sin, batch, cache, self.query_scales)
-                x = seen + layer.mlp(normed)
+                x = seen + layer.mlp(normed if layer.mlp_norm is None else layer.mlp_norm(total))
                 continue
             qkv, total = layer.qkv.behind(x, total, layer.attn_norm)
             x = layer.attention(qkv, cos_sin, batch, cache, self.query_scales)
