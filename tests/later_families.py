@@ -43,7 +43,7 @@ LATER_CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_local_experts": 8,
             "num_experts_per_tok": 3,
             "intermediate_size": 32,
-            "shared_intermediate_size": 48,
+            "shared_intermediate_size": 64,
             "tie_word_embeddings": True,
         },
         "granite_swa": {

@@ -101,8 +101,9 @@ def renamed_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str,
 
 def _plain(table: Mapping[str, str], name: str) -> str:
     for own, usual in table.items():
-        # what begins no name with a dot is the beginning of the whole
-        if (own in name) if own.startswith(".") else name.startswith(own):
+        # what begins with no dot is the beginning of the whole
+        found = own in name if own.startswith(".") else name.startswith(own)
+        if found and usual not in name:
             name = name.replace(own, usual, 1)
     return name
 
