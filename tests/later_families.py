@@ -61,6 +61,12 @@ LATER_CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_experts_per_tok": 3,
             "moe_intermediate_size": 64,
         },
+        "hyperclovax": {
+            "model_type": "hyperclovax",
+            **MULTIPLIERS,
+            "residual_multiplier": 1.0,
+            "tie_word_embeddings": True,
+        },
         "helium": {"model_type": "helium", "head_dim": 16},
         "mellum": {
             "model_type": "mellum",

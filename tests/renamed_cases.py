@@ -108,6 +108,7 @@ CASES: Mapping[str, Renamed] = MappingProxyType(
             arch="exaone",
             reordered=False,
         ),
+        "mimo": Renamed({"model_type": "qwen2"}, arch="qwen2", reordered=False),
         "xverse": Renamed({"model_type": "llama"}, arch="xverse"),
         "baichuan": Renamed({"model_type": "llama", "num_key_value_heads": 4}, arch="baichuan", published=False),
         "orion": Renamed(

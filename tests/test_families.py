@@ -69,14 +69,26 @@ def test_gguf_logits_equal_transformers(case: str, kind: str, folders: Folders) 
     executor.close()
 
 
-@pytest.mark.parametrize("inner", ["mistral", "ministral3"])
-def test_the_language_model_of_mistral_small_3_behind_its_eyes(inner: str, tmp_path: Path) -> None:
-    text = {**SMALL, "model_type": inner, "head_dim": 32}
+@pytest.mark.parametrize("inner", ["mistral", "ministral3", "mistral4"])
+def test_the_language_model_of_mistral_small_behind_its_eyes(inner: str, tmp_path: Path) -> None:
+    text = {**SMALL, **CASES.get(inner, {"model_type": inner, "head_dim": 32})}
     sees = {"model_type": "pixtral", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes = {"intermediate_size": 32, "patch_size": 4, "image_size": 16, "head_dim": 16}
     config = transformers.Mistral3Config(text_config=text, vision_config={**sees, **sizes}, image_token_index=9)
     config.tie_word_embeddings = False
     model = with_random_weights(transformers.Mistral3ForConditionalGeneration(config), 3)
+    model.save_pretrained(tmp_path)
+    for kind in KINDS:
+        executor = load(tmp_path, kind)
+        assert relative(logits(executor, LAST), expected(model)) < KV_ERROR
+        executor.close()
+
+
+def test_the_language_model_of_exaone_4_5_without_its_eyes(tmp_path: Path) -> None:
+    sees = {"depth": 1, "hidden_size": 32, "num_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+    text = {**SMALL, **CASES["exaone4"]}
+    config = transformers.Exaone4_5_Config(text_config=text, vision_config={**sees, "out_hidden_size": 64})
+    model = with_random_weights(transformers.Exaone4_5_ForConditionalGeneration(config), 3)
     model.save_pretrained(tmp_path)
     for kind in KINDS:
         executor = load(tmp_path, kind)

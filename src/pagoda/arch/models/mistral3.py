@@ -1,4 +1,4 @@
-"""Mistral Small 3.1 and 3.2 and Ministral 3 as they are published: their language model, and Pixtral's encoder."""
+"""Mistral Small 3.1, 3.2 and 4 and Ministral 3 as they are published: their language model, and Pixtral's encoder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from types import MappingProxyType
 from typing import Any
 
 from pagoda.arch import inside, pixtral, visual
-from pagoda.arch.models import ministral3, mistral
+from pagoda.arch.models import ministral3, mistral, mistral4
 from pagoda.arch.spec import ModelSpec
 from pagoda.weights.source import Tensor
 
-_TEXT = MappingProxyType({"mistral": mistral.from_config, "ministral3": ministral3.from_config})
+_TEXT = MappingProxyType(
+    {"mistral": mistral.from_config, "ministral3": ministral3.from_config, "mistral4": mistral4.from_config}
+)
 
 
 def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
@@ -21,7 +23,8 @@ def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mod
 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
     spec = inside.language_model(config, _TEXT, "mistral", {"sliding_window": None})
-    spec = replace(spec, model_type="mistral3")
+    if spec.model_type != "mistral4":  # whose tensors have other names
+        spec = replace(spec, model_type="mistral3")
     return (
         visual.with_encoder(spec, pixtral.encoder(config, spec.norm_eps), spec.hidden_size)
         if visual.sees(config)

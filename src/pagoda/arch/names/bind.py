@@ -85,16 +85,19 @@ _HUNYUAN = MappingProxyType(
     }
 )
 _GRANITE_EXPERTS = MappingProxyType({"router": "block_sparse_moe.router.layer"})
+_FOUR_NORMS = MappingProxyType(
+    {
+        "attn_post_norm": "post_self_attn_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        "mlp_post_norm": "post_mlp_layernorm",
+    }
+)
 # the names in safetensors of families that have their own
 _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "mixtral": _MIXTRAL,
         "minimax_m2": {**_MIXTRAL, "router_choice": "block_sparse_moe.e_score_correction"},
-        "glm4": {
-            "attn_post_norm": "post_self_attn_layernorm",
-            "mlp_norm": "post_attention_layernorm",
-            "mlp_post_norm": "post_mlp_layernorm",
-        },
+        **dict.fromkeys(("glm4", "hyperclovax"), _FOUR_NORMS),
         "hunyuan_v1_dense": _HUNYUAN,
         "hunyuan_v1_moe": _HUNYUAN,
         "granitemoehybrid": {"down": "shared_mlp.output_linear"},
@@ -178,7 +181,7 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
         tensors = plain_tensors(spec, tensors)
     if spec.vision is not None:
         tensors = from_mmproj(tensors, spec.vision) if gguf else hub_tensors(tensors, spec.vision)
-    elif not gguf and spec.model_type in ("gemma3", "mistral3"):
+    elif not gguf and spec.model_type in ("exaone4_5", "gemma3", "mistral3", "mistral4"):
         tensors = language_tensors(tensors)
     if spec.model_type.startswith(("gemma", "nemotron")) and not gguf:
         tensors = gemma_tensors(tensors)

@@ -70,9 +70,12 @@ _HY_V3 = MappingProxyType(
         ".mlp.e_score_correction_bias": ".mlp.gate.e_score_correction.bias",
     }
 )
-# the experts of a layer as one, without a suffix
-_STACKED = MappingProxyType(
+# behind eyes or not; the experts of a layer as one, without a suffix
+_MISTRAL4 = MappingProxyType(
     {
+        "language_model.model.": "model.",
+        "model.language_model.": "model.",
+        "language_model.lm_head.": "lm_head.",
         ".mlp.experts.gate_up_proj": ".mlp.experts.*.gate_up_proj.weight",
         ".mlp.experts.down_proj": ".mlp.experts.*.down_proj.weight",
     }
@@ -85,7 +88,10 @@ FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "granite_swa": MappingProxyType({".self_attn.sinks": ".self_attn.sinks.weight"}),
         "hy_v3": _HY_V3,
         "internlm2": _INTERNLM2,
-        "mistral4": _STACKED,
+        "hyperclovax": MappingProxyType(
+            {".post_norm1.": ".post_self_attn_layernorm.", ".post_norm2.": ".post_mlp_layernorm."}
+        ),
+        "mistral4": _MISTRAL4,
     }
 )
 _BUFFERS = re.compile(r"(model\.layers\.\d+\.attention|model\.layers\.\d+\.attn\.attention)\.(masked_)?bias")
@@ -103,7 +109,7 @@ def _plain(table: Mapping[str, str], name: str) -> str:
     for own, usual in table.items():
         # what begins with no dot is the beginning of the whole
         found = own in name if own.startswith(".") else name.startswith(own)
-        if found and usual not in name:
+        if found and not (own in usual and usual in name):
             name = name.replace(own, usual, 1)
     return name
 
