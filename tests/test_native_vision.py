@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import vl_tiny
 from reference_plans import Feed, make_plan
+from safetensors.torch import load_file, save_file
 
 from pagoda.arch.mrope import rope_positions
 from pagoda.arch.registry import load_spec
@@ -166,6 +167,20 @@ def test_vectors_equal_the_reference(isa: str, heads: int, tmp_path: Path, monke
     for shape in (*SHAPES, (1, 32, 26)):  # the last is larger than what memory was set aside for
         image = image_of(*shape)
         assert relative(native._vision.encode(image), expected.encoder.encode(image)) < 1e-5
+    native.close()
+
+
+def test_vectors_of_an_encoder_in_bfloat16_equal_the_reference(tmp_path: Path) -> None:
+    """Where the processor multiplies bfloat16, what goes into products and into attention is rounded to it."""
+    vision = {**vl_tiny.config()["vision_config"], "hidden_size": 160, "num_heads": 2, "window_size": 112}
+    folder = vl_tiny.write(tmp_path, vision_config=vision)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({name: weight.bfloat16() for name, weight in weights.items()}, tmp_path / "model.safetensors")
+    native, expected = load(folder, max_model_len=100), reference(folder)
+    assert native._vision is not None
+    for shape in (*SHAPES, (1, 18, 30)):
+        image = image_of(*shape)
+        assert relative(native._vision.encode(image), expected.encoder.encode(image)) < 0.01
     native.close()
 
 

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kSerialRows = 2;
 constexpr int64_t kChunkBytes = 32 << 10;  // of weights, at least: a chunk costs two atomic operations
-constexpr int64_t kPairs = 1 << 17;        // of a query and a key, for each thread: then a step in parts may pause
+constexpr int64_t kPairs = 1 << 22;        // of a query and a key, for each thread: then a step in parts may pause
 constexpr int64_t kAdaptedRows = 16;       // of an adapter, that go together
 constexpr int64_t kRowBytes = 192 << 10;   // activations that stay in the second-level cache while weights pass
 
@@ -162,16 +162,19 @@ void Chain::split_attention() {
   partials.resize(parts * partial_stride(c_.dims.head_dim));
 }
 
-// A phase takes some of the jobs, from its `first` on.
+// A chunk is a job times a head; a phase takes some, from its `first` on: at least one for each thread.
 void Chain::add_encoder_attention(const pg_op& op) {
   const bool by_frame = op.flags & PG_FRAMES;
   const int32_t* starts = by_frame ? st_.frames : st_.starts;
   std::vector<Tokens>& jobs = by_frame ? frames : encoder;
   if (jobs.empty()) jobs = encoder_jobs(starts, by_frame ? st_.frames_count : st_.requests);
-  for (size_t from = 0, to = 0; from < jobs.size(); from = to) {
-    for (int64_t pairs = 0; to < jobs.size() && pairs < kPairs * threads; to++)
-      pairs += (int64_t)jobs[to].count * (starts[jobs[to].request + 1] - starts[jobs[to].request]);
-    add_phase(op.kind, &op, rows_.size(), (int64_t)from, 1, (int64_t)(to - from) * c_.dims.heads);
+  const int64_t heads = c_.dims.heads, chunks = (int64_t)jobs.size() * heads;
+  for (int64_t from = 0, to = 0; from < chunks; from = to) {
+    for (int64_t pairs = 0; to < chunks && (pairs < kPairs * threads || to - from < threads); to++) {
+      const Tokens& job = jobs[to / heads];
+      pairs += (int64_t)job.count * (starts[job.request + 1] - starts[job.request]);
+    }
+    add_phase(op.kind, &op, rows_.size(), from, 1, to - from);
   }
 }
 

@@ -16,7 +16,7 @@ struct Task {
   int32_t kind;
   const pg_op* op;
   int64_t row, rows;  // of the buffers
-  int64_t first;      // row of logits that is row `row` of the buffers; or the first job of an encoder's attention
+  int64_t first;      // row of logits that is row `row` of the buffers; or the first chunk of an encoder's attention
   int64_t step;       // rows of a chunk
 };
 

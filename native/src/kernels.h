@@ -72,7 +72,7 @@ struct AttentionJob {  // consecutive tokens of one request, the query heads of 
   const int32_t* last_seen;  // the last position that each token sees, or null: its own
 };
 
-constexpr int kEncoderQueries = 96;  // of one encoder job
+constexpr int kEncoderQueries = 384;  // of one encoder job
 constexpr int kKeys = 256;           // keys attended at a time
 
 struct EncoderJob {  // consecutive tokens of one request, one head, over all its tokens
@@ -82,6 +82,7 @@ struct EncoderJob {  // consecutive tokens of one request, one head, over all it
   float scale;
   float* out;
   int64_t out_stride;
+  bool bf16;  // whether queries, keys, values and weights may be rounded to it
 };
 
 constexpr int kDeltaTokens = 8;  // that go through a part of a state together, while it is in the nearest cache
@@ -156,7 +157,7 @@ inline Form form_of(const Kernels& kernels, int32_t type, int64_t k) {
 constexpr int64_t attention_scratch(int head_dim) { return kQueryVectors * (int64_t)(kSegment + 3 * head_dim + 2); }
 
 // Floats of scratch that `attend_all` needs.
-constexpr int64_t encoder_scratch(int head_dim) { return 2 * (int64_t)head_dim * (kEncoderQueries + kKeys) + 8 * kKeys; }
+constexpr int64_t encoder_scratch(int head_dim) { return 2 * (int64_t)head_dim * (kEncoderQueries + kKeys) + 8 * kKeys + head_dim; }
 
 const Kernels* kernels_generic();
 #if defined(__x86_64__)

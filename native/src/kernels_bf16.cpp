@@ -3,6 +3,7 @@
 #define PG_AVX2
 #define PG_VNNI
 #define PG_PAIRS
+#include "attend_all.h"
 #include "attention.h"
 #include "bf16.h"
 
@@ -23,6 +24,7 @@ const Kernels* kernels_bf16() {
       const auto segment = job.cache->kind == PG_KV_BF16 ? bf16::attention_segment : kernels_avx512()->attention_segment;
       segment(job, index, partials, scratch);
     };
+    t.attend_all = [](const EncoderJob& job, float* scratch) { (job.bf16 ? bf16::attend_all : kernels_avx512()->attend_all)(job, scratch); };
     return t;
   }();
   return &table;

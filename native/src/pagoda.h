@@ -121,7 +121,7 @@ struct pg_dims {
   int32_t rope_dim, rope_interleaved;
   float rope_factor;
   const double* inv_freq;  // [rope_dim / 2]
-  int32_t kv;              // PG_KV_*
+  int32_t kv;              // PG_KV_*; PG_KV_BF16 lets attention without a cache round to it too
   pg_router router;        // experts 0: there are none
   int32_t piece_rows;      // tokens of a piece
   const int32_t* rope_axes;  // [rope_dim / 2] by which of the step's three rope positions each pair turns, or null

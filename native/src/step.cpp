@@ -337,14 +337,14 @@ class StepJob : public Job {
     const pg_dims& d = c_.dims;
     const pg_op& op = *task.op;
     const bool frames = op.flags & PG_FRAMES;
-    const Tokens& t = (frames ? chain.frames : chain.encoder)[task.first + chunk / d.heads];
+    const int64_t place = task.first + chunk;
+    const Tokens& t = (frames ? chain.frames : chain.encoder)[place / d.heads];
     const int32_t* starts = (frames ? st_.frames : st_.starts) + t.request;
     const Buffer &in = c_.buffers[op.in], &out = c_.buffers[op.out];
-    const int64_t first = starts[0], column = chunk % d.heads * d.head_dim, hidden = (int64_t)d.heads * d.head_dim;
+    const int64_t first = starts[0], column = place % d.heads * d.head_dim, hidden = (int64_t)d.heads * d.head_dim;
     const float* keys = in.row(first) + hidden + column;
-    c_.kernels->attend_all({in.row(first + t.from) + column, keys, keys + hidden, in.width, t.count,
-                            starts[1] - starts[0], d.head_dim, op.f,
-                            out.row(first + t.from) + column, out.width}, c_.row_scratch[thread].data());
+    c_.kernels->attend_all({in.row(first + t.from) + column, keys, keys + hidden, in.width, t.count, starts[1] - starts[0], d.head_dim, op.f,
+                            out.row(first + t.from) + column, out.width, c_.kv.kind == PG_KV_BF16}, c_.row_scratch[thread].data());
   }
 
   void sample(const pg_op& op, int64_t l, int64_t row, int thread) {

@@ -47,6 +47,17 @@ using Pairs = __m512bh;
 PG_INLINE W fma(Pairs a, Pairs b, W c) { return (W)_mm512_dpbf16_ps((__m512)c, a, b); }
 PG_INLINE Pairs load_halves(const uint16_t* p, int) { return (Pairs)_mm512_loadu_si512(p); }
 PG_INLINE Pairs splat_halves(float x) { return (Pairs)_mm512_set1_ps(x); }
+// 16 floats in whose bits such pairs lie.
+PG_INLINE Pairs load_slots(const float* p) { return (Pairs)_mm512_loadu_ps(p); }
+PG_INLINE Pairs splat_slots(float x) { return splat_halves(x); }
+// Of two rows the pairs of what lies one above the other; `below` null: of 0.
+PG_INLINE void pair_rows(const float* above, const float* below, int n, float* to) {
+  for (int i = 0; i < n; i += 8) {
+    const __m128i low = (__m128i)_mm256_cvtneps_pbh((__m256)load(above + i));
+    const __m128i high = below ? (__m128i)_mm256_cvtneps_pbh((__m256)load(below + i)) : _mm_setzero_si128();
+    _mm256_storeu_si256((__m256i*)(to + i), _mm256_or_si256(_mm256_cvtepu16_epi32(low), _mm256_slli_epi32(_mm256_cvtepu16_epi32(high), 16)));
+  }
+}
 PG_INLINE Pairs first_half(Pairs v) { return (Pairs)_mm512_and_si512((__m512i)v, _mm512_set1_epi32(0xffff)); }
 PG_INLINE void store_halves(const float* x, int64_t n, uint16_t* to) {
   for (int64_t i = 0; i < n; i += 8) _mm_storeu_si128((__m128i*)(to + i), (__m128i)_mm256_cvtneps_pbh((__m256)load(x + i)));
@@ -77,6 +88,9 @@ PG_INLINE float exponents(const float* x, int n, float top, float* to) {
 constexpr int kHalves = 1;
 PG_INLINE Part16 load_halves(const uint16_t* p, int i) { return load_part_f16(p, i); }
 PG_INLINE Part16 splat_halves(float x) { return splat_part(x); }
+PG_INLINE W load_slots(const float* p) { return load_wide(p); }
+PG_INLINE W splat_slots(float x) { return splat_wide(x); }
+PG_INLINE void pair_rows(const float* above, const float*, int n, float* to) { memcpy(to, above, n * sizeof(float)); }
 PG_INLINE void store_halves(const float* x, int n, uint16_t* to) {
   for (int i = 0; i < n; i += 8) store_f16(to + i, load(x + i));
 }

@@ -11,13 +11,12 @@ from pagoda.arch.registry import bind
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.base import Capacity, Limits, Pending, Progress
-from pagoda.backend.cpu import records as native
 from pagoda.backend.cpu.adapters import Products, adapted_products, native_pairs
 from pagoda.backend.cpu.buffers import buffer_bytes
 from pagoda.backend.cpu.encoder_program import EncoderProgram
 from pagoda.backend.cpu.library import Native, matrix_bytes
 from pagoda.backend.cpu.machine import free_memory_bytes, usable_cores
-from pagoda.backend.cpu.panels import in_their_order, panel_type
+from pagoda.backend.cpu.panels import in_their_order, kind_of_cache, panel_type
 from pagoda.backend.cpu.program import VECTORS, Program, check_spec
 from pagoda.backend.cpu.vision import VisionEncoder, check_vision, split_tensors, vision_quantization
 from pagoda.types import Float32, Image, Int32, StepPlan
@@ -65,7 +64,7 @@ class CpuExecutor:
         try:
             kind = Program if spec.encoder is None else EncoderProgram
             program = kind(lib, spec, text, progress, limits.quantization, limits.max_loras > 0)
-            program.finish(limits.max_num_batched_tokens, blocks, _kind_of_cache(limits.kv_cache_dtype, text), states)
+            program.finish(limits.max_num_batched_tokens, blocks, kind_of_cache(limits.kv_cache_dtype, text), states)
             if spec.vision is not None:
                 vision = VisionEncoder(spec, seeing, progress, threads, limits)
         except BaseException:
@@ -106,14 +105,6 @@ class CpuExecutor:
         self._lib.close()
         if self._vision is not None:
             self._vision.close()
-
-
-def _kind_of_cache(asked: str, tensors: Mapping[str, Tensor]) -> int:
-    """`auto` is bfloat16 (where the processor multiplies it) unless all matrices are finer floats."""
-    if memory.kv_type(asked) == "int8":
-        return native.KV_INT8
-    exact = all(t.type in ("F32", "F16") for t in tensors.values() if len(t.shape) > 1)
-    return native.KV_F16 if asked == "float16" or (asked == "auto" and exact) else native.KV_BF16
 
 
 def weight_bytes(tensors: Mapping[str, Tensor], quantization: str | None = None, vision: Vision | None = None) -> int:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
+from pagoda.arch import memory
 from pagoda.backend.cpu import records as native
 from pagoda.options.formats import EIGHT_BITS_OF_INT4, EXACT, QUANTIZE_ON_LOAD
 from pagoda.weights.ggml import dequantize
@@ -44,6 +45,15 @@ def panel_type(slot: str, tensor: Tensor, quantization: str | None) -> str:
     if quantization not in QUANTIZE_ON_LOAD or kind not in FLOATS or tensor.shape[-1] % 32 or part in EXACT:
         return kind
     return "Q8_0" if quantization == "int8" else _INT4.get(part, "Q4_1")
+
+
+def kind_of_cache(asked: str, tensors: Mapping[str, Tensor]) -> int:
+    """What attention keeps keys and values in. `auto` is bfloat16 (where the processor multiplies it) unless all
+    matrices are finer floats."""
+    if memory.kv_type(asked) == "int8":
+        return native.KV_INT8
+    exact = all(t.type in ("F32", "F16") for t in tensors.values() if len(t.shape) > 1)
+    return native.KV_F16 if asked == "float16" or (asked == "auto" and exact) else native.KV_BF16
 
 
 def in_their_order(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Places]]:

@@ -16,7 +16,7 @@ from pagoda.arch.vision_spec import Vision
 from pagoda.backend.base import Limits, Progress
 from pagoda.backend.cpu import records as native
 from pagoda.backend.cpu.library import Native
-from pagoda.backend.cpu.panels import FLOATS
+from pagoda.backend.cpu.panels import FLOATS, kind_of_cache
 from pagoda.backend.cpu.program import ACTIVATIONS, Program
 from pagoda.backend.cpu.records import BufferShape, Dims, Op, Picture
 from pagoda.backend.vision import Encoded, frequencies, in_one_go, layout, scaling, vectors_taken
@@ -88,7 +88,8 @@ class VisionProgram(Program):
         axes = np.repeat(np.array([1, 2], np.int32), pairs)
         dims = Dims(
             0, v.heads, v.heads, padded_head(v), 1, max_tokens, MERGED_ROWS, 0, v.head_dim, 0, 1.0,
-            inv_freq.ctypes.data, piece_rows=PIECE_ROWS, rope_axes=axes.ctypes.data,
+            inv_freq.ctypes.data, kind_of_cache("auto", self._tensors), piece_rows=PIECE_ROWS,
+            rope_axes=axes.ctypes.data,
         )  # fmt: skip
         self._lib.program(dims, buffer_shapes(self._spec), self._operations(), self._spec.hidden_size)
 
