@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from api_fake import EOS, SPECIAL, VOCAB, ByteTokenizer
 
-from pagoda.engine.grammar_check import GrammarCheck
+from pagoda.engine.grammar_check import GrammarCheck, Words
 from pagoda.errors import BadRequest, Overloaded
 from pagoda.text import grammar
 
 START = ("start: @part0",)
 
 
-def words() -> tuple[list[bytes], list[int], list[int]]:
+def words() -> Words:
     return [ByteTokenizer().token_bytes(i) for i in range(VOCAB)], sorted(SPECIAL), [EOS]
 
 
@@ -151,3 +151,22 @@ def test_known_grammars_pass_those_that_are_slow_and_new_ones_wait_so_long_only(
         check.close()
 
     asyncio.run(go())
+
+
+def test_streams_go_on_while_the_vocabulary_is_read() -> None:
+    async def go() -> float:
+        def slow() -> Words:
+            time.sleep(0.3)  # as 50,000 tokens take on a busy machine
+            return words()
+
+        check = GrammarCheck(slow)
+        asked = asyncio.create_task(check.check(grammar.document(START, grammar.regex_part("a+"))))
+        longest_s, before = 0.0, time.monotonic()
+        while not asked.done():
+            await asyncio.sleep(0.005)
+            longest_s, before = max(longest_s, (now := time.monotonic()) - before), now
+        await asked
+        check.close()
+        return longest_s
+
+    assert asyncio.run(go()) < 0.2

@@ -72,7 +72,8 @@ class GrammarCheck:
             async with asyncio.timeout(self._wall_s):
                 if self._worker is None:
                     self._worker = Worker(self._command)
-                    await self._worker.tell(self._words())
+                    words = await asyncio.to_thread(self._words)  # of 50,000 tokens and more: streams go on meanwhile
+                    await self._worker.tell(words)
                 return msgspec.msgpack.decode(await self._worker.ask(grammar), type=Verdict)
         except (TimeoutError, EOFError, ConnectionError):
             self.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import llguidance
@@ -31,6 +32,7 @@ _LIMITS = llguidance.LLParserLimits(
 # Each holds the one before, and all of them long words: else each step of [a-zA-Z ]{1,500} takes 320 us and not 17.
 # The library's own four more gain nothing beside these, and making them held the GIL for as long again.
 _WORD_SLICES = ("[a-z]{1,20}", "[a-zA-Z]{1,20}", "[a-zA-Z ]{1,20}")
+_BETWEEN_S = 0.03
 
 
 class _Tokens:
@@ -66,8 +68,10 @@ class Vocabulary:
     ) -> None:
         eos = list(eos_token_ids) or [len(tokens) - 1]
         wrapped = _Tokens(tokens, special_ids, eos[0], encode or (lambda text: self._all.greedy_tokenize(text)))
-        # Both calls hold the GIL; between them a stream may go on.
+        # Both calls hold the GIL; between them streams go on, for a step or two: whoever waits for the GIL gets it at
+        # once, but gives it up with the first call to the system.
         plain = llguidance.LLTokenizer(wrapped, n_vocab=len(tokens), eos_token=eos, slices=[])  # type: ignore[arg-type]
+        time.sleep(_BETWEEN_S)
         self._all = plain.with_slices(list(_WORD_SLICES))
         self.size = len(tokens)
 
