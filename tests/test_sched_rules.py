@@ -69,6 +69,16 @@ def test_one_step_at_a_time() -> None:
         h.scheduler.apply(got[0], result)
 
 
+def test_who_waits_for_a_state_lets_others_go_first_and_keeps_its_place() -> None:
+    h = harness(recurrent=True, kept_states=4, max_num_batched_tokens=120, max_num_seqs=3)
+    h.add(request("leader", 150))
+    h.planned()
+    for name, size in [("waits", 150), ("short", 10), ("late", 10)]:
+        h.add(request(name, size, first=0 if size == 150 else 3))
+    assert h.planned() == {"leader": 30, "short": 10}  # the third place is not for "late"
+    assert h.planned() == {"leader": 1, "short": 1, "waits": 22}
+
+
 # prefix cache
 
 

@@ -17,7 +17,6 @@ from pagoda.sched.batch import Batch
 from pagoda.sched.blocks import BlockPool
 from pagoda.sched.config import SchedulerConfig
 from pagoda.sched.course import Course, course_of
-from pagoda.sched.draft import Speculator
 from pagoda.sched.flights import Flight, Flights
 from pagoda.sched.images import Encoded, Images, at_once, needing
 from pagoda.sched.outcome import NO_LOGITS, Outcome
@@ -26,6 +25,7 @@ from pagoda.sched.prefixes import Prefixes
 from pagoda.sched.state import Grammar, Proposer, Sequence, Turn, turn_of
 from pagoda.sched.states import States
 from pagoda.sched.stats import SchedulerStats
+from pagoda.sched.trials import Trials
 from pagoda.types import BLOCK_SIZE, Adapter, Delta, Image, Request, StepPlan, StepResult
 
 _ORDER = attrgetter("order")
@@ -35,7 +35,6 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, proposer: Proposer | None = None, encoded: Encoded = at_once) -> None:
         self._config = config
         self._images = Images(encoded, lambda seq: len(self._prefixes.cached(seq)) * BLOCK_SIZE)
-        self._proposer = proposer
         self.places = Places(config.max_loras)
         self._pool = BlockPool(config.num_blocks)
         self._batch = Batch(config.max_num_seqs, config.max_model_len, config.vocab_size)
@@ -47,7 +46,10 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._flights = Flights()
         self._pace = Pace(config.step_time_target_s)
-        self._speculator = Speculator(config.speculation, self._pace) if config.speculation else None
+        self._trials: Trials | None = None
+        if config.speculation is not None:
+            self._trials = Trials(config.speculation, self._pace, self._pool, self._make_room, proposer)
+        self._speculator = self._trials.speculator if self._trials else None
         self._load = Load()  # of the step that is being planned
         self._course: Course | None = None
         self._last: Flight | None = None
@@ -120,8 +122,8 @@ class Scheduler:
         self._admit_waiting(budget, turns, published)
         if not turns:
             return None
-        if self._speculator is not None and not self._load.prompts:
-            self._speculate(self._speculator, turns, budget)
+        if self._trials is not None and not self._load.prompts:
+            self._trials.add(turns, self._load, budget, len(self._running))
         self._steps += 1
         self._states.plan(turns)
         plan = self._batch.plan(self._steps, turns, alone=not self._flights)
@@ -303,8 +305,8 @@ class Scheduler:
         self.learn()
         # One block more than known for each running request: else it would soon push out who came in.
         promised = sum(max(0, blocks_for(len(seq.known)) + 1 - len(seq.blocks)) for seq in self._running)
-        place, held = 0, False
-        while place < len(self._waiting) and budget > 0 and self._free_slots:
+        place, held, reserved = 0, False, 0  # slots for those that let others go first
+        while place < len(self._waiting) and budget > 0 and len(self._free_slots) > reserved:
             seq = self._waiting[place]
             held = held or self.places.lack(seq)
             if self._images.waits(seq) or (held and seq.request.adapter is not None):
@@ -318,8 +320,11 @@ class Scheduler:
                 most = len(seq.known) if len(seq.known) <= budget or not turns else 0
             count = self._images.clear(seq, done, most, budget)
             needed = blocks_for(len(seq.known)) - len(cached) + self._pool.free_among(cached) + promised
-            if count == 0 or needed > self._pool.free or self._states.awaited(seq, done, self._running):
+            if count == 0 or needed > self._pool.free:
                 break
+            if self._states.awaited(seq, done, self._running):
+                place, reserved, promised = place + 1, reserved + 1, needed  # what it needs is left for it
+                continue
             del self._waiting[place]
             self._seat(seq, cached)
             count = self._states.cut(seq, count)
@@ -345,42 +350,6 @@ class Scheduler:
             if self._config.prefix_caching:
                 self._prefix_queries_tokens += len(seq.known)
                 self._prefix_hits_tokens += seq.computed
-
-    def _speculate(self, speculator: Speculator, turns: list[Turn], budget: int) -> None:
-        """Let streams try tokens ahead, with what the step has left over: nobody loses a block or a token for it."""
-        most_streams = speculator.most_streams()
-        if most_streams is not None and len(turns) > most_streams:
-            return
-        trying = [turn for turn in turns if turn.samples and turn.seq.samples_alike]
-        if self._proposer is not None:  # a draft model knows no grammars
-            trying = [turn for turn in trying if turn.seq.grammar is None]
-        drafters = [t.seq.drafter or speculator.new_drafter(forced=t.seq.grammar is not None) for t in trying]
-        guesses: list[list[int]] = []
-        if self._proposer is not None and trying:
-            most = speculator.tokens_ahead(drafters, self._load)
-            guesses = self._proposer.propose([(t.seq, min(most, self._places_ahead(t.seq, budget))) for t in trying])
-            speculator.observe(self._proposer.rounds)
-        for place, (turn, drafter) in enumerate(zip(trying, drafters, strict=True)):
-            seq = turn.seq
-            seq.drafter = drafter
-            most = self._places_ahead(seq, budget)
-            if self._proposer is not None:
-                drafts = drafter.take(guesses[place][:most])
-            else:
-                forced = None if seq.grammar is None else seq.grammar.forced
-                drafts = speculator.draft(drafter, seq.known, most, self._load, forced)
-            if drafts:
-                speculator.count(drafts)
-                self._make_room(seq, turn.count + len(drafts))
-                turn.drafts = drafts
-                self._load.add_stream(len(seq.known), len(drafts))
-                budget -= len(drafts)
-
-    def _places_ahead(self, seq: Sequence, budget: int) -> int:
-        """How many tokens a stream may try without taking a block that another will need."""
-        spare = max(0, self._pool.free - len(self._running))
-        places = (len(seq.blocks) + spare) * BLOCK_SIZE - len(seq.known)
-        return max(0, min(budget, places, seq.end - len(seq.known) - 1))
 
     def _leave(self, seq: Sequence) -> None:
         """Free what a request held that is gone, unless a step in flight still writes there."""
