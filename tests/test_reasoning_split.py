@@ -14,6 +14,7 @@ from pagoda.text.output import TextOutput
 from pagoda.text.parts import Part, join_parts
 from pagoda.text.reasoning import HARMONY, ReasoningFormat, ThinkSplitter, find_reasoning
 from pagoda.text.reply import ReplyFormat, ReplyReader, find_format
+from pagoda.text.tools import find_tool_format
 from pagoda.types import Delta, Request, SamplingParams
 
 THINK = ReasoningFormat("<think>", "</think>")
@@ -71,9 +72,14 @@ def test_the_channel_that_gemma_4_thinks_in(step: int) -> None:
         ("<think>Hm.</think>no marks\n\nhere", "no marks\n\nhere"),
         ("<think>Hm.</think><response>cut </resp", "cut </resp"),
         ("<think>Hm.</think>\n", ""),
+        ("<think>Hm.</think><response>a </response> <response>b</response>\n", "a </response> <response>b"),
+        ("<think>Hm.</think>Write <response> first, </response> last</response>", None),
+        ("<think>Hm.</think><response>a</response>" + 80 * " ", "a</response>"),
     ],
 )
-def test_marks_around_the_answer_are_left_out(step: int, text: str, content: str) -> None:
+def test_marks_around_the_answer_are_left_out(step: int, text: str, content: str | None) -> None:
+    """And nowhere else: `None` is all that follows the reasoning."""
+    content = text.partition("</think>")[2] if content is None else content
     template = "{{ messages }}<think></think><response>{{ content }}</response>"
     form = find_reasoning(template)
     assert form is not None and form == find_reasoning("", "ernie45")
@@ -81,6 +87,23 @@ def test_marks_around_the_answer_are_left_out(step: int, text: str, content: str
     assert split(text, step, form=form) == [part for part in parts if part.text]
     assert find_reasoning(template.replace("response", "answer")) == find_reasoning("", "hunyuan_a13b")
     assert find_reasoning("<think></think>") == find_reasoning("", "qwen3")
+
+
+@pytest.mark.parametrize("step", [1, 3, 1000])
+def test_a_call_behind_the_marks(step: int) -> None:
+    """And one inside of them."""
+    form = ReplyFormat(find_reasoning("", "ernie45"), find_tool_format("", "hermes"))
+    call = '<tool_call>\n{"name": "get", "arguments": {}}\n</tool_call>'
+    for text in (
+        f"<response>\nHi </response>.\n</response>\n\n{call}\n",
+        f"<response>Hi </response>.\n{call}</response>",
+    ):
+        reader, parts = ReplyReader(form, schemas={"get": {}}), []
+        for i in range(0, len(text), step):
+            parts += reader.feed(text[i : i + step])
+        told = join_parts([*parts, *reader.finish()])
+        content = "".join(part.text for part in told if part.kind == "content")
+        assert content.strip() == "Hi </response>." and Part("call", "get") in told
 
 
 @pytest.mark.parametrize("step", [1, 2, 7, 1000])

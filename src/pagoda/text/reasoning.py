@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from pagoda.errors import ConfigError
+from pagoda.text.enclosed import Enclosed
 from pagoda.text.parts import Markers, Part, Trimmer
 
 _MAX_BLANK_CHARS = 64
@@ -25,7 +26,7 @@ class ReasoningFormat:
     end: str
     opened: bool = False
     then: str = "\n\n"
-    answer: tuple[str, ...] = ()
+    answer: tuple[str, str] | None = None
 
     def is_open(self, prompt: str) -> bool:
         """Whether an answer to a prompt with this end begins as reasoning."""
@@ -40,7 +41,11 @@ class ReasoningFormat:
         """Whether a chat template speaks of it."""
         # Phi's templates have <|end|> too, and do not think.
         thinks = self.start in template or (self.end in template and self is not HARMONY)
-        return thinks and all(mark in template for mark in self.answer) and not (self.answer and _MINIMAX in template)
+        return (
+            thinks
+            and all(mark in template for mark in self.answer or ())
+            and not (self.answer and _MINIMAX in template)
+        )
 
     @property
     def closing(self) -> str:
@@ -96,15 +101,16 @@ def find_reasoning(template: str, name: str | None = None) -> ReasoningFormat | 
 class ThinkSplitter:
     """Reasoning first, if the answer begins with it (or `opened` says that it has begun), then content.
 
-    Marks, those around the answer too, and the blank space around them are left out. Only at the beginning can there
-    be a first mark: later it is text like any other. One pass, and no more is held back than what may become a mark.
+    Marks, those around the answer too, and the blank space around them are left out; what `calls` begin with may follow
+    the answer. Only at the beginning can there be a first mark: later it is text like any other. One pass, and no more
+    is held back than what may become a mark.
     """
 
-    def __init__(self, form: ReasoningFormat, *, opened: bool) -> None:
+    def __init__(self, form: ReasoningFormat, *, opened: bool, calls: Sequence[str] = ()) -> None:
         self._form = form
         self._ends = Markers((form.end,))
-        self._reasoning, self._answer = Trimmer(), Trimmer()
-        self._around = Markers(form.answer) if form.answer else None
+        self._reasoning = Trimmer()
+        self._enclosed = None if form.answer is None else Enclosed(form.answer, calls)
         self._buffer = ""
         self._step = self._inside if opened else self._before
         self.thinking = opened
@@ -124,8 +130,8 @@ class ThinkSplitter:
         rest, self._buffer = self._buffer, ""
         if self.thinking:
             return [Part("reasoning", self._reasoning.feed(rest))]
-        if self._step == self._inner:
-            rest = self._answer.feed(rest)
+        if self._step == self._inner and self._enclosed is not None:
+            rest = self._enclosed.finish()
         return [Part("content", rest)]
 
     def _before(self) -> list[Part]:
@@ -159,19 +165,12 @@ class ThinkSplitter:
 
     def _begin(self) -> list[Part]:
         """The answer itself."""
-        self._step = self._content if self._around is None else self._inner
+        self._step = self._content if self._enclosed is None else self._inner
         return self._step()
 
     def _inner(self) -> list[Part]:
-        """Content without the marks around it."""
-        shown: list[str] = []
-        while self._around is not None and (found := self._around.search(self._buffer)):
-            shown.append(self._buffer[: found.start()])
-            self._buffer = self._buffer[found.end() :]
-        cut = len(self._buffer) - (self._around.held(self._buffer) if self._around else 0)
-        shown.append(self._buffer[:cut])
-        self._buffer = self._buffer[cut:]
-        return [Part("content", self._answer.feed("".join(shown)))]
+        text, self._buffer = self._buffer, ""
+        return [Part("content", text if self._enclosed is None else self._enclosed.feed(text))]
 
     def _content(self) -> list[Part]:
         text, self._buffer = self._buffer, ""

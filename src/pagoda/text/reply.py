@@ -47,7 +47,8 @@ class ReplyReader:
             self._splitter = Harmony(tools=schemas is not None)
         else:
             if form.reasoning is not None:
-                self._splitter = ThinkSplitter(form.reasoning, opened=opened)
+                calls = () if form.tools is None else form.tools.marks
+                self._splitter = ThinkSplitter(form.reasoning, opened=opened, calls=calls)
             if form.tools is not None and schemas is not None:
                 self._calls = form.tools.scanner(schemas)
 
