@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 import engine_tiny
 import psutil
 import pytest
+from gguf_writer import write_gguf
 from server_process import PYTHON, running, serve
 
 from pagoda.backend.cpu.machine import free_memory_bytes
@@ -132,9 +134,8 @@ def test_errors_are_those_of_the_model_s_server(url: str) -> None:
     status, reply, _ = send(url, "/v1/nothing", {})
     assert status == 404 and "there is no /v1/nothing here" in reply["error"]["message"]
     assert send(url, "/v1/completions")[0] == 405
-    assert send(url, "/api/blobs/sha256:0", method="HEAD")[0] == 404
     status, reply, _ = send(url, "/api/blobs/sha256:0", {})
-    assert status == 501 and "pagoda serve FILE.gguf OTHER" in reply["error"]
+    assert status == 400 and "64 hexadecimal digits" in reply["error"]
 
 
 def test_models_come_when_they_are_named_and_make_room_for_each_other(url: str) -> None:
@@ -193,6 +194,22 @@ def test_models_that_clients_make_are_found_whether_loaded_or_not(url: str) -> N
     assert complete(url, "pirate:latest")[0] == 200 and states(url)["blue"] == "ready"
     assert send(url, "/api/delete", {"model": "pirate"}, method="DELETE")[0] == 200
     assert complete(url, "pirate")[0] == 404
+
+
+def test_a_model_is_made_of_a_file_that_a_client_sends(url: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", {"general.architecture": "llama"}, {})
+    content = (tmp_path / "m.gguf").read_bytes()
+    digest = "sha256:" + hashlib.sha256(content).hexdigest()
+    path = f"/api/blobs/{digest}"
+    assert send(url, path, method="HEAD")[0] == 404
+    headers = {"authorization": "Bearer secret", "content-type": "application/octet-stream"}
+    with urllib.request.urlopen(urllib.request.Request(url + path, content, headers), timeout=120) as reply:
+        assert reply.status == 201
+    assert send(url, path, method="HEAD")[0] == 200
+    made = {"model": "me/mine", "files": {"m.gguf": digest}, "stream": False}
+    assert send(url, "/api/create", made)[:2] == (200, {"status": "success"})
+    assert send(url, "/api/delete", {"model": "me/mine"}, "DELETE")[0] == 200
+    assert send(url, path, method="HEAD")[0] == 404, "no model uses the file any more"
 
 
 def test_stored_responses_are_found(url: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from pagoda.api.serving.blobs import BlobStore
 from pagoda.gateway import child as child_module
 from pagoda.gateway import proxy as proxy_module
 from pagoda.gateway.app import Gateway, create_app
@@ -65,7 +66,7 @@ async def gateway(
         for name in names
     ]
     fleet = Fleet(models, 10, folder, folder / "derived", given.api_key)
-    app = create_app(Gateway(proxy=Proxy(fleet, None), version="0"), given, local=True)
+    app = create_app(Gateway(proxy=Proxy(fleet, None), blobs=BlobStore(folder), version="0"), given, local=True)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
         try:

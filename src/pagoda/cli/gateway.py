@@ -10,9 +10,11 @@ from dataclasses import replace
 from pagoda import __version__
 from pagoda.api.http.listen import allow_many_files, bind_socket
 from pagoda.api.notify import Notifier
+from pagoda.api.serving.blobs import BlobStore
 from pagoda.cli.address import address, is_loopback, print_notes
 from pagoda.cli.model import local_model
 from pagoda.cli.screen import size, table
+from pagoda.deploy.download.created import BLOBS
 from pagoda.deploy.download.default_model import NAME, cache_path
 from pagoda.errors import ConfigError
 from pagoda.gateway.run import run_gateway
@@ -48,6 +50,7 @@ def serve_models(settings: Settings, models: Sequence[Options]) -> int:
             budget_bytes(options, machine),
             upstream,
             cache_path() / "derived",
+            BlobStore(cache_path() / BLOBS),
             listener,
             version=__version__,
             local=options.uds is None and is_loopback(options.host),

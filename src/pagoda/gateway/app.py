@@ -14,15 +14,15 @@ from pagoda.api import docs, status
 from pagoda.api.app import Door, guarded_app
 from pagoda.api.http.errors import JSON, to_json
 from pagoda.api.http.stream import Reply
+from pagoda.api.ollama.blobs import found_in, taken_into
 from pagoda.api.ollama.models import API_VERSION
-from pagoda.api.ollama.options import NotSupported
 from pagoda.api.ollama.protocol import OllamaVersion
 from pagoda.api.routes import endpoints
 from pagoda.api.serving.access import check_may_change
+from pagoda.api.serving.blobs import BlobStore
 from pagoda.api.serving.endpoint import Endpoint
 from pagoda.api.serving.names import not_served
 from pagoda.api.status import ServerLoad, StatusReply, VersionReply, Welcome
-from pagoda.errors import NotFound
 from pagoda.gateway import lists
 from pagoda.gateway.passing import CHANGES
 from pagoda.gateway.proxy import Proxy
@@ -33,9 +33,13 @@ Handler = Callable[[Request], Awaitable[Reply]]
 
 @dataclass(frozen=True, kw_only=True)
 class Gateway:
-    """Answers what is asked of all models together; `proxy` passes on the rest."""
+    """Answers what is asked of all models together; `proxy` passes on the rest.
+
+    `blobs` are the files that clients send to make models of: the server of each model finds them in the same folder.
+    """
 
     proxy: Proxy
+    blobs: BlobStore
     version: str
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -63,7 +67,7 @@ class Gateway:
             "/api/tags": self._tags,
             "/api/ps": self._ps,
             "/api/version": self._ollama_version,
-            "/api/blobs/{digest}": self._no_files,
+            "/api/blobs/{digest}": self._blob,
         }
 
     async def _health(self, request: Request) -> Reply:
@@ -119,13 +123,8 @@ class Gateway:
     async def _ollama_version(self, request: Request) -> Reply:
         return Response(to_json(OllamaVersion(version=API_VERSION)), media_type=JSON)
 
-    async def _no_files(self, request: Request) -> Reply:
-        if request.method == "HEAD":  # an answer without words: those come when the file is sent
-            raise NotFound("no file with this digest is here")
-        raise NotSupported(
-            "with several models behind one port no model files are taken",
-            remedy="Put the file on the server's machine, and name it: pagoda serve FILE.gguf OTHER",
-        )
+    async def _blob(self, request: Request) -> Reply:
+        return found_in(self.blobs, request) if request.method == "HEAD" else await taken_into(self.blobs, request)
 
     async def _root(self, request: Request) -> Reply:
         if request.method == "HEAD" or request.headers.get("user-agent", "").startswith("ollama"):
@@ -151,7 +150,7 @@ def create_app(gateway: Gateway, options: Options, *, local: bool) -> Starlette:
 
     async def answer(endpoint: Endpoint, request: Request) -> Reply:
         handler = own.get(endpoint.path)
-        if endpoint.path in CHANGES:
+        if endpoint.path in CHANGES and request.method != "HEAD":
             check_may_change(access)
         return await (gateway.proxy.answer(endpoint, request) if handler is None else handler(request))
 

@@ -28,7 +28,7 @@ from pagoda.gateway.wire import as_json
 
 _CREDENTIALS = frozenset(("authorization", "x-api-key"))
 _NOT_FORWARDED = frozenset(("host", "origin", "cookie", "connection")) | _CREDENTIALS
-CHANGES = frozenset(("/api/create", "/api/copy", "/api/delete", "/api/pull", "/api/push"))
+CHANGES = frozenset(("/api/blobs/{digest}", "/api/create", "/api/copy", "/api/delete", "/api/pull", "/api/push"))
 """These change what is on this machine, and under which names."""
 _MAY_ASK_NOTHING = frozenset(("/api/chat", "/api/generate"))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pagoda.api.notify import Notifier
 from pagoda.api.run import HttpServer, either, http_server, listen, stop_signals
+from pagoda.api.serving.blobs import BlobStore
 from pagoda.gateway.app import Gateway, create_app
 from pagoda.gateway.fleet import Fleet, looked_at
 from pagoda.gateway.proxy import Proxy
@@ -31,6 +32,7 @@ def run_gateway(
     budget_bytes: int,
     upstream: Upstream | None,
     derived: Path | None,
+    blobs: BlobStore,
     listener: socket.socket,
     *,
     version: str,
@@ -42,7 +44,7 @@ def run_gateway(
     with tempfile.TemporaryDirectory(prefix="pagoda-", ignore_cleanup_errors=True) as folder:
         fleet = Fleet(models, budget_bytes, Path(folder), derived, options.api_key)
         proxy = Proxy(fleet, upstream, fallback=options.fallback, fallback_model=options.fallback_model)
-        gateway = Gateway(proxy=proxy, version=version)
+        gateway = Gateway(proxy=proxy, blobs=blobs, version=version)
         http = http_server(create_app(gateway, options, local=local), options)
         with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
             return runner.run(_serve(gateway, http, listener, options.shutdown_timeout, on_ready, notifier))

@@ -22,14 +22,22 @@ MAX_FILES = 16
 
 
 async def has_blob(server: Server, request: Request) -> Response:
-    if _places(server)[0].find(request.path_params["digest"]) is None:
-        raise NotFound("no file with this digest is here")
-    return Response(status_code=200)
+    return found_in(_places(server)[0], request)
 
 
 async def take_blob(server: Server, request: Request) -> Response:
     check_may_change(server)
-    (store, _), digest = _places(server), request.path_params["digest"]
+    return await taken_into(_places(server)[0], request)
+
+
+def found_in(store: BlobStore, request: Request) -> Response:
+    if store.find(request.path_params["digest"]) is None:
+        raise NotFound("no file with this digest is here")
+    return Response(status_code=200)
+
+
+async def taken_into(store: BlobStore, request: Request) -> Response:
+    digest = request.path_params["digest"]
     if store.find(digest) is not None:
         return Response(status_code=200)
     claimed = request.headers.get("content-length", "")
