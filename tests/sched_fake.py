@@ -127,7 +127,10 @@ def solo(request: Request, config: SchedulerConfig) -> Told:
         known.append(token)
         ids.append(hash((prefix, token)))
         told.tokens.append(token)
-        if params.logprobs is not None:
+        if named := params.logprob_token_ids:
+            scores = [(each, logprob_of(prefix, each)) for each in named]
+            told.logprobs.append(TokenLogprob(token, logprob_of(prefix, token), scores))
+        elif params.logprobs is not None:
             told.logprobs.append(TokenLogprob(token, logprob_of(prefix, token), top_of(prefix, params.logprobs)))
         if not params.ignore_eos and token in request.eos_token_ids:
             told.finish_reason = "stop"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -69,6 +70,23 @@ def test_logprobs_have_ranks_and_a_sum(llm: LLM) -> None:
     unlikely = SamplingParams(temperature=0.0, max_tokens=1, logprobs=0)
     table = (llm.generate("abc", unlikely)[0].outputs[0].logprobs or [])[0]
     assert [one.rank for one in table.values()] == [None]
+
+
+def test_logprobs_of_named_tokens(llm: LLM) -> None:
+    """All of them together are certain, and asking for them changes nothing else."""
+    ids, plain = range(llm.info.vocab_size), {"temperature": 0.0, "max_tokens": 3, "logprobs": 2}
+    parts = [tuple(ids[i : i + 20]) for i in range(0, len(ids), 20)]
+    asked = [SamplingParams(**plain, logprob_token_ids=part) for part in parts]
+    usual, *named = (
+        out.outputs[0] for out in llm.generate(["abc"] * (1 + len(asked)), [SamplingParams(**plain), *asked])
+    )
+    assert all(one.token_ids == usual.token_ids for one in named) and usual.logprobs is not None
+    for place, likeliest in enumerate(usual.logprobs):
+        told = {i: one for answer in named for i, one in (answer.logprobs or [])[place].items()}
+        assert sum(math.exp(one.logprob) for one in told.values()) == pytest.approx(1, abs=1e-4)
+        assert all(told[i].logprob == one.logprob and told[i].rank is None for i, one in likeliest.items())
+    with pytest.raises(BadRequest, match="logprob_token_ids takes at most 20"):
+        llm.generate("x", SamplingParams(logprob_token_ids=tuple(range(21))))
 
 
 def test_n_answers_have_seeds_of_their_own(llm: LLM) -> None:

@@ -44,6 +44,7 @@ def draw_params(rng: Random) -> SamplingParams:
         "ignore_eos": True,
         "logprobs": rng.randint(0, 3),
         "prompt_logprobs": rng.randint(0, 3),
+        "logprob_token_ids": tuple(rng.sample(range(VOCAB), 3)),
         "presence_penalty": 0.5,
         "repetition_penalty": 1.25,
         "logit_bias": {rng.randrange(VOCAB): -1.0, rng.randrange(VOCAB): 2.0},

@@ -47,7 +47,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     `top_k` 0 or -1 means all tokens. `max_tokens` None means the rest of the context. `logprobs` k asks for the
     chosen token's log-probability and those of the k likeliest tokens (0: only the chosen token's), taken from the
-    model's raw logits, before temperature and penalties. `seed` None lets the server choose one. `grammar` is what the
+    model's raw logits, before temperature and penalties. `logprob_token_ids` are told of in place of the likeliest,
+    whatever `logprobs` says. `seed` None lets the server choose one. `grammar` is what the
     output must match, as `text.grammar` writes it; `LLM` makes it from `structured_outputs`. `bad_words` must not come:
     server and `LLM` make `bad_words_token_ids` of them, and none of these runs of tokens comes in the output.
     `detokenize` and `spaces_between_special_tokens` have no effect: text is always made, as the tokenizer writes it.
@@ -68,6 +69,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
@@ -104,6 +106,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise BadRequest(
                 f"bad_words takes at most {MAX_BAD_WORDS} words of 1 to {MAX_STOP_CHARS} characters", param="bad_words"
             )
+        if len(self.logprob_token_ids) > most:
+            raise BadRequest(f"logprob_token_ids takes at most {most} tokens", param="logprob_token_ids")
         self._check_ids(vocab_size)
 
     def _check_ids(self, vocab_size: int) -> None:
@@ -121,6 +125,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         lists: dict[str, Iterable[int]] = {
             "logit_bias": bias,
             "stop_token_ids": self.stop_token_ids,
+            "logprob_token_ids": self.logprob_token_ids,
             "allowed_token_ids": self.allowed_token_ids or (),
             "bad_words_token_ids": chain.from_iterable(runs),
         }

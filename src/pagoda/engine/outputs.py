@@ -65,6 +65,7 @@ class Answer:
         self.output = whole.outputs[index]
         self._whole = whole
         self._tokenizer = tokenizer
+        self._named = bool(request.params.logprob_token_ids)
         self._text = TextOutput(tokenizer, request, shown)
         self._pieces: list[str] = []
         self._told = (0, 0)  # pieces and tokens
@@ -84,7 +85,9 @@ class Answer:
         output.token_ids += delta.token_ids
         self._pieces.append(delta.text)
         if delta.logprobs is not None:
-            output.logprobs = (output.logprobs or []) + [self._table(one) for one in delta.logprobs]
+            output.logprobs = (output.logprobs or []) + [
+                self._table(one, ranked=not self._named) for one in delta.logprobs
+            ]
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + sum(one.logprob for one in delta.logprobs)
         if delta.prompt_logprobs is not None:
             self._whole.prompt_logprobs = [None if one is None else self._table(one) for one in delta.prompt_logprobs]
@@ -111,8 +114,8 @@ class Answer:
             error=output.error,
         )
 
-    def _table(self, one: TokenLogprob) -> dict[int, Logprob]:
+    def _table(self, one: TokenLogprob, *, ranked: bool = True) -> dict[int, Logprob]:
         text = self._tokenizer.token_text
-        table = {i: Logprob(logprob, rank, text(i)) for rank, (i, logprob) in enumerate(one.top, 1)}
+        table = {i: Logprob(logprob, rank if ranked else None, text(i)) for rank, (i, logprob) in enumerate(one.top, 1)}
         table.setdefault(one.token_id, Logprob(one.logprob, None, text(one.token_id)))
         return table

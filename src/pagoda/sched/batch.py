@@ -87,11 +87,11 @@ class Batch:
                 row_target += (seq.known[place] for place in turn.scoring)
                 row_top += [seq.params.prompt_logprobs or 0] * len(turn.scoring)
             if turn.samples:
-                sampled = turn.sampled_rows
-                rows += range(len(tokens) - 1, len(tokens) - 1 + sampled)
-                row_request += [r] * sampled
-                row_target += [-1] * sampled
-                row_top += [-1 if seq.params.logprobs is None else seq.params.logprobs] * sampled
+                sampled, named, last = turn.sampled_rows, turn.named, len(tokens) - 1
+                rows += [*range(last, last + sampled), *[last] * len(named)]
+                row_request += [r] * (sampled + len(named))
+                row_target += [*[-1] * sampled, *named]
+                row_top += [seq.told_top] * sampled + [0] * len(named)
                 tokens += turn.drafts
             if turn.pooled:
                 rows += (base + place for place in turn.pooled)
@@ -139,7 +139,7 @@ class Batch:
             own = turn.seq.masks(turn.drafts) if turn.samples else []
             rows += [-1] * len(turn.scoring)
             rows += range(len(masks), len(masks) + len(own)) if own else [-1] * turn.sampled_rows
-            rows += [-1] * len(turn.pooled)
+            rows += [-1] * (len(turn.named) + len(turn.pooled))
             masks += own
         return {"row_mask": _ints(rows), "masks": np.array(masks, np.uint32).reshape(len(masks), self._mask_words)}
 

@@ -64,4 +64,4 @@ def course_of(flight: Flight, speculator: Speculator | None) -> Course | None:
 
 def _plain(turn: Turn) -> bool:
     seq = turn.seq
-    return turn.steady and seq.alive and seq.started and seq.params.logprobs is None and seq.sight is None
+    return turn.steady and seq.alive and seq.started and seq.told_top < 0 and seq.sight is None

@@ -27,6 +27,12 @@ class _Rows:
         values = self._result.top_logprobs[row, :top].tolist()
         return TokenLogprob(self.tokens[row], float(self._result.logprobs[row]), list(zip(ids, values, strict=True)))
 
+    def named(self, row: int, count: int) -> TokenLogprob:
+        """With the tokens that were scored in the same place."""
+        values = self._result.logprobs[row : row + 1 + count].tolist()
+        top = list(zip(self.tokens[row + 1 : row + 1 + count], values[1:], strict=True))
+        return TokenLogprob(self.tokens[row], values[0], top)
+
 
 class Outcome:
     """Applies results to sequences, and counts the tokens that went in and out."""
@@ -107,8 +113,10 @@ class Outcome:
             seq.history.add(token)
         self.generation_tokens += 1
         delta.token_ids.append(token)
-        if seq.params.logprobs is not None:
-            delta.logprobs = [*(delta.logprobs or ()), rows.logprob(row, seq.params.logprobs)]
+        if seq.told_top >= 0:
+            named = len(seq.params.logprob_token_ids)
+            entry = rows.named(row, named) if named else rows.logprob(row, seq.told_top)
+            delta.logprobs = [*(delta.logprobs or ()), entry]
         delta.finish_reason = self._finish_reason(seq, token)
         if delta.finish_reason == "stop" and token in seq.params.stop_token_ids and not _is_eos(seq, token):
             delta.stop_reason = token

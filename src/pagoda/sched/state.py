@@ -167,6 +167,13 @@ class Sequence:
         return self._first_bias if len(self.known) < self._min_len else self._bias
 
     @property
+    def told_top(self) -> int:
+        """How many of the likeliest tokens are told of with each of its own; -1: no log-probability is told."""
+        if self.params.logprob_token_ids:
+            return 0
+        return -1 if self.params.logprobs is None else self.params.logprobs
+
+    @property
     def samples_alike(self) -> bool:
         """True if what sampling does to the logits no longer depends on how many tokens there are, or which.
 
@@ -249,7 +256,7 @@ class Turn:
     def steady(self) -> bool:
         """A stream's next token, sampled as the one before: of the plan only that token and its position are new."""
         seq = self.seq
-        plain = seq.bias is None and seq.history is None and seq.mask is None and seq.grammar is None
+        plain = seq.bias is None and seq.history is None and seq.mask is None and seq.grammar is None and not self.named
         alone = self.count == 1 and not self.scoring and not self.drafts
         return plain and self.samples and alone and self.kept is None
 
@@ -265,9 +272,14 @@ class Turn:
         return 1 + len(self.drafts) if self.samples else 0
 
     @property
+    def named(self) -> Seq[int]:
+        """Tokens that are scored in the place of the sampled one."""
+        return self.seq.params.logprob_token_ids if self.samples else ()
+
+    @property
     def rows(self) -> int:
         """Its rows in the step's result."""
-        return len(self.scoring) + self.sampled_rows + len(self.pooled)
+        return len(self.scoring) + self.sampled_rows + len(self.named) + len(self.pooled)
 
 
 def turn_of(seq: Sequence, count: int) -> Turn:

@@ -31,7 +31,7 @@ class Trials:
         most_streams = self.speculator.most_streams()
         if most_streams is not None and len(turns) > most_streams:
             return
-        trying = [turn for turn in turns if turn.samples and turn.seq.samples_alike]
+        trying = [turn for turn in turns if turn.samples and turn.seq.samples_alike and not turn.named]
         if self._proposer is not None:  # a draft model knows no grammars
             trying = [turn for turn in trying if turn.seq.grammar is None]
         drafters = [

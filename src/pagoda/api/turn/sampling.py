@@ -29,10 +29,7 @@ _WITH_DEFAULT = (
 )
 _AS_GIVEN = ("ignore_eos", "prompt_logprobs", "skip_special_tokens", "include_stop_str_in_output")
 
-_NOT_HERE: tuple[tuple[str, str], ...] = (
-    ("prompt_embeds", "prompts are text or token ids, not embeddings"),
-    ("logprob_token_ids", "the likeliest tokens are told of, and no others: use top_logprobs"),
-)
+_NOT_HERE: tuple[tuple[str, str], ...] = (("prompt_embeds", "prompts are text or token ids, not embeddings"),)
 
 
 def sampling_params(
@@ -65,8 +62,11 @@ def sampling_params(
         allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
         bad_words=tuple(body.bad_words or ()),
         logprobs=_logprobs(body, most_logprobs),
+        logprob_token_ids=tuple(body.logprob_token_ids or ()),
     )
     params.check(vocab_size, most_logprobs)
+    if params.logprob_token_ids and params.logprobs is None:
+        raise BadRequest("logprob_token_ids needs logprobs", param="logprob_token_ids")
     _check_others(body)
     return params
 
