@@ -181,7 +181,9 @@ class FakeEngine:
         params = request.params
         assert params.max_tokens is not None
         delta = Delta(request_id=request.request_id, token_ids=[token], cached_tokens=4 if count == 0 else 0)
-        if params.logprobs is not None:
+        if params.logprob_token_ids:
+            delta.logprobs = [TokenLogprob(token, -0.5, [(each, -each / 100) for each in params.logprob_token_ids])]
+        elif params.logprobs is not None:
             delta.logprobs = [scored(token, params.logprobs)]
         if params.prompt_logprobs is not None and count == 0:
             ids = request.prompt_token_ids

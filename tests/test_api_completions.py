@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -149,6 +150,35 @@ def test_a_prompt_is_cut_on_the_side_that_is_named(client: Client, side: str | N
     assert far.json()["usage"]["prompt_tokens"] == 511
     assert client.chat("x" * 10**6, truncate_prompt_tokens=7).json()["usage"]["prompt_tokens"] == 7
     assert client.complete("hello", truncation_side="middle").json()["error"]["param"] == "truncation_side"
+
+
+def test_logprobs_of_named_tokens(client: Client) -> None:
+    named = {"logprobs": 0, "logprob_token_ids": [65, 66], "max_tokens": 1}
+    choice = client.complete("ab", **named).json()["choices"][0]
+    assert choice["logprobs"]["top_logprobs"] == [{"A": -0.65, "B": -0.66, "H": -0.5}]
+    choice = client.chat("ab", **{**named, "logprobs": True}).json()["choices"][0]
+    assert [top["token"] for top in choice["logprobs"]["content"][0]["top_logprobs"]] == ["A", "B"]
+
+
+def test_scores_of_the_token_that_comes_next(client: Client) -> None:
+    body: dict[str, Any] = {"query": "is it?", "items": ["yes", [1, 2]], "label_token_ids": [65, 66]}
+    reply = client.post("/generative_scoring", body).json()
+    share = math.exp(-0.65) / (math.exp(-0.65) + math.exp(-0.66))
+    assert [one["score"] for one in reply["data"]] == [pytest.approx(share)] * 2
+    assert (reply["object"], reply["data"][1]["index"], reply["usage"]["completion_tokens"]) == ("list", 1, 2)
+    assert reply["id"].startswith("generative-scoring-")
+    whole = client.post("/v1/generative_scoring", {**body, "apply_softmax": False, "item_first": True}).json()
+    assert whole["data"][0]["score"] == pytest.approx(math.exp(-0.65))
+    query = list(b"is it?")
+    prompts = [request.prompt_token_ids for request in engine(client).requests]
+    assert prompts[-4:] == [[*query, *b"yes"], [*query, 1, 2], [*b"yes", *query], [1, 2, *query]]
+    for wrong, param in (
+        ({"label_token_ids": []}, "label_token_ids"),
+        ({"label_token_ids": [10**6]}, "label_token_ids"),
+        ({"items": [[-1]]}, "items"),
+        ({"items": []}, "items"),
+    ):
+        assert client.post("/generative_scoring", {**body, **wrong}).json()["error"]["param"] == param
 
 
 def test_prompt_logprobs_stand_in_each_choice(client: Client) -> None:

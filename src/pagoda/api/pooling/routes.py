@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pagoda.api.pooling import classify, cohere, embeddings, rerank
+from pagoda.api.pooling import classify, cohere, embeddings, label_scores, rerank
 from pagoda.api.pooling.cohere import CohereEmbedBody, CohereEmbedReply
+from pagoda.api.pooling.label_scores import LabelScoresBody
 from pagoda.api.pooling.protocol import (
     ClassifyBody,
     ClassifyReply,
@@ -17,7 +18,7 @@ from pagoda.api.pooling.protocol import (
     ScoreReply,
 )
 from pagoda.api.serving.endpoint import Endpoint
-from pagoda.api.serving.tasks import COMPARE, EMBED, SCORE
+from pagoda.api.serving.tasks import COMPARE, EMBED, GENERATE, SCORE
 
 
 def endpoints() -> tuple[Endpoint, ...]:
@@ -45,5 +46,9 @@ def endpoints() -> tuple[Endpoint, ...]:
         Endpoint(
             "/score", ("POST",), rerank.score, "How well pairs of texts go together",
             ScoreBody, ScoreReply, openai=True, tasks=COMPARE,
+        ),
+        Endpoint(
+            "/generative_scoring", ("POST",), label_scores.label_scores, "How likely a token is behind query and item",
+            LabelScoresBody, ScoreReply, tasks=GENERATE,
         ),
     )  # fmt: skip
