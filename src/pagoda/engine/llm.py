@@ -5,19 +5,17 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from pagoda.engine.adapters import with_adapters
 from pagoda.engine.beams import BeamSearchOutput, BeamSearchParams, search
 from pagoda.engine.core import EngineCore
 from pagoda.engine.llm_adapters import LoraRequests, adapters_of
 from pagoda.engine.llm_inputs import Encoded, Prompt, as_list, options_from
+from pagoda.engine.llm_requests import GivenParams, Requests
 from pagoda.engine.llm_tokenizer import LLMTokenizer
 from pagoda.engine.messages import ModelInfo
 from pagoda.engine.outputs import Answer, CompletionOutput, RequestOutput
@@ -32,20 +30,15 @@ from pagoda.engine.pooled import (
 )
 from pagoda.engine.seeing import find_seeing
 from pagoda.engine.shared import SharedCore
-from pagoda.errors import BadRequest, ContextLengthExceeded, ModelError
-from pagoda.text.bad_words import with_bad_words
+from pagoda.errors import BadRequest, ModelError
 from pagoda.text.chat import load_chat_template
 from pagoda.text.generation import load_generation_defaults
 from pagoda.text.sentence import sentence_files
-from pagoda.text.structured import structured_grammar
 from pagoda.text.tokenizer import load_tokenizer
 from pagoda.types import Image, PoolingParams, Request, SamplingParams
 
 if TYPE_CHECKING:
     from pagoda.engine.local_pictures import LocalPictures
-
-SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of the n answers to one prompt; the server uses the same
-_MASK_64 = 2**64 - 1
 
 Message = Mapping[str, Any]
 
@@ -66,7 +59,7 @@ class LLM:
     ) -> None:
         table = {**(vllm_kwargs or {}), **options}
         table.pop("model", None)
-        self._seeds = random.Random(table.pop("seed", None) if seed is None else seed)
+        own_seed = table.pop("seed", None)
         self._options = options_from(table)
         path = self._path = os.path.expanduser(model)
         self._core = EngineCore(with_adapters(self._options.engine_config(path), self._options))
@@ -77,7 +70,14 @@ class LLM:
         named = (*defaults.eos_token_ids, *self.tokenizer.eos_token_ids, *self.info.eos_token_ids)
         self._eos_token_ids = tuple(dict.fromkeys(named))
         params = {} if self._options.generation_config == "vllm" else defaults.params
-        self._default_params = {**params, **self._options.override_generation_config}
+        self._requests = Requests(
+            self.info,
+            self.tokenizer,
+            self._eos_token_ids,
+            {**params, **self._options.override_generation_config},
+            self._options.max_logprobs,
+            own_seed if seed is None else seed,
+        )
         self._shared = SharedCore(self._core)
         self._sentence = sentence_files(path)
         seeing = find_seeing(self._options, path, self._core.spec.vision)
@@ -101,12 +101,12 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's files recommend; used where no parameters are given."""
-        return SamplingParams(**self._default_params)
+        return self._requests.default_params()
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: GivenParams = None,
         *,
         use_tqdm: bool = False,
         lora_request: LoraRequests = None,
@@ -118,12 +118,12 @@ class LLM:
         `use_tqdm` shows how many are done.
         """
         encoded = adapters_of([self._encode(prompt) for prompt in as_list(prompts)], lora_request)
-        return self._run(encoded, self._params_for(sampling_params, len(encoded)), use_tqdm)
+        return self._run(encoded, self._requests.params_for(sampling_params, len(encoded)), use_tqdm)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: GivenParams = None,
         use_tqdm: bool = False,
         lora_request: LoraRequests = None,
         *,
@@ -150,7 +150,7 @@ class LLM:
             for conversation in conversations
         ]
         prompts = adapters_of(prompts, lora_request)
-        return self._run(prompts, self._params_for(sampling_params, len(prompts)), use_tqdm)
+        return self._run(prompts, self._requests.params_for(sampling_params, len(prompts)), use_tqdm)
 
     def chat_prompt(
         self,
@@ -191,7 +191,7 @@ class LLM:
 
         Whoever stops before the end cancels the answer. The special tokens in `shown` are part of the text.
         """
-        (params,) = self._params_for(sampling_params, 1)
+        (params,) = self._requests.params_for(sampling_params, 1)
         if params.n != 1:
             raise BadRequest("a stream has one answer: n must be 1", param="n")
         _, answers = self._begin([self._encode(prompt)], [params], shown)
@@ -214,7 +214,7 @@ class LLM:
         use_tqdm: bool = False,
     ) -> list[BeamSearchOutput]:
         """The likeliest answers to each prompt, best first, each with its prompt. `use_tqdm` has no effect."""
-        step = self._checked(params.step())
+        step = self._requests.checked(params.step())
         given = adapters_of([self._encode(prompt) for prompt in as_list(prompts)], lora_request)
         return search(given, params, step, self._eos_token_ids, self.info.max_model_len, self._run, self.tokenizer)
 
@@ -310,35 +310,6 @@ class LLM:
         images = self._pictures.of_data(data, prompt.get("mm_processor_kwargs") or {}, ids)  # type: ignore[union-attr]
         return self._placed(text, list(ids), images)
 
-    def _params_for(
-        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> Sequence[SamplingParams]:
-        if given is None:
-            given = self.get_default_sampling_params()
-        if isinstance(given, SamplingParams):
-            return [self._checked(given)] * count
-        if len(given) != count:
-            raise BadRequest(f"{count} prompts came with {len(given)} sampling_params", param="sampling_params")
-        return [self._checked(one) for one in given]
-
-    def _checked(self, params: SamplingParams) -> SamplingParams:
-        """The parameters in their types (vLLM takes one stop string, lists, None), and in their ranges."""
-        values = msgspec.structs.asdict(params)
-        if isinstance(params.stop, str):
-            values["stop"] = (params.stop,)
-        for name in ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids"):
-            values[name] = values[name] or ()
-        try:
-            params = msgspec.convert(values, SamplingParams)
-        except msgspec.ValidationError as error:
-            raise BadRequest(f"sampling_params: {error}", param="sampling_params") from None
-        params.check(self.info.vocab_size, self._options.max_logprobs)
-        params = with_bad_words(params, self.tokenizer)
-        if (asked := params.structured_outputs) is None:
-            return params
-        grammar = structured_grammar(msgspec.structs.asdict(asked), self.tokenizer)
-        return msgspec.structs.replace(params, grammar=grammar, structured_outputs=None)
-
     def _run(self, prompts: Sequence[Encoded], params: Sequence[SamplingParams], show: bool) -> list[RequestOutput]:
         results, answers = self._begin(prompts, params)
         self._shared.finish(answers, show)
@@ -363,38 +334,8 @@ class LLM:
         for name, prompt, one in zip(self._shared.names(len(prompts)), prompts, params, strict=True):
             whole = RequestOutput(name, prompt.text, prompt.ids, [CompletionOutput(i) for i in range(one.n)])
             results.append(whole)
-            for i, request in enumerate(self._requests(name, prompt, one)):
+            for i, request in enumerate(self._requests.of(name, prompt, one)):
                 requests.append(request)
                 answers[request.request_id] = Answer(self.tokenizer, request, whole, i, shown)
         self._shared.begin(requests, answers)
         return results, answers
-
-    def _requests(self, name: str, prompt: Encoded, params: SamplingParams) -> list[Request]:
-        ids = prompt.ids
-        room = self.info.max_model_len - len(ids)
-        if not ids:
-            raise BadRequest("a prompt is empty: it must hold at least one token", param="prompts")
-        if room < 1:
-            raise ContextLengthExceeded(
-                f"a prompt holds {len(ids)} tokens and leaves no room in a context of {self.info.max_model_len}",
-                remedy="Send a shorter prompt, or give a larger max_model_len",
-            )
-        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        return [
-            Request(
-                request_id=f"{name}-{i}",
-                prompt_token_ids=ids,
-                images=prompt.images,
-                adapter=prompt.adapter,
-                params=msgspec.structs.replace(
-                    params,
-                    n=1,
-                    seed=(seed + i * SEED_STEP) & _MASK_64,
-                    max_tokens=max_tokens,
-                    min_tokens=min(params.min_tokens, max_tokens),
-                ),
-                eos_token_ids=self._eos_token_ids,
-            )
-            for i in range(params.n)
-        ]
