@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +13,8 @@ import httpx
 import openai
 import pytest
 from api_fake import Client, FakeEngine, events, make_server, on_port
+
+from pagoda.api.http.body import MAX_BODY_BYTES
 
 
 def test_a_deadline_ends_an_answer_with_an_error() -> None:
@@ -126,3 +129,23 @@ def test_the_place_of_a_request_that_breaks_off_is_given_back(monkeypatch: pytes
         while httpx.post(f"{url}/v1/completions", json={"prompt": "x" * 100}).status_code != 200:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def test_a_client_that_sends_all_before_it_reads_learns_the_limit() -> None:
+    """asyncio's connections forget what has arrived when a write fails."""
+    engine = FakeEngine("x")
+
+    async def body() -> AsyncIterator[bytes]:
+        yield bytes(MAX_BODY_BYTES + 1)
+        for _ in range(4):
+            await asyncio.sleep(0.05)  # by now the answer is known, and a closed connection would be noticed
+            yield bytes(1 << 20)
+
+    async def post(url: str, headers: dict[str, str]) -> httpx.Response:
+        async with httpx.AsyncClient() as client:
+            return await client.post(url + "/v1/completions", content=body(), headers=headers)
+
+    with on_port(make_server(engine), engine) as url:
+        for headers in ({}, {"content-length": str(MAX_BODY_BYTES + 1 + (4 << 20))}):
+            response = asyncio.run(post(url, headers))
+            assert response.status_code == 413 and "over the limit of 32 MiB" in response.text

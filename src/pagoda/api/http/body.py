@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,6 +22,8 @@ MAX_DEPTH = 64
 MAX_KEYS = 10_000
 FIRST_BYTE_S = 30.0
 SLOWEST_BYTES_PER_S = 100_000.0
+DROPPED_S, DROPPED_BYTES = 5.0, 256 << 20
+"""How much of a body that is too large is still taken, and dropped."""
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -64,6 +67,8 @@ async def stream_body(request: Request, max_bytes: int) -> AsyncGenerator[bytes,
     """The body in parts, as they arrive."""
     claimed = request.headers.get("content-length", "")
     if claimed.isdigit() and (len(claimed) > 12 or int(claimed) > max_bytes):
+        if len(claimed) <= 12 and int(claimed) <= DROPPED_BYTES and "expect" not in request.headers:
+            await _drop(request)
         raise _too_large(max_bytes)
     size = 0
     start = asyncio.get_running_loop().time()
@@ -78,10 +83,24 @@ async def stream_body(request: Request, max_bytes: int) -> AsyncGenerator[bytes,
         part = message.get("body", b"")
         size += len(part)
         if size > max_bytes:
+            if message.get("more_body", False):
+                await _drop(request)
             raise _too_large(max_bytes)
         yield part
         if not message.get("more_body", False):
             return
+
+
+async def _drop(request: Request) -> None:
+    """Take what still comes: most clients send all before they read, and a closed connection would hide the answer."""
+    size = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DROPPED_S):
+            while size < DROPPED_BYTES:
+                message = await request.receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 def _too_large(max_bytes: int) -> TooLarge:
