@@ -89,7 +89,7 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "intermediate_size": 64,
             "pad_token_id": 0,
         },
-        "glm4_moe_lite": {"model_type": "glm4_moe_lite", **_EXPERTS, **LATENT, "rms_norm_eps": 1e-6},
+        "glm4_moe_lite": {"model_type": "glm4_moe_lite", **_EXPERTS, **LATENT, "rms_norm_eps": 1e-5},
     }
 )
 _GGUF: Mapping[str, str] = MappingProxyType({"glm4_moe": "glm4moe", "hunyuan_v1_moe": "hunyuan-moe"})
@@ -203,6 +203,7 @@ def stored_tensors(model: Any, arch: str, old: bool = False) -> Iterator[tuple[s
     # one that the package does not know yet, and one with q, k and v in one matrix: all else is called alike
     arch = "dots1" if arch in ("hy_v3", "bailingmoe2") else arch
     arch_id = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    old = old or arch == "minicpm3"
     names = gguf.get_tensor_name_map(arch_id, model.config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:

@@ -81,6 +81,13 @@ LATER_CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
             },
         },
+        "minicpm3": {
+            "model_type": "minicpm3",
+            **LATENT,
+            "rms_norm_eps": 0.2,
+            "v_head_dim": None,
+            "tie_word_embeddings": True,
+        },
         "mistral4": {
             "model_type": "mistral4",
             **LATENT,
@@ -95,6 +102,16 @@ LATER_CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 LATER_GGUF: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
+        "minicpm3": (
+            "minicpm3",
+            {
+                "attention.kv_lora_rank": 32,
+                "attention.q_lora_rank": 32,
+                "attention.key_length": 48,
+                "attention.value_length": 16,
+                "rope.dimension_count": 16,
+            },
+        ),
         "mistral4": ("mistral4", {**FAR, "rope.scaling.yarn_log_multiplier": 0.1, **_KEPT, **EXPERTS}),
         **dict.fromkeys(("granitemoe", "granitemoeshared"), ("granitemoe", {**EXPERTS, **SCALES})),
         "hy_v3": (

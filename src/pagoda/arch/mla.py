@@ -13,6 +13,9 @@ from pagoda.arch.latent import Latent
 from pagoda.arch.spec import ModelSpec
 from pagoda.weights.source import Tensor
 
+_INNER_EPS = 1e-6
+"""Of the norms inside, whatever a file says of the others."""
+
 
 def from_config(model_type: str, fields: Fields, *, interleaved: bool = True) -> ModelSpec:
     """The spec with the MLP of `intermediate_size` in all layers."""
@@ -35,7 +38,12 @@ def from_config(model_type: str, fields: Fields, *, interleaved: bool = True) ->
 
 
 def from_gguf(
-    model_type: str, architecture: str, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    model_type: str,
+    architecture: str,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    interleaved: bool = True,
 ) -> ModelSpec:
     """The last blocks may be such as predict several tokens at once: they are left out."""
     fields = Fields(metadata, "GGUF metadata", f"{architecture}.")
@@ -47,7 +55,7 @@ def from_gguf(
     own = {"block_count": count, "attention.head_count_kv": heads}
     own |= {"attention.key_length": turned, "attention.value_length": turned}
     table = {**metadata, **{f"{architecture}.{name}": value for name, value in own.items()}}
-    spec = decoder.from_gguf(model_type, table, tensors, interleaved=True, prefix=architecture)
+    spec = decoder.from_gguf(model_type, table, tensors, interleaved=interleaved, prefix=architecture)
     latent = Latent(
         rank=fields.integer("attention.kv_lora_rank"),
         nope=size - turned,
@@ -76,4 +84,4 @@ def with_latent(spec: ModelSpec, latent: Latent, turned: int, factor: float) -> 
         )
         for layer in spec.layers
     )
-    return replace(spec, layers=tuple(layers))
+    return replace(spec, layers=tuple(layers), latent_eps=_INNER_EPS)

@@ -241,10 +241,16 @@ class ModelSpec:
     norm_bias: bool = True
     head_bias: bool = False
     logit_scale: float = 1.0
+    latent_eps: float | None = None  # of the norms inside latent attention, where it is not `norm_eps`
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
         return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
+
+    @property
+    def inner_eps(self) -> float:
+        """Of the norms inside latent attention."""
+        return self.norm_eps if self.latent_eps is None else self.latent_eps
 
     @property
     def recurrent(self) -> bool:

@@ -307,7 +307,8 @@ class ReferenceExecutor:
             return x
         if self.spec.norm == "layer":
             x = x - x.mean(axis=-1, keepdims=True)
-        y = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(self.spec.norm_eps))
+        eps = self.spec.inner_eps if slot.endswith("_a_norm") else self.spec.norm_eps
+        y = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(eps))
         return np.asarray(y * self.weights[slot] + self.weights.get(slot + "_bias", 0))
 
 

@@ -21,7 +21,7 @@ FAMILIES = frozenset(
     {
         *("glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3"),
         *("dots1", "ernie4_5_moe", "exaone_moe", "minimax_m2", "solar_open", "youtu"),
-        *("bailing_moe", "deepseek", "hy_v3", "exaone4_5", "mellum", "mimo", "mistral4"),
+        *("bailing_moe", "deepseek", "hy_v3", "exaone4_5", "mellum", "mimo", "minicpm3", "mistral4"),
     }
 )
 _LAYER = re.compile(r"(model\.layers\.|blk\.)(\d+)\.(.+)")

@@ -267,7 +267,7 @@ class Program:
             self._norm(p + "q_a_norm", QKV, Q_A, order=p + "q_b")
             self._emit(native.MATMUL, in_=Q_A, out=Q, weight=p + "q_b")
         column, norm = latent.q_rank or a.q_width, p + "kv_a_norm"
-        self._emit(native.LATENT_KEY, in_=QKV, out=MET, vector=norm, layer=column, f=self._spec.norm_eps)
+        self._emit(native.LATENT_KEY, in_=QKV, out=MET, vector=norm, layer=column, f=self._spec.inner_eps)
         self._emit(native.ABSORB, in_=Q if latent.q_rank else QKV, out=MET, weight=p + "k_b")
         self._emit(native.ROPE, in_=MET, layer=place)
         self._emit(native.ATTENTION, in_=MET, out=SUMS, layer=place, f=a.scale)
@@ -323,7 +323,7 @@ class Program:
         if name not in self.ids:
             return in_
         kind = native.NORM if self._spec.norm == "rms" else native.LAYER_NORM
-        bias, eps = name + "_bias", self._spec.norm_eps
+        bias, eps = name + "_bias", self._spec.inner_eps if name.endswith("_a_norm") else self._spec.norm_eps
         self._emit(kind, in_=in_, out=out, vector=name, vector2=bias, flags=flags, f=eps, order=order)
         return out
 

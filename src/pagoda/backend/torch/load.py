@@ -157,7 +157,7 @@ class Loader:
         )
 
     def _latent(self, p: str, shape: Latent, heads: Heads) -> LatentAttention:
-        eps, norm, q_b = self._spec.norm_eps, None, None
+        eps, norm, q_b = self._spec.inner_eps, None, None
         if shape.q_rank:
             norm, q_b = RmsNorm(self._vector(p + "q_a_norm"), eps), self._weight(p + "q_b")
         own = RmsNorm(self._vector(p + "kv_a_norm"), eps)
