@@ -166,7 +166,8 @@ def with_random_weights(model: Any, seed: int) -> Any:
                 embedding = "embed_tokens" in name or "wte" in name
                 weight.copy_(noise * (1.0 if embedding else 1.5 * weight.shape[1] ** -0.5))
             else:
-                whole = "norm" in name and "gemma" not in model.config.model_type
+                kind = model.config.model_type
+                whole = "norm" in name and (not kind.startswith("gemma") or kind.startswith("gemma4"))
                 one = whole or ("ln_" in name and "bias" not in name)
                 weight.copy_(0.2 * noise + (1.0 if one else 0.0))
     return model

@@ -101,12 +101,14 @@ def make_case(case: str, **changes: Any) -> Any:
 
 
 def with_lively_choices(model: Any) -> Any:
-    """The model with biases of its experts such that they matter."""
+    """The model with biases of its experts, and scales of its layers, such that they matter."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, values in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 values.copy_(0.3 * torch.randn(values.shape, generator=generator))
+            if name.endswith("layer_scalar"):
+                values.copy_(0.5 + torch.rand(values.shape, generator=generator))
     return model
 
 

@@ -113,7 +113,8 @@ def activation_bytes(spec: ModelSpec, limits: Limits) -> int:
     vision encoder is part of it.
     """
     widest = max(_layer_values(layer) for layer in spec.layers)
-    tokens = limits.max_num_batched_tokens * (2 * spec.hidden_size + widest)
+    own = spec.layer_embed * len(spec.layers)
+    tokens = limits.max_num_batched_tokens * (2 * spec.hidden_size + widest + own)
     logits = limits.max_num_seqs * spec.vocab_size
     tables = limits.max_model_len * sum(rope.dim for rope in spec.ropes)
     return FLOAT32_BYTES * (tokens + logits + tables) + vision_bytes(spec, limits.max_model_len)

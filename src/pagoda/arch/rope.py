@@ -15,7 +15,7 @@ from pagoda.errors import ModelError
 from pagoda.weights.source import Tensor
 
 Float64 = npt.NDArray[np.float64]
-SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "mrope")
+SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "mrope", "proportional")
 FREQUENCY_DIVISORS = "rope_freqs.weight"
 _MOST_DIM, _MOST_ALPHA = 1 << 16, 1e9  # far above any model's: nothing is computed with what a damaged file says
 LONG_DIVISORS, SHORT_DIVISORS = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -38,6 +38,13 @@ def frequencies(dim: int, base: float) -> Float64:
         raise ModelError(f"the rotary dimension is {dim}; at most {_MOST_DIM} is possible")
     exponents = np.arange(0, dim, 2, dtype=np.float64) / dim
     return np.power(base, -exponents)
+
+
+def proportional_frequencies(head_dim: int, base: float, share: float) -> Float64:
+    """p-RoPE (arXiv 2410.06205): pairs of the whole head, of which the slow ones stand still."""
+    freq = frequencies(head_dim, base)
+    freq[int(share * head_dim // 2) :] = 0
+    return freq
 
 
 def llama3_frequencies(freq: Float64, factor: float, low: float, high: float, original_length: int) -> Float64:
@@ -94,6 +101,8 @@ def from_config(config: Fields, head_dim: int, max_position: int) -> tuple[Rope,
             pass
         case "linear":
             freq = freq / table.number("factor")
+        case "proportional":
+            dim, freq = head_dim, proportional_frequencies(head_dim, base, share) / table.number("factor", 1.0)
         case "llama3":
             low, high = table.number("low_freq_factor"), table.number("high_freq_factor")
             if low >= high:

@@ -32,6 +32,7 @@ _WHOLE = (
     *("attn_post_norm", "mlp_post_norm", "attn_post_norm_bias", "mlp_post_norm_bias"),
     *("positions", "o_bias", "down_bias", "down_experts_bias", "router", "router_bias", "router_shared"),
     *("router_choice_bias", "q_a", "q_a_norm", "kv_a", "kv_a_norm"),
+    *("layer_embed", "layer_project", "layer_project_norm", "own_gate", "own_out", "own_post_norm", "scale"),
 )
 _BY_SHARED, _INPUTS_BY_SHARED = ("gate_shared", "up_shared"), ("down_shared",)
 _STACKED_HEADS = ("k_b", "v_b")
@@ -55,7 +56,7 @@ def _divides(spec: ModelSpec, size: int, group: int) -> list[bool]:
         and layer.attention.out_width // group % size == 0
         and layer.mlp.size // group % size == 0
         and _shared(layer.mlp) // group % size == 0
-        and (size == 1 or not layer.attention.qk_norm_whole)
+        and (size == 1 or not (layer.attention.qk_norm_whole or _own_norms(layer.mlp)))
         for layer in spec.layers
     ]
 
@@ -153,6 +154,10 @@ def _shared(mlp: Mlp) -> int:
     return mlp.experts.shared if mlp.experts is not None else 0
 
 
+def _own_norms(mlp: Mlp) -> bool:
+    return mlp.experts is not None and mlp.experts.own_norms
+
+
 def _mlp_share(mlp: Mlp, size: int) -> Mlp:
     experts = mlp.experts and replace(mlp.experts, shared=mlp.experts.shared // size)
     return replace(mlp, size=mlp.size // size, experts=experts)
@@ -165,7 +170,6 @@ def _kv_heads(attention: Attention, size: int) -> int:
 def weight_bytes(spec: ModelSpec, stored: Mapping[str, int], size: int) -> int:
     """Bytes of the weights on the first of `size` GPUs, which has most; `stored` is what each slot takes in whole."""
     first, last = vocab_range(spec, 0, size)
-    kv_heads = spec.layers[0].attention.kv_heads
     total = 0
     for slot, count_bytes in stored.items():
         part = slot.rpartition(".")[2]
@@ -173,8 +177,10 @@ def weight_bytes(spec: ModelSpec, stored: Mapping[str, int], size: int) -> int:
             total += count_bytes
         elif part in _BY_VOCAB:
             total += count_bytes * (last - first) // spec.vocab_size
-        elif part in _BY_KV_HEADS and spec.layers[int(slot.split(".")[1])].delta is None:
-            total += count_bytes // min(size, kv_heads)  # more GPUs than KV heads: each head is on several
+        elif part in _BY_KV_HEADS and (layer := spec.layers[int(slot.split(".")[1])]).delta is None:
+            total += count_bytes // min(
+                size, layer.attention.kv_heads
+            )  # more GPUs than KV heads: each head is on several
         else:
             total += count_bytes if part in _WHOLE else count_bytes // size
     return total
@@ -190,7 +196,8 @@ def kv_bytes_per_block(spec: ModelSpec, size: int, kv_itemsize: int = 2) -> int:
 def activation_bytes(spec: ModelSpec, limits: Limits, size: int, itemsize: int = 2) -> int:
     """The largest step on each GPU: the widest layer's buffers once, the logits of every request, RoPE tables."""
     widest = max(_mixer_values(layer, size) + 3 * layer.mlp.width // size for layer in spec.layers)
-    tokens = limits.max_num_batched_tokens * (2 * spec.hidden_size + widest) * itemsize
+    own = spec.layer_embed * len(spec.layers)
+    tokens = limits.max_num_batched_tokens * (2 * spec.hidden_size + widest + own) * itemsize
     logits = limits.max_num_seqs * spec.vocab_size * _LOGITS_BYTES
     tables = limits.max_model_len * sum(rope.dim for rope in spec.ropes) * _TABLE_BYTES
     return tokens + logits + tables + vision_bytes(spec, limits.max_model_len, itemsize)

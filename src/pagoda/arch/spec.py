@@ -91,6 +91,9 @@ class Attention:
     rope: bool = True  # False: this layer turns nothing
     out_gate: bool = False  # what a head gives is multiplied by the sigmoid of another projection, `q_gate`
     latent: Latent | None = None  # one KV head, whose value is the last part of its key
+    v_is_k: bool = False  # the matrix of v is that of k, which checkpoints have once
+    v_norm: bool = False  # RMS norm without weights over each head of v
+    source: int | None = None  # the layer whose keys and values this one reads; it has none of its own
 
     @property
     def turned(self) -> int:
@@ -100,6 +103,8 @@ class Attention:
     @property
     def kept(self) -> int:
         """Vectors of a head's size that the cache has of a token."""
+        if self.source is not None:
+            return 0
         return 1 if self.latent is not None else 2 * self.kv_heads
 
     @property
@@ -123,6 +128,9 @@ class Experts:
     times the sigmoid of a gate of its own where there is a `shared_gate`. What is chosen by (DeepSeek-V3, arXiv
     2412.19437, 2.1.2) are the shares, plus a bias of each expert with `choice_bias`; of `groups` of experts only those
     in the `active_groups` best take part, where a group is as good as its `group_best` best experts together.
+    With `own_norms` (Gemma 4) x comes as it is, and the router, the experts and the shared one each norm it for
+    themselves; what the experts give together is normed too, and what the shared one gives; and the share of each
+    expert is multiplied by a weight of its own.
     """
 
     count: int
@@ -136,6 +144,7 @@ class Experts:
     groups: int = 1
     active_groups: int = 1
     group_best: int = 1
+    own_norms: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +179,14 @@ class Layer:
     in that sum.
     In an encoder they follow the sum: x = norm(x + attention(x)); x = norm(x + mlp(x)).
     With `delta`, a delta net or a short convolution, the layer has that in place of its attention, and `attention` is
-    the one of the model's other layers.
+    the one of the model's other layers. What a `scaled` layer gives is multiplied by a weight.
     """
 
     attention: Attention
     mlp: Mlp
     norms: Norms = "before"
     delta: DeltaNet | ShortConv | None = None
+    scaled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,11 +223,13 @@ class ModelSpec:
     """A transformer: a decoder, or with `encoder` an encoder. `tied` heads reuse the embedding.
 
     A layer norm has a bias where `norm_bias` says so. `embed_scale` multiplies the embeddings of tokens. `local_rope`
-    turns the layers whose attention is `local` (of `rope`'s dim and pairs). What the head gives, with its bias where
+    turns the layers whose attention is `local`. What the head gives, with its bias where
     there is one, is multiplied by `logit_scale`; with `logit_soft_cap` logits x become cap * tanh(x / cap).
     `positions` are the rows of a table of learned positions, which are added to the embedding in place of RoPE (`rope`
     is empty then); 0: there is none. One with `pooling` gives a vector or scores for each request, and no tokens; it
-    has no head.
+    has no head. With `layer_embed` n each layer has n values of each token for itself (per-layer embeddings, Gemma 4):
+    what a product makes of the embedding, normed, plus the token's row of a second table, the sum over sqrt(2). Such a
+    layer ends with x += norm(out(gelu(gate(x)) * these values)).
     """
 
     model_type: str
@@ -242,6 +254,7 @@ class ModelSpec:
     head_bias: bool = False
     logit_scale: float = 1.0
     latent_eps: float | None = None  # of the norms inside latent attention, where it is not `norm_eps`
+    layer_embed: int = 0
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
@@ -274,7 +287,10 @@ class ModelSpec:
         its gate `router_shared`, and `router_choice_bias`; with biases also `router_bias`, `gate_experts_bias`, ... .
         Heads with sinks have `sinks`, those with an output gate `q_gate`; layers with a `delta` have its slots in place
         of an attention's, as those with a `latent` have.
-        The norms behind the halves of a layer are `attn_post_norm` and `mlp_post_norm`. Learned `positions`
+        The norms behind the halves of a layer are `attn_post_norm` and `mlp_post_norm`, its weight is `scale`. Experts
+        with norms of their own have `router_norm`, `router_scale`, `experts_norm`, `experts_post_norm`, `shared_norm`,
+        `shared_post_norm`. Values for each layer come from `layer_embed`, `layer_project` and `layer_project_norm`, and
+        in a layer go through `own_gate`, `own_out` and `own_post_norm`. Learned `positions`
         are a table, layer norms may have a bias, encoders the table `types`; pooled models with labels `score`, and
         `pool_dense` in front of it where they have it. Models that see have the slots of their encoder behind
         `vision.`: `patch`, `merge_norm`, `merge_up`, `merge_down` and per layer `layers.{i}.` + `attn_norm`, `qkv`,
@@ -285,6 +301,10 @@ class ModelSpec:
         biased = self.norm == "layer" and self.norm_bias
         if biased:
             out["norm_bias"] = (h,)
+        if self.layer_embed:
+            width = len(self.layers) * self.layer_embed
+            out |= {"layer_embed": (self.vocab_size, width), "layer_project": (width, h)}
+            out["layer_project_norm"] = (self.layer_embed,)
         if self.positions:
             out["positions"] = (self.positions, h)
         if self.encoder is not None:
@@ -296,7 +316,10 @@ class ModelSpec:
         if self.pooling is not None:
             out |= _pooling_slots(self.pooling, h)
         for i, layer in enumerate(self.layers):
-            out.update({f"layers.{i}.{name}": shape for name, shape in _layer_slots(layer, h).items()})
+            slots = _layer_slots(layer, h)
+            if n := self.layer_embed:
+                slots |= {"own_gate": (n, h), "own_out": (h, n), "own_post_norm": (h,)}
+            out.update({f"layers.{i}.{name}": shape for name, shape in slots.items()})
             if biased:
                 out |= {f"layers.{i}.{name}_bias": (h,) for name in _norms(layer)}
         if self.vision is not None:
@@ -318,13 +341,17 @@ def _pooling_slots(pooling: Pooling, hidden: int) -> dict[str, tuple[int, ...]]:
 def _norms(layer: Layer) -> tuple[str, ...]:
     before, behind = ("attn_norm", "mlp_norm"), ("attn_post_norm", "mlp_post_norm")
     one = before[:1]
-    return {"before": before, "behind": behind, "both": before + behind, "one": one, "beside": before}[layer.norms]
+    found = {"before": before, "behind": behind, "both": before + behind, "one": one, "beside": before}[layer.norms]
+    own = layer.mlp.experts is not None and layer.mlp.experts.own_norms
+    return tuple(name for name in found if not (own and name == "mlp_norm"))
 
 
 def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
     a, m = layer.attention, layer.mlp
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
     out: dict[str, tuple[int, ...]] = dict.fromkeys(_norms(layer), (hidden,))
+    if layer.scaled:
+        out["scale"] = (1,)
     if layer.delta is not None:
         return out | layer.delta.slots(hidden) | _mlp_slots(m, hidden)
     if a.latent is not None:
@@ -340,6 +367,8 @@ def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
         out |= {"q_norm": (q if a.qk_norm_whole else a.head_dim,), "k_norm": (kv if a.qk_norm_whole else a.head_dim,)}
     if a.sinks:
         out["sinks"] = (a.heads,)
+    if a.source is not None:
+        out = {name: shape for name, shape in out.items() if name not in ("k", "v", "k_bias", "v_bias", "k_norm")}
     return out | _mlp_slots(m, hidden)
 
 
@@ -358,6 +387,9 @@ def _mlp_slots(m: Mlp, hidden: int) -> dict[str, tuple[int, ...]]:
                 out["router_shared"] = (hidden,)
         if m.experts.choice_bias:
             out["router_choice_bias"] = (e,)
+        if m.experts.own_norms:
+            names = ("router_norm", "experts_norm", "experts_post_norm", "shared_norm", "shared_post_norm")
+            out |= dict.fromkeys(names, (hidden,)) | {"router_scale": (e,)}
         return out
     out |= {"gate": (m.size, hidden)} if m.gated else {}
     out |= {"up": (m.size, hidden), "down": (hidden, m.size)}

@@ -23,7 +23,8 @@ from pagoda.backend.cpu.machine import free_memory_bytes
 from pagoda.backend.reference_delta import PRODUCTS, WEIGHTS, advance, convolve, new_states
 from pagoda.backend.reference_experts import route
 from pagoda.backend.reference_latent import expanded, latent_queries
-from pagoda.backend.reference_product import matmul
+from pagoda.backend.reference_own import layer_values, own_part
+from pagoda.backend.reference_product import matmul, rms
 from pagoda.backend.rows import Index, adapter_rows, table_cells, token_cells, token_positions
 from pagoda.backend.sampling import sample_rows
 from pagoda.errors import EngineError
@@ -164,6 +165,7 @@ class ReferenceExecutor:
         positions, cells = token_positions(plan), token_cells(plan)
         self.adapted = [(self.adapters[place], rows) for place, rows in adapter_rows(plan)]
         x = self.embed(plan)
+        own = layer_values(self.spec, self.weights, x, plan.tokens) if self.spec.layer_embed else None
         for i, layer in enumerate(self.spec.layers):
             p = f"layers.{i}."
             x = self.added(i, x, plan)
@@ -179,6 +181,8 @@ class ReferenceExecutor:
             x = x + self.norm(p + "attn_post_norm", y)
             y = self.mlp(i, layer.mlp, self.norm(p + "mlp_norm", x))
             x = x + self.norm(p + "mlp_post_norm", y)
+            x = x if own is None else x + self.norm(p + "own_post_norm", own_part(self.weights, p, x, own[:, i]))
+            x = x * self.weights[p + "scale"] if layer.scaled else x
         return self.norm("norm", x[plan.rows])
 
     def added(self, i: int, x: Float32, plan: StepPlan) -> Float32:
@@ -208,13 +212,13 @@ class ReferenceExecutor:
         k = kv[0]
         if a.rope:
             cos, sin = self.turns(plan, positions, a.local)
-            q, k = rotate(q, cos, sin, self.spec.rope), rotate(k, cos, sin, self.spec.rope)
+            q, k = (rotate(heads, cos, sin, self.spec.ropes[a.local]) for heads in (q, k))
         if a.qk_norm_late:
             q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
         q = q * self.spec.rope.query_scales(positions)[:, None, None]
         # all keys and values of the step are written before any is read: requests may share blocks
-        cache = self.caches[i]
-        for place, values in enumerate([k, *kv[1:]]):
+        cache = self.caches[i if a.source is None else a.source]
+        for place, values in enumerate([k, *kv[1:]] if a.source is None else ()):
             cache[place, cells] = rounded_to_8_bits(values) if self.eight_bits else values
         out, sinks, far = np.empty_like(q[..., a.turned :]), self.weights.get(name + "sinks"), plan.last_seen
         for r, slot in enumerate(plan.slots):
@@ -232,6 +236,9 @@ class ReferenceExecutor:
 
     def projected(self, name: str, a: Attention, x: Float32) -> tuple[Float32, Float32, Float32]:
         """Queries, keys and values of each token, [T, heads, head size]."""
+        if a.source is not None:
+            q = self.norm(name + "q_norm", self.linear(name + "q", x).reshape(-1, a.heads, a.head_dim))
+            return q, q[:, :0], q[:, :0]
         q, k = self.linear(name + "q", x), self.linear(name + "k", x)
         if a.qk_norm_whole:
             q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
@@ -239,7 +246,7 @@ class ReferenceExecutor:
         v = self.linear(name + "v", x).reshape(-1, a.kv_heads, a.head_dim)
         if a.qk_norm and not a.qk_norm_whole and not a.qk_norm_late:
             q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
-        return q, k, v
+        return q, k, rms(v, self.spec.norm_eps) if a.v_norm else v
 
     def latent(self, name: str, a: Attention, latent: Latent, x: Float32) -> tuple[Float32, Float32]:
         """Queries and keys of each token, [T, heads, head size]."""
@@ -273,19 +280,25 @@ class ReferenceExecutor:
 
     def mixture(self, name: str, experts: Experts, activation: str, x: Float32) -> Float32:
         """Each token through the experts that its router likes best, ties by lower number."""
-        shares, chosen = route(experts, self.linear(name + "router", x), self.weights.get(name + "router_choice_bias"))
-        out = np.zeros_like(x)
+        logits = self.linear(name + "router", self.norm(name + "router_norm", x))
+        shares, chosen = route(experts, logits, self.weights.get(name + "router_choice_bias"))
+        shares = shares * self.weights.get(name + "router_scale", np.float32(1))
+        out, own = np.zeros_like(x), self.norm(name + "experts_norm", x)
         for e in np.unique(chosen):
             rows = np.flatnonzero((chosen == e).any(axis=-1))
-            gate, up = (self.expert(f"{name}{part}_experts", e, x[rows]) for part in ("gate", "up"))
+            gate, up = (self.expert(f"{name}{part}_experts", e, own[rows]) for part in ("gate", "up"))
             inner = clamped_swiglu(gate, up) if activation == "clamped_swiglu" else ACTIVATIONS[activation](gate) * up
             out[rows] += shares[rows, e, None] * self.expert(name + "down_experts", e, inner)
-        if experts.shared:
-            gate, up = (matmul(x, self.weights[f"{name}{part}_shared"]) for part in ("gate", "up"))
-            y = matmul(silu(gate) * up, self.weights[name + "down_shared"])
-            own = self.weights.get(name + "router_shared")
-            out += y if own is None else y / (1 + np.exp(-matmul(x, own[None])))
-        return out
+        out = self.norm(name + "experts_post_norm", out)
+        return out + self.shared(name, activation, x) if experts.shared else out
+
+    def shared(self, name: str, activation: str, x: Float32) -> Float32:
+        """Each token through the expert that all take."""
+        normed = self.norm(name + "shared_norm", x)
+        gate, up = (matmul(normed, self.weights[f"{name}{part}_shared"]) for part in ("gate", "up"))
+        y = matmul(ACTIVATIONS[activation](gate) * up, self.weights[name + "down_shared"])
+        own = self.weights.get(name + "router_shared")
+        return self.norm(name + "shared_post_norm", y) if own is None else y / (1 + np.exp(-matmul(x, own[None])))
 
     def expert(self, slot: str, number: int, x: Float32) -> Float32:
         y = matmul(x, self.weights[slot][number])
@@ -307,8 +320,7 @@ class ReferenceExecutor:
             return x
         if self.spec.norm == "layer":
             x = x - x.mean(axis=-1, keepdims=True)
-        eps = self.spec.inner_eps if slot.endswith("_a_norm") else self.spec.norm_eps
-        y = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(eps))
+        y = rms(x, self.spec.inner_eps if slot.endswith("_a_norm") else self.spec.norm_eps)
         return np.asarray(y * self.weights[slot] + self.weights.get(slot + "_bias", 0))
 
 

@@ -19,3 +19,8 @@ def matmul(x: Float32, weight: Float32) -> Float32:
     for start in range(0, len(padded), TILE):
         np.matmul(padded[start : start + TILE], weight.T, out=out[start : start + TILE])
     return out[:rows]
+
+
+def rms(x: Float32, eps: float) -> Float32:
+    """RMS norm over the last axis, without weights."""
+    return np.asarray(x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(eps)))

@@ -13,6 +13,7 @@ from pagoda.arch.names.deepseek import deepseek_tensors
 from pagoda.arch.names.delta import delta_slot_name, delta_tensors
 from pagoda.arch.names.fused import cut_tensors
 from pagoda.arch.names.gemma import gemma_tensors
+from pagoda.arch.names.gemma4 import GEMMA4, GGUF_GEMMA4, gemma4_tensors
 from pagoda.arch.names.gpt2 import gpt2_tensors
 from pagoda.arch.names.gpt_oss import gpt_oss_tensors
 from pagoda.arch.names.lfm2 import lfm2_tensors
@@ -32,6 +33,9 @@ _MODEL_NAMES = {
     "norm": ("model.norm", "output_norm"),
     "head": ("lm_head", "output"),
     "score": ("score", "score"),
+    "layer_embed": ("model.embed_tokens_per_layer", "per_layer_token_embd"),
+    "layer_project": ("model.per_layer_model_projection", "per_layer_model_proj"),
+    "layer_project_norm": ("model.per_layer_projection_norm", "per_layer_proj_norm"),
 }
 _LAYER_NAMES = {
     "attn_norm": ("input_layernorm", "attn_norm"),
@@ -66,6 +70,16 @@ _LAYER_NAMES = {
     "down_shared": ("mlp.shared_expert.down_proj", "ffn_down_shexp"),
     "router_shared": ("mlp.shared_expert_gate", "ffn_gate_inp_shexp"),
     "router_choice": ("mlp.gate.e_score_correction", "exp_probs_b"),
+    "router_norm": ("router.norm", "ffn_gate_inp_norm"),
+    "router_scale": ("router.expert_scale", "ffn_down_exps_scale"),
+    "experts_norm": ("pre_feedforward_layernorm_2", "pre_ffw_norm_2"),
+    "experts_post_norm": ("post_feedforward_layernorm_2", "post_ffw_norm_2"),
+    "shared_norm": ("pre_feedforward_layernorm", "ffn_norm"),
+    "shared_post_norm": ("post_feedforward_layernorm_1", "post_ffw_norm_1"),
+    "own_gate": ("per_layer_input_gate", "inp_gate"),
+    "own_out": ("per_layer_projection", "proj"),
+    "own_post_norm": ("post_per_layer_input_norm", "post_norm"),
+    "scale": ("layer_scalar", "layer_output_scale"),
 }
 _MIXTRAL = MappingProxyType(
     {
@@ -109,6 +123,7 @@ _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "gemma2": {"mlp_norm": "pre_feedforward_layernorm"},
         "gemma3": {"mlp_norm": "pre_feedforward_layernorm"},
+        "gemma4": GEMMA4,
         **dict.fromkeys(
             (
                 *("glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "dots1", "solar_open"),
@@ -129,7 +144,7 @@ _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     }
 )
 _GGUF_FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {family: {"mlp_norm": "post_attention_norm"} for family in ("seed_oss", "glm4_moe")}
+    {"gemma4": GGUF_GEMMA4, **{family: {"mlp_norm": "post_attention_norm"} for family in ("seed_oss", "glm4_moe")}}
 )
 # buffers that old exporters stored; the spec holds their meaning
 _HARMLESS = re.compile(
@@ -181,9 +196,11 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
         tensors = plain_tensors(spec, tensors)
     if spec.vision is not None:
         tensors = from_mmproj(tensors, spec.vision) if gguf else hub_tensors(tensors, spec.vision)
-    elif not gguf and spec.model_type in ("exaone4_5", "gemma3", "mistral3", "mistral4"):
+    elif not gguf and spec.model_type in ("exaone4_5", "gemma3", "gemma4", "mistral3", "mistral4"):
         tensors = language_tensors(tensors)
-    if spec.model_type.startswith(("gemma", "nemotron")) and not gguf:
+    if spec.model_type == "gemma4":
+        tensors = gemma4_tensors(spec, tensors)
+    elif spec.model_type.startswith(("gemma", "nemotron")) and not gguf:
         tensors = gemma_tensors(tensors)
     tensors = apart_experts(tensors) if spec.model_type == "qwen3_vl_moe" else tensors
     return cut_tensors(spec, tensors) if spec.encoder is None else tensors

@@ -355,6 +355,10 @@ def check_spec(spec: ModelSpec) -> None:
     """ModelError where the kernels lack something that the model needs."""
     first = spec.layers[0]
     check_delta(spec)
+    if any(layer.attention.v_norm for layer in spec.layers):
+        raise ModelError(
+            f"the CPU backend has no kernels for {spec.model_type} yet", remedy="Try --device reference, or a GPU"
+        )
     shapes = {replace(layer.attention, window=None, rope=True, local=False) for layer in spec.layers}
     mixtures = {layer.mlp for layer in spec.layers if layer.mlp.experts is not None}
     if max(len(shapes), len(dense_sizes(spec)), len(mixtures)) > 1:

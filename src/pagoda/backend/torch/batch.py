@@ -99,3 +99,5 @@ class Heads:
     soft_cap: float | None = None  # scores s become soft_cap * tanh(s / soft_cap)
     late: bool = False  # the norms of q and k come behind the rotation
     turned: int = 0  # of latent attention: values of a key in front of those that are the value too
+    v_norm: bool = False  # each head of v is normed, without weights
+    keeps: bool = True  # False: keys and values are those of another layer

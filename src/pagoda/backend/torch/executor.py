@@ -281,6 +281,8 @@ def make_caches(spec: ModelSpec, blocks: int, kind: torch.dtype, device: torch.d
     for layer in spec.layers if spec.encoder is None else ():
         if layer.delta is not None:
             out.append(make_states(layer.delta, states, device))
+        elif (source := layer.attention.source) is not None:
+            out.append(out[source])
         else:
             a = layer.attention
             shape = (blocks, BLOCK_SIZE, a.kv_heads, a.head_dim)

@@ -15,7 +15,7 @@ from pagoda.arch.delta import DeltaNet
 from pagoda.arch.latent import Latent
 from pagoda.arch.memory import encoded_bytes
 from pagoda.arch.short_conv import ShortConv
-from pagoda.arch.spec import Layer, Mlp, ModelSpec
+from pagoda.arch.spec import Experts, Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.torch.adapters import Adapted, Adapters
 from pagoda.backend.torch.batch import Heads
@@ -36,6 +36,7 @@ from pagoda.backend.torch.model import (
     ThreePositions,
 )
 from pagoda.backend.torch.norms import LayerNorm, NoNorm, Norm, RmsNorm
+from pagoda.backend.torch.own import Beside, LayerValues, Own
 from pagoda.backend.torch.packs import Dense, Weight
 from pagoda.backend.torch.vision import Sight
 from pagoda.errors import ModelError
@@ -84,8 +85,25 @@ class Loader:
             scales = torch.from_numpy(spec.rope.query_scales(np.arange(max_model_len))).to(self._target.device)
         words = Table(embed, spec.embed_scale)
         return Decoder(
-            spec, words, norm, head, tuple(layers), cos_sin, [], positions, three, sight, scales, self._adapters
-        )
+            spec, words, norm, head, tuple(layers), cos_sin, [], positions, three, sight, scales, self._adapters,
+            self._layer_values(),
+        )  # fmt: skip
+
+    def _layer_values(self) -> LayerValues | None:
+        """A product over the root of its inputs is normed as the product with an epsilon that is as much larger."""
+        spec = self._spec
+        if not spec.layer_embed:
+            return None
+        norm = RmsNorm(self._vector("layer_project_norm") * 2**-0.5, spec.norm_eps * spec.hidden_size)
+        token = -1 if spec.vision is None else spec.vision.image_token_id
+        scale = (spec.layer_embed / 2) ** 0.5
+        return LayerValues(self._table("layer_embed"), scale, Linear((self._weight("layer_project"),)), norm, token)
+
+    def _own(self, p: str) -> Own | None:
+        if not self._spec.layer_embed:
+            return None
+        gate, out = (Linear((self._weight(p + name),)) for name in ("own_gate", "own_out"))
+        return Own(gate, out, self._norm(p + "own_post_norm"))
 
     def _three(self) -> ThreePositions | None:
         rope, device = self._spec.rope, self._target.device
@@ -131,9 +149,12 @@ class Loader:
             a.soft_cap,
             a.qk_norm_late,
             a.turned,
+            a.v_norm,
+            a.source is None,
         )
         latent = None if a.latent is None else self._latent(p, a.latent, shape)
         products: tuple[str, ...] = ("q", "k", "v") + (("q_gate",) if a.out_gate else ())
+        products = products if a.source is None else ("q",)
         if layer.delta is not None:
             products = CONV_PRODUCTS if isinstance(layer.delta, ShortConv) else PRODUCTS
         elif a.latent is not None:
@@ -154,6 +175,8 @@ class Loader:
             delta=None if layer.delta is None else self._delta(p, layer.delta),
             out_gate=a.out_gate,
             latent=latent,
+            own=self._own(p),
+            scale=float(self._vector(p + "scale")[0]) if layer.scaled else 1.0,
         )
 
     def _latent(self, p: str, shape: Latent, heads: Heads) -> LatentAttention:
@@ -170,7 +193,9 @@ class Loader:
         rate, dt, norm = (self._vector(p + name) for name in ("rate", "dt", "z_norm"))
         return Delta(shape, taps, rate, dt, norm, self._spec.norm_eps)
 
-    def _mlp(self, p: str, mlp: Mlp) -> GatedMlp | PlainMlp | Mixture:
+    def _mlp(self, p: str, mlp: Mlp) -> GatedMlp | PlainMlp | Mixture | Beside:
+        if mlp.experts is not None and mlp.experts.own_norms:
+            return self._beside(p, mlp.experts)
         clamped = mlp.activation == "clamped_swiglu" and mlp.experts is not None and mlp.bias
         known = ("gelu", "gelu_tanh", "relu2") if not mlp.gated else ("silu",) if mlp.experts else ("silu", "gelu_tanh")
         if not clamped and mlp.activation not in known:
@@ -190,6 +215,16 @@ class Loader:
         shared = GatedMlp(self._linear(p + "gate_shared", p + "up_shared"), self._linear(p + "down_shared"))
         own = self._table(p + "router_shared")[None] if mlp.experts.shared_gate else None
         return Mixture(mlp.experts, router, stack, down, shared, own, biases, choice)
+
+    def _beside(self, p: str, experts: Experts) -> Beside:
+        gate, up, down = (self._weight(f"{p}{part}_experts") for part in ("gate", "up", "down"))
+        gate_up = self._linear(p + "gate_shared", p + "up_shared")
+        shared = GatedMlp(gate_up, self._linear(p + "down_shared"), gelu=True)
+        ahead = (self._norm(f"{p}{name}_norm") for name in ("router", "experts", "shared"))
+        behind = (self._norm(f"{p}{name}_post_norm") for name in ("experts", "shared"))
+        router, shares = self._table(p + "router"), self._vector(p + "router_scale")
+        stack = side_by_side([gate, up])
+        return Beside(experts, router, shares, stack, down, shared, tuple(ahead), tuple(behind))
 
     def _biases(self, p: str) -> ExpertBiases:
         router, *gate_up = (self._table(f"{p}{part}_bias") for part in ("router", "gate_experts", "up_experts"))

@@ -17,6 +17,7 @@ from pagoda.backend.torch.batch import Batch, Heads, Routed, Seen
 from pagoda.backend.torch.delta import Convolution, Delta
 from pagoda.backend.torch.latent import LatentAttention
 from pagoda.backend.torch.norms import Norm, RmsNorm
+from pagoda.backend.torch.own import LayerValues, Own, attend_others, with_normed_values
 from pagoda.backend.torch.packs import Dense, Weight
 from pagoda.backend.torch.vision import Sight
 
@@ -189,6 +190,8 @@ class DecoderLayer:
     delta: Delta | Convolution | None = None
     out_gate: bool = False
     latent: LatentAttention | None = None
+    own: Own | None = None
+    scale: float = 1.0  # of what the layer gives
 
     def attention(
         self,
@@ -209,6 +212,10 @@ class DecoderLayer:
             qkv, gate = qkv[:, :width].contiguous(), qkv[:, width:]
         cos_sin = tables[h.local]
         turned = cos_sin if h.rope else cos_sin[:, :0]
+        if not h.keeps:
+            out = attend_others(qkv, self.q_norm, turned, batch, *cache, h).flatten(1)
+            return self.attn_post_norm(self.o(out))
+        qkv = with_normed_values(qkv, h) if h.v_norm else qkv
         if query_scales is None:
             out = ops.attend(qkv, self.q_norm, self.k_norm, turned, batch, *cache, h, self.sinks).flatten(1)
         else:
@@ -217,6 +224,15 @@ class DecoderLayer:
             out = ops.paged_attention(q, *cache, batch, h, self.sinks).flatten(1)
         out = out if gate is None else (out.float() * torch.sigmoid(gate.float())).to(out.dtype)
         return self.attn_post_norm(self.o(out))
+
+    def ended(self, x: Tensor, total: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x and total, whose sum is what the layer gives, with its own values and its scale."""
+        if self.own is None and self.scale == 1:
+            return x, total
+        total = x + total
+        if self.own is not None and values is not None:
+            total = total + self.own(total, values)
+        return torch.zeros_like(total), total * self.scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +265,7 @@ class Decoder:
     sight: Sight | None = None
     query_scales: Tensor | None = None  # float32 [positions]
     adapters: Adapters | None = None
+    layer_values: LayerValues | None = None
     begun: Callable[[Batch], Batch] | None = None
     """Gives the prompts of a batch to another kernel."""
 
@@ -264,6 +281,7 @@ class Decoder:
         total, *deep = torch.split(total, self.spec.hidden_size, dim=-1)
         total = total.contiguous()
         x = torch.zeros_like(total)
+        values = None if self.layer_values is None else self.layer_values(total, batch.tokens)
         for i, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
             if 0 < i <= len(deep):
                 x = x + deep[i - 1]
@@ -279,7 +297,7 @@ class Decoder:
             else:
                 x, total = layer.mlp_norm.of_sum(x, total)
                 x = layer.mlp(x)
-            x = layer.mlp_post_norm(x)
+            x, total = layer.ended(layer.mlp_post_norm(x), total, None if values is None else values[:, i])
         if not batch.whole:
             x, total = x[batch.rows], total[batch.rows]
         return self.norm.of_sum(x, total)[0]

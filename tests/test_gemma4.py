@@ -1,0 +1,153 @@
+"""Gemma 4 against transformers, from both formats; what its configs say in their spellings, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import VOCAB
+from family_cases import SMALL
+from gemma4_cases import CASES, write_gemma4, write_gemma4_gguf
+from reference_plans import Feed, make_plan
+from test_gpt2 import LAST, LIMITS, TOKENS, check_chunks, expected, load, logits, relative
+from test_reference_models import generate
+
+from pagoda.arch import memory
+from pagoda.arch.dummy import open_dummy
+from pagoda.arch.models import gemma4
+from pagoda.arch.registry import load_spec
+from pagoda.arch.sharding import parallel_sizes
+from pagoda.backend.reference import ReferenceExecutor
+from pagoda.backend.torch import ops
+from pagoda.deploy.plan.model import planned_model
+from pagoda.engine.core import EngineCore
+from pagoda.errors import ModelError
+from pagoda.options.engine_config import EngineConfig
+from pagoda.types import BLOCK_SIZE
+
+E2B: dict[str, Any] = {
+    "model_type": "gemma4",
+    "dtype": "bfloat16",
+    "eos_token_id": [1, 106],
+    "vision_config": {"model_type": "gemma4_vision"},
+    "text_config": {
+        "model_type": "gemma4_text",
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 35,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "num_kv_shared_layers": 20,
+        "use_double_wide_mlp": True,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
+    },
+}
+"""In the shape of gemma-4-E2B-it."""
+
+
+Folders = dict[str, tuple[Path, Any]]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Each case as safetensors and as tiny.gguf, and the model it came from."""
+    made = {}
+    for case in CASES:
+        folder = tmp_path_factory.mktemp(case)
+        made[case] = (folder, write_gemma4(folder, case))
+        write_gemma4_gguf(folder / "tiny.gguf", made[case][1])
+    return made
+
+
+@pytest.mark.parametrize("file", ["", "tiny.gguf"])
+@pytest.mark.parametrize("kind", ["reference", "torch"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case: str, kind: str, file: str, folders: Folders) -> None:
+    folder, model = folders[case]
+    executor = load(folder / file, kind)
+    assert relative(logits(executor, LAST), expected(model)) < 1e-5
+    executor.close()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_prompt_in_chunks_and_in_company_has_the_bits_of_the_whole(case: str, folders: Folders) -> None:
+    executor = load(folders[case][0], "torch", quantization="int8")
+    check_chunks(executor, 23)
+    executor.close()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_random_weights_and_the_plan_of_a_config(case: str, folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folders[case][0] / "config.json").read_bytes())
+    source = open_dummy(str(tmp_path))
+    assert ReferenceExecutor.load(load_spec(source), source, LIMITS).launch(LAST).wait().ok.all()
+    stored = {slot: tensor.shape for slot, tensor in planned_model(folders[case][0]).tensors.items()}
+    assert stored == {slot: tensor.shape for slot, tensor in planned_model(tmp_path).tensors.items()}
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_tokens_of_one(folders: Folders) -> None:
+    told = []
+    for size in (1, 2):
+        table: dict[str, Any] = {"num_blocks": 32, "tensor_parallel_size": size}
+        core = EngineCore(EngineConfig(model=str(folders["dense"][0]), device="torch-cpu", **table))
+        told.append(generate(core, TOKENS[:20], 8))
+    assert told[0] == told[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_through_the_triton_kernels(case: str, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan([Feed([3, 4, 5, 6, 7], 0, [1, 2], rows=[(4, -1, -1)])], VOCAB)
+    plain = logits(load(folders[case][0], "torch"), plan)
+    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+    assert relative(logits(load(folders[case][0], "torch"), plan), plain) < 2e-3
+
+
+def test_what_shares_no_gpus_and_runs_on_no_cpu(folders: Folders) -> None:
+    spec = planned_model(folders["experts"][0]).spec
+    assert parallel_sizes(spec, 2) == [1]
+    with pytest.raises(ModelError, match="no kernels for gemma4"):
+        load(folders["experts"][0], "cpu")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_heads_are_said_once_or_for_each_layer(case: str, tmp_path: Path) -> None:
+    write_gemma4(tmp_path, case)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "per_layer_config" in saved
+    published = {**SMALL, **CASES[case], "dtype": "float32"}
+    assert gemma4.from_config(published) == gemma4.from_config(saved)
+    assert gemma4.from_config({"model_type": "gemma4", "text_config": published}) == gemma4.from_config(saved)
+
+
+def test_the_last_layers_of_e2b_keep_nothing() -> None:
+    spec = gemma4.from_config(E2B)
+    sources = [layer.attention.source for layer in spec.layers]
+    assert sources == [None] * 15 + ([13] * 4 + [14]) * 4
+    assert [layer.mlp.size for layer in spec.layers] == [6144] * 15 + [12288] * 20
+    heads = 12 * 2 * 256 + 3 * 2 * 512  # of 12 layers with a window, and of 3 that see all
+    assert memory.kv_bytes_per_block(spec) == BLOCK_SIZE * 2 * heads
+    assert (spec.embed_scale, spec.layer_embed, spec.eos_token_ids) == (39.25, 256, (1, 106))
+    wide, near = spec.ropes
+    assert (wide.dim, near.dim) == (512, 256)
+    assert wide.inv_freq[63] > 0 and not any(wide.inv_freq[64:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_bidirectional_attention": "all"}, "'all', which is not supported"),
+        ({"vocab_size_per_layer_input": 1000}, "must be that of all tokens"),
+        ({"num_kv_shared_layers": 35}, "no layer in front of the last 35"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "must have a table for"),
+        ({"per_layer_config": {"0": {"head_dim": 512}}}, "must be the same for all layers of full_attention"),
+        ({"num_key_value_heads": 3}, "cannot share 3 KV heads"),
+        ({"enable_moe_block": True, "num_experts": 2, "top_k_experts": 3, "moe_intermediate_size": 32}, "3 of 2"),
+    ],
+)
+def test_what_a_config_cannot_ask_for(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        gemma4.from_config({**E2B, "text_config": {**E2B["text_config"], **changes}})
