@@ -224,7 +224,7 @@ def stored_tensors(model: Any, arch: str, old: bool = False) -> Iterator[tuple[s
             k_b, v_b = own[:, : c.qk_nope_head_dim], own[:, c.qk_nope_head_dim :]
             yield f"blk.{layer}.attn_k_b.weight", np.ascontiguousarray(k_b.transpose(0, 2, 1))
             yield f"blk.{layer}.attn_v_b.weight", np.ascontiguousarray(v_b)
-        elif ".query_key_value." in name:  # stored head by head
+        elif arch == "gptneox" and ".query_key_value." in name:  # stored head by head
             own = np.split(values, 3 * model.config.num_attention_heads)
             whole = np.concatenate([part for i in range(3) for part in own[i::3]])
             yield f"blk.{layer}.attn_qkv.{name.rpartition('.')[2]}", whole

@@ -280,7 +280,7 @@ def write_model_gguf(
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     eps = next(
         n
-        for n in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
+        for n in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
         if getattr(config, n, None) is not None
     )
     numbers = {

@@ -61,6 +61,14 @@ LATER_CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_experts_per_tok": 3,
             "moe_intermediate_size": 64,
         },
+        "falcon": {"model_type": "falcon", "hidden_size": 128, "ffn_hidden_size": 128},
+        "falcon-40b": {
+            "model_type": "falcon",
+            "hidden_size": 128,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "ffn_hidden_size": 128,
+        },
         "hyperclovax": {
             "model_type": "hyperclovax",
             **MULTIPLIERS,
@@ -102,6 +110,7 @@ LATER_CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 LATER_GGUF: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
+        "falcon": ("falcon", {"attention.head_count_kv": 1}),
         "minicpm3": (
             "minicpm3",
             {

@@ -43,7 +43,7 @@ AdapterWeights = Mapping[str, LowRank]
 """By slot, such as layers.0.q."""
 
 
-_OTHER_NAMES = ("bailing_moe", "exaone", "gpt2", "gpt_neox", "internlm2", "lfm2", "lfm2_moe")
+_OTHER_NAMES = ("bailing_moe", "exaone", "falcon", "gpt2", "gpt_neox", "internlm2", "lfm2", "lfm2_moe")
 """Families whose checkpoints, and so their adapters, call their matrices otherwise."""
 
 

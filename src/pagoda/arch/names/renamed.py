@@ -49,6 +49,19 @@ _EXAONE = MappingProxyType(
         ".mlp.c_proj.": ".mlp.down_proj.",
     }
 )
+_FALCON = MappingProxyType(
+    {
+        "transformer.word_embeddings.": "model.embed_tokens.",
+        "transformer.ln_f.": "model.norm.",
+        "transformer.h.": "model.layers.",
+        ".ln_attn.": ".input_layernorm.",
+        ".ln_mlp.": ".post_attention_layernorm.",
+        ".self_attention.query_key_value.": ".self_attn.qkv_by_group.",
+        ".self_attention.dense.": ".self_attn.o_proj.",
+        ".mlp.dense_h_to_4h.": ".mlp.up_proj.",
+        ".mlp.dense_4h_to_h.": ".mlp.down_proj.",
+    }
+)
 _GPT_NEOX = MappingProxyType(
     {
         "gpt_neox.embed_in.": "model.embed_tokens.",
@@ -84,6 +97,7 @@ FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "bailing_moe": _BAILING,
         "exaone": _EXAONE,
+        "falcon": _FALCON,
         "gpt_neox": _GPT_NEOX,
         "granite_swa": MappingProxyType({".self_attn.sinks": ".self_attn.sinks.weight"}),
         "hy_v3": _HY_V3,
