@@ -148,7 +148,39 @@ def llava(**changes: Any) -> Any:
     return transformers.LlavaForConditionalGeneration(config)
 
 
+def glm4v(**changes: Any) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 2, 1]}
+    eyes = {"depth": 2, "hidden_size": 96, "num_heads": 4, "patch_size": 14, "image_size": 70, "out_hidden_size": 64}
+    text = {**_TEXT, "head_dim": 16, "rope_parameters": rope, "tie_word_embeddings": False, **changes}
+    config = transformers.Glm4vConfig(
+        text_config=text,
+        vision_config={**eyes, "intermediate_size": 128},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=START,
+        image_end_token_id=STOP,
+        tie_word_embeddings=False,
+    )
+    return transformers.Glm4vForConditionalGeneration(config)
+
+
+def glm4v_moe(**changes: Any) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 2, 1]}
+    eyes = {"depth": 1, "hidden_size": 96, "num_heads": 4, "patch_size": 14, "image_size": 70, "out_hidden_size": 64}
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32}
+    text = {**_TEXT, **experts, "head_dim": 16, "rope_parameters": rope, "tie_word_embeddings": False, **changes}
+    config = transformers.Glm4vMoeConfig(
+        text_config={**text, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+        vision_config={**eyes, "intermediate_size": 128},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        tie_word_embeddings=False,
+    )
+    return transformers.Glm4vMoeForConditionalGeneration(config)
+
+
 MODELS = {
+    "glm4v": glm4v,
     "qwen3_5": qwen3_5,
     "gemma3": gemma3,
     "mistral3": mistral3,
@@ -156,12 +188,13 @@ MODELS = {
     "idefics3": idefics3,
     "llava": llava,
 }
+OTHERS = {"glm4v_moe": glm4v_moe}
 SHAPES = {"gemma3": ((8, 8),) * 2, "internvl": ((4, 4),) * 2, "idefics3": ((6, 6),) * 2, "llava": ((4, 4),) * 2}
 
 
 def write(folder: Path, kind: str, **changes: Any) -> Any:
     """Write the model of a kind as safetensors; returns transformers' own."""
-    model = with_random_weights(MODELS[kind](**changes), len(kind))
+    model = with_random_weights((MODELS | OTHERS)[kind](**changes), len(kind))
     if kind == "gemma3":  # whose embeddings, made larger, would outweigh all that layers add
         with torch.no_grad():
             model.model.language_model.embed_tokens.weight.mul_(0.15)
@@ -251,7 +284,7 @@ def inputs(kind: str, vision: Vision, tokens: Sequence[int], images: Sequence[Im
     """What transformers' model takes."""
     made: dict[str, Any] = {"input_ids": torch.tensor([tokens])}
     kinds = torch.tensor([[int(token == vision.image_token_id) for token in tokens]], dtype=torch.int32)
-    if kind == "qwen3_5":
+    if kind in ("qwen3_5", "glm4v", "glm4v_moe"):
         flat = [torch.from_numpy(patches(image, vision)) for image in images]
         grids = torch.tensor([image.grid for image in images])
         return {**made, "pixel_values": torch.cat(flat), "image_grid_thw": grids, "mm_token_type_ids": kinds}

@@ -48,6 +48,8 @@ _OTHER_NAMES = MappingProxyType(
         "qwen35": "qwen3_5",
         "qwen35moe": "qwen3_5_moe",
         "smolvlm": "idefics3",
+        "glm46v": "glm4v",
+        "glm4v_moe": "glm4v",
         "qwen3_5_text": "qwen3_5",
         "qwen3_5_moe_text": "qwen3_5_moe",
     }

@@ -23,12 +23,15 @@ class Vision:
     A patch attends to the patches of its own frames: to all of them, or in layers that are not in `full_layers` to
     those in its window of `window_size`² pixels (0: no windows). `gated`: the MLP of a layer is
     down(act(gate(x)) * up(x)), else down(act(up(x))). `grid_side`: a patch has a learned position, of a square table
-    with so many on a side that is spread over the picture (0: none).
+    with so many on a side that is spread over the picture (0: none), by "linear" `grid`, or "cubic",
+    which is added behind the first norm. `class_token`: behind the patches of a picture goes a row that is no patch;
+    what it begins with stands behind the table. `layer_scale`: what attention and MLP add is multiplied by a vector.
 
     In the end `merge_size`² neighbours are normed and become one vector of the model's hidden size. `merge` "joined":
     they are joined, and go through an MLP with gelu; "narrow": that is as wide inside as the model; "linear": a product
     does it; "reduced": a product makes them one as wide as a patch before the MLP; "averaged": their mean is normed
-    again, and goes through one product. `merge_bias` is of these. `merge_norm` "joined": the norm is of all neighbours
+    again, and goes through one product; "gated": two products, a norm and gelu stand before a gated MLP that is
+    `merge_width` wide. `merge_bias` is of these. `merge_norm` "joined": the norm is of all neighbours
     together, and None: there is none.
     What comes out of `deep_layers` is joined too, by MLPs with a norm over all that is joined, and added to the tokens
     behind the first layers of the language model (arXiv 2406.04334).
@@ -43,7 +46,8 @@ class Vision:
     side: "nearest" into as many as fit their shape best, at most `most_tiles`; "grid" into those of their longest edge,
     as `longest_edge` says; the whole picture follows, and texts stand around them (see media.shown). `cropped`: what
     does not fit into the side is cut off. No `video_token_id`: there are no videos, unless templates write `video_text`
-    for one. `names`: whose spelling checkpoints have.
+    for one. `frames_as_pictures`: groups of frames have the tokens of pictures, each before its time in `time_format`.
+    `names`: whose spelling checkpoints have.
     """
 
     patch_size: int
@@ -66,13 +70,15 @@ class Vision:
     grid_side: int = 0
     deep_layers: tuple[int, ...] = ()
     frame_tokens: tuple[int, int] | None = None
-    names: Literal["qwen", "siglip", "pixtral", "internvl", "clip", "idefics"] = "qwen"
+    names: Literal["qwen", "siglip", "pixtral", "internvl", "clip", "idefics", "glm"] = "qwen"
     rope: Literal["paired", "alternating"] | None = "paired"
     first_norm: bool = False
     biased: bool = True
     class_token: bool = False
     layer_scale: bool = False
-    merge: Literal["joined", "narrow", "linear", "reduced", "averaged"] = "joined"
+    grid: Literal["linear", "cubic"] = "linear"
+    merge: Literal["joined", "narrow", "linear", "reduced", "averaged", "gated"] = "joined"
+    merge_width: int = 0
     merge_norm: Literal["each", "joined"] | None = "each"
     merge_bias: bool = True
     merge_eps: float | None = None  # of its norms, where that is not `norm_eps`
@@ -86,6 +92,8 @@ class Vision:
     most_tiles: int = 0
     cropped: bool = False
     video_text: str = ""
+    frames_as_pictures: bool = False
+    time_format: str = ""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -132,7 +140,8 @@ class Vision:
 
     def placeholders(self, grid: tuple[int, int, int], *, video: bool = False) -> list[int]:
         """The tokens of a picture, or of a video."""
-        kind = self.video_token_id if video and self.video_token_id is not None else self.image_token_id
+        still = not video or self.video_token_id is None or self.frames_as_pictures
+        kind = self.image_token_id if still else self.video_token_id
         if self.row_tokens is None:
             return [kind] * self.tokens(grid)
         row = [kind] * (grid[2] // self.merge_size) + [self.row_tokens[0]]
@@ -164,10 +173,14 @@ class Vision:
             out |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
         into, between = {
             "joined": (merged, merged), "narrow": (merged, hidden), "linear": (0, merged),
-            "reduced": (wide, hidden), "averaged": (0, wide),
+            "reduced": (wide, hidden), "averaged": (0, wide), "gated": (0, 0),
         }[self.merge]  # fmt: skip
         merge: dict[str, tuple[int, ...]] = {"merge_up": (between, into)} if into else {}
         merge |= {"merge_down": (hidden, between)}
+        if self.merge == "gated":
+            inner = {"merge_gate": (self.merge_width, hidden), "merge_up": (self.merge_width, hidden)}
+            merge = _with_biases({"merge_in": (hidden, merged), "mid_norm": (hidden,)}) | inner
+            merge |= {"merge_mid": (hidden, hidden), "merge_down": (hidden, self.merge_width)}
         if self.merge_bias:
             merge = _with_biases(merge)
         for i in range(len(self.deep_layers)):

@@ -15,7 +15,7 @@ from pagoda.backend.activations import ACTIVATIONS, gelu
 from pagoda.backend.reference import ReferenceExecutor, rotate, softmax
 from pagoda.backend.reference_product import matmul
 from pagoda.backend.rows import Index
-from pagoda.backend.vision import Encoded, grid_taps, layout, patches, vectors_taken
+from pagoda.backend.vision import MID_EPS, Encoded, cubic_positions, grid_taps, layout, patches, vectors_taken
 from pagoda.types import Float32, Image, Int32, PlannedImage, StepPlan
 
 
@@ -100,13 +100,15 @@ class ReferenceImages:
         together = patches(image, v).reshape(len(place.order), -1)[place.order]
         x = matmul(together.reshape(-1, v.patch_values), self.weights["vision.patch"])
         x += self.weights.get("vision.patch_bias", 0)
-        if v.grid_side:
+        if v.grid_side and v.grid == "linear":
             taps, shares = grid_taps(place, image.grid, v.grid_side)
             x += (self.weights["vision.positions"][taps] * shares[:, :, None]).sum(axis=1)
         if v.class_token:
             x = np.concatenate([x, self.weights["vision.positions"][-1:]])
         if v.first_norm:
             x = self.norm("vision.first_norm", x)
+        if v.grid == "cubic":
+            x = x + cubic_positions(self.weights["vision.positions"], place, image.grid)
         deep: list[Float32] = []
         for i in range(v.depth):
             name = f"vision.layers.{i}."
@@ -138,6 +140,11 @@ class ReferenceImages:
             return self.linear(name + "merge_down", x)
         if v.merge == "linear":
             return self.linear(name + "merge_down", x)
+        if v.merge == "gated":
+            x = self.linear(name + "merge_mid", self.linear(name + "merge_in", x))
+            x = gelu(self.norm(name + "mid_norm", x, MID_EPS))
+            gate = _ACTIVATIONS["silu"](self.linear(name + "merge_gate", x))
+            return self.linear(name + "merge_down", gate * self.linear(name + "merge_up", x))
         if v.merge == "reduced":
             x = self.linear(name + "merge_in", x)
         return self.linear(name + "merge_down", gelu(self.linear(name + "merge_up", x)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pagoda.types import Float32, Image, Int32, PlannedImage
 
 Index = npt.NDArray[np.intp]
 
+MID_EPS = 1e-5
+"""Of the norm between the products of a gated merge."""
 WHOLE_S = 1e6
 """Longer than any image takes."""
 
@@ -95,6 +98,29 @@ def grid_taps(place: Layout, grid: tuple[int, int, int], side: int) -> tuple[Ind
     taps = ends[0][:, :, None] * side + ends[1][:, None, :]
     weights = shares[0][:, :, None] * shares[1][:, None, :]
     return taps.reshape(-1, 4), weights.reshape(-1, 4)
+
+
+def cubic_shares(size: int, side: int) -> Float32:
+    """[size, side]: of each of `size` points that are spread over a row of `side` values, the share that it has of each
+    of these by cubic convolution (Keys 1981, with a = -0.75); those at the ends go on."""
+    at = (np.arange(size) + 0.5) * side / size - 0.5
+    low = np.floor(at).astype(np.intp)
+    part, a = at - low, -0.75
+    out = np.zeros((size, side), np.float32)
+    for tap in range(-1, 3):
+        x = np.abs(part - tap)
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = (((x - 5) * x + 8) * x - 4) * a
+        np.add.at(out, (np.arange(size), np.clip(low + tap, 0, side - 1)), np.where(x <= 1, near, far))
+    return out
+
+
+def cubic_positions(table: Float32, place: Layout, grid: tuple[int, int, int]) -> Float32:
+    """The positions [N, hidden] of a square table that is spread over a picture."""
+    side, wide = math.isqrt(len(table)), table.shape[1]
+    rows, columns = cubic_shares(grid[1], side), cubic_shares(grid[2], side)
+    spread = columns @ (rows @ table.reshape(side, -1)).reshape(grid[1], side, wide)
+    return np.ascontiguousarray(spread[place.places[1], place.places[2]])
 
 
 def scaling(vision: Vision) -> tuple[Float32, Float32]:

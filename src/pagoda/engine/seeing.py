@@ -61,6 +61,8 @@ class Seeing:
         show, ends, video = None, None, v.video_token_id
         if v.frame_tokens is not None:
             show = shown.timed(v.temporal_patch_size, *v.frame_tokens, encode)
+        elif v.frames_as_pictures:
+            show = shown.glm(v.time_format, encode)
         elif v.names in _SHOWN:
             show = _SHOWN[v.names](encode)
         if v.ends is not None:
@@ -134,7 +136,8 @@ def find_seeing(options: Options, path: str, vision: Vision | None) -> Seeing | 
         vision.merge_size,
         (files[0], files[1]),
         options.mm_processor_kwargs,
-        whole_videos=vision.frame_tokens is not None,
+        whole_videos=vision.frame_tokens is not None or vision.frames_as_pictures,
+        whole_pictures=vision.frames_as_pictures,
         side=vision.side * vision.patch_size,
         longest_edge=vision.longest_edge,
         row_ends=vision.row_tokens is not None,

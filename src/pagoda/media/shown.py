@@ -47,6 +47,22 @@ def timed(together: int, begin: int, end: int, encode: Encode) -> Show:
     return show
 
 
+def glm(time_format: str, encode: Encode) -> Show:
+    """Groups of frames as pictures, each with the time of its first frame behind it."""
+    begin, end = encode("<|begin_of_image|>"), encode("<|end_of_image|>")
+
+    def show(image: Image) -> Iterator[Image | list[int]]:
+        if not image.video:
+            yield image
+            return
+        for i, group in enumerate(parts(image)):
+            yield begin
+            yield group
+            yield [*end, *encode(time_format.format(i * image.second_per_grid))]
+
+    return show
+
+
 def internvl(encode: Encode) -> Show:
     """Tiles side by side between two tokens; the frames of a video as pictures that are counted."""
     begin, end = encode("<img>"), encode("</img>")

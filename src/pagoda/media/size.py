@@ -21,7 +21,8 @@ _NAMES = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
 class Sizing(msgspec.Struct, frozen=True, kw_only=True):
     """What the model takes, and between how many pixels a picture, or a frame of a video, is brought.
 
-    `whole_videos`: those of all frames of a video together are counted. With `side` all pictures get so many pixels in
+    `whole_videos`: those of all frames of a video together are counted; `whole_pictures`: a picture is a group of
+    frames there. With `side` all pictures get so many pixels in
     each direction; with `longest_edge` they become smaller only, until neither side has more. `row_ends`: each row of
     tokens has one more. `resample` is Pillow's number of the filter. With `tiling` pictures become several of that
     side, at most `most_tiles` and the whole; `cropped`: their longer edge loses what is too much.
@@ -35,6 +36,7 @@ class Sizing(msgspec.Struct, frozen=True, kw_only=True):
     min_frame_pixels: int = _MIN_PIXELS
     max_frame_pixels: int = _MAX_PIXELS
     whole_videos: bool = False
+    whole_pictures: bool = False
     side: int = 0
     longest_edge: int = 0
     row_ends: bool = False
@@ -46,6 +48,10 @@ class Sizing(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def only_size(self) -> str:
         return f"this model is given pictures of {self.side} x {self.side} pixels only, whatever they were"
+
+    @property
+    def frames_of_picture(self) -> int:
+        return self.temporal_patch_size if self.whole_pictures else 1
 
     @property
     def factor(self) -> int:
@@ -61,13 +67,16 @@ class Sizing(msgspec.Struct, frozen=True, kw_only=True):
         if self.cropped:
             return self.side, self.side
         factor = self.factor
+        if self.whole_pictures and min(width, height) < factor:
+            larger = max(factor / height, factor / width)
+            width, height = int(width * larger), int(height * larger)
         least = self.min_frame_pixels if video else self.min_pixels
         most = self.max_frame_pixels if video else self.max_pixels
         rows, columns = round(height / factor), round(width / factor)
         if self.longest_edge:
             ratio = max(height / self.longest_edge, width / self.longest_edge, 1.0)
             rows, columns = (math.ceil(math.floor(edge / ratio) / factor) or 1 for edge in (height, width))
-        count = frames if self.whole_videos and video else 1
+        count = frames if self.whole_videos and video else self.frames_of_picture
         groups = round(count / self.temporal_patch_size)
         pixels = rows * columns * factor**2 * max(groups * self.temporal_patch_size, 1)
         if pixels > most:
@@ -108,7 +117,9 @@ class Sizing(msgspec.Struct, frozen=True, kw_only=True):
             raise BadRequest(f"mm_processor_kwargs: {_NO_LEAST}", param="mm_processor_kwargs")
         if self.side and given and not self.tiling:
             raise BadRequest(f"mm_processor_kwargs: {self.only_size}", param="mm_processor_kwargs")
-        most = min(given.get("max_pixels", self.max_pixels), self.max_pixels, _LOW_PIXELS if low else self.max_pixels)
+        given = {name: value * self.frames_of_picture for name, value in given.items()}
+        low_pixels = _LOW_PIXELS * self.frames_of_picture if low else self.max_pixels
+        most = min(given.get("max_pixels", self.max_pixels), self.max_pixels, low_pixels)
         most_frame = min(most, self.max_frame_pixels)
         least = max(given.get("min_pixels", 0), self.min_pixels)
         return msgspec.structs.replace(
@@ -150,6 +161,7 @@ def find_sizing(
     given: Mapping[str, Any],
     *,
     whole_videos: bool = False,
+    whole_pictures: bool = False,
     side: int = 0,
     longest_edge: int = 0,
     row_ends: bool = False,
@@ -176,6 +188,7 @@ def find_sizing(
     tiles, own = (own, {}) if tiling else ({}, own)
     if side and own:
         raise ConfigError(f"--mm-processor-kwargs: {Sizing(side=side).only_size}", remedy="Leave it out")
+    own = {name: value * temporal_patch_size for name, value in own.items()} if whole_pictures else own
     picture = {**picture, **own}
     video = {**picture, **video, **own}
     sizing = Sizing(
@@ -183,6 +196,7 @@ def find_sizing(
         temporal_patch_size=temporal_patch_size,
         merge_size=merge_size,
         whole_videos=whole_videos,
+        whole_pictures=whole_pictures,
         side=side,
         longest_edge=longest_edge,
         row_ends=row_ends,

@@ -180,6 +180,10 @@ def slot_name(spec: ModelSpec, slot: str, *, gguf: bool = False) -> str:
 
 def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) -> Mapping[str, Tensor]:
     """The tensors under the one spelling that the slots are looked up by."""
+    if spec.vision is not None:
+        tensors = from_mmproj(tensors, spec.vision) if gguf else hub_tensors(tensors, spec.vision)
+    elif not gguf and spec.model_type in ("exaone4_5", "gemma3", "gemma4", "mistral3", "mistral4"):
+        tensors = language_tensors(tensors)
     if spec.model_type == "gpt2":
         tensors = gpt2_tensors(tensors, gguf=gguf)
     if spec.model_type in RENAMED and not gguf:
@@ -194,10 +198,6 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
         tensors = delta_tensors(spec, tensors, gguf=gguf)
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)
-    if spec.vision is not None:
-        tensors = from_mmproj(tensors, spec.vision) if gguf else hub_tensors(tensors, spec.vision)
-    elif not gguf and spec.model_type in ("exaone4_5", "gemma3", "gemma4", "mistral3", "mistral4"):
-        tensors = language_tensors(tensors)
     if spec.model_type == "gemma4":
         tensors = gemma4_tensors(spec, tensors)
     elif spec.model_type.startswith(("gemma", "nemotron")) and not gguf:

@@ -59,6 +59,26 @@ _NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "layers": "vision_tower.encoder.layers",
             **_CLIP_LAYER,
         },
+        "glm": {
+            "patch": "visual.patch_embed.proj",
+            "positions": "visual.embeddings.position_embedding",
+            "first_norm": "visual.post_conv_layernorm",
+            "merge_norm": "visual.post_layernorm",
+            "merge_in": "visual.downsample",
+            "merge_mid": "visual.merger.proj",
+            "mid_norm": "visual.merger.post_projection_norm",
+            "merge_gate": "visual.merger.gate_proj",
+            "merge_up": "visual.merger.up_proj",
+            "merge_down": "visual.merger.down_proj",
+            "layers": "visual.blocks",
+            "attn_norm": "norm1",
+            "qkv": "attn.qkv",
+            "o": "attn.proj",
+            "mlp_norm": "norm2",
+            "gate": "mlp.gate_proj",
+            "up": "mlp.up_proj",
+            "down": "mlp.down_proj",
+        },
         "internvl": {
             "patch": "vision_tower.embeddings.patch_embeddings.projection",
             "positions": "vision_tower.embeddings.position_embeddings",
@@ -154,14 +174,15 @@ def as_product(slot: str, tensor: Tensor, vision: Vision) -> Tensor:
     """A tensor as its slot has it, of those that both formats store in another order."""
     if vision.merge == "averaged" and slot == "merge_down":  # [in, out]
         return _floats_as(tensor, tensor.shape[::-1], lambda x: x.T)
-    if vision.merge == "reduced" and slot == "merge_in":  # the values of one channel of all neighbours side by side
-        return _floats_as(tensor, tensor.shape, partial(_by_neighbour, vision))
+    if slot == "merge_in":  # the values of one channel of all neighbours side by side
+        shape = (tensor.shape[0], math.prod(tensor.shape[1:]))
+        return _floats_as(tensor, shape, partial(_by_neighbour, vision))
     return tensor
 
 
 def _by_neighbour(vision: Vision, values: Floats) -> Floats:
     apart = values.reshape(len(values), -1, vision.merge_size**2)
-    return apart.transpose(0, 2, 1).reshape(values.shape)
+    return apart.transpose(0, 2, 1).reshape(len(values), -1)
 
 
 def halves(count: int, head_dim: int) -> npt.NDArray[np.intp]:

@@ -254,12 +254,13 @@ class Native:
         frames: Int32,
         rows: Int32,
         out: Float32,
+        added: Float32 | None = None,
     ) -> None:
         """Begin to make the vectors `out` [len(rows), ...] of a picture, by the program of a vision encoder.
 
         `positions` [3, P] are the group of frames, the row and the column of its patches, in the order of their
         windows; windows and frames begin where these say, with the end behind the last; vector l is made of the patches
-        from rows[l] on.
+        from rows[l] on. `added` [P, ...] is what ADD_VECTORS adds to them.
         """
         patches = positions.shape[1]
         zeros = np.zeros(patches, np.int32)
@@ -269,6 +270,9 @@ class Native:
             "slots": zeros, "positions": zeros, "tokens": zeros, "starts": windows, "rows": rows,
             "rope_positions": positions, "frames": frames, "out_hidden": out,
         }  # fmt: skip
+        if added is not None:
+            arrays |= {"vectors": added, "vector_of": np.arange(patches, dtype=np.int32)}
+            step.vectors_width = added.shape[1]
         for name, array in arrays.items():
             setattr(step, name, _address(array))
         picture.pixels = _address(pixels)

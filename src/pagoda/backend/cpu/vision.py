@@ -19,7 +19,16 @@ from pagoda.backend.cpu.library import Native
 from pagoda.backend.cpu.panels import FLOATS, kind_of_cache
 from pagoda.backend.cpu.program import ACTIVATIONS, Program
 from pagoda.backend.cpu.records import BufferShape, Dims, Op, Picture
-from pagoda.backend.vision import Encoded, frequencies, in_one_go, layout, scaling, vectors_taken
+from pagoda.backend.vision import (
+    MID_EPS,
+    Encoded,
+    cubic_positions,
+    frequencies,
+    in_one_go,
+    layout,
+    scaling,
+    vectors_taken,
+)
 from pagoda.errors import ModelError
 from pagoda.options.formats import QUANTIZE_ON_LOAD
 from pagoda.types import Float32, Image, Int32, PlannedImage
@@ -39,7 +48,7 @@ PIECE_ROWS = 512
 
 PREFIX = "vision."
 
-PATCHES, X, H, QKV, ATT, GATE_UP, MLP, JOINED, MERGED, ONE, MERGED_UP, OUT = range(12)
+PATCHES, X, H, QKV, ATT, GATE_UP, MLP, JOINED, MERGED, ONE, MERGED_UP, OUT, MERGED_MLP = range(13)
 
 
 class VisionProgram(Program):
@@ -61,10 +70,11 @@ class VisionProgram(Program):
         v = self._vision
         self.ids = {"patch": self._matrix("patch")}
         mergers = ["", *(f"deep.{k}." for k in range(len(v.deep_layers)))]
-        vectors = ["patch_bias", "positions", "first_norm", "mean_norm", *(p + "merge_norm" for p in mergers)]
-        products: dict[str, tuple[str, ...]] = {
-            p + n: (p + n,) for p in mergers for n in ("merge_in", "merge_up", "merge_down")
-        }
+        vectors = ["patch_bias", "first_norm", "mean_norm", "mid_norm", *(p + "merge_norm" for p in mergers)]
+        vectors += ["positions"] if v.grid == "linear" else []
+        ends = ["merge_in", "merge_down", *(["merge_mid"] if v.merge == "gated" else ["merge_up"])]
+        products: dict[str, tuple[str, ...]] = {p + n: (p + n,) for p in mergers for n in ends}
+        products |= {"merge_gate_up": ("merge_gate", "merge_up")} if v.merge == "gated" else {}
         for i in range(v.depth):
             p = f"layers.{i}."
             vectors += [p + name for name in ("attn_norm", "mlp_norm", "attn_scale", "mlp_scale")]
@@ -98,10 +108,12 @@ class VisionProgram(Program):
         self._emit(native.PATCHES, out=PATCHES, flags=native.PIECES)
         v = self._vision
         self._emit(native.MATMUL, in_=PATCHES, out=X, weight="patch", vector="patch_bias", flags=native.PIECES)
-        if v.grid_side:
+        if v.grid_side and v.grid == "linear":
             self._emit(native.GRID, out=X, vector="positions", layer=v.grid_side, flags=native.PIECES)
         if v.first_norm:
             self._vision_norm("first_norm", X, X, native.PIECES)
+        if v.grid == "cubic":
+            self._emit(native.ADD_VECTORS, out=X, flags=native.PIECES)
         for i in range(v.depth):
             self._vision_layer(i)
             if i in v.deep_layers:
@@ -128,8 +140,22 @@ class VisionProgram(Program):
             self._product(p + "merge_up", joined, MERGED_UP, rows)
             self._emit(native.GELU, in_=MERGED_UP, out=MERGED_UP, flags=rows)
             joined = MERGED_UP
+        if v.merge == "gated":
+            joined = self._merge_gated(rows)
         self._product(p + "merge_down", joined, OUT, rows)
         self._emit(native.HIDDEN, in_=OUT, layer=place, flags=rows)
+
+    def _merge_gated(self, rows: int) -> int:
+        """What stands before the last product of a gated merge; where it is."""
+        self._product("merge_in", MERGED, ONE, rows)
+        self._product("merge_mid", ONE, OUT, rows)
+        self._emit(
+            native.LAYER_NORM, in_=OUT, out=ONE, vector="mid_norm", vector2="mid_norm_bias", f=MID_EPS, flags=rows
+        )
+        self._emit(native.GELU, in_=ONE, out=ONE, flags=rows)
+        self._product("merge_gate_up", ONE, MERGED_UP, rows)
+        self._emit(native.SILU, in_=MERGED_UP, out=MERGED_MLP, flags=rows)
+        return MERGED_MLP
 
     def _vision_layer(self, i: int) -> None:
         v, p, pieces = self._vision, f"layers.{i}.", native.PIECES
@@ -174,6 +200,9 @@ class VisionEncoder:
     ) -> None:
         self._vision = vision_of(spec)
         self._width = spec.hidden_size * self._vision.vectors
+        wide = self._vision.hidden_size
+        cubic = self._vision.grid == "cubic"
+        self._positions = dequantize(tensors["positions"]).reshape(-1, wide).copy() if cubic else None
         self._encoded: Encoded[Float32] = Encoded(memory.encoded_bytes(spec, limits.max_model_len), self.begin)
         self._lib = Native(threads)
         try:
@@ -211,7 +240,8 @@ class VisionEncoder:
         first = (np.argsort(place.order) * v.merge_size**2).astype(np.int32)
         out = np.empty((len(first), self._width), np.float32)
         pixels = np.frombuffer(image.pixels, np.uint8)
-        self._lib.begin(_picture(image, v), pixels, place.places, place.windows, place.frames, first, out)
+        at = None if self._positions is None else cubic_positions(self._positions, place, image.grid)
+        self._lib.begin(_picture(image, v), pixels, place.places, place.windows, place.frames, first, out, at)
         return lambda most_s: out if self._lib.go_on(most_s) else None
 
     def encode(self, image: Image) -> Float32:
@@ -294,14 +324,15 @@ def buffer_shapes(spec: ModelSpec) -> Sequence[BufferShape]:
     v = vision_of(spec)
     patch, inner = (-(-size // BLOCK) * BLOCK for size in (v.patch_values, v.intermediate_size))
     wide, heads, gates = v.hidden_size, v.heads * padded_head(v), 2 if v.gated else 1
-    up = {"joined": v.merged_size, "narrow": spec.hidden_size, "reduced": spec.hidden_size}.get(v.merge, 0)
-    one = wide if v.merge in ("reduced", "averaged") else 0
+    hidden = spec.hidden_size
+    up = {"joined": v.merged_size, "narrow": hidden, "reduced": hidden, "gated": 2 * v.merge_width}.get(v.merge, 0)
+    one = {"reduced": wide, "averaged": wide, "gated": hidden}.get(v.merge, 0)
     all_rows, piece, merged = native.TOKENS, native.PIECE, native.LOGITS
     return [
         BufferShape(patch, piece), BufferShape(wide, all_rows), BufferShape(wide, piece),
         BufferShape(3 * heads, all_rows), BufferShape(heads, all_rows), BufferShape(gates * inner, piece),
         BufferShape(inner, piece), *[BufferShape(v.merged_size, merged)] * 2, BufferShape(one, merged),
-        BufferShape(up, merged), BufferShape(spec.hidden_size, merged),
+        BufferShape(up, merged), BufferShape(hidden, merged), BufferShape(v.merge_width, merged),
     ]  # fmt: skip
 
 

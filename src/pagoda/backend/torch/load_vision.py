@@ -14,6 +14,7 @@ from pagoda.arch.vision_spec import Vision
 from pagoda.backend.torch.convert import Converter, Target
 from pagoda.backend.torch.norms import LayerNorm, RmsNorm
 from pagoda.backend.torch.vision import Merger, Norm, Product, VisionEncoder, VisionLayer
+from pagoda.backend.vision import MID_EPS
 from pagoda.weights.source import Tensor as Stored
 
 
@@ -55,7 +56,13 @@ class VisionLoader:
             up=self._product(p + "merge_up") if self._has(p + "merge_up") else None,
             first=self._product(p + "merge_in") if self._has(p + "merge_in") else None,
             mean_norm=self._norm(p + "mean_norm", eps) if self._has(p + "mean_norm") else None,
+            middle=self._middle(p) if self._has(p + "merge_mid") else None,
+            gate=self._product(p + "merge_gate") if self._has(p + "merge_gate") else None,
         )
+
+    def _middle(self, p: str) -> Callable[[Tensor], Tensor]:
+        product, norm = self._product(p + "merge_mid"), self._norm(p + "mid_norm", MID_EPS)
+        return lambda x: F.gelu(norm(product(x)))
 
     def _layer(self, p: str) -> VisionLayer:
         return VisionLayer(

@@ -17,7 +17,17 @@ from pagoda.arch.memory import VISION_TILE, most_patches
 from pagoda.arch.vision_spec import Vision
 from pagoda.backend.torch.batch import Seen
 from pagoda.backend.torch.norms import LayerNorm, RmsNorm
-from pagoda.backend.vision import WHOLE_S, Encoded, Layout, grid_taps, in_one_go, layout, patch_bytes, vectors_taken
+from pagoda.backend.vision import (
+    WHOLE_S,
+    Encoded,
+    Layout,
+    cubic_shares,
+    grid_taps,
+    in_one_go,
+    layout,
+    patch_bytes,
+    vectors_taken,
+)
 from pagoda.types import Image, Int32, PlannedImage
 
 Norm = LayerNorm | RmsNorm
@@ -76,6 +86,8 @@ class Merger:
     up: Product | None = None  # None where the patches are averaged, or one product makes a vector of them
     first: Product | None = None
     mean_norm: Norm | None = None
+    middle: Callable[[Tensor], Tensor] | None = None  # what stands between `first` and a gated MLP
+    gate: Product | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.norm is None:
@@ -88,6 +100,9 @@ class Merger:
             x = self.mean_norm(mean).to(x.dtype)
         if self.first is not None:
             x = self.first(x)
+        if self.middle is not None and self.gate is not None and self.up is not None:
+            x = self.middle(x)
+            return self.down(F.silu(self.gate(x)) * self.up(x))
         return self.down(x if self.up is None else F.gelu(self.up(x)))
 
 
@@ -179,17 +194,27 @@ class VisionEncoder:
         for i, tile in enumerate(torch.split(torch.from_numpy(stored).to(self.device), VISION_TILE)):
             yield
             x = self.patch(((tile.float() - mean) / std).flatten(1).to(self.dtype))
-            if self.positions is not None:
+            if taps:
                 x = x + (self.positions[taps[i]].float() * shares[i].unsqueeze(-1)).sum(1).to(self.dtype)
             out.append(x if self.first_norm is None else self.first_norm(x))
         if v.class_token and self.positions is not None:
             last = self.positions[-1:]
             out.append(last if self.first_norm is None else self.first_norm(last))
-        return torch.cat(out)
+        x = torch.cat(out)
+        return x + self._cubic(image, laid) if v.grid == "cubic" else x
+
+    def _cubic(self, image: Image, laid: Layout) -> Tensor:
+        """See cubic_positions."""
+        side, (_, height, width) = self.vision.grid_side, image.grid
+        table = torch.zeros(0) if self.positions is None else self.positions.float()
+        rows, columns = (torch.from_numpy(cubic_shares(n, side)).to(self.device) for n in (height, width))
+        spread = columns @ (rows @ table.view(side, -1)).view(height, side, -1)
+        row, column = (torch.from_numpy(at).to(self.device).long() for at in laid.places[1:])
+        return spread[row, column].to(self.dtype)
 
     def _taps(self, image: Image, laid: Layout) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """See grid_taps, by tiles."""
-        if self.positions is None:
+        if self.positions is None or self.vision.grid == "cubic":
             return (), ()
         both = (torch.from_numpy(each).to(self.device) for each in grid_taps(laid, image.grid, self.vision.grid_side))
         taps, shares = (torch.split(each, VISION_TILE) for each in both)
