@@ -207,13 +207,20 @@ _NAMES = {7: "<image>", START: "<start_of_image>", STOP: "<end_of_image>", 12: "
 _OWN_NAMES = {
     "internvl": {IMAGE: "<IMG_CONTEXT>", VIDEO: "<video>", START: "<img>", STOP: "</img>"},
     "idefics3": {START: "<fake_token_around_image>", STOP: "<global-img>"},
+    "glm4v": {IMAGE: "<|image|>", START: "<|begin_of_image|>", STOP: "<|end_of_image|>"},
 }
 _SHOWN = {"gemma3": "<start_of_image>", "mistral3": "<image>", "qwen3_5": "<start_of_image><image><end_of_image>"}
-_SHOWN |= {"internvl": "<IMG_CONTEXT>\n", "idefics3": "<image>", "llava": "<image>\n"}
+_SHOWN |= {
+    "internvl": "<IMG_CONTEXT>\n",
+    "idefics3": "<image>",
+    "glm4v": "<|begin_of_image|><|image|><|end_of_image|>",
+    "llava": "<image>\n",
+}
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] in ['image', 'image_url'] %}SHOWN{% elif part['type'] == 'text' %}{{ part['text'] | trim }}"
+    "{% if part['type'] in ['image', 'image_url'] %}SHOWN"
+    "{% elif part['type'] == 'video' %}<video>{% elif part['type'] == 'text' %}{{ part['text'] | trim }}"
     "{% endif %}{% endfor %}{% endif %}\n{% endfor %}{% if add_generation_prompt %}model\n{% endif %}"
 )
 

@@ -15,6 +15,7 @@ from PIL import Image as pil
 from server_process import running, serve
 
 COUNTS = {
+    "internvl": len("user\n\nWhat?model\n") + 1 + 4 + 1,
     "gemma3": len("user\n\n\n\n\nWhat?model\n") + 1 + 16 + 1,
     "mistral3": len("user\nWhat?model\n") + 2 * (2 + 1),
     "qwen3_5": len("user\nWhat?model\n") + 2 + 4,
@@ -59,3 +60,5 @@ def test_a_server_sees(kind: str, tmp_path: Path) -> None:
         refused = asked({"type": "video_url", "video_url": picture("red")["image_url"]})
         if kind in ("gemma3", "mistral3"):
             assert refused.status_code == 400 and "no videos" in refused.text
+        if kind == "internvl":  # whose frames are counted
+            assert refused["usage"]["prompt_tokens"] == count - 1 + len("Frame1: ")

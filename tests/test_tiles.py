@@ -14,6 +14,7 @@ import torch
 import transformers
 from PIL import Image as pil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
@@ -174,12 +175,17 @@ def processed(kind: str, shown: list[pil.Image]) -> tuple[dict[str, Any], list[s
         )
         texts = [InternVLProcessor.replace_image_token(asked, made, i) + "\n" for i in range(len(shown))]
         return {"pixel_values": made["pixel_values"]}, texts, file
+    if kind == "glm4v":
+        file = {**normal, "size": {"shortest_edge": 3136, "longest_edge": 20000}}
+        made = Glm4vImageProcessorPil(**file)(shown, return_tensors="pt")
+        counts = [grid.prod() // 4 for grid in made["image_grid_thw"]]
+        return dict(made), ["<|begin_of_image|>" + "<|image|>" * n + "<|end_of_image|>" for n in counts], file
     file = {**normal, "size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
     made = CLIPImageProcessorPil(**file)(shown, return_tensors="pt")
     return {"pixel_values": made["pixel_values"]}, ["<image>" * 16 + "\n"] * len(shown), file
 
 
-@pytest.mark.parametrize("kind", ["internvl", "idefics3", "llava"])
+@pytest.mark.parametrize("kind", ["internvl", "idefics3", "llava", "glm4v"])
 def test_a_chat_with_pictures_is_transformers(kind: str, tmp_path: Path) -> None:
     """From files to the answer's tokens."""
     model = seeing_models.write(tmp_path, kind, max_position_embeddings=512)
@@ -198,6 +204,8 @@ def test_a_chat_with_pictures_is_transformers(kind: str, tmp_path: Path) -> None
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     ids = tokenizer("user\n" + "".join(text + "What?" for text in texts) + "model\n")["input_ids"]
     assert found["reference"].prompt_token_ids == found["cpu"].prompt_token_ids == ids
+    if kind == "glm4v":
+        inputs["mm_token_type_ids"] = torch.tensor([[int(token == IMAGE) for token in ids]], dtype=torch.int32)
     with torch.no_grad():
         whole = model.generate(
             input_ids=torch.tensor([ids]),
