@@ -12,7 +12,7 @@ import seeing_models
 import torch
 from checkpoints import neighbours
 from gguf_writer import write_gguf
-from seeing_models import BREAK_TOKENS, IMAGE, START, STOP, VOCAB, load, logits, pictures, prompt, step, worst
+from seeing_models import BREAK_TOKENS, IMAGE, START, STOP, VIDEO, VOCAB, load, logits, pictures, prompt, step, worst
 
 from pagoda.arch.names.bind import checkpoint_name
 from pagoda.arch.registry import bind, load_spec
@@ -26,8 +26,9 @@ NAMES = {
     "mistral3": {IMAGE: "[IMG]", BREAK_TOKENS[0]: "[IMG_BREAK]", BREAK_TOKENS[1]: "[IMG_END]"},
     "internvl": {IMAGE: "<IMG_CONTEXT>"},
     "idefics3": {IMAGE: "<image>"},
+    "glm4v": {IMAGE: "<|image|>", VIDEO: "<|video|>"},
 }
-LANGUAGES = {"internvl": "qwen3", "idefics3": "llama"}
+LANGUAGES = {"internvl": "qwen3", "idefics3": "llama", "glm4v": "glm4"}
 REORDERED = ("mistral3", "idefics3")
 LAYER = {"attn_scale": "ls1", "mlp_scale": "ls2"}
 LAYER |= {
@@ -49,7 +50,24 @@ ENDS = {
     },
     "internvl": {"merge_norm": "mm.model.mlp.0", "merge_up": "mm.model.mlp.1", "merge_down": "mm.model.mlp.3"},
     "idefics3": {"merge_norm": "v.post_ln", "merge_down": "mm.model.fc"},
+    "glm4v": {
+        "first_norm": "v.norm_embd",
+        "merge_norm": "v.post_ln",
+        "merge_in": "mm.patch_merger",
+        "merge_mid": "mm.model.fc",
+        "mid_norm": "mm.post_norm",
+        "merge_gate": "mm.gate",
+        "merge_up": "mm.up",
+        "merge_down": "mm.down",
+    },
 }
+
+
+def in_halves(values: Any, heads: int, turned: int) -> Any:
+    """The rows of each head whose pairs are neighbours, as the converter of GLM's models that see orders them."""
+    apart = values.reshape(heads, -1, *values.shape[1:])
+    pairs = apart[:, :turned]
+    return np.concatenate([pairs[:, ::2], pairs[:, 1::2], apart[:, turned:]], axis=1).reshape(values.shape)
 
 
 def write_language(folder: Path, kind: str, spec: ModelSpec, slots: dict[str, Any]) -> None:
@@ -60,6 +78,8 @@ def write_language(folder: Path, kind: str, spec: ModelSpec, slots: dict[str, An
             continue
         if kind in REORDERED and slot.endswith((".q", ".k")):
             values = neighbours(torch.from_numpy(values), a.heads if slot.endswith(".q") else a.kv_heads).numpy()
+        if kind == "glm4v" and (part := slot.rpartition(".")[2].removesuffix("_bias")) in ("q", "k"):
+            values = in_halves(values, a.heads if part == "q" else a.kv_heads, spec.rope.dim)
         tensors[checkpoint_name(slot, gguf=True, family=spec.model_type)] = values
     table: dict[str, Any] = {
         "context_length": spec.max_position,
@@ -73,6 +93,9 @@ def write_language(folder: Path, kind: str, spec: ModelSpec, slots: dict[str, An
         "attention.layer_norm_rms_epsilon": spec.norm_eps,
         "rope.freq_base": 1e6,
     }
+    if kind == "glm4v":
+        sections = {"rope.dimension_sections": [*spec.rope.sections, 0], "rope.dimension_count": spec.rope.dim}
+        table |= {**sections, "rope.freq_base": 1e4}
     if kind == "gemma3":
         table |= {"attention.sliding_window": 40, "attention.sliding_window_pattern": 2}
     tokens = [NAMES[kind].get(i, f"token {i}") for i in range(VOCAB)]
@@ -100,15 +123,20 @@ def write_encoder(folder: Path, kind: str, spec: ModelSpec, slots: dict[str, Any
         elif prefix:
             tensors[f"v.blk.{number}.{LAYER[stem]}.{suffix}"] = values
         elif stem == "patch":
-            size = v.patch_size
-            tensors[f"v.patch_embd.{suffix}"] = values if suffix == "bias" else values.reshape(-1, 3, size, size)
+            size, frames = v.patch_size, v.temporal_patch_size
+            if suffix == "bias":
+                tensors["v.patch_embd.bias"] = values
+                continue
+            for frame in range(frames):
+                each = values.reshape(-1, 3, frames, size, size)[:, :, frame]
+                tensors["v.patch_embd.weight" + ".1" * frame] = np.ascontiguousarray(each)
         elif stem == "positions":
             if v.class_token:  # what its row begins with, and its position
                 half = values[-1] / 2
                 tensors["v.class_embd"], values = half, np.concatenate([half[None], values[:-1]])
             tensors["v.position_embd.weight"] = values
         else:
-            if stem == "merge_in":  # the neighbours of one channel side by side
+            if stem == "merge_in" and suffix == "weight":  # the neighbours of one channel side by side
                 values = values.reshape(len(values), v.merge_size**2, -1).transpose(0, 2, 1).reshape(values.shape)
             if stem == "merge_down" and kind == "gemma3":
                 values = np.ascontiguousarray(values.T)
@@ -133,8 +161,8 @@ def write_encoder(folder: Path, kind: str, spec: ModelSpec, slots: dict[str, Any
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_it_is_the_model_that_safetensors_hold(kind: str, tmp_path: Path) -> None:
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-    seeing_models.write(tmp_path / "hub", kind, **({} if kind == "gemma3" else rope))
+    rope: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    seeing_models.write(tmp_path / "hub", kind, **({} if kind in ("gemma3", "glm4v") else rope))
     stored = open_source(str(tmp_path / "hub"))
     spec = load_spec(stored)
     slots = {slot: dequantize(tensor).copy() for slot, tensor in bind(spec, stored).items()}

@@ -21,8 +21,8 @@ _KINDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen3vl_merger": {"activation": "gelu_tanh", "gated": False, "norm": "layer", "patch_bias": True},
     }
 )
-ANY = ("internvl", "idefics3")
-"""Projectors that go with any language model."""
+ANY = ("internvl", "idefics3", "glm4v")
+"""Projectors that go with language models of any architecture, or of several."""
 _OTHERS = ("gemma3", "pixtral", *ANY)
 """Projectors that are not Qwen's."""
 POSITIONS = "v.position_embd.weight"
@@ -96,13 +96,18 @@ def seeing(spec: ModelSpec, metadata: Mapping[str, Any], tensors: Mapping[str, T
         image_token_id=token(metadata, "<|image_pad|>"),
         video_token_id=token(metadata, "<|video_pad|>"),
     )
-    fields = Fields(metadata, "GGUF metadata", f"{metadata['general.architecture']}.")
-    sections = fields.token_ids("rope.dimension_sections")[:3]
-    if len(sections) != 3 or sum(sections) != spec.rope.dim // 2:
-        raise fields.error("rope.dimension_sections", f"is {list(sections)}, must add up to {spec.rope.dim // 2}")
-    rope = replace(spec.rope, sections=sections, cyclic=kind == "qwen3vl_merger")
+    rope = replace(spec.rope, sections=sections(spec, metadata), cyclic=kind == "qwen3vl_merger")
     merged = tensors.get("mm.2.weight")
     return visual.with_encoder(replace(spec, rope=rope), vision, merged.shape[0] if merged else spec.hidden_size)
+
+
+def sections(spec: ModelSpec, metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """How many pairs turn by each of the three positions."""
+    fields = Fields(metadata, "GGUF metadata", f"{metadata['general.architecture']}.")
+    found = fields.token_ids("rope.dimension_sections")[:3]
+    if len(found) != 3 or sum(found) != spec.rope.dim // 2:
+        raise fields.error("rope.dimension_sections", f"is {list(found)}, must add up to {spec.rope.dim // 2}")
+    return found
 
 
 def _three(clip: Fields, name: str) -> tuple[float, float, float]:

@@ -11,8 +11,8 @@ from pagoda.weights.gguf import open_gguf
 
 MARK = "mmproj"
 _SEEING = ("qwen2vl", "qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "gemma3", "mistral3")
-_ANY = ("internvl", "idefics3")
-"""Projectors of encoders that go with language models of any architecture; and Mistral's are called llama too."""
+_ANY = ("internvl", "idefics3", "glm4v")
+"""Projectors of encoders that go with language models of several architectures; and Mistral's are called llama too."""
 _PREFERRED = ("f16", "bf16", "f32", "q8_0")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pagoda.arch import decoder
+from pagoda.arch.fields import Fields
 from pagoda.arch.models import glm
 from pagoda.arch.spec import ModelSpec
 from pagoda.weights.source import Tensor
@@ -16,4 +17,6 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
-    return decoder.from_gguf("glm4", metadata, tensors, parts=decoder.Parts(interleaved=True, norms="both"))
+    # of models that see converters reorder the rows of q and k, so that pairs stand in halves
+    seen = Fields(metadata, "GGUF metadata", "glm4.").token_ids("rope.dimension_sections")
+    return decoder.from_gguf("glm4", metadata, tensors, parts=decoder.Parts(interleaved=not any(seen), norms="both"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pagoda.arch import inside, visual
@@ -13,6 +14,22 @@ from pagoda.arch.vision_spec import Vision
 from pagoda.weights.source import Tensor
 
 _SECTIONS, _THETA = (8, 12, 12), 10000.0
+TIMES, LATER_TIMES = "{:.0f}", "{:.1f} seconds"
+GLM: Mapping[str, Any] = MappingProxyType(
+    {
+        "activation": "silu",
+        "gated": True,
+        "norm": "rms",
+        "frames_as_pictures": True,
+        "patch_bias": True,
+        "grid": "cubic",
+        "names": "glm",
+        "first_norm": True,
+        "biased": False,
+        "merge": "gated",
+        "merge_bias": False,
+    }
+)
 _EXPERTS, _DENSE = ("glm4v_moe", "glm4v_moe_text"), ("glm4v", "glm4v_text")
 
 
@@ -43,24 +60,14 @@ def encoder(config: Mapping[str, Any]) -> Vision:
     positions = visual.square(fields, "image_size", 336) // fields.integer("patch_size", 14)
     newer = config.get("model_type") == "glm46v"
     return Vision(
+        **GLM,
         **visual.shape(fields, depth=24),
         hidden_size=fields.integer("hidden_size", 1536),
         intermediate_size=fields.integer("out_hidden_size", 4096),
-        activation="silu",
-        gated=True,
-        norm="rms",
         norm_eps=fields.number("rms_norm_eps", 1e-5),
         image_token_id=table.integer("image_token_id", 151343, least=0),
         video_token_id=table.integer("video_token_id", 151344, least=0),
-        frames_as_pictures=True,
-        patch_bias=True,
         grid_side=positions,
-        grid="cubic",
-        names="glm",
-        first_norm=True,
-        biased=False,
-        merge="gated",
         merge_width=fields.integer("intermediate_size", 13696),
-        merge_bias=False,
-        time_format="{:.1f} seconds" if newer else "{:.0f}",
+        time_format=LATER_TIMES if newer else TIMES,
     )

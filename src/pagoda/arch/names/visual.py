@@ -61,6 +61,15 @@ _MMPROJ_ENDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "internvl": {"merge_norm": "mm.model.mlp.0", "merge_up": "mm.model.mlp.1", "merge_down": "mm.model.mlp.3"},
         "idefics": {"merge_down": "mm.model.fc"},
+        "glm": {
+            "first_norm": "v.norm_embd",
+            "merge_in": "mm.patch_merger",
+            "merge_mid": "mm.model.fc",
+            "mid_norm": "mm.post_norm",
+            "merge_gate": "mm.gate",
+            "merge_up": "mm.up",
+            "merge_down": "mm.down",
+        },
     }
 )
 _MMPROJ_CLASS = "v.class_embd"
