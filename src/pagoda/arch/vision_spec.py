@@ -140,8 +140,9 @@ class Vision:
 
     def placeholders(self, grid: tuple[int, int, int], *, video: bool = False) -> list[int]:
         """The tokens of a picture, or of a video."""
-        still = not video or self.video_token_id is None or self.frames_as_pictures
-        kind = self.image_token_id if still else self.video_token_id
+        kind = self.image_token_id
+        if video and self.video_token_id is not None and not self.frames_as_pictures:
+            kind = self.video_token_id
         if self.row_tokens is None:
             return [kind] * self.tokens(grid)
         row = [kind] * (grid[2] // self.merge_size) + [self.row_tokens[0]]
@@ -178,8 +179,8 @@ class Vision:
         merge: dict[str, tuple[int, ...]] = {"merge_up": (between, into)} if into else {}
         merge |= {"merge_down": (hidden, between)}
         if self.merge == "gated":
-            inner = {"merge_gate": (self.merge_width, hidden), "merge_up": (self.merge_width, hidden)}
-            merge = _with_biases({"merge_in": (hidden, merged), "mid_norm": (hidden,)}) | inner
+            merge = _with_biases({"merge_in": (hidden, merged), "mid_norm": (hidden,)})
+            merge |= {"merge_gate": (self.merge_width, hidden), "merge_up": (self.merge_width, hidden)}
             merge |= {"merge_mid": (hidden, hidden), "merge_down": (hidden, self.merge_width)}
         if self.merge_bias:
             merge = _with_biases(merge)

@@ -194,7 +194,7 @@ class VisionEncoder:
         for i, tile in enumerate(torch.split(torch.from_numpy(stored).to(self.device), VISION_TILE)):
             yield
             x = self.patch(((tile.float() - mean) / std).flatten(1).to(self.dtype))
-            if taps:
+            if self.positions is not None and taps:
                 x = x + (self.positions[taps[i]].float() * shares[i].unsqueeze(-1)).sum(1).to(self.dtype)
             out.append(x if self.first_norm is None else self.first_norm(x))
         if v.class_token and self.positions is not None:
