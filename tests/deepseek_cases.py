@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from checkpoints import TINY, random_model
 from gguf_writer import write_gguf
+from mamba_gguf import converted
 
 _EXPERTS = {
     "n_routed_experts": 8,
@@ -207,12 +208,15 @@ def stored_tensors(model: Any, arch: str, old: bool = False) -> Iterator[tuple[s
     arch_id = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     old = old or arch == "minicpm3"
     names = gguf.get_tensor_name_map(arch_id, model.config.num_hidden_layers)
-    for name, weight in model.state_dict().items():
+    hub = model.state_dict().items()
+    for name, values in (part for stem, weight in hub for part in converted(model.config, stem, weight.numpy())):
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        values, layer = weight.numpy(), name.split(".")[2] if ".layers." in name else ""
+        layer = name.split(".")[2] if ".layers." in name else ""
         values = values.squeeze(1) if name.endswith("conv.conv.weight") else values
-        if name.endswith(("experts.gate_up_proj", "shared_mlp.input_linear.weight")):
+        if name.startswith("blk."):
+            yield name, values
+        elif name.endswith(("experts.gate_up_proj", "shared_mlp.input_linear.weight")):
             kind = "exps" if "experts" in name else "shexp"
             for part, half in zip(("gate", "up"), np.split(values, 2, axis=-2), strict=True):
                 yield f"blk.{layer}.ffn_{part}_{kind}.weight", np.ascontiguousarray(half)

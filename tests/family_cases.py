@@ -13,6 +13,7 @@ from checkpoints import TINY, neighbours, random_model
 from deepseek_cases import LATENT, stored_tensors, with_lively_choices
 from gguf_writer import write_gguf
 from later_families import EXPERTS, FAR, LATER_CASES, LATER_GGUF, MULTIPLIERS, SCALES, YARN
+from mamba_cases import STATE_SPACE_CASES, STATE_SPACE_GGUF
 
 SMALL: Mapping[str, Any] = MappingProxyType({**TINY, "num_hidden_layers": 2, "pad_token_id": 0})
 _LONG = {
@@ -189,6 +190,7 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "tie_word_embeddings": True,
         },
         **LATER_CASES,
+        **STATE_SPACE_CASES,
     }
 )
 
@@ -242,12 +244,16 @@ _GGUF: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
             },
         ),
         **LATER_GGUF,
+        **STATE_SPACE_GGUF,
     }
 )
 IN_GGUF = tuple(_GGUF)
 _NORMED_BY_ROOT = ("lfm2", "lfm2_moe")
 """Families with RMS norms whose configs do not say so by the name of their epsilon."""
-_REORDERED = ("smollm3", "granite", "ministral3", "granitemoe", "granitemoeshared", "arcee")
+_REORDERED = (
+    *("smollm3", "granite", "ministral3", "granitemoe", "granitemoeshared", "arcee", "granite4-hybrid"),
+    "granite4-experts",
+)
 """Families whose rows of q and k converters put in the order of Llama's."""
 
 
@@ -276,6 +282,7 @@ def write_model_gguf(
 ) -> None:
     """`reordered`: the rows of q and k, as of Llama's. `plus` is added to the weights of norms."""
     config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     eps = next(
@@ -293,7 +300,7 @@ def write_model_gguf(
         "attention.key_length": size,
         "attention.value_length": size,
         f"attention.layer_norm_{'rms_' if 'rms' in eps else ''}epsilon": float(getattr(config, eps)),
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
         **more,
     }
     tensors: dict[str, Any] = {}
@@ -302,11 +309,15 @@ def write_model_gguf(
             values = neighbours(torch.from_numpy(values), heads if ".attn_q." in name else kv_heads).numpy()
         if name.endswith("norm.weight"):
             values = values + plus
-        exact = values.ndim == 1 or "ffn_gate_inp" in name or "shortconv.conv" in name
+        exact = (
+            values.ndim == 1
+            or "ffn_gate_inp" in name
+            or any(part in name for part in ("shortconv.conv", "ssm_conv1d", "ssm_a", "ssm_d", "ssm_norm"))
+        )
         tensors[name] = values if exact else (values, kind)
     for length in ("long", "short"):
-        if f"{length}_factor" in config.rope_parameters:
-            factors = np.asarray(config.rope_parameters[f"{length}_factor"], np.float32)
+        if f"{length}_factor" in rope:
+            factors = np.asarray(rope[f"{length}_factor"], np.float32)
             tensors[f"rope_factors_{length}.weight"] = factors
             numbers["rope.scaling.attn_factor"] = float(model.model.rotary_emb.attention_scaling)
     ends = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}

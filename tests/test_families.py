@@ -141,7 +141,13 @@ def test_random_weights_and_the_plan_of_a_config(case: str, folders: Folders, tm
 
 def test_models_that_cannot_be_cut_into_ranks_say_so(folders: Folders) -> None:
     sizes = {case: parallel_sizes(planned_model(folders[case][0]).spec, 2) for case in CASES}
-    assert {case for case, works in sizes.items() if works == [1]} == {"olmo2", "olmo3", "olmoe", "minimax_m2"}
+    assert {case for case, works in sizes.items() if works == [1]} == {
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "minimax_m2",
+        "granite4-hybrid",
+    }
 
 
 @pytest.mark.parametrize("case", ["glm4"])
@@ -183,8 +189,15 @@ def test_the_served_context_chooses_the_divisors_of_long_rope(folders: Folders) 
         ("stablelm", {"qk_layernorm": True}, "StableLM 2 12B"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "0 or 1 for each layer"),
         ("cohere2", {"layer_types": ["full_attention"]}, "for each layer"),
-        ("granite4", {"layer_types": ["mamba", "attention"]}, "other than attention"),
-        ("granite4", {"num_local_experts": 8}, "experts are not supported"),
+        ("granite4", {"layer_types": ["mamba", "delta"]}, "mamba or attention for each layer"),
+        ("granite4-hybrid", {"layer_types": ["mamba"] * 3}, "has no attention"),
+        ("granite4-hybrid", {"mamba_proj_bias": True}, "mamba_proj_bias is true"),
+        ("granite4-hybrid", {"mamba_n_groups": 3}, "among 3 groups"),
+        ("granite4-hybrid", {"mamba_d_head": 48}, "mamba_d_head is 48"),
+        ("nemotron_h", {"layers_block_type": ["mlp", "mamba", "attention"]}, "follow a mixer"),
+        ("nemotron_h-experts", {"moe_latent_size": 32}, "moe_latent_size is 32"),
+        ("nemotron_h", {"layers_block_type": None, "hybrid_override_pattern": "MX*"}, "must hold mamba, attention"),
+        ("granite4-hybrid", {"time_step_limit": [0.001, 8.0]}, "time_step_limit is"),
     ],
 )
 def test_what_is_not_supported_is_named(

@@ -21,6 +21,8 @@ from test_hybrid import DEVICES, TOKENS, alone, core, last, load
 
 from pagoda.arch import memory
 from pagoda.arch.delta import DeltaNet
+from pagoda.arch.mamba import Mamba
+from pagoda.arch.recurrence import Recurrence
 from pagoda.arch.registry import load_spec
 from pagoda.arch.short_conv import ShortConv
 from pagoda.backend.base import Limits
@@ -67,13 +69,17 @@ def test_a_kept_state_has_the_bits_of_the_request(device: str, dense: Path) -> N
     assert np.array_equal(logits(executor, replace(again, kept=kept((4, -1, -1))))[0], beside)
 
 
-@pytest.mark.parametrize("d", [DeltaNet(1, 2, 8, 8, 4), ShortConv(24, 3)])
-def test_the_kernels_move_states_as_pytorch_does(d: DeltaNet | ShortConv, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("d", [DeltaNet(1, 2, 8, 8, 4), ShortConv(24, 3), Mamba(2, 4, 8, 8, 4, 1e-6)])
+def test_the_kernels_move_states_as_pytorch_does(d: Recurrence, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     taps = torch.randn(d.kernel, d.width)
-    layer: nets.Delta | nets.Convolution
+    layer: nets.Delta | nets.Convolution | nets.StateSpace
     if isinstance(d, ShortConv):
         layer, width = nets.Convolution(d, taps), 3 * d.channels
+    elif isinstance(d, Mamba):
+        bias, heads = torch.randn(d.width), torch.rand(3, 4)
+        layer = nets.StateSpace(d, taps, bias, heads[0], heads[1], heads[2], torch.rand(32))
+        width = d.width + d.value_width + d.value_heads
     else:
         layer = nets.Delta(d, taps, torch.rand(2), torch.rand(2), torch.rand(8), 1e-6)
         width = d.width + d.value_width + 2 * d.value_heads

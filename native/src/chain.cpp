@@ -85,6 +85,10 @@ void Chain::add(const pg_op& op, int64_t first) {
     if (!joins.empty()) add_phase(kJoin, &op, rows, first, 1, (int64_t)joins.size() * c_.head_jobs);
   } else if (op.kind == PG_DELTA) {
     add_phase(op.kind, &op, rows, first, 1, (int64_t)st_.requests * c_.dims.delta.key_heads);
+  } else if (op.kind == PG_CONVOLVE) {
+    add_phase(op.kind, &op, rows, first, 1, (int64_t)st_.requests * c_.dims.delta.parts);
+  } else if (op.kind == PG_SCAN) {
+    add_phase(op.kind, &op, rows, first, 1, (int64_t)st_.requests * c_.dims.delta.value_heads);
   } else if (op.kind == PG_ADAPT) {
     add_adapted(op, rows, first);
   } else if (op.kind == PG_ABSORB || op.kind == PG_EXPAND) {

@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include "adapt.h"
+#include "delta_step.h"
 #include "latent_step.h"
 #include "isa.h"
 
@@ -250,8 +251,7 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
     c->kv.data = c->kv_pages.data();
     c->writers.assign(d->num_blocks, -1);
     const pg_delta& n = d->delta;
-    const int64_t state = n.layers ? delta_state(n.key_dim, n.value_dim, n.value_heads / n.key_heads, n.kernel) : 0;
-    c->state_pages = Pages(state * n.key_heads * n.layers * n.slots * 4);
+    c->state_pages = Pages(layer_state(n) * n.layers * n.slots * 4);
     c->rope_pages = Pages(tables * d->max_tokens * d->rope_dim * 4);
     const bool head = std::any_of(c->ops.begin(), c->ops.end(), [](const pg_op& op) { return op.kind == PG_HEAD; });
     c->logit_pages = head ? Pages((int64_t)d->max_rows * d->vocab * 4) : Pages();

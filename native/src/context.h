@@ -98,7 +98,7 @@ struct pg_context {
   int64_t kv_used = 0, kv_touched = 0;  // bytes of the cache: up to the last block of any step, and taken from the system
   int64_t used_bytes(const pg_step& st) const;  // of the cache, up to the last block that a step writes
   int head_jobs = 1;  // that attention is cut into along its heads: each of one KV head, and of no more heads than a job takes
-  pagoda::Pages state_pages;  // [slot][delta net][key head], of delta_state floats each
+  pagoda::Pages state_pages;  // [slot][layer with a state], of layer_state floats each
   std::vector<int32_t> writers;  // of each block of the cache, -1 between steps: see step.cpp
   std::vector<pagoda::SampleScratch> scratch;
   std::shared_ptr<pagoda::Job> begun;  // a step that is run in parts

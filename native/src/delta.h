@@ -74,30 +74,28 @@ template <typename V, int C> PG_INLINE void delta_columns(float* s, const DeltaT
   }
 }
 
-// Channels of consecutive tokens, `in_stride` floats from one to the next, which go side by side to `out` [tokens][n], as
-// silu of their convolution; past [kernel - 1][stride] are the inputs before the first, and become those before the next.
-// Kernel is its size, 0: as the job says.
-template <int Kernel>
-PG_INLINE void convolve_by(const DeltaJob& job, float* past, int64_t stride, const float* x, int tokens, const float* taps, int n, float* out) {
+// Kernel is the size of the convolution, 0: as the job says.
+template <int Kernel> PG_INLINE void convolve_by(const ConvJob& job) {
   const int before = (Kernel ? Kernel : job.kernel) - 1;
   F window[Kernel ? Kernel : kMaxKernel], tap[Kernel ? Kernel : kMaxKernel];
-  for (int i = 0; i < n; i += 8) {
-    for (int j = 0; j < before; j++) window[j] = load(past + j * stride + i);
-    for (int j = 0; j <= before; j++) tap[j] = load(taps + j * job.width + i);
-    for (int t = 0; t < tokens; t++) {
-      window[before] = load(x + t * job.in_stride + i);
-      F sum = window[0] * tap[0];
+  for (int i = 0; i < job.n; i += 8) {
+    const F bias = job.bias ? load(job.bias + i) : F{};
+    for (int j = 0; j < before; j++) window[j] = load(job.past + j * job.past_stride + i);
+    for (int j = 0; j <= before; j++) tap[j] = load(job.taps + j * job.width + i);
+    for (int t = 0; t < job.tokens; t++) {
+      window[before] = load(job.in + t * job.in_stride + i);
+      F sum = fma(window[0], tap[0], bias);
       for (int j = 1; j <= before; j++) sum = fma(window[j], tap[j], sum);
       for (int j = 0; j < before; j++) window[j] = window[j + 1];
-      store(out + t * n + i, sum / (exp(-sum) + 1.0f));
+      store(job.out + t * job.out_stride + i, sum / (exp(-sum) + 1.0f));
     }
-    for (int j = 0; j < before; j++) store(past + j * stride + i, window[j]);
+    for (int j = 0; j < before; j++) store(job.past + j * job.past_stride + i, window[j]);
   }
 }
 
-PG_INLINE void convolve(const DeltaJob& job, float* past, int64_t stride, const float* x, int tokens, const float* taps, int n, float* out) {
-  if (job.kernel == 4) convolve_by<4>(job, past, stride, x, tokens, taps, n, out);
-  else convolve_by<0>(job, past, stride, x, tokens, taps, n, out);
+PG_INLINE void convolve(const ConvJob& job) {
+  if (job.kernel == 4) convolve_by<4>(job);
+  else convolve_by<0>(job);
 }
 
 PG_INLINE void make_unit(float* x, int n, float scale) {
@@ -136,13 +134,15 @@ void delta(const DeltaJob& job, float* scratch) {
   for (int first = 0; first < job.tokens; first += kDeltaTokens) {
     const int count = job.tokens - first < kDeltaTokens ? job.tokens - first : kDeltaTokens;
     const float* row = job.in + first * job.in_stride;
-    convolve(job, past, own, row + at, count, job.taps + at, dk, q);
-    convolve(job, past + dk, own, row + keys + at, count, job.taps + keys + at, dk, k);
+    const auto convolved = [&](int64_t channel, int n, float* before, float* out) {
+      convolve({row + channel, job.in_stride, out, n, count, n, job.kernel, job.taps + channel, nullptr, job.width, before, own});
+    };
+    convolved(at, dk, past, q), convolved(keys + at, dk, past + dk, k);
     for (int t = 0; t < count; t++) make_unit(q + t * dk, dk, 1.0f / std::sqrt((float)dk)), make_unit(k + t * dk, dk, 1.0f);
     for (int i = 0; i < shared; i++) {
       const int head = job.tiled ? job.key_head + i * job.key_heads : job.key_head * shared + i;
       const int64_t column = (int64_t)head * dv;
-      convolve(job, past + 2 * dk + i * dv, own, row + 2 * keys + column, count, job.taps + 2 * keys + column, dv, v);
+      convolved(2 * keys + column, dv, past + 2 * dk + i * dv, v);
       find_gates(job, row + 2 * keys + 2 * values + head, head, count, scales[i], gates);
       const DeltaTile tile = {q, k, v, y, gates, count, dk, dv};
       float* state = s + (int64_t)i * dk * dv;

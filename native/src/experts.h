@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "context.h"
+#include "rows.h"
 
 namespace pagoda {
 
@@ -181,12 +182,13 @@ inline const float* bias_of(const pg_context& c, const pg_op& op) { return op.ve
 
 inline int64_t up_chunks(int64_t rows, int threads) { return threads * (rows > 8 ? 16 : 8); }
 
-// Outputs [from, to) of gate and up of one expert, for all its rows.
+// Outputs [from, to) of gate and up (or of up alone) of one expert, for all its rows.
 inline void expert_up(pg_context& c, const Routing& routing, const pg_op& op, const Group& group, int64_t from, int64_t to, float* scratch) {
   const Weight& w = c.weights[op.weight];
   const Buffer &in = c.buffers[op.in], &out = c.buffers[op.out];
-  const Part* parts = &w.parts[2 * group.expert];
-  const Form gate = form_of(*c.kernels, parts[0].type, w.k), up = form_of(*c.kernels, parts[1].type, w.k);
+  const int count = op.flags & PG_SQUARED ? 1 : 2;
+  const Part* parts = &w.parts[count * group.expert];
+  const Form gate = form_of(*c.kernels, parts[0].type, w.k), up = form_of(*c.kernels, parts[count - 1].type, w.k);
   const auto reads = [=](Form form) { return gate == form || up == form; };
   const Forms forms = {reads(Form::floats), reads(Form::codes), reads(Form::bf16)};
   const int64_t most = gathered_rows(w.k), size = parts[0].rows;
@@ -200,12 +202,13 @@ inline void expert_up(pg_context& c, const Routing& routing, const pg_op& op, co
     for (int64_t first = from; first < to; first += step) {
       const int64_t last = std::min(to, first + step), stride = ceil_div(last - first, kPanel) * kPanel;
       float* halves[2] = {at, at + n * stride};
-      for (int i = 0; i < 2; i++)
+      for (int i = 0; i < count; i++)
         c.kernels->matmul(parts[i], first / kPanel, ceil_div(last, kPanel), a, row, row + n, results(halves[i], stride, parts[i], row, first, bias));
       for (int64_t i = 0; i < n; i++) {
         const int64_t value = (routing.first_place() + place + i) * size + first;
         float* to_row = out.row(0) + value;
-        gated(halves[0] + i * stride, halves[1] + i * stride, last - first, to_row);
+        if (count == 1) relu2(halves[0] + i * stride, last - first, to_row);
+        else gated(halves[0] + i * stride, halves[1] + i * stride, last - first, to_row);
         if (op.flags & PG_QUANTIZE) make_forms(*c.kernels, to_row, last - first, out.codes_at(value));
       }
     }

@@ -102,6 +102,35 @@ struct DeltaJob {  // consecutive tokens of one request, one key head of a gated
   float* state;  // see delta_state
 };
 
+// silu of the convolution of n channels of consecutive tokens, each by itself. past [kernel - 1][past_stride] are its inputs
+// before the first token, and become those before the next. `in` may be `out`.
+struct ConvJob {
+  const float* in;
+  int64_t in_stride;
+  float* out;
+  int64_t out_stride;
+  int tokens, n, kernel;
+  const float *taps, *bias;  // [kernel][width]; of each channel, or null
+  int64_t width;
+  float* past;
+  int64_t past_stride;
+};
+
+constexpr int kScanTokens = 16;  // that go by together, while some of a state is in registers
+
+struct ScanJob {  // consecutive tokens of one request, one head of a state space
+  const float *q, *k, *v, *decay;  // of the first token
+  int64_t in_stride;
+  float* out;
+  int64_t out_stride;
+  int tokens, key_dim, value_dim;
+  float rate, dt, skip;
+  float* state;
+};
+
+// Floats that `channels` of a state space's convolution keep of a request, in whole cache lines.
+constexpr int64_t conv_state(int64_t channels, int64_t kernel) { return ((kernel - 1) * channels + 15) / 16 * 16; }
+
 // Floats that a key head keeps of a request: inputs of the convolution, then S of its `shared` value heads, without a scale,
 // then those scales. A whole number of cache lines, or vectors would lie across two.
 constexpr int64_t delta_state(int64_t key_dim, int64_t value_dim, int64_t shared, int64_t kernel) {
@@ -138,6 +167,9 @@ struct Kernels {
   void (*gelu_tanh)(const float* x, int64_t n, float* out);
   void (*attend_all)(const EncoderJob&, float* scratch);
   void (*delta)(const DeltaJob&, float* scratch);
+  void (*convolve)(const ConvJob&);
+  void (*scan)(const ScanJob&);
+  void (*norm_gated)(const float* z, const float* weight, int64_t n, float eps, float* x);
   void (*sigmoid_gate)(const float* gate, int64_t n, float* x);
   // x = cap * tanh(x / cap)
   void (*soft_cap)(float* x, int64_t n, float cap);

@@ -32,7 +32,8 @@ enum pg_op_kind : int32_t {
   PG_ROUTE = 13,         // `in` holds the router's logits: chooses the experts of each row, for what follows in the layer;
                          // vector: added to their shares for the choice alone, if any
   PG_EXPERTS_UP = 14,    // out = silu(in * gate^T) * (in * up^T) by the experts of each row; weight (and
-                         // vector, their biases, if any): gate, up, gate, up, ...; CLAMPED: the other function instead of silu
+                         // vector, their biases, if any): gate, up, gate, up, ...; CLAMPED: the other function instead of silu;
+                         // SQUARED: out = the square of what of in * up^T is above 0; weight: up, up, ...
   PG_EXPERTS_DOWN = 15,  // out += each row's shares of `in` * down^T (+ vector) by its experts
   PG_GATED = 16,         // out *= sigmoid(in * vector)
   PG_PATCHES = 17,       // out = the pixels of the step's picture that are each row's patch, normalized, and zeros behind them
@@ -42,6 +43,11 @@ enum pg_op_kind : int32_t {
                          // vector: taps of the convolution [kernel][channels]; vector2: rate and dt of each value head,
                          // then the norm; eps in f. With key_dim 0 a short convolution: out = c * (convolution of
                          // b * u), of b, u, c in `in`, with such taps; the channels are cut into `key_heads` parts
+  PG_CONVOLVE = 43,      // in = silu of the convolution of its first channels in place, with the state `layer` of each request;
+                         // vector: taps [kernel][channels], then a bias of each
+  PG_SCAN = 44,          // out = state space of q, k, v, z, decay in `in`, with the state `layer` of each request; vector: rate,
+                         // dt and skip of each head
+  PG_NORM_GATED = 45,    // out = rmsnorm(out * silu(in from column `layer` on)) * vector, of each of `window` parts; eps in f
   PG_OUT_GATE = 21,      // out *= sigmoid(in from column `layer` on)
   PG_GATED_GELU_TANH = 22,  // out = gelu(in[:, :n]) * in[:, n:], by tanh
   PG_LATENT_KEY = 23,    // out behind its heads = the key of latent attention: of `in` from column `layer` on first what turns,
@@ -64,6 +70,7 @@ enum pg_op_flags : int32_t {
   PG_LOGIT_ROWS = 4,   // runs over rows of logits instead of tokens
   PG_FRAMES = 8,       // attend all: over the tokens of the frame instead of the request
   PG_CLAMPED = 32,     // experts up: clamped(gate, up) = min(gate, 7) * sigmoid(1.702 min(gate, 7)) * (up within -7 and 7, + 1)
+  PG_SQUARED = 1024,   // experts up: they have no gate
   PG_LOCAL = 128,      // rope: by the second table of angles
   PG_PIECES = 16,      // such operations in a row are done for some tokens before they are for the next
   PG_STILL = 64,       // rope: nothing is turned
@@ -100,6 +107,8 @@ struct pg_op {
 struct pg_delta {  // of gated delta nets; layers 0: there is none
   int32_t layers, key_heads, value_heads, key_dim, value_dim, kernel, tiled;
   int32_t slots;  // states that there is room for: of requests, then kept ones
+  int32_t parts;  // of state spaces: the channels of their convolution are cut into so many; 0: there are none
+  int64_t channels() const { return 2 * (int64_t)key_heads * key_dim + (int64_t)value_heads * value_dim; }
 };
 
 struct pg_latent {  // of latent attention; rank 0: there is none. A value is the last `rank` values of its key

@@ -122,7 +122,7 @@ class StepJob : public Job {
       case PG_MATMUL: return multiply(chain, task, chunk, c_.buffers[task.op->out].row(task.row), c_.buffers[task.op->out].width);
       case PG_HEAD: return multiply(chain, task, chunk, logits(task.row), c_.dims.vocab);
       case PG_ATTENTION: return attention(chain, *task.op, chunk, thread);
-      case PG_DELTA: return run_delta(c_, st_, *task.op, chunk, c_.row_scratch[thread].data());
+      case PG_DELTA: case PG_CONVOLVE: case PG_SCAN: return run_with_state(c_, st_, *task.op, chunk, c_.row_scratch[thread].data());
       case PG_ADAPT: return adapt_down(c_, chain, task, chunk);
       case kAdaptUp: return adapt_up(c_, chain, task, chunk);
       case PG_ABSORB:
@@ -173,9 +173,7 @@ class StepJob : public Job {
         if (op.flags & PG_ADD) add_to(out, in, c_.buffers[op.in].width);
         break;
       }
-      case PG_GATHER:
-        memcpy(out, c_.buffers[op.in].row(st_.rows[logit]), c_.buffers[op.out].width * sizeof(float));
-        break;
+      case PG_GATHER: memcpy(out, c_.buffers[op.in].row(st_.rows[logit]), c_.buffers[op.out].width * sizeof(float)); break;
       case PG_PATCHES: take_patch(st_, row, out, c_.buffers[op.out].width); break;
       case PG_LATENT_KEY: latent_key(c_, op, in, out); break;
       case PG_SILU: k.silu(in, in + c_.buffers[op.out].width, c_.buffers[op.out].width, out); break;
@@ -196,6 +194,7 @@ class StepJob : public Job {
       case PG_GATED_GELU: gated(k.gelu, in, c_.buffers[op.out].width, out); break;
       case PG_GATED_GELU_TANH: gated(k.gelu_tanh, in, c_.buffers[op.out].width, out); break;
       case PG_POSITIONS: add_positions(op, row, out); break;
+      case PG_NORM_GATED: norm_gated(c_, op, in, out); break;
       case PG_OUT_GATE: k.sigmoid_gate(in + op.layer, c_.buffers[op.out].width, out); break;
       case PG_GATED: gate(in, vector(op.vector), c_.buffers[op.in].width, out, c_.buffers[op.out].width); break;
       case PG_HIDDEN: {

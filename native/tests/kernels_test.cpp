@@ -110,6 +110,55 @@ void test_delta(const Kernels& t, bool tiled) {
   for (int cut : {1, 9, 16}) check(run(t, cut) == found, t.name, "delta, cut", cut);
 }
 
+// Against sums in double; where a prompt was cut changes no bit.
+void test_scan(const Kernels& t) {
+  const int dk = 24, dv = 48, tokens = 37;
+  const int64_t stride = 2 * dk + dv + 1;
+  const std::vector<float> in = normal(tokens * stride);
+  const float rate = 0.3f, dt = 0.5f, skip = 0.7f;
+  const auto run = [&](std::vector<int> cuts) {
+    std::vector<float> out(tokens * dv), state(dk * dv);
+    cuts.push_back(tokens);
+    int from = 0;
+    for (int to : cuts) {
+      const float* q = in.data() + from * stride;
+      t.scan({q, q + dk, q + 2 * dk, q + 2 * dk + dv, stride, out.data() + from * dv, dv, to - from, dk, dv, rate, dt, skip, state.data()});
+      from = to;
+    }
+    return out;
+  };
+  const std::vector<float> found = run({});
+  std::vector<double> state(dk * dv);
+  for (int n = 0; n < tokens; n++) {
+    const float *q = in.data() + n * stride, *k = q + dk, *v = k + dk;
+    const double step = std::log1p(std::exp((double)v[dv] + dt)), decay = std::exp(-rate * step);
+    for (int j = 0; j < dv; j++) {
+      double y = (double)skip * v[j], top = std::abs(y);
+      for (int i = 0; i < dk; i++) {
+        double& s = state[i * dv + j];
+        s = decay * s + k[i] * step * v[j], y += s * q[i], top += std::abs(s * q[i]);
+      }
+      check(close(found[n * dv + j], y, top), t.name, "scan", n);
+    }
+  }
+  check(run({1, 17, 18, 34}) == found, t.name, "scan, cut");
+}
+
+// Across a cut, in place, against sums in double.
+void test_convolve(const Kernels& t, int kernel) {
+  const int n = 24, tokens = 37, cut = 18;
+  const std::vector<float> in = normal(tokens * n), taps = normal(kernel * n), bias = normal(n);
+  std::vector<float> x = in, past((kernel - 1) * n);
+  for (auto [from, to] : {std::pair<int, int>{0, cut}, {cut, tokens}})
+    t.convolve({x.data() + from * n, n, x.data() + from * n, n, to - from, n, kernel, taps.data(), bias.data(), n, past.data(), n});
+  for (int at = 0; at < tokens * n; at++) {
+    double sum = bias[at % n];
+    for (int j = 0; j < kernel; j++)
+      if (const int from = at + (j + 1 - kernel) * n; from >= 0) sum += (double)in[from] * taps[j * n + at % n];
+    check(close(x[at], sum / (1.0 + std::exp(-sum)), std::abs(sum) + 1.0), t.name, "convolve, kernel", kernel);
+  }
+}
+
 void test_rows(const Kernels& t) {
   const Kernels& g = *kernels_generic();
   const int64_t n = 1056;
@@ -172,7 +221,7 @@ int main(int count, char** arguments) {
       if (is_float(type) || layout_of(type).block) test_product(t, type);
     for (int window : {1 << 20, 600, 20, 1})
       for (bool int8 : {false, true}) test_attention(t, int8, window, false), test_attention(t, int8, window, true);
-    test_rows(t), test_halves(t), test_delta(t, false), test_delta(t, true);
+    test_rows(t), test_halves(t), test_delta(t, false), test_delta(t, true), test_scan(t), test_convolve(t, 4), test_convolve(t, 2);
     std::printf("%s: checked\n", t.name);
     pg_destroy(c);
   }

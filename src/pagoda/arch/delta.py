@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import msgspec
 from msgspec.structs import replace
 
@@ -22,6 +24,9 @@ class DeltaNet(msgspec.Struct, frozen=True, tag="delta_net"):
     and the layer gives o(rms norm(out) * silu(z(x))). Value heads share key heads in runs, or, `tiled`, in turns.
     """
 
+    PRODUCTS: ClassVar[tuple[str, ...]] = ("q", "k", "v", "z", "beta", "decay")
+    """The slots whose products with a token stand side by side."""
+
     key_heads: int
     value_heads: int
     key_dim: int
@@ -41,6 +46,10 @@ class DeltaNet(msgspec.Struct, frozen=True, tag="delta_net"):
     def width(self) -> int:
         """Channels of the convolution: q, k and v side by side."""
         return 2 * self.key_width + self.value_width
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.value_heads, self.key_dim, self.value_dim
 
     @property
     def state_bytes(self) -> int:

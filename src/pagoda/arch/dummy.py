@@ -94,7 +94,7 @@ class Maker:
         product = product and (self.method != "mxfp4" or slot.endswith("_experts"))
         if self.method is None or not product:
             spread = shape[-1] ** -0.5 if len(shape) > 1 else 0.02
-            ones = len(shape) == 1 and name.endswith("weight")
+            ones = len(shape) == 1 and name.endswith(("weight", ".rate", ".z_norm"))  # decays that grow would run over
             yield self._floats(name, shape, self.kind, 0.0 if ones else spread, 1.0 if ones else 0.0)
         elif self.method in ("awq", "gptq"):
             yield from self._grouped(name.removesuffix(".weight"), (shape[0], shape[1]))

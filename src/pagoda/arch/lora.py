@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pagoda.arch.mamba import Mamba
 from pagoda.arch.memory import Limits
 from pagoda.arch.names.bind import plainly_named, slot_name
 from pagoda.arch.spec import ModelSpec
@@ -66,6 +67,8 @@ def check_adapters(spec: ModelSpec) -> None:
         why = "this model gives vectors or scores, and adapters are for models that generate"
     elif any(layer.attention.latent is not None for layer in spec.layers):
         why = "adapters for models with latent attention are not read"
+    elif any(isinstance(layer.delta, Mamba) for layer in spec.layers):
+        why = "adapters for models with state spaces are not read"
     elif spec.model_type in _OTHER_NAMES or not adaptable(spec):
         why = f"adapters for models of the type {spec.model_type} are not read"
     if why:

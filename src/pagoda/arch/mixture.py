@@ -89,7 +89,7 @@ def grouped_from_config(spec: ModelSpec, fields: Fields, *, sigmoid: bool) -> Mo
         active_groups=fields.integer("topk_group", 1),
         group_best=2 if sigmoid else 1,
     )
-    return with_mixtures(spec, size, _checked(experts, fields), sparse)
+    return with_mixtures(spec, size, checked(experts, fields), sparse)
 
 
 def grouped_from_gguf(spec: ModelSpec, fields: Fields, tensors: Mapping[str, Tensor]) -> ModelSpec:
@@ -120,10 +120,10 @@ def grouped_from_gguf(spec: ModelSpec, fields: Fields, tensors: Mapping[str, Ten
         active_groups=fields.integer("expert_group_used_count", active_groups),
         group_best=2 if kind == _SIGMOID else 1,
     )
-    return with_mixtures(spec, size, _checked(experts, fields), sparse)
+    return with_mixtures(spec, size, checked(experts, fields), sparse)
 
 
-def _checked(e: Experts, fields: Fields) -> Experts:
+def checked(e: Experts, fields: Fields) -> Experts:
     each = e.count // e.groups
     if e.groups * each != e.count or e.active_groups > e.groups or e.active > e.active_groups * each:
         raise ModelError(

@@ -28,7 +28,7 @@ _INPUTS_BY_HEADS, _INPUTS_BY_MLP = ("o",), ("down", "down_experts")
 _ONCE = ("o_bias", "down_bias", "down_experts_bias")  # added to a sum over all GPUs
 _MOST = 16
 _WHOLE = (
-    *("norm", "attn_norm", "mlp_norm", "norm_bias", "attn_norm_bias", "mlp_norm_bias", "q_norm", "k_norm", "z_norm"),
+    *("norm", "attn_norm", "mlp_norm", "norm_bias", "attn_norm_bias", "mlp_norm_bias", "q_norm", "k_norm"),
     *("attn_post_norm", "mlp_post_norm", "attn_post_norm_bias", "mlp_post_norm_bias"),
     *("positions", "o_bias", "down_bias", "down_experts_bias", "router", "router_bias", "router_shared"),
     *("router_choice_bias", "q_a", "q_a_norm", "kv_a", "kv_a_norm"),
@@ -182,8 +182,14 @@ def weight_bytes(spec: ModelSpec, stored: Mapping[str, int], size: int) -> int:
                 size, layer.attention.kv_heads
             )  # more GPUs than KV heads: each head is on several
         else:
-            total += count_bytes if part in _WHOLE else count_bytes // size
+            total += count_bytes if part in _WHOLE or _is_norm_of_one_head(spec, slot) else count_bytes // size
     return total
+
+
+def _is_norm_of_one_head(spec: ModelSpec, slot: str) -> bool:
+    """That of a delta net is the same for all its heads."""
+    delta = spec.layers[int(slot.split(".")[1])].delta if slot.endswith(".z_norm") else None
+    return delta is not None and not delta.cut_width("z_norm")
 
 
 def kv_bytes_per_block(spec: ModelSpec, size: int, kv_itemsize: int = 2) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import msgspec
 from msgspec.structs import replace
 
@@ -13,6 +15,9 @@ class ShortConv(msgspec.Struct, frozen=True, tag="short_conv"):
 
     The convolution is causal, each channel by itself over `kernel` tokens, zeros before a request's first.
     """
+
+    PRODUCTS: ClassVar[tuple[str, ...]] = ("b", "u", "c")
+    """The slots whose products with a token stand side by side."""
 
     channels: int
     kernel: int
@@ -30,6 +35,10 @@ class ShortConv(msgspec.Struct, frozen=True, tag="short_conv"):
     @property
     def value_heads(self) -> int:
         return 0
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return 0, 0, 0
 
     @property
     def state_bytes(self) -> int:

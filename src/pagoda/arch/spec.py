@@ -12,9 +12,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pagoda.arch.delta import DeltaNet
 from pagoda.arch.latent import Latent
-from pagoda.arch.short_conv import ShortConv
+from pagoda.arch.recurrence import Recurrence
 from pagoda.arch.vision_spec import Vision
 
 
@@ -149,7 +148,8 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """Gated MLP: down(act(gate(x)) * up(x)); without the gate: down(act(up(x))). With `experts` each is one of them.
+    """Gated MLP: down(act(gate(x)) * up(x)); without the gate: down(act(up(x))). With `experts` each is one of them,
+    and a shared one is such too. Size 0: the layer has none.
 
     `clamped_swiglu` (gpt-oss) is a function of both: g * sigmoid(1.702 g) * (u + 1), where g is the gate, at most 7,
     and u is up, within -7 and 7. `bias`: of all products, and of the router.
@@ -178,14 +178,14 @@ class Layer:
     is one in front of both halves, x += attention(norm(x)) + mlp(norm(x)); or beside each other each half has its own
     in that sum.
     In an encoder they follow the sum: x = norm(x + attention(x)); x = norm(x + mlp(x)).
-    With `delta`, a delta net or a short convolution, the layer has that in place of its attention, and `attention` is
-    the one of the model's other layers. What a `scaled` layer gives is multiplied by a weight.
+    With `delta`, a delta net, a short convolution or a state space, the layer has that in place of its attention, and
+    `attention` is the one of the model's other layers. What a `scaled` layer gives is multiplied by a weight.
     """
 
     attention: Attention
     mlp: Mlp
     norms: Norms = "before"
-    delta: DeltaNet | ShortConv | None = None
+    delta: Recurrence | None = None
     scaled: bool = False
 
 
@@ -340,10 +340,9 @@ def _pooling_slots(pooling: Pooling, hidden: int) -> dict[str, tuple[int, ...]]:
 
 def _norms(layer: Layer) -> tuple[str, ...]:
     before, behind = ("attn_norm", "mlp_norm"), ("attn_post_norm", "mlp_post_norm")
-    one = before[:1]
-    found = {"before": before, "behind": behind, "both": before + behind, "one": one, "beside": before}[layer.norms]
-    own = layer.mlp.experts is not None and layer.mlp.experts.own_norms
-    return tuple(name for name in found if not (own and name == "mlp_norm"))
+    kinds = {"before": before, "behind": behind, "both": before + behind, "one": before[:1], "beside": before}
+    own = not layer.mlp.size or (layer.mlp.experts is not None and layer.mlp.experts.own_norms)
+    return tuple(name for name in kinds[layer.norms] if not (own and name == "mlp_norm"))
 
 
 def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -376,13 +375,14 @@ def _mlp_slots(m: Mlp, hidden: int) -> dict[str, tuple[int, ...]]:
     out: dict[str, tuple[int, ...]] = {}
     if m.experts is not None:
         e = m.experts.count
-        out |= {"router": (e, hidden), "gate_experts": (e, m.size, hidden), "up_experts": (e, m.size, hidden)}
-        out["down_experts"] = (e, hidden, m.size)
+        out |= {"router": (e, hidden)} | ({"gate_experts": (e, m.size, hidden)} if m.gated else {})
+        out |= {"up_experts": (e, m.size, hidden), "down_experts": (e, hidden, m.size)}
         if m.bias:
             out |= {"router_bias": (e,), "gate_experts_bias": (e, m.size), "up_experts_bias": (e, m.size)}
             out["down_experts_bias"] = (e, hidden)
         if s := m.experts.shared:
-            out |= {"gate_shared": (s, hidden), "up_shared": (s, hidden), "down_shared": (hidden, s)}
+            out |= {f"{part}_shared": (s, hidden) for part in (("gate", "up") if m.gated else ("up",))}
+            out["down_shared"] = (hidden, s)
             if m.experts.shared_gate:
                 out["router_shared"] = (hidden,)
         if m.experts.choice_bias:
@@ -392,7 +392,7 @@ def _mlp_slots(m: Mlp, hidden: int) -> dict[str, tuple[int, ...]]:
             out |= dict.fromkeys(names, (hidden,)) | {"router_scale": (e,)}
         return out
     out |= {"gate": (m.size, hidden)} if m.gated else {}
-    out |= {"up": (m.size, hidden), "down": (hidden, m.size)}
+    out |= {"up": (m.size, hidden), "down": (hidden, m.size)} if m.size else {}
     if m.bias:
         out |= {"gate_bias": (m.size,)} if m.gated else {}
         out |= {"up_bias": (m.size,), "down_bias": (hidden,)}

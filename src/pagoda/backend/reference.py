@@ -10,18 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from pagoda.arch import memory
-from pagoda.arch.delta import DeltaNet
 from pagoda.arch.latent import Latent
 from pagoda.arch.lora import AdapterWeights, adapters_bytes
+from pagoda.arch.mamba import Mamba
 from pagoda.arch.memory import KV_GROUP, KvType
+from pagoda.arch.recurrence import Recurrence
 from pagoda.arch.registry import bind
 from pagoda.arch.short_conv import ShortConv
 from pagoda.arch.spec import Attention, Experts, Mlp, ModelSpec, Rope
 from pagoda.backend.activations import ACTIVATIONS, clamped_swiglu, silu
 from pagoda.backend.base import Capacity, Due, Limits, Progress
 from pagoda.backend.cpu.machine import free_memory_bytes
-from pagoda.backend.reference_delta import PRODUCTS, WEIGHTS, advance, convolve, new_states
-from pagoda.backend.reference_experts import route
+from pagoda.backend.reference_delta import WEIGHTS, advance, convolve, new_states, scan
+from pagoda.backend.reference_experts import activated, inner_slots, route
 from pagoda.backend.reference_latent import expanded, latent_queries
 from pagoda.backend.reference_own import layer_values, own_part
 from pagoda.backend.reference_product import matmul, rms
@@ -179,6 +180,8 @@ class ReferenceExecutor:
                 x = x + y + self.mlp(i, layer.mlp, own)
                 continue
             x = x + self.norm(p + "attn_post_norm", y)
+            if not layer.mlp.size:
+                continue
             y = self.mlp(i, layer.mlp, self.norm(p + "mlp_norm", x))
             x = x + self.norm(p + "mlp_post_norm", y)
             x = x if own is None else x + self.norm(p + "own_post_norm", own_part(self.weights, p, x, own[:, i]))
@@ -258,12 +261,14 @@ class ReferenceExecutor:
         key = np.concatenate((r, self.norm(name + "kv_a_norm", c)), axis=-1)
         return latent_queries(q.reshape(-1, a.heads, latent.nope + a.turned), self.weights[name + "k_b"]), key[:, None]
 
-    def recurrence(self, i: int, d: DeltaNet | ShortConv, x: Float32, plan: StepPlan) -> Float32:
+    def recurrence(self, i: int, d: Recurrence, x: Float32, plan: StepPlan) -> Float32:
         name = f"layers.{i}."
+        products = {part: self.linear(name + part, x) for part in d.PRODUCTS}
         if isinstance(d, ShortConv):
-            parts = {part: self.linear(name + part, x) for part in ("b", "u", "c")}
-            return self.linear(name + "o", convolve(parts, self.weights[name + "u_conv"], self.states[i], plan))
-        products = {part: self.linear(name + part, x) for part in PRODUCTS}
+            return self.linear(name + "o", convolve(products, self.weights[name + "u_conv"], self.states[i], plan))
+        if isinstance(d, Mamba):
+            own = {part: self.weights[name + part] for part in d.slots(self.spec.hidden_size) if part not in products}
+            return self.linear(name + "o", scan(d, products, own, self.states[i], plan))
         own = {part: self.weights[name + part] for part in WEIGHTS}
         out = self.norm(name + "z_norm", advance(d, products, own, self.states[i], plan))
         return self.linear(name + "o", silu(products["z"]) * out.reshape(len(x), d.value_width))
@@ -273,12 +278,12 @@ class ReferenceExecutor:
         if mlp.activation not in ACTIVATIONS and (mlp.activation != "clamped_swiglu" or mlp.experts is None):
             raise EngineError(f"the reference executor has no activation {mlp.activation!r}")
         if mlp.experts is not None:
-            return self.mixture(name, mlp.experts, mlp.activation, x)
+            return self.mixture(name, mlp, mlp.experts, x)
         act, up = ACTIVATIONS[mlp.activation], self.linear(name + "up", x)
         inner = act(self.linear(name + "gate", x)) * up if mlp.gated else act(up)
         return self.linear(name + "down", inner)
 
-    def mixture(self, name: str, experts: Experts, activation: str, x: Float32) -> Float32:
+    def mixture(self, name: str, mlp: Mlp, experts: Experts, x: Float32) -> Float32:
         """Each token through the experts that its router likes best, ties by lower number."""
         logits = self.linear(name + "router", self.norm(name + "router_norm", x))
         shares, chosen = route(experts, logits, self.weights.get(name + "router_choice_bias"))
@@ -286,17 +291,17 @@ class ReferenceExecutor:
         out, own = np.zeros_like(x), self.norm(name + "experts_norm", x)
         for e in np.unique(chosen):
             rows = np.flatnonzero((chosen == e).any(axis=-1))
-            gate, up = (self.expert(f"{name}{part}_experts", e, own[rows]) for part in ("gate", "up"))
-            inner = clamped_swiglu(gate, up) if activation == "clamped_swiglu" else ACTIVATIONS[activation](gate) * up
+            first = [self.expert(f"{name}{part}_experts", e, own[rows]) for part in inner_slots(mlp)]
+            inner = clamped_swiglu(*first) if mlp.activation == "clamped_swiglu" else activated(mlp.activation, *first)
             out[rows] += shares[rows, e, None] * self.expert(name + "down_experts", e, inner)
         out = self.norm(name + "experts_post_norm", out)
-        return out + self.shared(name, activation, x) if experts.shared else out
+        return out + self.shared(name, mlp, x) if experts.shared else out
 
-    def shared(self, name: str, activation: str, x: Float32) -> Float32:
+    def shared(self, name: str, mlp: Mlp, x: Float32) -> Float32:
         """Each token through the expert that all take."""
         normed = self.norm(name + "shared_norm", x)
-        gate, up = (matmul(normed, self.weights[f"{name}{part}_shared"]) for part in ("gate", "up"))
-        y = matmul(ACTIVATIONS[activation](gate) * up, self.weights[name + "down_shared"])
+        first = [matmul(normed, self.weights[f"{name}{part}_shared"]) for part in inner_slots(mlp)]
+        y = matmul(activated(mlp.activation, *first), self.weights[name + "down_shared"])
         own = self.weights.get(name + "router_shared")
         return self.norm(name + "shared_post_norm", y) if own is None else y / (1 + np.exp(-matmul(x, own[None])))
 

@@ -1,4 +1,4 @@
-"""What a gated delta net or a short convolution keeps of a request, and what one token does to it, in plain numpy."""
+"""What the layers with a state keep of a request, and what one token does to it, in plain numpy."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from pagoda.arch.delta import DeltaNet
-from pagoda.arch.short_conv import ShortConv
+from pagoda.arch.mamba import Mamba
+from pagoda.arch.recurrence import Recurrence
 from pagoda.types import Float32, StepPlan
 
-PRODUCTS = ("q", "k", "v", "z", "beta", "decay")
 WEIGHTS = ("q_conv", "k_conv", "v_conv", "rate", "dt")
 _EPS = np.float32(1e-6)
 
@@ -46,6 +46,17 @@ class State:
         self.s[:] += k[:, :, None] * delta[:, None]
         return np.asarray(np.einsum("hkv,hk->hv", self.s, q) * np.float32(d.key_dim**-0.5))
 
+    def scan(self, d: Mamba, mixed: Float32, own: Mapping[str, Float32], decay: Float32) -> Float32:
+        """The output [value heads, value dim] of a token of a state space, before its gate and norm."""
+        x = self.convolved(mixed, own["taps"]) + own["bias"]
+        x = x / (1 + np.exp(-x))
+        q, k, v = np.split(x, (d.key_width, 2 * d.key_width))
+        q, k = (np.repeat(part.reshape(d.groups, d.key_dim), d.value_heads // d.groups, axis=0) for part in (q, k))
+        v, step = v.reshape(d.value_heads, d.value_dim), np.logaddexp(np.float32(0), decay + own["dt"])
+        self.s[:] *= np.exp(-own["rate"] * step)[:, None, None]
+        self.s[:] += k[:, :, None] * (step[:, None] * v)[:, None]
+        return np.asarray(np.einsum("hkv,hk->hv", self.s, q) + own["skip"][:, None] * v)
+
 
 def advance(
     d: DeltaNet, products: Mapping[str, Float32], own: Mapping[str, Float32], states: Sequence[State], plan: StepPlan
@@ -70,6 +81,26 @@ def convolve(products: Mapping[str, Float32], taps: Float32, states: Sequence[St
     return np.asarray(out * products["c"])
 
 
+def scan(
+    d: Mamba, products: Mapping[str, Float32], own: Mapping[str, Float32], states: Sequence[State], plan: StepPlan
+) -> Float32:
+    """[T, value width] of a state space, behind its gate and norm, of the products with the tokens of a plan."""
+    mixed = np.concatenate([products[letter] for letter in "qkv"], axis=1)
+    small = {**own, "taps": np.concatenate([own[f"{letter}_conv"] for letter in "qkv"]).T}
+    small["bias"] = np.zeros(d.width, np.float32)
+    if d.conv_bias:
+        small["bias"] = np.concatenate([own[f"{letter}_conv_bias"] for letter in "qkv"])
+
+    def one(state: State, token: int) -> Float32:
+        return state.scan(d, mixed[token], small, products["decay"][token])
+
+    out = _walked(np.empty((len(mixed), d.value_heads, d.value_dim), np.float32), one, states, plan)
+    z = products["z"]
+    gated = (out.reshape(len(z), -1) * z / (1 + np.exp(-z))).reshape(len(z), d.groups, -1)
+    normed = gated / np.sqrt(np.square(gated).mean(axis=-1, keepdims=True) + np.float32(d.eps))
+    return np.asarray(normed.reshape(len(z), -1) * own["z_norm"])
+
+
 def _walked(out: Float32, one: Callable[[State, int], Float32], states: Sequence[State], plan: StepPlan) -> Float32:
     """What `one` makes of each token, in order, and of the state of its request."""
     for r, slot in enumerate(plan.slots):
@@ -86,10 +117,9 @@ def _walked(out: Float32, one: Callable[[State, int], Float32], states: Sequence
     return out
 
 
-def new_states(d: DeltaNet | ShortConv, count: int) -> list[State]:
+def new_states(d: Recurrence, count: int) -> list[State]:
     past = (d.kernel - 1, d.width)
-    s = (0, 0, 0) if isinstance(d, ShortConv) else (d.value_heads, d.key_dim, d.value_dim)
-    return [State(np.zeros(past, np.float32), np.zeros(s, np.float32)) for _ in range(count)]
+    return [State(np.zeros(past, np.float32), np.zeros(d.state_shape, np.float32)) for _ in range(count)]
 
 
 def _unit(x: Float32) -> Float32:

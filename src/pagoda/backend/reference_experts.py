@@ -5,11 +5,22 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pagoda.arch.spec import Experts
+from pagoda.arch.spec import Experts, Mlp
+from pagoda.backend.activations import ACTIVATIONS
 from pagoda.types import Float32
 
 LEAST_TOTAL = np.float32(1e-20)
 """Of the shares that are divided by their sum."""
+
+
+def inner_slots(mlp: Mlp) -> tuple[str, ...]:
+    return ("gate", "up") if mlp.gated else ("up",)
+
+
+def activated(activation: str, first: Float32, up: Float32 | None = None) -> Float32:
+    """What an MLP makes of its first products, of which the first may be a gate."""
+    y = ACTIVATIONS[activation](first)
+    return y if up is None else y * up
 
 
 def route(e: Experts, logits: Float32, bias: Float32 | None = None) -> tuple[Float32, npt.NDArray[np.intp]]:

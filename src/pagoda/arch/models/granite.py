@@ -33,10 +33,12 @@ def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mod
     return of_gguf("granite", metadata, tensors)
 
 
-def of_gguf(model_type: str, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
+def of_gguf(
+    model_type: str, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], *, prefix: str = ""
+) -> ModelSpec:
     # as for Llama, converters reorder the rows of q and k
-    spec = decoder.from_gguf(model_type, metadata, tensors, interleaved=True)
-    fields = Fields(metadata, "GGUF metadata", f"{model_type}.")
+    spec = decoder.from_gguf(model_type, metadata, tensors, interleaved=True, prefix=prefix)
+    fields = Fields(metadata, "GGUF metadata", f"{prefix or model_type}.")
     return _multiplied(
         spec,
         embeddings=fields.number("embedding_scale", 1.0),

@@ -17,6 +17,9 @@ from pagoda.arch.names.gemma4 import GEMMA4, GGUF_GEMMA4, gemma4_tensors
 from pagoda.arch.names.gpt2 import gpt2_tensors
 from pagoda.arch.names.gpt_oss import gpt_oss_tensors
 from pagoda.arch.names.lfm2 import lfm2_tensors
+from pagoda.arch.names.mamba import FAMILIES as MAMBAS
+from pagoda.arch.names.mamba import mamba_tensors
+from pagoda.arch.names.nemotron_h import nemotron_h_tensors
 from pagoda.arch.names.pooled import encoder_name, plain_tensors, unused
 from pagoda.arch.names.renamed import FAMILIES as RENAMED
 from pagoda.arch.names.renamed import renamed_tensors
@@ -114,7 +117,7 @@ _FAMILIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         **dict.fromkeys(("glm4", "hyperclovax"), _FOUR_NORMS),
         "hunyuan_v1_dense": _HUNYUAN,
         "hunyuan_v1_moe": _HUNYUAN,
-        "granitemoehybrid": {"down": "shared_mlp.output_linear"},
+        "granitemoehybrid": {"router": "block_sparse_moe.router.layer", "down": "shared_mlp.output_linear"},
         "phi": {
             "norm": "model.final_layernorm",
             "o": "self_attn.dense",
@@ -194,13 +197,17 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
         tensors = deepseek_tensors(spec, tensors)
     if spec.model_type.startswith("lfm2"):
         tensors = lfm2_tensors(spec, tensors, gguf=gguf)
+    elif spec.model_type in MAMBAS:
+        if spec.model_type == "nemotron_h":
+            tensors = nemotron_h_tensors(spec, tensors, gguf=gguf)
+        tensors = mamba_tensors(spec, tensors)
     elif spec.recurrent:
         tensors = delta_tensors(spec, tensors, gguf=gguf)
     if spec.pooling is not None:
         tensors = plain_tensors(spec, tensors)
     if spec.model_type == "gemma4":
         tensors = gemma4_tensors(spec, tensors)
-    elif spec.model_type.startswith(("gemma", "nemotron")) and not gguf:
+    elif (spec.model_type.startswith("gemma") or spec.model_type == "nemotron") and not gguf:
         tensors = gemma_tensors(tensors)
     tensors = apart_experts(tensors) if spec.model_type == "qwen3_vl_moe" else tensors
     return cut_tensors(spec, tensors) if spec.encoder is None else tensors

@@ -82,7 +82,7 @@ def _from_hub(spec: ModelSpec, name: str, tensor: Tensor) -> Named:
     delta = spec.layers[index].delta if index < len(spec.layers) else None
     if part_name is not None and isinstance(delta, DeltaNet):
         if part_name == "rate":
-            tensor = _computed(tensor, np.exp)
+            tensor = computed(tensor, np.exp)
         yield from _of_delta(f"model.layers.{index}.linear_attn.", part_name, delta, tensor)
     elif rest == "self_attn.q_proj.weight":
         yield from _query(name, "self_attn.q_gate.weight", spec.layers[index].attention, tensor)
@@ -91,7 +91,7 @@ def _from_hub(spec: ModelSpec, name: str, tensor: Tensor) -> Named:
     elif rest == "mlp.experts.down_proj":
         yield f"model.layers.{index}.mlp.experts.*.down_proj.weight", tensor
     else:
-        yield name, _computed(tensor, _plus_one) if _NORMS.fullmatch(name) else tensor
+        yield name, computed(tensor, _plus_one) if _NORMS.fullmatch(name) else tensor
 
 
 def _from_gguf(spec: ModelSpec, name: str, tensor: Tensor) -> Named:
@@ -102,7 +102,7 @@ def _from_gguf(spec: ModelSpec, name: str, tensor: Tensor) -> Named:
     part_name, delta = _GGUF_PARTS.get(rest), spec.layers[index].delta
     if part_name is not None and isinstance(delta, DeltaNet):
         if part_name == "rate":
-            tensor = _computed(tensor, np.negative)
+            tensor = computed(tensor, np.negative)
         yield from _of_delta(f"blk.{index}.linear_attn.", part_name, delta, tensor)
     elif rest == "attn_q.weight":
         yield from _query(name, "attn_q_gate.weight", spec.layers[index].attention, tensor)
@@ -167,7 +167,7 @@ def _plus_one(values: Floats) -> Floats:
     return values + np.float32(1)
 
 
-def _computed(tensor: Tensor, function: Callable[[Floats], Floats]) -> MadeTensor:
+def computed(tensor: Tensor, function: Callable[[Floats], Floats]) -> MadeTensor:
     """The tensor in float32 with a function applied to its values."""
     return MadeTensor(tensor.name, tensor.shape, "F32", partial(_values, tensor, function))
 

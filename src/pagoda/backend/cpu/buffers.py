@@ -66,4 +66,4 @@ def mixture_of(spec: ModelSpec) -> Experts | None:
 
 def dense_sizes(spec: ModelSpec) -> set[int]:
     """Of the MLPs of layers without experts."""
-    return {layer.mlp.size for layer in spec.layers if layer.mlp.experts is None}
+    return {layer.mlp.size for layer in spec.layers if layer.mlp.experts is None} - {0}

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagoda.arch.latent import Latent as LatentAttention
+from pagoda.arch.mamba import Mamba
 from pagoda.arch.spec import Attention, Experts, Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.cpu import records as native
@@ -41,7 +42,7 @@ from pagoda.backend.cpu.buffers import (
     mixture_of,
     narrow_end,
 )
-from pagoda.backend.cpu.delta_program import check_delta, delta_dims, of_heads, taps
+from pagoda.backend.cpu.delta_program import check_delta, delta_dims, of_heads, state_space, taps
 from pagoda.backend.cpu.library import Native
 from pagoda.backend.cpu.panels import FUSED, in_their_order, panel_type, runnable
 from pagoda.backend.cpu.records import Dims, Latent, Op, Router
@@ -72,8 +73,10 @@ ACTIVATIONS = MappingProxyType(
 )
 """The operation behind the first product of an MLP, by the function and whether there is a gate."""
 
-EXPERT_FLAGS = MappingProxyType({"silu": 0, "clamped_swiglu": native.CLAMPED})
-"""Of the first products of experts, by their function."""
+EXPERT_FLAGS = MappingProxyType(
+    {("silu", True): 0, ("clamped_swiglu", True): native.CLAMPED, ("relu2", False): native.SQUARED}
+)
+"""Of the first products of experts, by their function, and whether there is a gate."""
 
 
 class Buffers(NamedTuple):
@@ -131,21 +134,23 @@ class Program:
                     ids[p + "q_b"] = self._matrix(p + "q_b")
             if layer.delta is not None:
                 ids[p + "taps"] = self._lib.vector(taps(self._tensors, p))
+                if isinstance(layer.delta, Mamba):
+                    ids[p + "z_norm"] = self._vector(p + "z_norm")
                 if p + "rate" in self._tensors:
                     ids[p + "of_heads"] = self._lib.vector(of_heads(self._tensors, p))
-            if layer.mlp.experts is None:
+            if layer.mlp.experts is None and layer.mlp.size:
                 ids[p + "gate_up"] = self._matrix(*(p + s for s in _inner(layer)))
                 ids[p + "down"] = self._matrix(p + "down")
-            else:
+            elif layer.mlp.experts is not None:
                 ids[p + "router"] = self._matrix(p + "router")
-                ids[p + "gate_up_experts"] = self._experts(p + "gate_experts", p + "up_experts")
+                ids[p + "gate_up_experts"] = self._experts(*(f"{p}{s}_experts" for s in _inner(layer)))
                 ids[p + "down_experts"] = self._experts(p + "down_experts")
                 if layer.mlp.bias:
                     ids[p + "router_bias"] = self._vector(p + "router_bias")
                     ids[p + "gate_up_experts_bias"] = self._vector(p + "gate_experts_bias", p + "up_experts_bias")
                     ids[p + "down_experts_bias"] = self._vector(p + "down_experts_bias")
                 if layer.mlp.experts.shared:
-                    ids[p + "gate_up_shared"] = self._matrix(p + "gate_shared", p + "up_shared")
+                    ids[p + "gate_up_shared"] = self._matrix(*(f"{p}{s}_shared" for s in _inner(layer)))
                     ids[p + "down_shared"] = self._matrix(p + "down_shared")
             for name in _VECTORS_OF_LAYERS:
                 if p + name in self._tensors:
@@ -243,6 +248,8 @@ class Program:
         self._adapted(p + "qkv", h, QKV)
         # of the layers with a cache, or those with a state
         place = sum((other.delta is None) == (layer.delta is None) for other in self._spec.layers[:i])
+        if isinstance(layer.delta, Mamba):
+            return state_space(self._emit, layer.delta, p, QKV, MIXED, place, order)
         if layer.delta is not None:
             v = p + "taps"
             v2 = p + "of_heads" if p + "of_heads" in self.ids else v
@@ -281,6 +288,8 @@ class Program:
         if ahead:  # of x as it still is
             h = self._norm(norm, b.x, b.h, flags=b.flags, order=order)
         self._add(p + "o", b.att, b, p + "attn_post_norm")
+        if not layer.mlp.size:
+            return
         if not ahead:
             h = self._norm(norm, b.x, b.h, flags=b.flags, order=order)
         if layer.mlp.experts is not None:
@@ -306,14 +315,14 @@ class Program:
             self._emit(native.ADAPT, in_=in_, out=out, weight=weight, layer=count, flags=flags & native.LOGIT_ROWS)
 
     def _mixture(self, p: str, mlp: Mlp, experts: Experts) -> None:
-        up, down, flags = p + "gate_up_experts", p + "down_experts", EXPERT_FLAGS[mlp.activation]
+        up, down, flags = p + "gate_up_experts", p + "down_experts", EXPERT_FLAGS[mlp.activation, mlp.gated]
         self._emit(native.MATMUL, in_=H, out=ROUTER, weight=p + "router", vector=p + "router_bias")
         self._emit(native.ROUTE, in_=ROUTER, vector=p + "router_choice_bias")
         self._emit(native.EXPERTS_UP, in_=H, out=CHOSEN, weight=up, vector=up + "_bias", flags=flags)
         self._emit(native.EXPERTS_DOWN, in_=CHOSEN, out=X, weight=down, vector=down + "_bias")
         if experts.shared:
             self._emit(native.MATMUL, in_=H, out=SHARED_GATE_UP, weight=p + "gate_up_shared")
-            self._emit(native.SILU, in_=SHARED_GATE_UP, out=SHARED)
+            self._emit(native.SILU if mlp.gated else native.RELU2, in_=SHARED_GATE_UP, out=SHARED)
             if experts.shared_gate:
                 self._emit(native.GATED, in_=H, out=SHARED, vector=p + "router_shared")
             self._emit(native.MATMUL, in_=SHARED, out=X, weight=p + "down_shared", flags=native.ADD)
@@ -348,7 +357,7 @@ def _inner(layer: Layer) -> Sequence[str]:
 
 
 def _has_activation(mlp: Mlp) -> bool:
-    return mlp.activation in EXPERT_FLAGS if mlp.experts else (mlp.activation, mlp.gated) in ACTIVATIONS
+    return (mlp.activation, mlp.gated) in (EXPERT_FLAGS if mlp.experts else ACTIVATIONS)
 
 
 def check_spec(spec: ModelSpec) -> None:

@@ -16,8 +16,9 @@ ROUTE, EXPERTS_UP, EXPERTS_DOWN, GATED = range(13, 17)
 PATCHES, QUICK_GELU, GELU_TANH, DELTA, OUT_GATE, GATED_GELU_TANH = range(17, 23)
 ADD_SCALED = 48
 LATENT_KEY, ABSORB, EXPAND, ADD_VECTORS, GRID, ADAPT, MEAN, GATED_GELU, RELU2 = *range(23, 29), 40, 41, 42
+CONVOLVE, SCAN, NORM_GATED = range(43, 46)
 KV_F16, KV_INT8, KV_BF16 = range(3)
-ADD, LOGIT_ROWS, FRAMES, PIECES, CLAMPED, STILL, LOCAL, WHOLE, LATE = 1, 4, 8, 16, 32, 64, 128, 256, 512
+ADD, LOGIT_ROWS, FRAMES, PIECES, CLAMPED, STILL, LOCAL, WHOLE, LATE, SQUARED = 1, 4, 8, 16, 32, 64, 128, 256, 512, 1024
 TOKENS, LOGITS, PIECE = range(3)
 
 
@@ -46,7 +47,7 @@ class Op(c.Structure):
 class Delta(c.Structure):
     _fields_ = [
         (name, c.c_int32)
-        for name in ("layers", "key_heads", "value_heads", "key_dim", "value_dim", "kernel", "tiled", "slots")
+        for name in ("layers", "key_heads", "value_heads", "key_dim", "value_dim", "kernel", "tiled", "slots", "parts")
     ]
 
 

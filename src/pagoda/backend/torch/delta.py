@@ -1,4 +1,4 @@
-"""The layers with a state, gated delta nets and short convolutions: plain PyTorch; on a GPU the kernels do it."""
+"""The layers with a state, delta nets, short convolutions, state spaces: plain PyTorch; on a GPU the kernels do it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagoda.arch.delta import DeltaNet
+from pagoda.arch.mamba import Mamba
+from pagoda.arch.recurrence import Recurrence
 from pagoda.arch.short_conv import ShortConv
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.batch import Batch
 from pagoda.backend.torch.kernels import delta as kernels
-from pagoda.backend.torch.kernels import short_conv
+from pagoda.backend.torch.kernels import mamba, short_conv
 
 States = tuple[Tensor, Tensor]
 """Of one layer, float32: the last inputs of each state's convolution [states, kernel - 1, channels], and S of its
 value heads [states, value heads, key dim, value dim]."""
-PRODUCTS, CONV_PRODUCTS = ("q", "k", "v", "z", "beta", "decay"), ("b", "u", "c")
-"""The slots whose products with a token stand side by side."""
 _EPS = 1e-6
 
 
@@ -87,6 +87,47 @@ class Convolution:
         return (inputs * self.taps).sum(0) * c
 
 
+@dataclass(frozen=True, slots=True)
+class StateSpace:
+    """What a state space has beside its products; all in float32."""
+
+    shape: Mamba
+    taps: Tensor  # [kernel, channels]
+    bias: Tensor  # [channels]
+    rate: Tensor  # [value heads]
+    dt: Tensor  # [value heads]
+    skip: Tensor  # [value heads]
+    norm: Tensor  # [value heads * value dim]
+
+    def __call__(self, x: Tensor, states: States, batch: Batch) -> Tensor:
+        """[T, value heads * value dim] of products x [T, q, k, v, z, decay], in x's type; moves the states."""
+        if ops.on_gpu(x):
+            weights = (self.taps, self.bias, self.rate, self.dt, self.skip, self.norm)
+            return mamba.state_space(x, self.shape, weights, states, batch)
+        return _walked(x, x.new_zeros(len(x), self.shape.value_width), self._advance, states, batch)
+
+    def _advance(self, x: Tensor, past: Tensor, s: Tensor) -> Tensor:
+        """One token."""
+        d = self.shape
+        mixed, z, decay = torch.split(x, [d.width, d.value_width, d.value_heads])
+        inputs = torch.cat((past, mixed[None]))
+        past.copy_(inputs[1:])
+        convolved = F.silu((inputs * self.taps).sum(0) + self.bias)
+        q, k, v = torch.split(convolved, [d.key_width, d.key_width, d.value_width])
+        q, k = (self._of_heads(part) for part in (q, k))
+        v, step = torch.unflatten(v, 0, (d.value_heads, -1)), F.softplus(decay + self.dt)[:, None]
+        s *= torch.exp(-self.rate[:, None] * step)[:, None]
+        s += k[:, :, None] * (step * v)[:, None]
+        y = (s * q[:, :, None]).sum(1) + self.skip[:, None] * v
+        gated = torch.unflatten(y.flatten() * F.silu(z), 0, (d.groups, -1))
+        out: Tensor = (gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + d.eps)).flatten() * self.norm
+        return out
+
+    def _of_heads(self, x: Tensor) -> Tensor:
+        d = self.shape
+        return torch.unflatten(x, 0, (d.groups, d.key_dim)).repeat_interleave(d.value_heads // d.groups, 0)
+
+
 def _walked(
     x: Tensor, out: Tensor, advance: Callable[[Tensor, Tensor, Tensor], Tensor], states: States, batch: Batch
 ) -> Tensor:
@@ -110,7 +151,6 @@ def _walked(
     return out
 
 
-def make_states(d: DeltaNet | ShortConv, count: int, device: torch.device) -> States:
-    s = (0, 0, 0) if isinstance(d, ShortConv) else (d.value_heads, d.key_dim, d.value_dim)
+def make_states(d: Recurrence, count: int, device: torch.device) -> States:
     past = torch.zeros(count, d.kernel - 1, d.width, dtype=torch.float32, device=device)
-    return past, torch.zeros(count, *s, dtype=torch.float32, device=device)
+    return past, torch.zeros(count, *d.state_shape, dtype=torch.float32, device=device)

@@ -206,7 +206,10 @@ class Group(Team):
     def joined(self, load: Callable[[], Decoder], most_tokens: int) -> Decoder:
         decoder = self._agreed(lambda: self._with_spare(load(), most_tokens))
         spec = decoder.spec
-        layers = [replace(layer, o=Summed(layer.o, self), mlp=Summed(layer.mlp, self)) for layer in decoder.layers]
+        layers = [
+            replace(layer, o=Summed(layer.o, self), mlp=None if layer.mlp is None else Summed(layer.mlp, self))
+            for layer in decoder.layers
+        ]
         decoder.layers = tuple(layers)
         if isinstance(decoder.embed, Table):
             decoder.embed = SplitEmbedding(decoder.embed, *vocab_range(spec, self.rank, self.size), self)
@@ -219,7 +222,10 @@ class Group(Team):
         width, rows = vocab_range(spec, 0, self.size)[1], MAX_ROWS if spec.pooling is None else 0
         one = decoder.embed(torch.zeros(1, dtype=torch.int64, device=decoder.cos_sin[0].device), ())
         self._spare = one.new_empty(max(most_tokens * spec.hidden_size * self.vectors, rows * width))
-        self._widths, self._sums_of_step = (spec.hidden_size, width), 1 + 2 * len(spec.layers)
+        self._widths, self._sums_of_step = (
+            (spec.hidden_size, width),
+            1 + sum(1 + bool(layer.mlp.size) for layer in spec.layers),
+        )
         return decoder
 
     def _agreed(self, work: Callable[[], _T]) -> _T:

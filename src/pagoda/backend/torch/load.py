@@ -11,16 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagoda.arch.delta import DeltaNet
 from pagoda.arch.latent import Latent
+from pagoda.arch.mamba import Mamba
 from pagoda.arch.memory import encoded_bytes
+from pagoda.arch.recurrence import Recurrence
 from pagoda.arch.short_conv import ShortConv
 from pagoda.arch.spec import Experts, Layer, Mlp, ModelSpec
 from pagoda.backend.base import Progress
 from pagoda.backend.torch.adapters import Adapted, Adapters
 from pagoda.backend.torch.batch import Heads
 from pagoda.backend.torch.convert import FLOATS, Converter, Target
-from pagoda.backend.torch.delta import CONV_PRODUCTS, PRODUCTS, Convolution, Delta
+from pagoda.backend.torch.delta import Convolution, Delta, StateSpace
 from pagoda.backend.torch.join import side_by_side
 from pagoda.backend.torch.latent import LatentAttention
 from pagoda.backend.torch.load_vision import VisionLoader
@@ -156,7 +157,7 @@ class Loader:
         products: tuple[str, ...] = ("q", "k", "v") + (("q_gate",) if a.out_gate else ())
         products = products if a.source is None else ("q",)
         if layer.delta is not None:
-            products = CONV_PRODUCTS if isinstance(layer.delta, ShortConv) else PRODUCTS
+            products = layer.delta.PRODUCTS
         elif a.latent is not None:
             products = ("q_a" if a.latent.q_rank else "q", "kv_a")
         return DecoderLayer(
@@ -167,9 +168,9 @@ class Loader:
             k_norm=self._vector(p + "k_norm") if p + "k_norm" in self._tensors else None,
             o=self._linear(p + "o"),
             attn_post_norm=self._norm(p + "attn_post_norm"),
-            mlp_norm=None if layer.norms == "one" else self._norm(p + "mlp_norm"),
+            mlp_norm=None if layer.norms == "one" or not layer.mlp.size else self._norm(p + "mlp_norm"),
             beside=layer.norms in ("one", "beside"),
-            mlp=self._mlp(p, layer.mlp),
+            mlp=self._mlp(p, layer.mlp) if layer.mlp.size else None,
             mlp_post_norm=self._norm(p + "mlp_post_norm"),
             sinks=self._vector(p + "sinks") if a.sinks else None,
             delta=None if layer.delta is None else self._delta(p, layer.delta),
@@ -186,11 +187,15 @@ class Loader:
         own = RmsNorm(self._vector(p + "kv_a_norm"), eps)
         return LatentAttention(shape, heads, own, self._table(p + "k_b"), self._table(p + "v_b"), norm, q_b)
 
-    def _delta(self, p: str, shape: DeltaNet | ShortConv) -> Delta | Convolution:
+    def _delta(self, p: str, shape: Recurrence) -> Delta | Convolution | StateSpace:
         if isinstance(shape, ShortConv):
             return Convolution(shape, self._vector(p + "u_conv").t().contiguous())
         taps = torch.cat([self._vector(f"{p}{letter}_conv") for letter in "qkv"]).t().contiguous()
         rate, dt, norm = (self._vector(p + name) for name in ("rate", "dt", "z_norm"))
+        if isinstance(shape, Mamba):
+            biases = [self._vector(f"{p}{letter}_conv_bias") for letter in "qkv"] if shape.conv_bias else []
+            bias = torch.cat(biases) if biases else torch.zeros_like(taps[0])
+            return StateSpace(shape, taps, bias, rate, dt, self._vector(p + "skip"), norm)
         return Delta(shape, taps, rate, dt, norm, self._spec.norm_eps)
 
     def _mlp(self, p: str, mlp: Mlp) -> GatedMlp | PlainMlp | Mixture | Beside:
@@ -201,7 +206,7 @@ class Loader:
         if not clamped and mlp.activation not in known:
             raise ModelError(f"the PyTorch backend has no activation {mlp.activation!r} here")
         if not mlp.gated:
-            return self._plain_mlp(p, mlp)
+            return self._plain_mlp(p, mlp) if mlp.experts is None else self._squared_mixture(p, mlp.experts)
         if mlp.experts is None:
             gelu = mlp.activation == "gelu_tanh"
             return GatedMlp(self._linear(p + "gate", p + "up"), self._linear(p + "down"), gelu)
@@ -225,6 +230,14 @@ class Loader:
         router, shares = self._table(p + "router"), self._vector(p + "router_scale")
         stack = side_by_side([gate, up])
         return Beside(experts, router, shares, stack, down, shared, tuple(ahead), tuple(behind))
+
+    def _squared_mixture(self, p: str, experts: Experts) -> Mixture:
+        up, down = (self._weight(f"{p}{part}_experts") for part in ("up", "down"))
+        choice = self._vector(p + "router_choice_bias") if experts.choice_bias else None
+        shared = None
+        if experts.shared:
+            shared = PlainMlp(self._linear(p + "up_shared"), self._linear(p + "down_shared"), "relu2")
+        return Mixture(experts, self._table(p + "router"), (up,), down, shared, choice_bias=choice, squared=True)
 
     def _biases(self, p: str) -> ExpertBiases:
         router, *gate_up = (self._table(f"{p}{part}_bias") for part in ("router", "gate_experts", "up_experts"))

@@ -14,7 +14,7 @@ from pagoda.arch.spec import Experts, ModelSpec
 from pagoda.backend.torch import ops
 from pagoda.backend.torch.adapters import Adapted, Adapters
 from pagoda.backend.torch.batch import Batch, Heads, Routed, Seen
-from pagoda.backend.torch.delta import Convolution, Delta
+from pagoda.backend.torch.delta import Convolution, Delta, StateSpace
 from pagoda.backend.torch.latent import LatentAttention
 from pagoda.backend.torch.norms import Norm, RmsNorm
 from pagoda.backend.torch.own import LayerValues, Own, attend_others, with_normed_values
@@ -145,12 +145,13 @@ class Mixture:
 
     experts: Experts
     router: Tensor  # [experts, hidden] in the type of computation
-    gate_up: tuple[Weight, ...]  # [experts, 2 * size, hidden], or gate and up apart
+    gate_up: tuple[Weight, ...]  # [experts, 2 * size, hidden], or gate and up apart; or up alone
     down: Weight  # [experts, hidden, size]
-    shared: GatedMlp | None = None
+    shared: GatedMlp | PlainMlp | None = None
     shared_router: Tensor | None = None  # [1, hidden]
     biases: ExpertBiases | None = None
     choice_bias: Tensor | None = None  # float32 [experts]
+    squared: bool = False  # relu2 of up, without a gate
 
     def __call__(self, x: Tensor) -> Tensor:
         b = self.biases
@@ -165,6 +166,8 @@ class Mixture:
         return (ops.combined(y, to, torch.float32) + own).to(x.dtype)
 
     def _inner(self, x: Tensor, to: Routed) -> Tensor:
+        if self.squared:
+            return F.relu(ops.grouped_matmul(x, self.gate_up[0], to.starts, to.tokens)).square()
         bias, activation = (self.biases.gate_up, "clamped_swiglu") if self.biases else (None, "silu")
         if len(self.gate_up) == 1:
             own = self.gate_up[0]
@@ -184,10 +187,10 @@ class DecoderLayer:
     attn_post_norm: Norm
     mlp_norm: Norm | None  # None: the MLP has the attention's input
     beside: bool  # the MLP has what goes into the layer, and not also what its attention gives
-    mlp: Block
+    mlp: Block | None
     mlp_post_norm: Norm
     sinks: Tensor | None = None  # float32 [heads]
-    delta: Delta | Convolution | None = None
+    delta: Delta | Convolution | StateSpace | None = None
     out_gate: bool = False
     latent: LatentAttention | None = None
     own: Own | None = None
@@ -201,7 +204,7 @@ class DecoderLayer:
         cache: KvCache,
         query_scales: Tensor | None = None,
     ) -> Tensor:
-        """What the layer makes of the tokens before one, by its delta net or convolution where it has one."""
+        """What the layer makes of the tokens before one, by what it has in place of attention, if it has that."""
         if self.delta is not None:
             return self.attn_post_norm(self.o(self.delta(qkv, cache, batch)))
         if self.latent is not None:
@@ -285,13 +288,15 @@ class Decoder:
         for i, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
             if 0 < i <= len(deep):
                 x = x + deep[i - 1]
-            if layer.beside or layer.mlp_norm is None:
+            if layer.mlp is not None and (layer.beside or layer.mlp_norm is None):
                 normed, total = layer.attn_norm.of_sum(x, total)
                 seen = layer.attention(layer.qkv(normed), cos_sin, batch, cache, self.query_scales)
                 x = seen + layer.mlp(normed if layer.mlp_norm is None else layer.mlp_norm(total))
                 continue
             qkv, total = layer.qkv.behind(x, total, layer.attn_norm)
             x = layer.attention(qkv, cos_sin, batch, cache, self.query_scales)
+            if layer.mlp is None or layer.mlp_norm is None:
+                continue
             if isinstance(layer.mlp, GatedMlp):
                 x, total = layer.mlp.behind(x, total, layer.mlp_norm)
             else:

@@ -18,6 +18,7 @@ def _convolved(
     x: tl.tensor,
     past: tl.tensor,
     taps: tl.tensor,
+    start: tl.tensor,
     t: tl.tensor,
     fresh: tl.tensor,
     at: tl.tensor,
@@ -26,9 +27,9 @@ def _convolved(
     WIDTH: tl.constexpr,
     KERNEL: tl.constexpr,
 ) -> tl.tensor:
-    """silu of the convolution at channels `at` of token t of a request, whose rows begin at x."""
+    """silu of `start` and the convolution at channels `at` of token t of a request, whose rows begin at x."""
     total = tl.load(x + t * pitch + at, mask=inside, other=0.0).to(tl.float32)
-    total = total * tl.load(taps + (KERNEL - 1) * WIDTH + at, mask=inside, other=0.0)
+    total = start + total * tl.load(taps + (KERNEL - 1) * WIDTH + at, mask=inside, other=0.0)
     for j in tl.static_range(KERNEL - 1):
         row = t - (KERNEL - 1) + j
         now = tl.load(x + row * pitch + at, mask=inside & (row >= 0), other=0.0).to(tl.float32)
@@ -98,9 +99,9 @@ def _advance(
         s = tl.load(states + source * STATE, mask=held & (fresh == 0), other=0.0)
         head_rate, head_dt, small = tl.load(rate + head), tl.load(dt + head), WIDTH + VALUE_HEADS * VALUE_DIM + head
         for t in range(0, count):
-            q = _convolved(x, past, taps, t, fresh, q_at, key_inside, pitch, WIDTH, KERNEL)
-            k = _convolved(x, past, taps, t, fresh, KEY_HEADS * KEY_DIM + q_at, key_inside, pitch, WIDTH, KERNEL)
-            v = _convolved(x, past, taps, t, fresh, v_at, inside, pitch, WIDTH, KERNEL)
+            q = _convolved(x, past, taps, 0.0, t, fresh, q_at, key_inside, pitch, WIDTH, KERNEL)
+            k = _convolved(x, past, taps, 0.0, t, fresh, KEY_HEADS * KEY_DIM + q_at, key_inside, pitch, WIDTH, KERNEL)
+            v = _convolved(x, past, taps, 0.0, t, fresh, v_at, inside, pitch, WIDTH, KERNEL)
             q = q * (scale / tl.sqrt(tl.sum(q * q, axis=0) + 1e-6))
             k = k / tl.sqrt(tl.sum(k * k, axis=0) + 1e-6)
             slow = tl.load(x + t * pitch + small + VALUE_HEADS).to(tl.float32) + head_dt
