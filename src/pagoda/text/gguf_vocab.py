@@ -12,12 +12,15 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from pagoda.errors import ModelError
 from pagoda.text.files import id_list
+from pagoda.text.gguf_pieces import frame, unigram, word_pieces
 from pagoda.text.pieces import Pieces
 
 log = logging.getLogger(__name__)
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "▁"
+_FRAMES = ("bos", "eos", "cls", "seperator", "padding", "mask")
+_ROBERTA = "</s>"  # RoBERTa's separator, which stands twice between two texts
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _DOWNLOAD = "Download the file again, or take one from another source"
 
@@ -67,7 +70,7 @@ _CASED_LETTERS = "".join(
 )
 """Letters that have a case, of an old Unicode."""
 _FAMILIES: dict[str, _Pre] = {
-    **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "mellum", "modern-bert", "olmo", "mpt", "jais", "default"), _GPT2),
+    **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "mellum", "olmo", "roberta-bpe", "mpt", "jais", "default"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), _LLAMA3),
     "lfm2": _LLAMA3,
@@ -80,6 +83,7 @@ _FAMILIES: dict[str, _Pre] = {
     "qwen2": _Pre((_QWEN2_PATTERN,), nfc=True),
     "seed-coder": _Pre((rf"{_CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}",)),
     "exaone4": _GPT2,
+    "modern-bert": _Pre(gpt2=True, nfc=True),
     **dict.fromkeys(("deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open"), _Pre((_QWEN2_PATTERN,))),
     "qwen35": _Pre(
         (
@@ -135,8 +139,9 @@ class GgufVocab:
     bos_token_id: int | None
     eos_token_id: int | None
     end_token_ids: tuple[int, ...]
-    add_bos: bool
-    add_eos: bool
+    add_bos: bool | None
+    add_eos: bool | None
+    """None: as `backend` frames texts."""
 
 
 def build_gguf_vocab(metadata: Mapping[str, Any]) -> GgufVocab:
@@ -144,34 +149,62 @@ def build_gguf_vocab(metadata: Mapping[str, Any]) -> GgufVocab:
     model = metadata.get("tokenizer.ggml.model")
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
     types = _types(metadata, len(tokens))
-    if model == "gpt2":
-        family = _family(metadata.get("tokenizer.ggml.pre"))
-        backend, pieces, add_bos = _byte_level(metadata, tokens, family), Pieces("byte"), family.add_bos
-    elif model == "llama":
-        prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-        types = _spaces_as_normal(tokens, types) if prefix else types
-        backend, add_bos = _sentencepiece(metadata, tokens, types, prefix), True
-        pieces = Pieces("space", _SPACE, strip_first=prefix)
-    elif model == "gemma4":
-        backend, pieces, add_bos = _spaced(metadata, tokens), Pieces("space", _SPACE, strip_first=False), True
-    else:
-        raise ModelError(
-            f"the GGUF file has a tokenizer of kind {model!r}; gpt2, llama and gemma4 can be rebuilt",
-            remedy="Take another GGUF file of the model, or its safetensors version",
-        )
-    _add_tokens(backend, tokens, types, model)
+    built = _built(model, metadata, tokens, types)
+    _add_tokens(built.backend, tokens, built.types, str(model))
+    framed = model in ("bert", "t5") or str(metadata.get("general.architecture")).endswith("bert")
+    if framed:
+        frame(built.backend, metadata, tokens, types=model != "t5" and _ROBERTA not in tokens)
     eos = _token_id(metadata, "eos_token_id", len(tokens))
     ends = [_token_id(metadata, key, len(tokens)) for key in _END_KEYS]
     return GgufVocab(
-        backend,
-        pieces,
+        built.backend,
+        built.pieces,
         tokens,
         _token_id(metadata, "bos_token_id", len(tokens)),
         eos,
         tuple(dict.fromkeys(i for i in ends if i is not None)),
-        bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
-        bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+        None if framed else bool(metadata.get("tokenizer.ggml.add_bos_token", built.add_bos)),
+        None if framed else bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
     )
+
+
+class _Built(NamedTuple):
+    """A tokenizer without its special tokens. `types`: of the tokens, as it needs them."""
+
+    backend: tokenizers.Tokenizer
+    pieces: Pieces
+    types: list[int]
+    add_bos: bool = True
+
+
+def _built(model: Any, metadata: Mapping[str, Any], tokens: Sequence[str], types: list[int]) -> _Built:
+    match model:
+        case "gpt2":
+            family = _family(metadata.get("tokenizer.ggml.pre"))
+            return _Built(_byte_level(metadata, tokens, family), Pieces("byte"), types, family.add_bos)
+        case "llama":
+            prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+            types = _spaces_as_normal(tokens, types) if prefix else types
+            pieces = Pieces("space", _SPACE, strip_first=prefix)
+            return _Built(_sentencepiece(metadata, tokens, types, prefix), pieces, types)
+        case "gemma4":
+            return _Built(_spaced(metadata, tokens), Pieces("space", _SPACE, strip_first=False), types)
+        case "bert":
+            types = _marked_control(metadata, types)
+            return _Built(word_pieces(metadata, tokens, types), Pieces("word", "##", strip_first=True), types)
+        case "t5":
+            types = _marked_control(metadata, types)
+            return _Built(unigram(metadata, tokens), Pieces("space", _SPACE, strip_first=True), types)
+    raise ModelError(
+        f"the GGUF file has a tokenizer of kind {model!r}; gpt2, llama, gemma4, bert and t5 can be rebuilt",
+        remedy="Take another GGUF file of the model, or its safetensors version",
+    )
+
+
+def _marked_control(metadata: Mapping[str, Any], types: list[int]) -> list[int]:
+    """The types, with the tokens that the table has a use for as control tokens: not all files say so."""
+    found = [_token_id(metadata, f"{name}_token_id", len(types)) for name in _FRAMES]
+    return [_CONTROL if i in found else kind for i, kind in enumerate(types)]
 
 
 def _strings(metadata: Mapping[str, Any], key: str) -> Sequence[str]:
