@@ -180,8 +180,17 @@ def write_checkpoint(path: Path, case: str, *, sharded: bool = False, **changes:
     return model
 
 
-def write_gguf_checkpoint(path: Path, model: Any, type: str = "F32", metadata: Mapping[str, Any] | None = None) -> None:
-    """Write a transformers model as GGUF, as its converters do: matrices in `type`, all else F32."""
+def write_gguf_checkpoint(
+    path: Path,
+    model: Any,
+    type: str = "F32",
+    metadata: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a transformers model as GGUF, as its converters do: matrices in `type`, all else F32.
+
+    `more`: tensors of a head in place of the model's own.
+    """
     config = model.config
     arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     recipe = config.rope_parameters.get("full_attention", config.rope_parameters)
@@ -207,7 +216,7 @@ def write_gguf_checkpoint(path: Path, model: Any, type: str = "F32", metadata: M
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
     tensors: dict[str, Any] = {}
     for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == "lm_head.weight" and (config.tie_word_embeddings or more):
             continue
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):
             weight = neighbours(weight, heads if "q_proj" in name else kv_heads)
@@ -218,7 +227,7 @@ def write_gguf_checkpoint(path: Path, model: Any, type: str = "F32", metadata: M
     if recipe["rope_type"] == "llama3":
         plain = float(recipe["rope_theta"]) ** -(torch.arange(0, size, 2) / size)
         tensors["rope_freqs.weight"] = (plain / model.model.rotary_emb.inv_freq).numpy()
-    write_gguf(path, table, tensors)
+    write_gguf(path, table, {**tensors, **(more or {})})
 
 
 def _gguf_windows(arch: str, config: Any) -> dict[str, Any]:

@@ -33,6 +33,15 @@ CONTEXT = 256
 _TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 _ENCODER = {**_TINY, "vocab_size": 128, "max_position_embeddings": CONTEXT + 2, "pad_token_id": 1}
 _DECODER = {**_TINY, "vocab_size": 128, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": CONTEXT}
+_TURNED = {**_ENCODER, "pad_token_id": 0, "max_position_embeddings": CONTEXT}
+_MODERN = {
+    **_TURNED,
+    "num_hidden_layers": 3,
+    "local_attention": 40,
+    "global_attn_every_n_layers": 2,
+    **dict.fromkeys(("bos_token_id", "cls_token_id"), 2),
+    **dict.fromkeys(("eos_token_id", "sep_token_id"), 3),
+}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "bert": {**_ENCODER, "pad_token_id": 0, "max_position_embeddings": CONTEXT},
     "roberta": _ENCODER,
@@ -40,6 +49,27 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2": _DECODER,
     "qwen3": _DECODER,
     "llama": _DECODER,
+    "nomic_bert": _TURNED,
+    "gte": {**_TURNED, "type_vocab_size": 1},
+    "gte: no types": {**_TURNED, "type_vocab_size": 0},
+    "jina_embeddings_v3": {**_TURNED, "type_vocab_size": 1},
+    "modernbert": _MODERN,
+    "modernbert: biases": {
+        **_MODERN,
+        **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True),
+        "hidden_activation": "silu",
+        "classifier_pooling": "mean",
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "gemma3_text": {
+        **_DECODER,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 40,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "use_bidirectional_attention": True,
+    },
 }
 
 
@@ -53,7 +83,7 @@ def minilm_folder() -> Path:
 
 def write_model(path: Path, kind: str, auto: Any = transformers.AutoModel, **changes: Any) -> Any:
     """A checkpoint of `auto`'s class with a tokenizer of whole words; returns the model."""
-    config = transformers.AutoConfig.for_model(kind, **{**_SETTINGS[kind], **changes})
+    config = transformers.AutoConfig.for_model(kind.partition(":")[0], **{**_SETTINGS[kind], **changes})
     config._attn_implementation = "eager"
     torch.manual_seed(len(kind))
     model = auto.from_config(config).float().eval()
@@ -61,7 +91,7 @@ def write_model(path: Path, kind: str, auto: Any = transformers.AutoModel, **cha
         for name, weight in model.named_parameters():
             weight.copy_(torch.randn_like(weight) * 0.15 + (1.0 if "norm" in name.lower() and "weight" in name else 0))
     model.save_pretrained(path)
-    write_tokenizer(path, framed=kind in ("bert", "roberta", "xlm-roberta"))
+    write_tokenizer(path, framed="bert" in kind)
     return model
 
 

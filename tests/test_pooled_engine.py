@@ -96,6 +96,19 @@ def test_a_gguf_that_names_its_pooling_embeds(tmp_path: Path) -> None:
     check(vectors(tmp_path / "tiny.gguf"), [hidden_states(model.model, text)[-1] for text in TEXTS])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gguf_that_keeps_only_the_rows_of_its_answers_scores(tied: bool, tmp_path: Path) -> None:
+    """As the converter writes Qwen3-Reranker: the head is gone but for its rows of yes and no."""
+    model = make_model("qwen3", tie_word_embeddings=tied)
+    rows = model.lm_head.weight.detach()[[5, 4]].clone()
+    labels = {"qwen3.pooling_type": 4, "qwen3.classifier.output_labels": ["yes", "no"]}
+    write_gguf_checkpoint(tmp_path / "tiny.gguf", model, metadata=labels, more={"cls.output.weight": rows.numpy()})
+    assert EngineCore(EngineConfig(model=str(tmp_path / "tiny.gguf"))).info.task == "score"
+    found = np.concatenate(vectors(tmp_path / "tiny.gguf", "reference"))
+    expected = [hidden_states(model.model, text)[-1] @ (rows[0] - rows[1]) for text in TEXTS]
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
 def test_cross_encoders_equal_transformers(kind: str, device: str, tmp_path: Path) -> None:
@@ -217,8 +230,8 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     write_sentence_files(tmp_path, "max_tokens")
     with pytest.raises(ModelError, match="pooling by max_tokens is not supported"):
         EngineCore(EngineConfig(model=str(tmp_path)))
-    (tmp_path / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]')
-    with pytest.raises(ModelError, match="the step Dense behind the model is not supported"):
+    (tmp_path / "modules.json").write_text('[{"type": "sentence_transformers.models.LSTM", "path": "2_LSTM"}]')
+    with pytest.raises(ModelError, match="the step LSTM behind the model is not supported"):
         EngineCore(EngineConfig(model=str(tmp_path)))
 
 

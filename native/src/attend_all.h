@@ -1,6 +1,8 @@
 // Attention without a cache, over all tokens of a request: that of encoders. Keys are taken in segments of kKeys cut at
 // absolute positions and joined in order, so that a query's result has the same bits whatever else is in the step.
 #pragma once
+#include <cfloat>
+
 #include "kernels.h"
 #include "wide.h"
 
@@ -34,8 +36,9 @@ PG_INLINE void take_segment(const EncoderJob& job, int start, KeySegment& s, flo
 }
 
 // N queries over one segment: their running maximum and sum in `tops` and `totals`, weighted values in acc [N][dim].
+// Query n, which is `ahead + n` places behind the first key, sees those less than `window` places away.
 template <int N>
-PG_INLINE void attend_segment(const KeySegment& s, int dim, const float* q, float* scores, float* tops, float* totals, float* acc) {
+PG_INLINE void attend_segment(const KeySegment& s, int dim, int64_t ahead, int64_t window, const float* q, float* scores, float* tops, float* totals, float* acc) {
   const int width = dim / kHalves;
   for (int t = 0; t < s.padded; t += 16) {
     W sum[N] = {};
@@ -49,6 +52,8 @@ PG_INLINE void attend_segment(const KeySegment& s, int dim, const float* q, floa
   for (int n = 0; n < N; n++) {
     float* row = scores + n * kKeys;
     for (int t = s.count; t < s.padded; t++) row[t] = -INFINITY;
+    for (int t = 0; window < INT32_MAX && t < s.count; t++)
+      if (ahead + n - t >= window || t - ahead - n >= window) row[t] = -INFINITY;
     F highest = splat(tops[n]);
     for (int t = 0; t < s.padded; t += 8) highest = max(highest, load(row + t));
     const float top = max_lanes(highest);
@@ -74,18 +79,20 @@ void attend_all(const EncoderJob& job, float* scratch) {
   float* row = s.values + kKeys * dim;
   float tops[kEncoderQueries], totals[kEncoderQueries] = {};
   for (int n = 0; n < job.count; n++) {
-    tops[n] = -INFINITY;
+    tops[n] = -FLT_MAX;  // a number: a query may see nothing of the first segments
     for (int d = 0; d < dim; d++) q[n * dim + d] = job.q[n * job.stride + d] * job.scale;
     to_halves(q + n * dim, dim, q + n * dim);
   }
   memset(acc, 0, job.count * dim * sizeof(float));
   for (int start = 0; start < job.keys; start += kKeys) {
+    const int64_t ahead = job.from - start, reach = job.window;
+    if (ahead - reach >= kKeys - 1 || ahead + job.count + reach < 2) continue;  // no query sees a key of these
     take_segment(job, start, s, row);
     int n = 0;
     for (; n + kQueriesAtOnce <= job.count; n += kQueriesAtOnce)
-      attend_segment<kQueriesAtOnce>(s, dim, q + n * dim, scores, tops + n, totals + n, acc + n * dim);
-    for (; n + 2 <= job.count; n += 2) attend_segment<2>(s, dim, q + n * dim, scores, tops + n, totals + n, acc + n * dim);
-    for (; n < job.count; n++) attend_segment<1>(s, dim, q + n * dim, scores, tops + n, totals + n, acc + n * dim);
+      attend_segment<kQueriesAtOnce>(s, dim, ahead + n, reach, q + n * dim, scores, tops + n, totals + n, acc + n * dim);
+    for (; n + 2 <= job.count; n += 2) attend_segment<2>(s, dim, ahead + n, reach, q + n * dim, scores, tops + n, totals + n, acc + n * dim);
+    for (; n < job.count; n++) attend_segment<1>(s, dim, ahead + n, reach, q + n * dim, scores, tops + n, totals + n, acc + n * dim);
   }
   for (int n = 0; n < job.count; n++)
     for (int d = 0; d < dim; d += 8) store(job.out + n * job.out_stride + d, load(acc + n * dim + d) * (1.0f / totals[n]));

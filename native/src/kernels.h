@@ -79,6 +79,7 @@ struct EncoderJob {  // consecutive tokens of one request, one head, over all it
   const float *q, *k, *v;  // first query; first key and value of the request
   int64_t stride;          // floats from token to token
   int count, keys, dim;    // queries, keys, head size
+  int from, window;        // place of the first query; keys as many places away, or more, are not seen
   float scale;
   float* out;
   int64_t out_stride;

@@ -28,7 +28,7 @@ enum pg_op_kind : int32_t {
   PG_POSITIONS = 9,  // out += row (position + layer) of the table `vector`, and row 0 or 1 of the table `vector2`, if any
   PG_LAYER_NORM = 10,  // out = layernorm(in) * vector (+ vector2), by parts as PG_NORM; eps in f
   PG_GELU = 11,        // out = gelu(in)
-  PG_ATTEND_ALL = 12,  // out = attention of the queries in `in` over all tokens of their request; scale in f
+  PG_ATTEND_ALL = 12,  // out = attention of the queries in `in` over the tokens of their request before and behind; scale in f
   PG_ROUTE = 13,         // `in` holds the router's logits: chooses the experts of each row, for what follows in the layer;
                          // vector: added to their shares for the choice alone, if any
   PG_EXPERTS_UP = 14,    // out = silu(in * gate^T) * (in * up^T) by the experts of each row; weight (and
@@ -99,7 +99,7 @@ struct pg_buffer {
 struct pg_op {
   int32_t kind, in, out, weight, vector, vector2, layer, flags;
   float f;
-  int32_t window;  // of attention: how many positions a token sees, its own included; 0 for all
+  int32_t window;  // of attention: how many positions a token sees, its own included, to each side that it sees; 0 for all
   int32_t order;   // out is put in this order, before it is quantized, for a weight whose k are in it; 0 for none
   float f2;        // a soft cap c: values x become c * tanh(x / c); 0 for none
 };

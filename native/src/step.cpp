@@ -326,10 +326,9 @@ class StepJob : public Job {
   void add_positions(const pg_op& op, int64_t token, float* out) {
     const int r = request_of(token), position = position_of(token);
     const int64_t width = c_.buffers[op.out].width;
-    const float* at = vector(op.vector) + (position + op.layer) * width;
-    const float* type = vector(op.vector2);
+    const float *at = op.vector < 0 ? nullptr : vector(op.vector) + (position + op.layer) * width, *type = vector(op.vector2);
     if (type && st_.second_texts && position >= st_.second_texts[r]) type += width;
-    for (int64_t i = 0; i < width; i++) out[i] += type ? at[i] + type[i] : at[i];
+    for (int64_t i = 0; i < width; i++) out[i] += !type ? at[i] : !at ? type[i] : at[i] + type[i];
   }
 
   void attend_all(const Chain& chain, const Task& task, int64_t chunk, int thread) {
@@ -340,9 +339,10 @@ class StepJob : public Job {
     const Tokens& t = (frames ? chain.frames : chain.encoder)[place / d.heads];
     const int32_t* starts = (frames ? st_.frames : st_.starts) + t.request;
     const Buffer &in = c_.buffers[op.in], &out = c_.buffers[op.out];
-    const int64_t first = starts[0], column = place % d.heads * d.head_dim, hidden = (int64_t)d.heads * d.head_dim;
-    const float* keys = in.row(first) + hidden + column;
-    c_.kernels->attend_all({in.row(first + t.from) + column, keys, keys + hidden, in.width, t.count, starts[1] - starts[0], d.head_dim, op.f,
+    const int64_t first = starts[0], head = place % d.heads, column = head * d.head_dim;
+    const float* keys = in.row(first) + (d.heads + head * d.kv_heads / d.heads) * d.head_dim;
+    c_.kernels->attend_all({in.row(first + t.from) + column, keys, keys + (int64_t)d.kv_heads * d.head_dim, in.width, t.count,
+                            starts[1] - starts[0], d.head_dim, t.from, op.window > 0 ? op.window : INT32_MAX, op.f,
                             out.row(first + t.from) + column, out.width, c_.kv.kind == PG_KV_BF16}, c_.row_scratch[thread].data());
   }
 

@@ -14,6 +14,7 @@ import numpy as np
 from pagoda.arch import attached, models
 from pagoda.arch.names.bind import bind_tensors, plainly_named, slot_name
 from pagoda.arch.pooling import with_pooling
+from pagoda.arch.projections import projection_tensors
 from pagoda.arch.spec import ModelSpec
 from pagoda.arch.visual import with_pixels
 from pagoda.errors import ModelError
@@ -29,6 +30,7 @@ _OTHER_NAMES = MappingProxyType(
         "glm4moe": "glm4_moe",
         "command-r": "cohere",
         "deepseek2": "deepseek_v2",
+        "gemma-embedding": "gemma3",
         "gemma3_text": "gemma3",
         "gemma4_text": "gemma4",
         "gemma4_unified": "gemma4",
@@ -37,9 +39,12 @@ _OTHER_NAMES = MappingProxyType(
         "granitehybrid": "granitemoehybrid",
         "hunyuan-dense": "hunyuan_v1_dense",
         "hunyuan-moe": "hunyuan_v1_moe",
+        "jina-bert-v3": "jina_embeddings_v3",
         "kimi_k2": "deepseek_v3",
         "nemotron_h_moe": "nemotron_h",
         "lfm2moe": "lfm2_moe",
+        "modern-bert": "modernbert",
+        "new": "gte",
         "phi2": "phi",
         "qwen2vl": "qwen2_vl",
         "qwen3vl": "qwen3_vl",
@@ -101,7 +106,8 @@ def load_spec(source: TensorSource, task: Task = "auto") -> ModelSpec:
 
 def bind(spec: ModelSpec, source: TensorSource) -> dict[str, Tensor]:
     """The tensor of every slot of the spec: nothing missing, nothing left over, all shapes right."""
-    return bind_tensors(spec, source.tensors, gguf=bool(source.metadata))
+    tensors = {**source.tensors, **projection_tensors(spec, source)}
+    return bind_tensors(spec, tensors, gguf=bool(source.metadata))
 
 
 def _architecture(name: object, where: str) -> Architecture:

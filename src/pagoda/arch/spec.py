@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagoda.arch.latent import Latent
+from pagoda.arch.pooled_spec import Pooling
 from pagoda.arch.recurrence import Recurrence
 from pagoda.arch.vision_spec import Vision
 
@@ -83,7 +84,7 @@ class Attention:
     qk_norm: bool = False  # RMS norm over each head of q and k, before RoPE
     qk_norm_whole: bool = False  # ... over all heads of q, and of k, together
     qk_norm_late: bool = False  # ... over each head, but behind RoPE
-    window: int | None = None  # sliding window in tokens
+    window: int | None = None  # sliding window in tokens; an encoder's goes as far to the other side
     soft_cap: float | None = None  # scaled scores s become soft_cap * tanh(s / soft_cap)
     sinks: bool = False  # of each head a logit beside the scores, that takes a share of the softmax and has no value
     local: bool = False  # turned by the model's `local_rope`
@@ -152,7 +153,8 @@ class Mlp:
     and a shared one is such too. Size 0: the layer has none.
 
     `clamped_swiglu` (gpt-oss) is a function of both: g * sigmoid(1.702 g) * (u + 1), where g is the gate, at most 7,
-    and u is up, within -7 and 7. `bias`: of all products, and of the router.
+    and u is up, within -7 and 7. `bias`: of all products, and of the router; `down_bias`: of the last one
+    alone.
     """
 
     size: int
@@ -160,6 +162,7 @@ class Mlp:
     bias: bool = False
     gated: bool = True
     experts: Experts | None = None
+    down_bias: bool = False
 
     @property
     def width(self) -> int:
@@ -167,17 +170,17 @@ class Mlp:
         return self.size if self.experts is None else self.size * self.experts.active + self.experts.shared
 
 
-Norms = Literal["before", "behind", "both", "one", "beside"]
+Norms = Literal["before", "second", "behind", "both", "one", "beside", "sum"]
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
     """Decoder layer: x += attention(norm(x)); x += mlp(norm(x)). `norms` says where these norms are.
 
-    Before each half as above; or behind it, x += norm(attention(x)); or both, x += norm(attention(norm(x))); or there
-    is one in front of both halves, x += attention(norm(x)) + mlp(norm(x)); or beside each other each half has its own
-    in that sum.
-    In an encoder they follow the sum: x = norm(x + attention(x)); x = norm(x + mlp(x)).
+    Before each half as above, or the second alone; or behind it, x += norm(attention(x)); or both,
+    x += norm(attention(norm(x))); or there is one in front of both halves, x += attention(norm(x)) + mlp(norm(x)); or
+    beside each other each half has its own in that sum.
+    In most encoders they follow the sum: x = norm(x + attention(x)); x = norm(x + mlp(x)).
     With `delta`, a delta net, a short convolution or a state space, the layer has that in place of its attention, and
     `attention` is the one of the model's other layers. What a `scaled` layer gives is multiplied by a weight.
     """
@@ -193,29 +196,16 @@ class Layer:
 class Encoder:
     """What makes an encoder of a model (BERT, arXiv 1810.04805): every token attends to all tokens of its request.
 
-    The token at position p takes row `first_position + p` of the table of positions; a pair of texts has the row 0 or
-    1 of the `token_types` table (a table of one row serves both).
+    The token at position p takes row `first_position + p` of the table of positions, if there is one; a pair of texts
+    has the row 0 or 1 of the `token_types` table (a table of one row serves both; 0: there is none). The sum of these
+    and of the word goes through a norm of its own where there is an `embed_norm`, what comes out of the last layer
+    where there is a `final_norm`.
     """
 
-    first_position: int
-    token_types: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pooling:
-    """How the final hidden states of a request become one vector: that of the first token, of the last, or the mean.
-
-    `labels` 0: that vector is the embedding. Else it gives scores: through `dense` and tanh where the model has it,
-    then one row of weights for each label; or, with `tokens`, the difference of two rows of the decoder's own head
-    (the logit of the second token over the first). `max_len` is the longest input the model was trained for.
-    """
-
-    kind: Literal["cls", "mean", "last"]
-    labels: int = 0
-    dense: bool = False
-    out_bias: bool = False
-    tokens: tuple[int, int] | None = None
-    max_len: int | None = None
+    first_position: int = 0
+    token_types: int = 0
+    embed_norm: bool = True
+    final_norm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,30 +281,31 @@ class ModelSpec:
         with norms of their own have `router_norm`, `router_scale`, `experts_norm`, `experts_post_norm`, `shared_norm`,
         `shared_post_norm`. Values for each layer come from `layer_embed`, `layer_project` and `layer_project_norm`, and
         in a layer go through `own_gate`, `own_out` and `own_post_norm`. Learned `positions`
-        are a table, layer norms may have a bias, encoders the table `types`; pooled models with labels `score`, and
-        `pool_dense` in front of it where they have it. Models that see have the slots of their encoder behind
+        are a table, layer norms may have a bias, encoders the table `types` and an
+        `embed_norm`; pooled models `project.{i}`, or with labels `score`, and `pool_dense` and `pool_norm` in front of
+        it where they have it. Models that see have the slots of their encoder behind
         `vision.`: `patch`, `merge_norm`, `merge_up`, `merge_down` and per layer `layers.{i}.` + `attn_norm`, `qkv`,
         `o`, `mlp_norm`, `gate`, `up`, `down`; all products but the first have a bias, and so have layer norms.
         """
         h = self.hidden_size
-        out: dict[str, tuple[int, ...]] = {"embed": (self.vocab_size, h), "norm": (h,)}
+        out: dict[str, tuple[int, ...]] = {"embed": (self.vocab_size, h)}
         biased = self.norm == "layer" and self.norm_bias
-        if biased:
-            out["norm_bias"] = (h,)
+        for name in _end_norms(self.encoder):
+            out |= {name: (h,), f"{name}_bias": (h,)} if biased else {name: (h,)}
         if self.layer_embed:
             width = len(self.layers) * self.layer_embed
             out |= {"layer_embed": (self.vocab_size, width), "layer_project": (width, h)}
             out["layer_project_norm"] = (self.layer_embed,)
         if self.positions:
             out["positions"] = (self.positions, h)
-        if self.encoder is not None:
+        if self.encoder is not None and self.encoder.token_types:
             out["types"] = (self.encoder.token_types, h)
         if not self.tied and (self.pooling is None or self.pooling.tokens is not None):
             out["head"] = (self.vocab_size, h)
         if self.head_bias and self.pooling is None:
             out["head_bias"] = (self.vocab_size,)
         if self.pooling is not None:
-            out |= _pooling_slots(self.pooling, h)
+            out |= self.pooling.slots(h, biased)
         for i, layer in enumerate(self.layers):
             slots = _layer_slots(layer, h)
             if n := self.layer_embed:
@@ -327,22 +318,18 @@ class ModelSpec:
         return out
 
 
-def _pooling_slots(pooling: Pooling, hidden: int) -> dict[str, tuple[int, ...]]:
-    out: dict[str, tuple[int, ...]] = {}
-    if pooling.dense:
-        out |= {"pool_dense": (hidden, hidden), "pool_dense_bias": (hidden,)}
-    if pooling.labels and pooling.tokens is None:
-        out["score"] = (pooling.labels, hidden)
-    if pooling.out_bias:
-        out["score_bias"] = (pooling.labels,)
-    return out
+def _end_norms(encoder: Encoder | None) -> tuple[str, ...]:
+    """The norms in front of all layers, and behind them."""
+    if encoder is None:
+        return ("norm",)
+    return ("embed_norm",) * encoder.embed_norm + ("norm",) * encoder.final_norm
 
 
 def _norms(layer: Layer) -> tuple[str, ...]:
     before, behind = ("attn_norm", "mlp_norm"), ("attn_post_norm", "mlp_post_norm")
-    kinds = {"before": before, "behind": behind, "both": before + behind, "one": before[:1], "beside": before}
+    others = {"behind": behind, "both": before + behind, "one": before[:1], "second": before[1:]}
     own = not layer.mlp.size or (layer.mlp.experts is not None and layer.mlp.experts.own_norms)
-    return tuple(name for name in kinds[layer.norms] if not (own and name == "mlp_norm"))
+    return tuple(name for name in others.get(layer.norms, before) if not (own and name == "mlp_norm"))
 
 
 def _layer_slots(layer: Layer, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -395,5 +382,7 @@ def _mlp_slots(m: Mlp, hidden: int) -> dict[str, tuple[int, ...]]:
     out |= {"up": (m.size, hidden), "down": (hidden, m.size)} if m.size else {}
     if m.bias:
         out |= {"gate_bias": (m.size,)} if m.gated else {}
-        out |= {"up_bias": (m.size,), "down_bias": (hidden,)}
+        out["up_bias"] = (m.size,)
+    if m.bias or m.down_bias:
+        out["down_bias"] = (hidden,)
     return out

@@ -14,10 +14,9 @@ import msgspec
 import numpy as np
 
 from pagoda.arch.dummy import open_model
-from pagoda.arch.registry import bind, load_spec
-from pagoda.arch.spec import ModelSpec
+from pagoda.arch.registry import load_spec
 from pagoda.backend.base import Capacity, Executor, Pending, Progress
-from pagoda.backend.pooler import Head
+from pagoda.backend.pooler import Head, head
 from pagoda.backend.select import load_executor, resolve_device
 from pagoda.engine.adapters import Adapters
 from pagoda.engine.describe import describe
@@ -34,7 +33,6 @@ from pagoda.sched.scheduler import Scheduler
 from pagoda.sched.state import Grammar
 from pagoda.types import MOST_LOGPROBS, Delta, Request, StepPlan, StepResult
 from pagoda.weights.quantization import check_quantization
-from pagoda.weights.source import TensorSource
 
 if TYPE_CHECKING:
     from pagoda.engine.draft_model import DraftModel
@@ -105,7 +103,7 @@ class EngineCore:
         )
         self._adapters = adapters
         adapters.begin(self._scheduler, self._executor)
-        self._head = _head(self.spec, source)
+        self._head = head(self.spec, source)
         self._grammars = Grammars(
             config.model, self._read_metadata, self.spec, bytes_else=config.load_format == "dummy"
         )
@@ -306,10 +304,6 @@ def _both(executor: Executor, drafts: DraftModel) -> Capacity:
 
 def _metadata(config: EngineConfig) -> Mapping[str, Any]:
     return open_model(config.model, config.load_format, config.task).metadata
-
-
-def _head(spec: ModelSpec, source: TensorSource) -> Head | None:
-    return Head(spec.pooling, bind(spec, source)) if spec.pooling is not None and spec.pooling.labels else None
 
 
 def _score(deltas: list[Delta], head: Head) -> None:

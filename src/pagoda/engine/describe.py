@@ -25,6 +25,14 @@ def weight_types(source: TensorSource, quantization: str | None = None) -> str:
     return f"{types} as {quantization}" if quantization in QUANTIZE_ON_LOAD_GPU else types
 
 
+def _width(spec: ModelSpec) -> int:
+    """Numbers that a pooled model gives for a text."""
+    if spec.pooling is None:
+        return 0
+    last = spec.pooling.projections[-1].width if spec.pooling.projections else spec.hidden_size
+    return spec.pooling.labels or last
+
+
 def describe(
     config: EngineConfig,
     limits: Limits,
@@ -52,6 +60,6 @@ def describe(
         eos_token_ids=spec.eos_token_ids,
         load_s=time.monotonic() - started,
         task="generate" if spec.pooling is None else "score" if spec.pooling.labels else "embed",
-        width=0 if spec.pooling is None else spec.pooling.labels or spec.hidden_size,
+        width=_width(spec),
         sees=spec.vision is not None,
     )

@@ -13,12 +13,24 @@ from pagoda.text.files import read_json, read_text
 
 _MODES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 _FLAGS = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
+_STEPS = ("Transformer", "Pooling", "Dense", "Normalize")
+_EMBEDDING_GEMMA = (128, 256, 512, 768)
 _LENGTH_FILES = (
     "sentence_bert_config.json",
     "sentence_roberta_config.json",
     "sentence_xlm-roberta_config.json",
     "sentence_distilbert_config.json",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A layer behind the pooling: the folder of its weights, its outputs, and what follows it."""
+
+    folder: str
+    width: int
+    activation: str
+    bias: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +48,7 @@ class SentenceFiles:
     default_prompt: str = ""
     dimensions: tuple[int, ...] | None = None
     labels: tuple[str, ...] = ()
+    dense: tuple[Dense, ...] = ()
 
     def prompt(self, name: str | None) -> str:
         """What goes before each text. Raises BadRequest for a name that this model does not know."""
@@ -64,27 +77,45 @@ def sentence_files(model_path: str) -> SentenceFiles:
     if text is None:
         return SentenceFiles(None, True, max_len, prompts, default, dimensions, labels)
     modules = _modules(folder, text)
-    unknown = [kind for kind, _ in modules if kind not in ("Transformer", "Pooling", "Normalize")]
-    if unknown:
-        raise ModelError(f"{folder / 'modules.json'}: the step {unknown[0]} behind the model is not supported")
     pooling = next((_pooling(folder, path) for kind, path in modules if kind == "Pooling"), None)
     normalize = any(kind == "Normalize" for kind, _ in modules)
-    return SentenceFiles(pooling, normalize, max_len, prompts, default, dimensions, labels)
+    dense = tuple(_dense(folder, path) for kind, path in modules if kind == "Dense")
+    return SentenceFiles(pooling, normalize, max_len, prompts, default, dimensions, labels, dense)
 
 
 def _modules(folder: Path, text: str) -> list[tuple[str, str]]:
     """The steps of the model: the last part of each one's type, and its folder."""
     try:
         entries = json.loads(text)
-        return [(str(each["type"]).rpartition(".")[2], str(each.get("path", ""))) for each in entries]
+        found = [(str(each["type"]).rpartition(".")[2], str(each.get("path", ""))) for each in entries]
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as e:
         raise ModelError(f"{folder / 'modules.json'} is no list of modules", remedy="Download the file again") from e
+    unknown = [kind for kind, _ in found if kind not in _STEPS]
+    if unknown:
+        raise ModelError(f"{folder / 'modules.json'}: the step {unknown[0]} behind the model is not supported")
+    places = [_STEPS.index(kind) for kind, _ in found]
+    if places != sorted(places):
+        steps = ", ".join(kind for kind, _ in found)
+        raise ModelError(f"{folder / 'modules.json'}: steps in the order {steps} are not supported")
+    return found
+
+
+def _dense(folder: Path, path: str) -> Dense:
+    fields = _step_config(folder, path)
+    width, bias = fields.get("out_features"), fields.get("bias", True)
+    if not isinstance(width, int) or width < 1 or not isinstance(bias, bool):
+        raise ModelError(f"{folder / path / 'config.json'} describes no layer", remedy="Download the file again")
+    return Dense(path, width, str(fields.get("activation_function") or "torch.nn.modules.activation.Tanh"), bias)
+
+
+def _step_config(folder: Path, path: str) -> Mapping[str, Any]:
+    if Path(path).name != path:
+        raise ModelError(f"{folder / 'modules.json'} names {path!r}, which is no folder beside it")
+    return read_json(folder / path, "config.json")
 
 
 def _pooling(folder: Path, path: str) -> str:
-    if Path(path).name != path:
-        raise ModelError(f"{folder / 'modules.json'} names {path!r}, which is no folder beside it")
-    config = read_json(folder / path, "config.json")
+    config = _step_config(folder, path)
     given = config.get("pooling_mode")
     modes = [given] if isinstance(given, str) else given
     if not isinstance(modes, list):
@@ -103,6 +134,8 @@ def _dimensions(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     given = config.get("matryoshka_dimensions")
     if isinstance(given, list) and all(isinstance(each, int) for each in given):
         return tuple(given)
+    if config.get("model_type") == "gemma3_text" and config.get("use_bidirectional_attention"):
+        return _EMBEDDING_GEMMA
     # Qwen3-Embedding was trained for it, and its files do not say so
     return () if config.get("is_matryoshka") is True or config.get("model_type") == "qwen3" else None
 

@@ -1,4 +1,4 @@
-"""BERT: MiniLM, e5, bge, gte and the many that share its layers."""
+"""BERT: MiniLM, e5, bge, gte and the many that share its layers. In GGUF RoBERTa and XLM-RoBERTa are BERT too."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
-    raise encoder.no_gguf("bert")
+    return encoder.from_gguf("bert", metadata, tensors)

@@ -1,6 +1,7 @@
 """Gemma 3: Gemma 2 with norms of q and k in place of the cap of scores; layers with a window have a rope of their own.
 
 The larger ones see, with SigLIP (arXiv 2303.15343): a picture becomes 256 tokens, which see each other.
+EmbeddingGemma is an encoder of these layers: all tokens see each other.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from pagoda.arch import decoder, rope, visual, visual_gguf
 from pagoda.arch.fields import MOST_LAYERS, Fields
 from pagoda.arch.models import gemma, gemma2
-from pagoda.arch.spec import ModelSpec, Rope
+from pagoda.arch.spec import Encoder, ModelSpec, Rope
 from pagoda.arch.vision_spec import Vision
 from pagoda.errors import ModelError
 from pagoda.weights.source import Tensor
@@ -27,6 +28,8 @@ _PARTS = replace(gemma.GELU, norms="both", qk_norm=True)
 _BASE, _LOCAL_BASE = 1e6, 1e4
 _OF_BOTH = ("eos_token_id", "bos_token_id", "dtype", "torch_dtype", "tie_word_embeddings")
 _LOGITS = "final_logit_softcapping"
+_EMBEDDING = "gemma-embedding"
+_ENCODER = Encoder(embed_norm=False, final_norm=True)
 _DEFAULTS = MappingProxyType(
     {
         "vocab_size": 262208,
@@ -47,15 +50,26 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
     if isinstance(text, Mapping):
         config = {**text, **{name: config[name] for name in _OF_BOTH if config.get(name) is not None}}
     everywhere, local = _recipes(config)
-    fields = gemma.settings({**_DEFAULTS, **config, "rope_parameters": everywhere, "rope_scaling": None})
+    both_ways = bool(config.get("use_bidirectional_attention"))
+    own = {"rope_parameters": everywhere, "rope_scaling": None, "use_bidirectional_attention": None}
+    fields = gemma.settings({**_DEFAULTS, **config, **own})
     windows = gemma2.windows_of(fields, fields.integer("sliding_window_pattern", PATTERN))
+    if both_ways:
+        windows = [None if window is None else _half(window) for window in windows]
     spec = decoder.from_config("gemma3", fields, gemma.parts(fields, _PARTS), head_dim=256, windows=windows)
     scale = fields.number("query_pre_attn_scalar", 256) ** -0.5
     spec = gemma2.capped(gemma.scaled(spec, gemma.embedded_as(config)), scale, None, gemma2.cap(fields, _LOGITS))
     near = Fields({"rope_parameters": local}, "config.json")
     turned = rope.from_config(near, spec.layers[0].attention.head_dim, spec.max_position)[0]
     spec = _with_local_rope(spec, turned, [window is not None for window in windows])
+    if both_ways:
+        return replace(spec, encoder=_ENCODER)
     return visual.with_encoder(spec, encoder(outer), spec.hidden_size) if visual.sees(outer) else spec
+
+
+def _half(window: int) -> int:
+    """Of a window that is said as a whole, half before a token and half behind: what it sees to each side."""
+    return window // 2 + 1
 
 
 def encoder(config: Mapping[str, Any]) -> Vision:
@@ -111,14 +125,22 @@ def _either(config: Mapping[str, Any], new: str, old: str) -> str:
 
 
 def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
-    fields = Fields(metadata, "GGUF metadata", "gemma3.")
-    spec = decoder.from_gguf("gemma3", metadata, tensors, parts=_PARTS)
+    prefix = metadata["general.architecture"]
+    # llama.cpp names it so; Ollama calls it gemma3, with a pooling
+    both_ways = prefix == _EMBEDDING or f"{prefix}.pooling_type" in metadata
+    if both_ways:
+        window = f"{prefix}.attention.sliding_window"
+        metadata = {**metadata, window: _half(Fields(metadata, "GGUF metadata").integer(window))}
+    fields = Fields(metadata, "GGUF metadata", f"{prefix}.")
+    spec = decoder.from_gguf("gemma3", metadata, tensors, parts=_PARTS, prefix=prefix)
     near = gemma2.sliding(len(spec.layers), fields.integer("attention.sliding_window_pattern", PATTERN))
     spec = gemma.scaled(decoder.with_windows(spec, near), tensors[decoder.EMBEDDING].type)
     spec = gemma2.capped(spec, gemma2.gguf_scale(spec, _LAYERS_27B), None, gemma2.cap(fields, _LOGITS))
     if fields.get("attention.sliding_window"):
         freq = rope.frequencies(spec.rope.dim, fields.number("rope.freq_base_swa", _LOCAL_BASE))
         spec = _with_local_rope(spec, Rope(spec.rope.dim, tuple(freq.tolist())), near)
+    if both_ways:
+        return replace(spec, encoder=_ENCODER)
     return spec if visual_gguf.projector(metadata) is None else _seeing(spec, metadata)
 
 

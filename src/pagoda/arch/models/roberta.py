@@ -15,4 +15,4 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
-    raise encoder.no_gguf("roberta")
+    return encoder.from_gguf("roberta", metadata, tensors)

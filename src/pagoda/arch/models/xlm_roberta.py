@@ -15,4 +15,4 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
-    raise encoder.no_gguf("xlm_roberta")
+    return encoder.from_gguf("xlm_roberta", metadata, tensors)

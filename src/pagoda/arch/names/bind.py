@@ -11,6 +11,8 @@ from types import MappingProxyType
 from pagoda.arch.names.deepseek import FAMILIES as DEEPSEEKS
 from pagoda.arch.names.deepseek import deepseek_tensors
 from pagoda.arch.names.delta import delta_slot_name, delta_tensors
+from pagoda.arch.names.encoders import FAMILIES as ENCODERS
+from pagoda.arch.names.encoders import encoder_name
 from pagoda.arch.names.fused import cut_tensors
 from pagoda.arch.names.gemma import gemma_tensors
 from pagoda.arch.names.gemma4 import GEMMA4, GGUF_GEMMA4, gemma4_tensors
@@ -20,7 +22,7 @@ from pagoda.arch.names.lfm2 import lfm2_tensors
 from pagoda.arch.names.mamba import FAMILIES as MAMBAS
 from pagoda.arch.names.mamba import mamba_tensors
 from pagoda.arch.names.nemotron_h import nemotron_h_tensors
-from pagoda.arch.names.pooled import encoder_name, plain_tensors, unused
+from pagoda.arch.names.pooled import plain_tensors, projection_name, unused
 from pagoda.arch.names.renamed import FAMILIES as RENAMED
 from pagoda.arch.names.renamed import renamed_tensors
 from pagoda.arch.names.visual import apart_experts, encoder_slot_name, from_mmproj, hub_tensors, language_tensors
@@ -35,7 +37,7 @@ _MODEL_NAMES = {
     "positions": ("model.embed_positions", "position_embd"),
     "norm": ("model.norm", "output_norm"),
     "head": ("lm_head", "output"),
-    "score": ("score", "score"),
+    "score": ("score", "cls.output"),
     "layer_embed": ("model.embed_tokens_per_layer", "per_layer_token_embd"),
     "layer_project": ("model.per_layer_model_projection", "per_layer_model_proj"),
     "layer_project_norm": ("model.per_layer_projection_norm", "per_layer_proj_norm"),
@@ -172,8 +174,10 @@ def slot_name(spec: ModelSpec, slot: str, *, gguf: bool = False) -> str:
     """The name of the tensor that fills a slot of this model; `*` stands for the experts of a layer."""
     if spec.vision is not None and slot.startswith("vision."):
         return encoder_slot_name(slot, spec.vision)
-    if spec.encoder is not None:
-        return encoder_name(spec, slot)
+    if slot.startswith("project."):
+        return projection_name(spec, slot)
+    if spec.model_type in ENCODERS:
+        return encoder_name(spec, slot, gguf=gguf)
     part = slot.rpartition(".")[2]
     if slot.startswith("layers.") and (delta := spec.layers[int(slot.split(".")[1])].delta) is not None:
         if part in delta.slots(spec.hidden_size):
@@ -210,7 +214,7 @@ def plainly_named(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool)
     elif (spec.model_type.startswith("gemma") or spec.model_type == "nemotron") and not gguf:
         tensors = gemma_tensors(tensors)
     tensors = apart_experts(tensors) if spec.model_type == "qwen3_vl_moe" else tensors
-    return cut_tensors(spec, tensors) if spec.encoder is None else tensors
+    return tensors if spec.model_type in ENCODERS else cut_tensors(spec, tensors)
 
 
 def bind_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor], *, gguf: bool) -> dict[str, Tensor]:

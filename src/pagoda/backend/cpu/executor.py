@@ -116,7 +116,8 @@ def weight_bytes(tensors: Mapping[str, Tensor], quantization: str | None = None,
 def _repacked_bytes(tensors: Mapping[str, Tensor], quantization: str | None) -> int:
     total = 0
     for slot, t in in_their_order(tensors)[0].items():
-        if len(t.shape) > 1 and slot not in VECTORS and not slot.endswith(("_bias", "_conv")):
+        kept = slot in VECTORS or slot.startswith("project.")
+        if len(t.shape) > 1 and not kept and not slot.endswith(("_bias", "_conv")):
             total += math.prod(t.shape[:-2]) * matrix_bytes(panel_type(slot, t, quantization), *t.shape[-2:])
         else:
             total += math.prod(t.shape) * 4

@@ -57,7 +57,7 @@ VECTORS = ("positions", "types", "score", "pool_dense")
 
 _VECTORS_OF_LAYERS = (
     *("attn_norm", "attn_norm_bias", "attn_post_norm", "mlp_norm", "mlp_norm_bias", "mlp_post_norm"),
-    *("q_norm", "k_norm", "q_a_norm", "kv_a_norm", "sinks", "router_shared", "router_choice_bias"),
+    *("q_norm", "k_norm", "q_a_norm", "kv_a_norm", "sinks", "router_shared", "router_choice_bias", "down_bias"),
 )
 
 ACTIVATIONS = MappingProxyType(
@@ -161,7 +161,6 @@ class Program:
                 ids[p + "o_bias"] = self._vector(p + "o_bias")
             if layer.mlp.bias and layer.mlp.experts is None:
                 ids[p + "gate_up_bias"] = self._vector(*(p + s + "_bias" for s in _inner(layer)))
-                ids[p + "down_bias"] = self._vector(p + "down_bias")
             self._progress("weights", (i + 1) / len(self._spec.layers))
         self.ids = ids
 

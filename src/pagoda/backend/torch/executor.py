@@ -113,7 +113,7 @@ class TorchExecutor:
             loader = Loader(spec, tensors, target, adapters)
             decoder = team.joined(lambda: loader.decoder(limits.max_model_len, progress), limits.max_num_batched_tokens)
         else:
-            decoder = EncoderLoader(spec, tensors, target).encoder(progress)
+            decoder = EncoderLoader(spec, tensors, target).encoder(limits.max_model_len, progress)
         prompts_by = flash.given_prompts(decoder, (dtype, kv_type), device, limits.max_num_batched_tokens, forced)
         if device.is_gpu:
             stored, work = measured(decoder, limits, device, kv_type)

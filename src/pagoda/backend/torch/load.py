@@ -77,8 +77,7 @@ class Loader:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        tables = [np.concatenate(rope.tables(max_model_len), axis=1) for rope in spec.ropes]
-        cos_sin = tuple(torch.from_numpy(table).to(self._target.device) for table in tables)
+        cos_sin = self._turns(max_model_len)
         positions = self._table("positions") if spec.positions else None
         three, sight = self._three(), self._sight(max_model_len)
         scales = None
@@ -105,6 +104,11 @@ class Loader:
             return None
         gate, out = (Linear((self._weight(p + name),)) for name in ("own_gate", "own_out"))
         return Own(gate, out, self._norm(p + "own_post_norm"))
+
+    def _turns(self, max_model_len: int) -> tuple[Tensor, ...]:
+        """Cosines and sines, [positions, rope dim], of each rope."""
+        tables = [np.concatenate(rope.tables(max_model_len), axis=1) for rope in self._spec.ropes]
+        return tuple(torch.from_numpy(table).to(self._target.device) for table in tables)
 
     def _three(self) -> ThreePositions | None:
         rope, device = self._spec.rope, self._target.device

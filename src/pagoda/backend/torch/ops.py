@@ -69,7 +69,7 @@ def rope_and_cache(
     if norms and not a.late:
         q, k = rms_norm(q, norms[0], a.eps), rms_norm(k, norms[1], a.eps)
     table = cos_sin[batch.positions].unsqueeze(1)
-    q, k = _rotate(q, table, a.interleaved), _rotate(k, table, a.interleaved)
+    q, k = rotate(q, table, a.interleaved), rotate(k, table, a.interleaved)
     if norms and a.late:
         q, k = rms_norm(q, norms[0], a.eps), rms_norm(k, norms[1], a.eps)
     written = batch.cells >= 0
@@ -82,7 +82,7 @@ def rope_and_cache(
 def rope_and_keep(q: Tensor, key: Tensor, cos_sin: Tensor, batch: Batch, k_cache: Tensor, shape: Heads) -> Tensor:
     """Turn q [T, heads, head_dim] and key [T, head_dim], write the key into the cache, return q."""
     table = cos_sin[batch.positions].unsqueeze(1)
-    both = _rotate(torch.cat((q, key.unsqueeze(1)), dim=1), table, shape.interleaved)
+    both = rotate(torch.cat((q, key.unsqueeze(1)), dim=1), table, shape.interleaved)
     kept = _as_cached(both[:, -1:], k_cache.dtype)
     cells = k_cache.flatten(0, 1)
     if on_gpu(q):
@@ -106,7 +106,7 @@ def _normed_whole(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float) -> Te
     return torch.cat((rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps), v), dim=-1)
 
 
-def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
     dim = table.shape[-1]
     cos, sin = table.chunk(2, dim=-1)
     values = x[..., :dim].float()
