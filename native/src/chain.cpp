@@ -29,7 +29,8 @@ Cut::Cut(const Weight& w, int64_t rows, int threads) {
 Chain::Chain(const pg_context& c, const pg_step& st, int threads, Range tokens, Range logits, Range room)
     : threads(threads), routing(c.dims, tokens.begin, tokens.size()), c_(c), st_(st), tokens_(tokens), logits_(logits), room_(room) {
   items.reserve(2 * c.ops.size());
-  if (c.kv.data) list_attention();
+  if (c.heads.kv.data) list_attention(attention, c.heads);
+  if (c.local_heads.kv.data) list_attention(local_attention, c.local_heads);
   add_phase(kStart, nullptr, 0, 0, 1, 1);
   add(kRopeTables, nullptr, tokens.size(), 0);
   const auto of_logits = [&](size_t i) { return (c.ops[i].flags & PG_LOGIT_ROWS) != 0; };
@@ -80,9 +81,11 @@ void Chain::add(const pg_op& op, int64_t first) {
     const Cut cut(c_.weights[op.weight], rows, threads);
     add_phase(op.kind, &op, rows, first, cut.step, cut.row_blocks * cut.chunks);
   } else if (op.kind == PG_ATTENTION) {
-    add_phase(op.kind, &op, rows, first, 1, (int64_t)attention.size() * c_.head_jobs);
+    const AttentionJobs& jobs = attention_of(op);
+    const int64_t heads = c_.heads_of(op).jobs;
+    add_phase(op.kind, &op, rows, first, 1, (int64_t)jobs.tokens.size() * heads);
     items.back().attention = (int)cached.size() - 1;
-    if (!joins.empty()) add_phase(kJoin, &op, rows, first, 1, (int64_t)joins.size() * c_.head_jobs);
+    if (!jobs.joins.empty()) add_phase(kJoin, &op, rows, first, 1, (int64_t)jobs.joins.size() * heads);
   } else if (op.kind == PG_DELTA) {
     add_phase(op.kind, &op, rows, first, 1, (int64_t)st_.requests * c_.dims.delta.key_heads);
   } else if (op.kind == PG_CONVOLVE) {
@@ -139,31 +142,31 @@ void Chain::list_adapted(const pg_op& op, int64_t rows, int64_t first) {
 }
 
 // The last tokens, which have the most to read, come first, so that the threads end together.
-void Chain::list_attention() {
-  const int width = std::max(1, kQueryVectors / (c_.dims.heads / c_.head_jobs));
+void Chain::list_attention(AttentionJobs& jobs, const Heads& heads) {
+  const int width = std::max(1, kQueryVectors / (c_.dims.heads / heads.jobs));
   for (int r = 0; r < st_.requests; r++) {
     const int from = (int)std::max<int64_t>(0, tokens_.begin - st_.starts[r]);
     const int tokens = (int)std::min<int64_t>(st_.starts[r + 1], tokens_.end) - st_.starts[r] - from;
     for (int tile = (int)ceil_div(tokens, width) - 1; tile >= 0 && tokens > 0; tile--)
-      attention.push_back({r, from + tile * width, std::min(width, tokens - tile * width)});
+      jobs.tokens.push_back({r, from + tile * width, std::min(width, tokens - tile * width)});
   }
-  if ((int64_t)attention.size() * c_.head_jobs < 4 * threads && threads > 1) split_attention();
+  if ((int64_t)jobs.tokens.size() * heads.jobs < 4 * threads && threads > 1) split_attention(jobs, heads);
 }
 
 // Few jobs: cut those with a long context into segments, so that all threads have work.
-void Chain::split_attention() {
+void Chain::split_attention(AttentionJobs& jobs, const Heads& heads) {
   std::vector<Tokens> whole;
-  whole.swap(attention);
+  whole.swap(jobs.tokens);
   int64_t parts = 0;
   for (Tokens t : whole) {
     const int end = st_.last_seen ? st_.last_seen[st_.starts[t.request] + t.from + t.count - 1] + 1 : st_.positions[t.request] + t.from + t.count;
     const int segments = (int)ceil_div(end, kSegment);
-    if (segments == 1) { attention.push_back(t); continue; }
+    if (segments == 1) { jobs.tokens.push_back(t); continue; }
     t.partials = parts;
-    joins.push_back({t, segments});
-    for (t.segment = 0; t.segment < segments; t.segment++, t.partials = parts += c_.head_jobs) attention.push_back(t);
+    jobs.joins.push_back({t, segments});
+    for (t.segment = 0; t.segment < segments; t.segment++, t.partials = parts += heads.jobs) jobs.tokens.push_back(t);
   }
-  partials.resize(parts * partial_stride(c_.dims.head_dim));
+  jobs.partials.resize(parts * partial_stride(heads.kv.head_dim));
 }
 
 // A chunk is a job times a head; a phase takes some, from its `first` on: at least one for each thread.

@@ -38,6 +38,11 @@ struct Join {
   Tokens tokens;
   int segments;
 };
+struct AttentionJobs {  // in layers of a kind
+  std::vector<Tokens> tokens;
+  std::vector<Join> joins;
+  std::vector<float> partials;
+};
 
 // Consecutive rows of the buffers with one adapter.
 struct Adapted {
@@ -60,9 +65,9 @@ class Chain {
   std::vector<Item> items;
   std::vector<Task> tails;
   std::vector<size_t> cached;  // for each attention of the program: the item after which the cache has the rows' keys
-  std::vector<Tokens> attention, encoder, frames;
-  std::vector<Join> joins;
-  std::vector<float> partials;
+  AttentionJobs attention, local_attention;
+  AttentionJobs& attention_of(const pg_op& op) { return &c_.heads_of(op) == &c_.heads ? attention : local_attention; }
+  std::vector<Tokens> encoder, frames;
   std::vector<Adapted> adapted;
   std::vector<float> small;  // what adapters make of rows, between their two products
   int64_t small_width = 0;   // room for a row
@@ -76,8 +81,8 @@ class Chain {
   void add_encoder_attention(const pg_op& op);
   void add_adapted(const pg_op& op, int64_t rows, int64_t first);
   void list_adapted(const pg_op& op, int64_t rows, int64_t first);
-  void list_attention();
-  void split_attention();
+  void list_attention(AttentionJobs& jobs, const Heads& heads);
+  void split_attention(AttentionJobs& jobs, const Heads& heads);
   static std::vector<Tokens> encoder_jobs(const int32_t* starts, int count);
   int64_t row_of(const pg_op* op) const { return op && op->flags & PG_LOGIT_ROWS ? room_.begin : rows_.begin; }
 

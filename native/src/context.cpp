@@ -150,6 +150,27 @@ Reads reads_of(const pg_context& c, int i) {
   return reads;
 }
 
+Heads make_heads(const pg_context& c, int layers, int kv_heads, int head_dim, int rope_dim) {
+  const pg_dims& d = c.dims;
+  const bool no_pairs = !c.kernels->to_bf16 || d.latent.rank;  // keys that are values too are not kept in pairs
+  const int group = d.heads / kv_heads;
+  int cuts = 1;
+  while (group % cuts || group / cuts > kQueryVectors) cuts++;
+  return {{nullptr, layers, kv_heads, head_dim, d.kv == PG_KV_BF16 && no_pairs ? PG_KV_F16 : d.kv, d.latent.rank ? head_dim - d.latent.rank : 0},
+          kv_heads * cuts, rope_dim};
+}
+
+// The caches of both kinds of layers lie side by side in each block.
+void make_caches(pg_context& c) {
+  const pg_dims& d = c.dims;
+  c.heads = make_heads(c, d.layers, d.kv_heads, d.head_dim, d.rope_dim);
+  if (d.local.head_dim) c.local_heads = make_heads(c, d.local.layers, d.local.kv_heads, d.local.head_dim, d.local.rope_dim);
+  const int64_t own = c.heads.kv.own_bytes(), block = own + c.local_heads.kv.own_bytes();
+  c.kv_pages = Pages(block * d.num_blocks, true);
+  c.heads.kv.data = c.kv_pages.data(), c.heads.kv.block_bytes = block;
+  if (c.heads.kv.data) c.local_heads.kv.data = c.heads.kv.data + own, c.local_heads.kv.block_bytes = block;
+}
+
 Buffer make_buffer(const pg_buffer& from, const pg_dims& d, Reads reads) {
   const int64_t sizes[] = {d.max_tokens, d.max_rows, d.piece_rows}, rows = sizes[from.rows], blocks = from.width / kBlock;
   Buffer b{from.width, rows, {}, {}, {}, {}, {}, {}, {}, {}};
@@ -167,12 +188,12 @@ Buffer make_buffer(const pg_buffer& from, const pg_dims& d, Reads reads) {
 
 int64_t pg_context::used_bytes(const pg_step& st) const {
   int32_t last = -1;
-  for (int r = 0; r < st.requests && kv.data; r++) {
+  for (int r = 0; r < st.requests && heads.kv.data; r++) {
     const int32_t* table = st.block_tables + (int64_t)st.slots[r] * st.table_width;
     const int first = st.positions[r] / kTokens, end = (st.positions[r] + st.starts[r + 1] - st.starts[r] - 1) / kTokens + 1;
     last = std::max(last, *std::max_element(table + first, table + end));
   }
-  return (last + 1) * (kv.at(0, 1, 0) - kv.data);
+  return (last + 1) * heads.kv.block_bytes;
 }
 
 extern "C" {
@@ -232,30 +253,24 @@ int32_t pg_program(pg_context* c, const pg_dims* d, const pg_buffer* buffers, in
   return guarded(c, [&]() -> int32_t {
     c->dims = *d;
     c->inv_freq.assign(d->inv_freq, d->inv_freq + d->rope_dim / 2);
-    c->rope_axes.assign(d->rope_dim / 2, 0);
-    if (d->rope_axes) c->rope_axes.assign(d->rope_axes, d->rope_axes + d->rope_dim / 2);
-    if (d->local_inv_freq) c->local_inv_freq.assign(d->local_inv_freq, d->local_inv_freq + d->rope_dim / 2);
-    const int64_t tables = d->local_inv_freq ? 2 : 1;
+    const int local_dim = d->local.head_dim ? d->local.rope_dim : d->rope_dim;
+    c->rope_axes.assign(std::max(d->rope_dim, local_dim) / 2, 0);
+    if (d->rope_axes) std::copy(d->rope_axes, d->rope_axes + d->rope_dim / 2, c->rope_axes.begin());
+    if (d->local_inv_freq) c->local_inv_freq.assign(d->local_inv_freq, d->local_inv_freq + local_dim / 2);
+    const int64_t turned = d->rope_dim + (d->local_inv_freq ? local_dim : 0);
     c->ops.assign(ops, ops + n_ops);
     c->buffers.clear(), c->buffers.resize(n_buffers);
     mark_producers(*c);
     for (int i = 0; i < n_buffers; i++) c->buffers[i] = make_buffer(buffers[i], *d, reads_of(*c, i));
-    // keys that are values too are not kept in pairs
-    const bool no_pairs = !c->kernels->to_bf16 || d->latent.rank;
-    c->kv = {nullptr, d->layers, d->kv_heads, d->head_dim, d->kv == PG_KV_BF16 && no_pairs ? PG_KV_F16 : d->kv,
-             d->latent.rank ? d->head_dim - d->latent.rank : 0};
-    int group = d->heads / d->kv_heads, cuts = 1;
-    while (group % cuts || group / cuts > kQueryVectors) cuts++;
-    c->head_jobs = d->kv_heads * cuts;
-    c->kv_pages = Pages((int64_t)d->layers * d->num_blocks * d->kv_heads * c->kv.stride(), true);
-    c->kv.data = c->kv_pages.data();
+    make_caches(*c);
     c->writers.assign(d->num_blocks, -1);
     const pg_delta& n = d->delta;
     c->state_pages = Pages(layer_state(n) * n.layers * n.slots * 4);
-    c->rope_pages = Pages(tables * d->max_tokens * d->rope_dim * 4);
+    c->rope_pages = Pages(turned * d->max_tokens * 4);
     const bool head = std::any_of(c->ops.begin(), c->ops.end(), [](const pg_op& op) { return op.kind == PG_HEAD; });
     c->logit_pages = head ? Pages((int64_t)d->max_rows * d->vocab * 4) : Pages();
-    int64_t widest = std::max(attention_scratch(d->head_dim), encoder_scratch(d->head_dim));
+    const int head_dim = std::max(d->head_dim, d->local.head_dim);
+    int64_t widest = std::max(attention_scratch(head_dim), encoder_scratch(head_dim));
     widest = std::max(widest, delta_scratch(n.key_dim, n.value_dim));
     int64_t row = 0;
     for (auto& b : c->buffers) row = std::max(row, b.width);

@@ -78,6 +78,16 @@ inline void make_forms(const Kernels& k, const float* x, int64_t n, const Codes&
 
 }  // namespace pagoda
 
+namespace pagoda {
+
+struct Heads {  // of attention in layers of a kind, and their part of the cache
+  KvCache kv{};
+  int jobs = 1;  // that attention is cut into along its heads: each of one KV head, and of no more heads than a job takes
+  int rope_dim = 0;
+};
+
+}  // namespace pagoda
+
 struct pg_context {
   pg_context(int threads, const pagoda::Kernels* k) : team(threads), kernels(k), scratch(threads), row_scratch(threads), row_values(threads) {}
   pagoda::Team team;
@@ -94,10 +104,10 @@ struct pg_context {
   std::vector<double> inv_freq, local_inv_freq;
   std::vector<int32_t> rope_axes;
   pagoda::Pages kv_pages, rope_pages, logit_pages;
-  pagoda::KvCache kv{};
+  pagoda::Heads heads, local_heads;
+  const pagoda::Heads& heads_of(const pg_op& op) const { return op.flags & PG_LOCAL && dims.local.head_dim ? local_heads : heads; }
   int64_t kv_used = 0, kv_touched = 0;  // bytes of the cache: up to the last block of any step, and taken from the system
   int64_t used_bytes(const pg_step& st) const;  // of the cache, up to the last block that a step writes
-  int head_jobs = 1;  // that attention is cut into along its heads: each of one KV head, and of no more heads than a job takes
   pagoda::Pages state_pages;  // [slot][layer with a state], of layer_state floats each
   std::vector<int32_t> writers;  // of each block of the cache, -1 between steps: see step.cpp
   std::vector<pagoda::SampleScratch> scratch;

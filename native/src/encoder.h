@@ -60,5 +60,11 @@ void gelu_tanh(const float* x, int64_t n, float* out) {
   for (; i < n; i++) out[i] = one(splat(x[i]))[0];
 }
 
+// gelu(gate) * up
+void gelu_gated(const float* gate, const float* up, int64_t n, float* out) {
+  gelu_tanh(gate, n, out);
+  for (int64_t i = 0; i < n; i++) out[i] *= up[i];
+}
+
 }  // namespace PG_NS
 }  // namespace pagoda

@@ -25,8 +25,8 @@ class Routing {
       : first_row_(first_row), router_(d.router), experts_(d.router.experts), active_(d.router.active),
         picks_(rows * active_), order_(rows * active_), next_(experts_) {}
   // The experts that a row likes best, ties by lower number; the logits become their exponents, or sigmoids.
-  // `bias`: see PG_ROUTE; `scratch` has room for two rows of experts.
-  void choose(const Kernels& k, int64_t row, float* logits, const float* bias, float* scratch) {
+  // `bias`, `weights`: see PG_ROUTE; `scratch` has room for two rows of experts.
+  void choose(const Kernels& k, int64_t row, float* logits, const float* bias, const float* weights, float* scratch) {
     double total = 1.0;
     if (router_.sigmoid) sigmoids(k, logits);
     else total = k.exp_row(logits, experts_, k.row_max(logits, experts_), 1.0f, logits);
@@ -45,6 +45,7 @@ class Routing {
       total = std::max(total, 1e-20);
     }
     for (int i = 0; i < active_; i++) picks[i].share = (float)(picks[i].share / total) * router_.scale;
+    for (int i = 0; weights && i < active_; i++) picks[i].share *= weights[picks[i].expert];
   }
   // Sort what all rows chose by expert.
   void group() {
@@ -193,7 +194,7 @@ inline void expert_up(pg_context& c, const Routing& routing, const pg_op& op, co
   const Forms forms = {reads(Form::floats), reads(Form::codes), reads(Form::bf16)};
   const int64_t most = gathered_rows(w.k), size = parts[0].rows;
   const float* bias = bias_of(c, op);
-  const auto gated = op.flags & PG_CLAMPED ? c.kernels->clamped : c.kernels->silu;
+  const auto gated = op.flags & PG_CLAMPED ? c.kernels->clamped : op.flags & PG_GELU_UP ? c.kernels->gelu_gated : c.kernels->silu;
   float* at = scratch + 2 * most * w.k;
   for (int64_t done = 0; done < group.rows; done += most) {
     const int64_t n = std::min(most, group.rows - done), place = group.first + done;

@@ -48,12 +48,14 @@ struct KvCache {
   int layers, heads, head_dim;
   int kind;        // PG_KV_*
   int turned = 0;  // > 0: the value of a token is its key from here on
+  int64_t block_bytes = 0;  // from block to block, which may hold another such cache
   int value_dim() const { return head_dim - turned; }
   int64_t both() const { return turned > 0 ? 1 : 2; }
   int64_t values() const { return (int64_t)kTokens * head_dim; }  // of K or V in a block
   int64_t scales() const { return (int64_t)kTokens * ((head_dim + kKvGroup - 1) / kKvGroup); }
   int64_t stride() const { return both() * (kind == PG_KV_INT8 ? values() + 2 * scales() : 2 * values()); }
-  uint8_t* at(int layer, int64_t block, int head) const { return data + ((block * layers + layer) * heads + head) * stride(); }
+  int64_t own_bytes() const { return (int64_t)layers * heads * stride(); }  // of a block
+  uint8_t* at(int layer, int64_t block, int head) const { return data + block * block_bytes + (layer * heads + head) * stride(); }
 };
 
 struct AttentionJob {  // consecutive tokens of one request, the query heads of one KV head
@@ -164,6 +166,7 @@ struct Kernels {
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* out);
   void (*gelu)(const float* x, int64_t n, float* out);
   void (*clamped)(const float* gate, const float* up, int64_t n, float* out);  // see PG_CLAMPED
+  void (*gelu_gated)(const float* gate, const float* up, int64_t n, float* out);  // by tanh
   void (*quick_gelu)(const float* x, int64_t n, float* out);
   void (*gelu_tanh)(const float* x, int64_t n, float* out);
   void (*attend_all)(const EncoderJob&, float* scratch);

@@ -35,7 +35,7 @@ inline void head_products(pg_context& c, const pg_op& op, int64_t row, int64_t r
   const int64_t head = chunk % d.heads, first = chunk / d.heads * kHeadRows, n = std::min(kHeadRows, rows - first);
   const Part& part = w.parts[head];
   const bool absorbs = op.kind == PG_ABSORB;
-  const int64_t turned = absorbs ? c.kv.turned : 0, in_at = head * (w.k + turned), out_at = head * (part.rows + turned);
+  const int64_t turned = absorbs ? c.heads.kv.turned : 0, in_at = head * (w.k + turned), out_at = head * (part.rows + turned);
   row += first;
   for (int64_t i = 0; i < n; i++) memcpy(out.row(row + i) + out_at, in.row(row + i) + in_at + w.k, turned * sizeof(float));
   const Rows a = head_rows(c, in, row, n, in_at, part, w.k, scratch);
@@ -44,7 +44,7 @@ inline void head_products(pg_context& c, const pg_op& op, int64_t row, int64_t r
 
 // PG_LATENT_KEY
 inline void latent_key(const pg_context& c, const pg_op& op, const float* in, float* out) {
-  const int64_t rank = c.dims.latent.rank, turned = c.kv.turned;
+  const int64_t rank = c.dims.latent.rank, turned = c.heads.kv.turned;
   in += op.layer, out += (int64_t)c.dims.heads * c.dims.head_dim;
   memcpy(out, in + rank, turned * sizeof(float));
   c.kernels->norm(in, c.vectors[op.vector].data(), rank, op.f, out + turned);

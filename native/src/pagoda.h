@@ -14,9 +14,10 @@ enum pg_type : int32_t {
 };
 
 enum pg_op_kind : int32_t {
-  PG_EMBED = 0,      // out = rows of weight for the step's tokens, times f (0: 1); or the step's vectors where it gives them
+  PG_EMBED = 0,      // out = rows of weight for the step's tokens, times f (0: 1); or the step's vectors where it gives them;
+                     // ADD adds to out, of tokens with vectors the row of token `layer`
   PG_NORM = 1,       // out = rmsnorm(in) * vector, of each of `layer` parts of a row, if any; eps in f; ADD adds to out, and
-                     // norms `in` in place
+                     // norms `in` in place, and then multiplies out by f2 (0: 1)
   PG_GATHER = 2,     // out (rows of logits) = the rows of `in` that want logits; a wider out takes those behind them too
   PG_MATMUL = 3,     // out = in * weight^T (+ vector); ADD adds to out
   PG_ROPE = 4,       // qkv in place: norms (vector, vector2, eps in f), rotation; keys and values go to the cache, if any
@@ -30,10 +31,11 @@ enum pg_op_kind : int32_t {
   PG_GELU = 11,        // out = gelu(in)
   PG_ATTEND_ALL = 12,  // out = attention of the queries in `in` over the tokens of their request before and behind; scale in f
   PG_ROUTE = 13,         // `in` holds the router's logits: chooses the experts of each row, for what follows in the layer;
-                         // vector: added to their shares for the choice alone, if any
+                         // vector: added to their shares for the choice alone, if any; vector2: a weight of each, that
+                         // multiplies its share, if any
   PG_EXPERTS_UP = 14,    // out = silu(in * gate^T) * (in * up^T) by the experts of each row; weight (and
-                         // vector, their biases, if any): gate, up, gate, up, ...; CLAMPED: the other function instead of silu;
-                         // SQUARED: out = the square of what of in * up^T is above 0; weight: up, up, ...
+                         // vector, their biases, if any): gate, up, gate, up, ...; CLAMPED, GELU_UP: the other function instead
+                         // of silu; SQUARED: out = the square of what of in * up^T is above 0; weight: up, up, ...
   PG_EXPERTS_DOWN = 15,  // out += each row's shares of `in` * down^T (+ vector) by its experts
   PG_GATED = 16,         // out *= sigmoid(in * vector)
   PG_PATCHES = 17,       // out = the pixels of the step's picture that are each row's patch, normalized, and zeros behind them
@@ -59,6 +61,8 @@ enum pg_op_kind : int32_t {
                          // stacked of `layer` matrices
   PG_MEAN = 40,          // out = the mean of the `layer` parts of a row of `in`
   PG_GATED_GELU = 41,    // out = gelu(in[:, :n]) * in[:, n:]
+  PG_ZERO = 50,          // out = 0
+  PG_GELU_TIMES = 51,    // out = gelu(out) * in from column `layer` on, by tanh
   PG_RELU2 = 42,         // out = the square of what of in is above 0
   PG_GRID = 27,          // out += the positions of the table `vector` with `layer` rows and columns, spread over the picture
   PG_ADD_SCALED = 48,    // out += in * vector
@@ -71,11 +75,14 @@ enum pg_op_flags : int32_t {
   PG_FRAMES = 8,       // attend all: over the tokens of the frame instead of the request
   PG_CLAMPED = 32,     // experts up: clamped(gate, up) = min(gate, 7) * sigmoid(1.702 min(gate, 7)) * (up within -7 and 7, + 1)
   PG_SQUARED = 1024,   // experts up: they have no gate
-  PG_LOCAL = 128,      // rope: by the second table of angles
+  PG_LOCAL = 128,      // rope: by the second table of angles; rope, attention: the heads and the cache are dims.local's
   PG_PIECES = 16,      // such operations in a row are done for some tokens before they are for the next
   PG_STILL = 64,       // rope: nothing is turned
   PG_WHOLE = 256,      // rope: the norms are over all heads of q, and of k, together
   PG_LATE = 512,       // rope: the norms come behind the rotation
+  PG_QUERIES = 2048,   // rope: there are no keys and values, and nothing goes to the cache
+  PG_NORM_VALUES = 4096,  // rope: values are normed too, without weights
+  PG_GELU_UP = 8192,   // experts up: gelu(gate) * up, by tanh
 };
 
 struct pg_part {  // one stored matrix [rows, k], row-major blocks
@@ -115,6 +122,10 @@ struct pg_latent {  // of latent attention; rank 0: there is none. A value is th
   int32_t rank, nope, value_dim;  // nope: of a query, what does not turn; value_dim: of a head, behind PG_EXPAND
 };
 
+struct pg_heads {  // of a second kind of layers; head_dim 0: they are as the others
+  int32_t layers, kv_heads, head_dim, rope_dim;
+};
+
 struct pg_router {  // of a mixture
   int32_t experts, active, normalized;  // normalized: the shares of the chosen ones add up to 1, times scale
   int32_t sigmoid;                      // shares are the sigmoid of each expert's logit; 0: the softmax over all
@@ -135,11 +146,12 @@ struct pg_dims {
   int32_t piece_rows;      // tokens of a piece
   const int32_t* rope_axes;  // [rope_dim / 2] by which of the step's three rope positions each pair turns, or null
   pg_delta delta;
-  const double* local_inv_freq;  // of a second table of angles, or null
+  const double* local_inv_freq;  // of a second table of angles, [local.rope_dim / 2] or as the first; or null
   float local_factor;
   float query_beta;          // the query at position p is multiplied by 1 + query_beta * ln(1 + p / query_length)
   int32_t query_length;
   pg_latent latent;
+  pg_heads local;  // of operations with PG_LOCAL
 };
 
 struct pg_low_rank {  // what an adapter adds to a product: (in * down^T) * up^T, to the outputs from `column` on

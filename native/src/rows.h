@@ -1,6 +1,7 @@
 // Small functions of one row of values.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -27,6 +28,22 @@ inline void relu2(const float* in, int64_t n, float* out) {
 inline void gated(void (*function)(const float*, int64_t, float*), const float* in, int64_t n, float* out) {
   function(in, n, out);
   for (int64_t i = 0; i < n; i++) out[i] *= in[n + i];
+}
+
+// out = function(out) * x
+inline void times_gelu(void (*function)(const float*, int64_t, float*), const float* x, int64_t n, float* out) {
+  function(out, n, out);
+  for (int64_t i = 0; i < n; i++) out[i] *= x[i];
+}
+
+// RMS norm in place, without weights.
+inline void norm_plainly(float* x, int64_t n, float eps) {
+  float sums[8] = {};
+  for (int64_t i = 0; i < n; i++) sums[i % 8] += x[i] * x[i];
+  float total = 0.0f;
+  for (float each : sums) total += each;
+  const float scale = 1.0f / std::sqrt(total / (float)n + eps);
+  for (int64_t i = 0; i < n; i++) x[i] *= scale;
 }
 
 inline void put_in_order(const std::vector<int32_t>& places, float* row, float* scratch) {

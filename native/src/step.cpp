@@ -9,6 +9,7 @@
 
 #include "adapt.h"
 #include "latent_step.h"
+#include "rope_step.h"
 #include "rows.h"
 #include "valid.h"
 
@@ -62,7 +63,7 @@ class StepJob : public Job {
   // in a delta net a token waits for the one before it; and in a picture it may see one that comes later.
   int most_chains() const {
     int count = 1;
-    while (c_.kv.data && !st_.last_seen && !c_.dims.router.experts && !c_.dims.delta.layers && 2 * count <= c_.team.size() && c_.kernels->chain_rows * 4 * count * count <= st_.tokens_count) count *= 2;
+    while (c_.heads.kv.data && !st_.last_seen && !c_.dims.router.experts && !c_.dims.delta.layers && 2 * count <= c_.team.size() && c_.kernels->chain_rows * 4 * count * count <= st_.tokens_count) count *= 2;
     return std::is_sorted(st_.rows, st_.rows + st_.rows_count) ? count : 1;
   }
 
@@ -146,7 +147,7 @@ class StepJob : public Job {
       const int64_t row = task.row + i, logit = task.first + i;
       if (task.kind == kRopeTables) rope_tables(row);
       else if (task.kind == kSample) sample(*task.op, logit, row, thread);
-      else if (task.kind == PG_ROUTE) chain.routing.choose(*c_.kernels, i, c_.buffers[task.op->in].row(row), vector(task.op->vector), c_.row_scratch[thread].data());
+      else if (task.kind == PG_ROUTE) chain.routing.choose(*c_.kernels, i, c_.buffers[task.op->in].row(row), vector(task.op->vector), vector(task.op->vector2), c_.row_scratch[thread].data());
       else if (task.kind == kGroup) chain.routing.group();
       else run_row(task, row, logit, thread);
     }
@@ -160,7 +161,12 @@ class StepJob : public Job {
     switch (task.kind) {
       case PG_EMBED: {
         const Weight& w = c_.weights[op.weight];
-        if (st_.vector_of && st_.vector_of[row] >= 0) memcpy(out, vectors_of(row), w.k * sizeof(float));
+        const bool seen = st_.vector_of && st_.vector_of[row] >= 0;
+        if (op.flags & PG_ADD) {
+          float* values = c_.row_scratch[thread].data();
+          k.dequantize_row(w.parts[0], w.k, seen ? op.layer : st_.tokens[row], values);
+          for (int64_t i = 0; i < w.k; i++) out[i] += values[i] * op.f;
+        } else if (seen) memcpy(out, vectors_of(row), w.k * sizeof(float));
         else {
           k.dequantize_row(w.parts[0], w.k, st_.tokens[row], out);
           for (int64_t i = 0; op.f > 0.0f && i < w.k; i++) out[i] *= op.f;
@@ -171,6 +177,7 @@ class StepJob : public Job {
         float* to = op.flags & PG_ADD ? in : out;
         in_parts(op, [&](int64_t at, int64_t n) { k.norm(in + at, vector(op.vector), n, op.f, to + at); });
         if (op.flags & PG_ADD) add_to(out, in, c_.buffers[op.in].width);
+        for (int64_t i = 0; op.f2 != 0.0f && i < c_.buffers[op.out].width; i++) out[i] *= op.f2;
         break;
       }
       case PG_GATHER: memcpy(out, c_.buffers[op.in].row(st_.rows[logit]), c_.buffers[op.out].width * sizeof(float)); break;
@@ -196,6 +203,8 @@ class StepJob : public Job {
       case PG_POSITIONS: add_positions(op, row, out); break;
       case PG_NORM_GATED: norm_gated(c_, op, in, out); break;
       case PG_OUT_GATE: k.sigmoid_gate(in + op.layer, c_.buffers[op.out].width, out); break;
+      case PG_ZERO: std::fill(out, out + c_.buffers[op.out].width, 0.0f); break;
+      case PG_GELU_TIMES: times_gelu(k.gelu_tanh, in + op.layer, c_.buffers[op.out].width, out); break;
       case PG_GATED: gate(in, vector(op.vector), c_.buffers[op.in].width, out, c_.buffers[op.out].width); break;
       case PG_HIDDEN: {
         const int64_t width = c_.buffers[op.in].width;
@@ -217,7 +226,9 @@ class StepJob : public Job {
   const float* vector(int32_t id) const { return id >= 0 ? c_.vectors[id].data() : nullptr; }
   float* logits(int64_t row) const { return reinterpret_cast<float*>(c_.logit_pages.data()) + row * c_.dims.vocab; }
   float* rope_row(int64_t token, bool local) const {
-    return reinterpret_cast<float*>(c_.rope_pages.data()) + (token + (local ? c_.dims.max_tokens : 0)) * c_.dims.rope_dim;
+    float* first = reinterpret_cast<float*>(c_.rope_pages.data());
+    const int64_t dim = c_.dims.rope_dim;
+    return local ? first + c_.dims.max_tokens * dim + token * 2 * (int64_t)c_.local_inv_freq.size() : first + token * dim;
   }
 
   void quantize(const Buffer& b, int64_t row) { make_forms(*c_.kernels, b.row(row), b.width, b.codes(row)); }
@@ -243,7 +254,7 @@ class StepJob : public Job {
   }
 
   void fill_table(int64_t token, const std::vector<double>& inv_freq, float factor, float* table) {
-    const int half = c_.dims.rope_dim / 2;
+    const int half = (int)inv_freq.size();
     for (int i = 0; i < half; i++) {
       const double angle = rope_position(token, i) * inv_freq[i];
       table[i] = (float)(std::cos(angle) * factor);
@@ -268,59 +279,40 @@ class StepJob : public Job {
     }
   }
 
-  // Norms and rotation of one token's heads; its keys and values go to the cache.
   void rope(const pg_op& op, int64_t token) {
-    const pg_dims& d = c_.dims;
     const float* cos = rope_row(token, op.flags & PG_LOCAL);
-    float* row = c_.buffers[op.in].row(token);
-    const bool whole = op.flags & PG_WHOLE;
-    for (int h = 0; h < d.heads + d.kv_heads; h++) {
-      const float* weight = vector(h < d.heads ? op.vector : op.vector2);
-      const int together = !whole ? 1 : h == 0 ? d.heads : h == d.heads ? d.kv_heads : 0;
-      float* head = row + h * d.head_dim;
-      const auto norm = [&] { if (weight && together) c_.kernels->norm(head, weight, together * d.head_dim, op.f, head); };
-      if (!(op.flags & PG_LATE)) norm();
-      if (!(op.flags & PG_STILL)) c_.kernels->rotate(head, cos, cos + d.rope_dim / 2, d.rope_dim, d.rope_interleaved != 0);
-      if (op.flags & PG_LATE) norm();
-    }
-    if (d.query_beta > 0.0f) {
-      const float scale = (float)(1.0 + d.query_beta * std::log1p((double)(position_of(token) / d.query_length)));
-      for (int64_t i = 0; i < d.heads * d.head_dim; i++) row[i] *= scale;
-    }
-    if (!c_.kv.data) return;
-    const int position = position_of(token);
-    const int64_t block = table_of(request_of(token))[position / kTokens];
-    const float *k = row + d.heads * d.head_dim, *v = k + d.kv_heads * d.head_dim;
-    for (int h = 0; h < d.kv_heads; h++)
-      c_.kernels->store_kv(c_.kv, op.layer, block, h, position % kTokens, k + h * d.head_dim, v + h * d.head_dim);
+    turn_heads(c_, op, c_.buffers[op.in].row(token), cos, position_of(token), table_of(request_of(token)));
   }
 
   AttentionJob job(const pg_op& op, const Tokens& t, int head) const {
-    const pg_dims& d = c_.dims;
+    const Heads& own = c_.heads_of(op);
+    const KvCache& kv = own.kv;
     const Buffer &in = c_.buffers[op.in], &out = c_.buffers[op.out];
-    const int group = d.heads / c_.head_jobs;
+    const int group = c_.dims.heads / own.jobs;
     const int64_t row = st_.starts[t.request] + t.from, first = (int64_t)head * group;
     const float* sinks = vector(op.vector);
-    return {&c_.kv, table_of(t.request), op.layer, head * d.kv_heads / c_.head_jobs, group, t.count, st_.positions[t.request] + t.from,
-            in.row(row) + first * d.head_dim, in.width, out.row(row) + first * c_.kv.value_dim(), out.width, op.f,
+    return {&kv, table_of(t.request), op.layer, head * kv.heads / own.jobs, group, t.count, st_.positions[t.request] + t.from,
+            in.row(row) + first * kv.head_dim, in.width, out.row(row) + first * kv.value_dim(), out.width, op.f,
             op.window > 0 ? op.window : INT32_MAX, sinks ? sinks + first : nullptr, op.f2,
             st_.last_seen ? st_.last_seen + row : nullptr};
   }
 
   void attention(Chain& chain, const pg_op& op, int64_t chunk, int thread) {
-    const Tokens& t = chain.attention[chunk / c_.head_jobs];
-    const int head = (int)(chunk % c_.head_jobs);
+    AttentionJobs& jobs = chain.attention_of(op);
+    const int heads = c_.heads_of(op).jobs, head = (int)(chunk % heads);
+    const Tokens& t = jobs.tokens[chunk / heads];
     float* scratch = c_.row_scratch[thread].data();
     if (t.segment < 0) return c_.kernels->attention(job(op, t, head), scratch);
-    c_.kernels->attention_segment(job(op, t, head), t.segment, &chain.partials[(t.partials + head) * partial_stride(c_.dims.head_dim)], scratch);
+    c_.kernels->attention_segment(job(op, t, head), t.segment, &jobs.partials[(t.partials + head) * partial_stride(c_.heads_of(op).kv.head_dim)], scratch);
   }
 
-  void join(const Chain& chain, const pg_op& op, int64_t chunk, int thread) {
-    const Join& j = chain.joins[chunk / c_.head_jobs];
-    const int head = (int)(chunk % c_.head_jobs);
-    const int64_t stride = partial_stride(c_.dims.head_dim);
-    c_.kernels->attention_join(job(op, j.tokens, head), &chain.partials[(j.tokens.partials + head) * stride],
-                               c_.head_jobs * stride, j.segments, c_.row_scratch[thread].data());
+  void join(Chain& chain, const pg_op& op, int64_t chunk, int thread) {
+    AttentionJobs& jobs = chain.attention_of(op);
+    const int heads = c_.heads_of(op).jobs, head = (int)(chunk % heads);
+    const Join& j = jobs.joins[chunk / heads];
+    const int64_t stride = partial_stride(c_.heads_of(op).kv.head_dim);
+    c_.kernels->attention_join(job(op, j.tokens, head), &jobs.partials[(j.tokens.partials + head) * stride],
+                               heads * stride, j.segments, c_.row_scratch[thread].data());
   }
 
   void add_positions(const pg_op& op, int64_t token, float* out) {
@@ -343,7 +335,7 @@ class StepJob : public Job {
     const float* keys = in.row(first) + (d.heads + head * d.kv_heads / d.heads) * d.head_dim;
     c_.kernels->attend_all({in.row(first + t.from) + column, keys, keys + (int64_t)d.kv_heads * d.head_dim, in.width, t.count,
                             starts[1] - starts[0], d.head_dim, t.from, op.window > 0 ? op.window : INT32_MAX, op.f,
-                            out.row(first + t.from) + column, out.width, c_.kv.kind == PG_KV_BF16}, c_.row_scratch[thread].data());
+                            out.row(first + t.from) + column, out.width, c_.heads.kv.kind == PG_KV_BF16}, c_.row_scratch[thread].data());
   }
 
   void sample(const pg_op& op, int64_t l, int64_t row, int thread) {

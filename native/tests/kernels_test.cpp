@@ -60,6 +60,7 @@ void test_product(const Kernels& t, int32_t type) {
 void test_attention(const Kernels& t, bool int8, int window, bool has_sinks) {
   const int dim = 80, group = 3, tokens = 5, position = 700, length = position + tokens, blocks = (length + 15) / 16;
   KvCache cache = {nullptr, 1, 1, dim, int8};
+  cache.block_bytes = cache.own_bytes();
   std::vector<uint8_t> memory(blocks * cache.stride());
   cache.data = memory.data();
   std::vector<int32_t> table(blocks);

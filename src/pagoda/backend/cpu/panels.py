@@ -19,7 +19,7 @@ Places = npt.NDArray[np.int32]
 
 FLOATS = ("F32", "F16", "BF16")
 
-_INT4 = MappingProxyType(dict.fromkeys(("embed", "head", *EIGHT_BITS_OF_INT4), "Q8_0"))
+_INT4 = MappingProxyType(dict.fromkeys(("embed", "head", "layer_embed", *EIGHT_BITS_OF_INT4), "Q8_0"))
 """What int4 makes of the matrices that suffer most from rounding; Q4_1 of the others."""
 
 FUSED = MappingProxyType(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,32 +16,35 @@ from pagoda.backend.cpu import records as native
 from pagoda.backend.cpu.buffers import (
     ATT,
     CHOSEN,
-    GATE_UP,
     LAST,
     LAST_ATT,
-    LAST_GATE_UP,
-    LAST_MLP,
     LAST_NORMED,
+    LAST_VALUES,
+    LAYER_VALUES,
+    LOGITS,
     MAX_ROWS,
     MET,
     MIXED,
-    MLP,
     Q_A,
     QKV,
     ROUTER,
     SHARED,
     SHARED_GATE_UP,
     SUMS,
+    Buffers,
     H,
     Q,
     X,
     buffer_shapes,
+    buffers_of,
     dense_sizes,
     mixture_of,
     narrow_end,
 )
 from pagoda.backend.cpu.delta_program import check_delta, delta_dims, of_heads, state_space, taps
+from pagoda.backend.cpu.kinds import cached_layers, check_kinds, local_heads, main_attention, place_of
 from pagoda.backend.cpu.library import Native
+from pagoda.backend.cpu.own_program import layer_values, mixture_beside, norm_scale, own_part
 from pagoda.backend.cpu.panels import FUSED, in_their_order, panel_type, runnable
 from pagoda.backend.cpu.records import Dims, Latent, Op, Router
 from pagoda.errors import ModelError
@@ -57,7 +58,9 @@ VECTORS = ("positions", "types", "score", "pool_dense")
 
 _VECTORS_OF_LAYERS = (
     *("attn_norm", "attn_norm_bias", "attn_post_norm", "mlp_norm", "mlp_norm_bias", "mlp_post_norm"),
-    *("q_norm", "k_norm", "q_a_norm", "kv_a_norm", "sinks", "router_shared", "router_choice_bias", "down_bias"),
+    *("q_norm", "k_norm", "q_a_norm", "kv_a_norm", "sinks", "router_shared", "router_choice_bias", "router_scale"),
+    *("router_norm", "experts_norm", "experts_post_norm", "shared_norm", "shared_post_norm", "own_post_norm"),
+    "down_bias",
 )
 
 ACTIVATIONS = MappingProxyType(
@@ -74,24 +77,14 @@ ACTIVATIONS = MappingProxyType(
 """The operation behind the first product of an MLP, by the function and whether there is a gate."""
 
 EXPERT_FLAGS = MappingProxyType(
-    {("silu", True): 0, ("clamped_swiglu", True): native.CLAMPED, ("relu2", False): native.SQUARED}
+    {
+        ("silu", True): 0,
+        ("clamped_swiglu", True): native.CLAMPED,
+        ("gelu_tanh", True): native.GELU_UP,
+        ("relu2", False): native.SQUARED,
+    }
 )
 """Of the first products of experts, by their function, and whether there is a gate."""
-
-
-class Buffers(NamedTuple):
-    """What a layer reads and writes behind its attention; the flags of operations that do."""
-
-    x: int
-    h: int
-    att: int
-    gate_up: int
-    mlp: int
-    flags: int = 0
-
-
-TOKENS = Buffers(X, H, ATT, GATE_UP, MLP)
-LOGITS = Buffers(LAST, LAST_NORMED, LAST_ATT, LAST_GATE_UP, LAST_MLP, native.LOGIT_ROWS)
 
 
 class Program:
@@ -122,6 +115,9 @@ class Program:
         # what scales the logits scales the last norm just as well
         scales = dict.fromkeys(("norm", "norm_bias", "head_bias"), self._spec.logit_scale) | {"positions": 1.0}
         ids |= {name: self._vector(name, scale=scale) for name, scale in scales.items() if name in self._tensors}
+        if self._spec.layer_embed:
+            ids |= {name: self._matrix(name) for name in ("layer_embed", "layer_project")}
+            ids["layer_project_norm"] = self._vector("layer_project_norm", scale=norm_scale())
         if self._spec.pooling is None:
             ids["head"] = ids["embed"] if self._spec.tied else self._matrix("head")
         for i, layer in enumerate(self._spec.layers):
@@ -152,6 +148,8 @@ class Program:
                 if layer.mlp.experts.shared:
                     ids[p + "gate_up_shared"] = self._matrix(*(f"{p}{s}_shared" for s in _inner(layer)))
                     ids[p + "down_shared"] = self._matrix(p + "down_shared")
+            if self._spec.layer_embed:
+                ids |= {p + name: self._matrix(p + name) for name in ("own_gate", "own_out")}
             for name in _VECTORS_OF_LAYERS:
                 if p + name in self._tensors:
                     ids[p + name] = self._vector(p + name)
@@ -192,10 +190,10 @@ class Program:
         `states` of requests have room at once, of models that keep such.
         """
         spec = self._spec
-        attention = spec.layers[0].attention
+        attention = main_attention(spec)
         inv_freq: npt.NDArray[np.float64] = np.asarray(spec.rope.inv_freq, dtype=np.float64)
         axes = spec.rope.axes().astype(np.int32)
-        layers = 0 if spec.encoder is not None else sum(layer.delta is None for layer in spec.layers)  # have a cache
+        layers = 0 if spec.encoder is not None else cached_layers(spec, local=False)
         dims = Dims(
             layers, attention.heads, attention.kv_heads, attention.head_dim, spec.vocab_size, max_tokens,
             MAX_ROWS, num_blocks, spec.rope.dim, int(spec.rope.interleaved), spec.rope.attention_factor,
@@ -204,6 +202,7 @@ class Program:
         )  # fmt: skip
         if attention.latent is not None:
             dims.latent = Latent(attention.latent.rank, attention.latent.nope, attention.latent.value_dim)
+        dims.local = local_heads(spec)
         dims.query_beta, dims.query_length = spec.rope.query_beta, spec.rope.query_length
         if spec.local_rope is not None:
             local: npt.NDArray[np.float64] = np.asarray(spec.local_rope.inv_freq, dtype=np.float64)
@@ -217,18 +216,22 @@ class Program:
         self._emit(native.EMBED, out=X, weight="embed", f=self._spec.embed_scale)
         if self._spec.positions:
             self._emit(native.POSITIONS, out=X, vector="positions")
+        if self._spec.layer_embed:
+            layer_values(self._spec, self._emit)
         for i, layer in enumerate(self._spec.layers):
             if self._spec.vision is not None and 0 < i < self._spec.vision.vectors:
                 self._emit(native.ADD_VECTORS, out=X, layer=i)
             if i + 1 < len(self._spec.layers) or not narrow_end(self._spec):
                 self._mixer(i, layer, f"layers.{i}.o")
-                self._rest(i, layer, TOKENS if layer.delta is None else TOKENS._replace(att=MIXED))
+                self._rest(i, layer, buffers_of(self._spec, i))
                 continue
             # behind the last attention only rows that want logits go on
             self._mixer(i, layer)
             self._emit(native.GATHER, in_=X, out=LAST, flags=rows)
-            mixed = ATT if layer.delta is None else MIXED
+            mixed = buffers_of(self._spec, i).att
             self._emit(native.GATHER, in_=mixed, out=LAST_ATT, flags=rows, order=f"layers.{i}.o")
+            if self._spec.layer_embed:
+                self._emit(native.GATHER, in_=LAYER_VALUES, out=LAST_VALUES, flags=rows)
             self._rest(i, layer, LOGITS)
         if not narrow_end(self._spec):
             self._emit(native.GATHER, in_=X, out=LAST, flags=rows)
@@ -245,8 +248,7 @@ class Program:
         p, eps, a = f"layers.{i}.", self._spec.norm_eps, layer.attention
         h = self._norm(p + "attn_norm", X, H, order=p + "qkv")
         self._adapted(p + "qkv", h, QKV)
-        # of the layers with a cache, or those with a state
-        place = sum((other.delta is None) == (layer.delta is None) for other in self._spec.layers[:i])
+        place = place_of(self._spec, i)
         if isinstance(layer.delta, Mamba):
             return state_space(self._emit, layer.delta, p, QKV, MIXED, place, order)
         if layer.delta is not None:
@@ -256,12 +258,12 @@ class Program:
         if a.latent is not None:
             return self._latent(p, a, a.latent, place, order)
         turns = native.LOCAL * a.local | native.STILL * (not a.rope) | native.WHOLE * a.qk_norm_whole
-        turns |= native.LATE * a.qk_norm_late
+        turns |= native.LATE * a.qk_norm_late | native.NORM_VALUES * a.v_norm | native.QUERIES * (a.source is not None)
         self._emit(native.ROPE, in_=QKV, vector=p + "q_norm", vector2=p + "k_norm", layer=place, flags=turns, f=eps)
         last = "" if a.out_gate else order
         self._emit(
-            native.ATTENTION, in_=QKV, out=ATT, vector=p + "sinks", layer=place, f=a.scale, f2=a.soft_cap or 0,
-            window=a.window or 0, order=last,
+            native.ATTENTION, in_=QKV, out=buffers_of(self._spec, i).att, vector=p + "sinks", layer=place, f=a.scale,
+            f2=a.soft_cap or 0, window=a.window or 0, order=last, flags=native.LOCAL * a.local,
         )  # fmt: skip
         if a.out_gate:
             gate = (a.heads + 2 * a.kv_heads) * a.head_dim
@@ -291,19 +293,26 @@ class Program:
             return
         if not ahead:
             h = self._norm(norm, b.x, b.h, flags=b.flags, order=order)
+        scale = float(dequantize(self._tensors[p + "scale"])[0]) if layer.scaled else 0.0
+        if layer.mlp.experts is not None and layer.mlp.experts.own_norms:
+            kind, flags = ACTIVATIONS[layer.mlp.activation, True], EXPERT_FLAGS[layer.mlp.activation, True]
+            return mixture_beside(p, self._spec.norm_eps, self._emit, kind, flags, scale)
         if layer.mlp.experts is not None:
             return self._mixture(p, layer.mlp, layer.mlp.experts)
         self._adapted(p + "gate_up", h, b.gate_up, b.flags)
         kind = ACTIVATIONS[layer.mlp.activation, layer.mlp.gated]
         self._emit(kind, in_=b.gate_up, out=b.mlp, flags=b.flags, order=p + "down")
-        self._add(p + "down", b.mlp, b, p + "mlp_post_norm")
+        last = not self._spec.layer_embed
+        self._add(p + "down", b.mlp, b, p + "mlp_post_norm", scale if last else 0.0)
+        if not last:
+            own_part(self._spec, i, b, self._emit, scale)
 
-    def _add(self, weight: str, in_: int, b: Buffers, norm: str) -> None:
-        """x += a product, normed where the layer has a norm behind it."""
+    def _add(self, weight: str, in_: int, b: Buffers, norm: str, scale: float = 0.0) -> None:
+        """x += a product, normed where the layer has a norm behind it; times a scale then, if there is one."""
         if norm not in self.ids:
             return self._adapted(weight, in_, b.x, native.ADD | b.flags)
         self._adapted(weight, in_, b.h, b.flags)
-        self._norm(norm, b.h, b.x, flags=native.ADD | b.flags)
+        self._norm(norm, b.h, b.x, flags=native.ADD | b.flags, scale=scale)
 
     def _adapted(self, weight: str, in_: int, out: int, flags: int = 0) -> None:
         """A product that adapters may change."""
@@ -326,13 +335,13 @@ class Program:
                 self._emit(native.GATED, in_=H, out=SHARED, vector=p + "router_shared")
             self._emit(native.MATMUL, in_=SHARED, out=X, weight=p + "down_shared", flags=native.ADD)
 
-    def _norm(self, name: str, in_: int, out: int, *, order: str = "", flags: int = 0) -> int:
+    def _norm(self, name: str, in_: int, out: int, *, order: str = "", flags: int = 0, scale: float = 0.0) -> int:
         """The buffer that holds the normed rows: those of `in_` as they are where the model has no such norm."""
         if name not in self.ids:
             return in_
         kind = native.NORM if self._spec.norm == "rms" else native.LAYER_NORM
         bias, eps = name + "_bias", self._spec.inner_eps if name.endswith("_a_norm") else self._spec.norm_eps
-        self._emit(kind, in_=in_, out=out, vector=name, vector2=bias, flags=flags, f=eps, order=order)
+        self._emit(kind, in_=in_, out=out, vector=name, vector2=bias, flags=flags, f=eps, f2=scale, order=order)
         return out
 
     def _emit(
@@ -363,31 +372,20 @@ def check_spec(spec: ModelSpec) -> None:
     """ModelError where the kernels lack something that the model needs."""
     first = spec.layers[0]
     check_delta(spec)
-    if any(layer.attention.v_norm for layer in spec.layers):
-        raise ModelError(
-            f"the CPU backend has no kernels for {spec.model_type} yet", remedy="Try --device reference, or a GPU"
-        )
-    shapes = {replace(layer.attention, window=None, rope=True, local=False) for layer in spec.layers}
+    check_kinds(spec)
     mixtures = {layer.mlp for layer in spec.layers if layer.mlp.experts is not None}
-    if max(len(shapes), len(dense_sizes(spec)), len(mixtures)) > 1:
+    if len(mixtures) > 1 or len(dense_sizes(spec)) > 2:
         raise ModelError("the CPU backend needs all layers of one shape", remedy="Try --device reference")
     if any(not _has_activation(layer.mlp) for layer in spec.layers):
         raise ModelError(f"the CPU backend has no activation {first.mlp.activation!r} here")
-    if any(layer.mlp.experts and layer.norms != "before" for layer in spec.layers):
+    if any((e := layer.mlp.experts) and not e.own_norms and layer.norms != "before" for layer in spec.layers):
         raise ModelError("the CPU backend has experts with no norm behind them only")
     if spec.norm == "layer" and first.norms in ("behind", "both"):
         raise ModelError("the CPU backend has no layer norms behind the halves of a layer")
-    if len({(rope.dim, rope.interleaved) for rope in spec.ropes}) > 1:
-        raise ModelError("the CPU backend needs ropes of one shape in all layers", remedy="Try --device reference")
     latent = first.attention.latent
     if latent is not None and (latent.rank % 16 or latent.value_dim % 16):
         raise ModelError(
             f"the CPU backend needs latent vectors and heads in multiples of 16, not {latent.rank} and "
             f"{latent.value_dim}",
-            remedy="Try --device reference",
-        )
-    if first.attention.head_dim % 16 or first.attention.head_dim > 1024:
-        raise ModelError(
-            f"the CPU backend needs a head size that is a multiple of 16 up to 1024, not {first.attention.head_dim}",
             remedy="Try --device reference",
         )

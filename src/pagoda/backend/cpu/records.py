@@ -18,7 +18,9 @@ ADD_SCALED = 48
 LATENT_KEY, ABSORB, EXPAND, ADD_VECTORS, GRID, ADAPT, MEAN, GATED_GELU, RELU2 = *range(23, 29), 40, 41, 42
 CONVOLVE, SCAN, NORM_GATED = range(43, 46)
 KV_F16, KV_INT8, KV_BF16 = range(3)
+ZERO, GELU_TIMES = 50, 51
 ADD, LOGIT_ROWS, FRAMES, PIECES, CLAMPED, STILL, LOCAL, WHOLE, LATE, SQUARED = 1, 4, 8, 16, 32, 64, 128, 256, 512, 1024
+QUERIES, NORM_VALUES, GELU_UP = 2048, 4096, 8192
 TOKENS, LOGITS, PIECE = range(3)
 
 
@@ -55,6 +57,10 @@ class Latent(c.Structure):
     _fields_ = [(name, c.c_int32) for name in ("rank", "nope", "value_dim")]
 
 
+class Heads(c.Structure):
+    _fields_ = [(name, c.c_int32) for name in ("layers", "kv_heads", "head_dim", "rope_dim")]
+
+
 class Router(c.Structure):
     _numbers = ("experts", "active", "normalized", "sigmoid", "groups", "active_groups", "group_best")
     _fields_ = [*((name, c.c_int32) for name in _numbers), ("scale", c.c_float)]
@@ -78,6 +84,7 @@ class Dims(c.Structure):
         ("query_beta", c.c_float),
         ("query_length", c.c_int32),
         ("latent", Latent),
+        ("local", Heads),
     ]  # fmt: skip
 
 
