@@ -76,10 +76,6 @@ inline void make_forms(const Kernels& k, const float* x, int64_t n, const Codes&
   if (to.bf16) k.to_bf16(x, n, to.bf16);
 }
 
-}  // namespace pagoda
-
-namespace pagoda {
-
 struct Heads {  // of attention in layers of a kind, and their part of the cache
   KvCache kv{};
   int jobs = 1;  // that attention is cut into along its heads: each of one KV head, and of no more heads than a job takes

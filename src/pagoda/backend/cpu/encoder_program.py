@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pagoda.arch.spec import Layer
 from pagoda.backend.cpu import records as native
-from pagoda.backend.cpu.buffers import ATT, LAST, LAST_NORMED, QKV, H, X
-from pagoda.backend.cpu.program import ACTIVATIONS, TOKENS, Buffers, Program
+from pagoda.backend.cpu.buffers import ATT, LAST, LAST_NORMED, QKV, TOKENS, Buffers, H, X
+from pagoda.backend.cpu.program import ACTIVATIONS, Program
 from pagoda.backend.cpu.records import Op
 
 
