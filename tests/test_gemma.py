@@ -87,14 +87,14 @@ CONFIG = {"model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window":
     ("changes", "said"),
     [
         ({"hidden_activation": "relu"}, "hidden_activation is 'relu'; Gemma has gelu_pytorch_tanh"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
         ({"layer_types": ["sliding_attention"]}, "layer_types is .*for each layer"),
         ({"rope_parameters": {"full_attention": 3}}, "must be tables"),
     ],
 )
 def test_what_is_not_supported_is_named(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ModelError, match=said):
-        spec_of(**CONFIG, **changes)
+        spec_of(**{**CONFIG, **changes})
 
 
 @pytest.mark.parametrize("kind", KINDS)
