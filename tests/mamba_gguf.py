@@ -24,7 +24,7 @@ def converted(config: Any, name: str, values: Any) -> Iterator[tuple[str, Any]]:
     elif name.endswith(("mamba.norm.weight", "mixer.norm.weight")):
         groups = getattr(config, "mamba_n_groups", None) or config.n_groups
         yield name, values.reshape(groups, -1)
-    elif "shared_mlp." in name:
+    elif name.endswith(("shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight")):
         kind = "shexp" if config.num_local_experts else ""
         stem = f"{block}ffn_%s_{kind}".rstrip("_") + ".weight"
         halves = {"gate": values[: len(values) // 2], "up": values[len(values) // 2 :]}
