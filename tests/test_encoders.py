@@ -58,13 +58,27 @@ def test_bits_do_not_depend_on_company(written: tuple[Path, list[Any]]) -> None:
             assert np.array_equal(vectors(path, device, [text], quantization=quantization, threads=1)[0], found)
 
 
-@pytest.mark.parametrize("window", [40, 400])
-def test_windows_over_several_segments_of_keys(window: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("window", "bfloat16"), [(40, False), (400, False), (40, True)])
+def test_windows_over_several_segments_of_keys(window: int, bfloat16: bool, tmp_path: Path) -> None:
     texts = [np.random.default_rng(5).integers(6, 100, count).tolist() for count in (257, 700)]
     model = write_model(tmp_path, "modernbert", max_position_embeddings=1024, local_attention=window)
-    found = vectors(tmp_path, "cpu", texts)  # pooled as such models are where no file says how: by the first token
-    check(found, [hidden_states(model, text)[0] for text in texts])
+    write_sentence_files(tmp_path, "mean_tokens")
+    if bfloat16:
+        model.bfloat16().save_pretrained(tmp_path)
+        model.float()
+    found = vectors(tmp_path, "cpu", texts)
+    check(found, [hidden_states(model, text).mean(dim=0) for text in texts], atol=2e-2 if bfloat16 else 2e-3)
     assert np.array_equal(vectors(tmp_path, "cpu", texts[1:], threads=1)[0], found[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"hidden_act": "silu"}, "no activation 'silu'"), ({"num_attention_heads": 8}, "multiple of 16")],
+)
+def test_what_the_kernels_lack_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    write_model(tmp_path, "bert", **changes)
+    with pytest.raises(ModelError, match=said):
+        EngineCore(EngineConfig(model=str(tmp_path), device="cpu"))
 
 
 @pytest.mark.parametrize("kind", IN_GGUF)

@@ -30,6 +30,8 @@ from pagoda.engine.core import EngineCore
 from pagoda.errors import ModelError
 from pagoda.options.engine_config import EngineConfig
 from pagoda.types import BLOCK_SIZE
+from pagoda.weights.device_size import tensor_bytes
+from pagoda.weights.source import Tensor
 
 E2B: dict[str, Any] = {
     "model_type": "gemma4",
@@ -165,6 +167,8 @@ def test_the_last_layers_of_e2b_keep_nothing() -> None:
     heads = 12 * 2 * 256 + 3 * 2 * 512  # of 12 layers with a window, and of 3 that see all
     assert memory.kv_bytes_per_block(spec) == BLOCK_SIZE * 2 * heads
     assert (spec.embed_scale, spec.layer_embed, spec.eos_token_ids) == (39.25, 256, (1, 106))
+    table = Tensor("per_layer_token_embd.weight", (256, 1024), "Q4_0", np.zeros(0, np.uint8))
+    assert tensor_bytes("layer_embed", table, "int4", 2) == 256 * 1024 * 2  # rows of it are taken as they are
     wide, near = spec.ropes
     assert (wide.dim, near.dim) == (512, 256)
     assert wide.inv_freq[63] > 0 and not any(wide.inv_freq[64:])

@@ -58,10 +58,10 @@ def cosine(a: Float32, b: Any) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def check(found: list[Float32], expected: list[Any]) -> None:
+def check(found: list[Float32], expected: list[Any], atol: float = 2e-3) -> None:
     for got, wanted in zip(found, expected, strict=True):
         assert cosine(got, wanted) > NEAR
-        np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=atol)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -79,7 +79,7 @@ void attend_all(const EncoderJob& job, float* scratch) {
   float* row = s.values + kKeys * dim;
   float tops[kEncoderQueries], totals[kEncoderQueries] = {};
   for (int n = 0; n < job.count; n++) {
-    tops[n] = -FLT_MAX;  // a number: a query may see nothing of the first segments
+    tops[n] = -1e30f;  // a number, also once it is scaled: a query may see nothing of the first segments
     for (int d = 0; d < dim; d++) q[n * dim + d] = job.q[n * job.stride + d] * job.scale;
     to_halves(q + n * dim, dim, q + n * dim);
   }

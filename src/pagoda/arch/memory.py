@@ -147,7 +147,8 @@ def vision_bytes(spec: ModelSpec, max_model_len: int, itemsize: int = FLOAT32_BY
     if v is None:
         return 0
     count = most_patches(v, max_model_len)
-    work = count * (v.patch_values + 6 * v.hidden_size) + min(count, VISION_TILE) * 2 * v.intermediate_size
+    vectors = 8 if v.grid == "cubic" else 6  # positions between those of the model are made for each picture
+    work = count * (v.patch_values + vectors * v.hidden_size) + min(count, VISION_TILE) * 2 * v.intermediate_size
     return work * itemsize + encoded_bytes(spec, max_model_len, itemsize)
 
 

@@ -34,7 +34,7 @@ _SCALE_BYTES = 4
 def is_product(slot: str, tensor: Tensor) -> bool:
     """True of what a product takes in its own bits: the matrices of the layers, and the head of its own."""
     exact = slot.endswith((".router", "_bias", "_conv", ".k_b", ".v_b"))
-    other = slot in ("embed", "positions", "types") or slot.startswith("vision.") or exact
+    other = slot in ("embed", "layer_embed", "positions", "types") or slot.startswith("vision.") or exact
     return len(tensor.shape) > 1 and not other
 
 

@@ -43,8 +43,7 @@ class CpuExecutor:
     ) -> CpuExecutor:
         """Raises ModelError (a tensor is missing or cannot run) or, before any weight is read, MemoryShort."""
         spec = spec.served(limits.max_model_len)
-        if spec.encoder is None:
-            check_spec(spec)
+        check_spec(spec)
         if spec.vision is not None:
             check_vision(spec.vision)
         tensors = bind(spec, source)

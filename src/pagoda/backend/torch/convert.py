@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,11 +67,18 @@ class Converter:
         return out
 
     def floats(self, tensor: Stored, dtype: torch.dtype) -> Tensor:
-        """The values of any tensor."""
-        kind = tensor.type
+        """The values of any tensor. Quantized ones come row by row: a large table has no room in float32."""
+        kind, width = tensor.type, tensor.shape[-1]
         if kind in FLOATS:
             return self.send(tensor.data).view(FLOATS[kind]).reshape(tensor.shape).to(dtype)
-        return self.send(dequantize(tensor).view(np.uint8)).view(torch.float32).reshape(tensor.shape).to(dtype)
+        out = torch.empty(tensor.shape, dtype=dtype, device=self.target.device)
+        rows, data = out.view(-1, width), tensor.data.reshape(math.prod(tensor.shape[:-1]), -1)
+        step = max(1, _CHUNK_BYTES // (4 * width))
+        for first in range(0, len(rows), step):
+            part = data[first : first + step]
+            values = dequantize(Stored(tensor.name, (len(part), width), kind, part.reshape(-1)))
+            rows[first : first + step] = self.send(values.view(np.uint8)).view(torch.float32).view(values.shape)
+        return out
 
     def weight(self, tensor: Stored, slot: str = "") -> Weight:
         """A matrix that a product takes; the slot matters to what is quantized on load."""
