@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 from api_fake import EOS, IM_START, ByteTokenizer, Client, FakeEngine, PlainTemplate, events, make_server, without_nulls
+from text_models import gguf_byte_metadata
 
 from pagoda.errors import ConfigError
 from pagoda.text.output import TextOutput
 from pagoda.text.parts import Part, join_parts
 from pagoda.text.reasoning import HARMONY, ReasoningFormat, ThinkSplitter, find_reasoning
 from pagoda.text.reply import ReplyFormat, ReplyReader, find_format
+from pagoda.text.tokenizer import load_tokenizer
 from pagoda.text.tools import find_tool_format
 from pagoda.types import Delta, Request, SamplingParams
 
@@ -47,6 +49,8 @@ def split(text: str, step: int, *, opened: bool = False, form: ReasoningFormat =
         ("<think>cut off </thi", False, "cut off </thi", ""),
         ("a</think>b</think>c", True, "a", "b</think>c"),
         ("  \n", False, "", "  \n"),
+        (62 * " " + "<think>a</think>b", False, "a", "b"),
+        (80 * " " + "<think>a</think>b", False, "", 80 * " " + "<think>a</think>b"),
     ],
 )
 def test_reasoning_and_content(step: int, text: str, opened: bool, reasoning: str, content: str) -> None:
@@ -64,6 +68,22 @@ def test_the_channel_that_gemma_4_thinks_in(step: int) -> None:
     assert not form.is_open("<|turn>model\n<|channel>thought\n<channel|>") and form.is_open("<|channel>thought\n")
 
 
+def test_the_special_tokens_of_gemma_4_s_channel_are_read() -> None:
+    tokens = ["<|channel>", "<channel|>", "<|tool_call>"]
+    metadata = gguf_byte_metadata()
+    metadata["tokenizer.ggml.tokens"] += tokens
+    metadata["tokenizer.ggml.token_type"] += [3] * 3
+    tokenizer = load_tokenizer("m.gguf", metadata)
+    form = ReplyFormat(find_reasoning("", "gemma4"), None)
+    shown = frozenset(i for i in tokenizer.special_ids if tokenizer.token_text(i) in form.marks(tools=True))
+    out = TextOutput(tokenizer, Request(request_id="r", prompt_token_ids=[], params=SamplingParams()), shown)
+    ids = tokenizer.encode("<|channel>thought\nLet me see.\n<channel|>It is 4.<|tool_call>", add_special_tokens=False)
+    assert len(tokenizer.special_ids.intersection(ids)) == 3
+    reader = ReplyReader(form)
+    parts = [part for i in ids for part in reader.feed(out.feed(Delta(request_id="r", token_ids=[i])).text)]
+    assert join_parts(parts + reader.finish()) == [Part("reasoning", "Let me see."), Part("content", "It is 4.")]
+
+
 @pytest.mark.parametrize("step", [1, 2, 7, 1000])
 @pytest.mark.parametrize(
     ("text", "content"),
@@ -75,6 +95,7 @@ def test_the_channel_that_gemma_4_thinks_in(step: int) -> None:
         ("<think>Hm.</think><response>a </response> <response>b</response>\n", "a </response> <response>b"),
         ("<think>Hm.</think>Write <response> first, </response> last</response>", None),
         ("<think>Hm.</think><response>a</response>" + 80 * " ", "a</response>"),
+        ("<think>Hm.</think>" + 80 * " " + "<response>a</response>", None),
     ],
 )
 def test_marks_around_the_answer_are_left_out(step: int, text: str, content: str | None) -> None:

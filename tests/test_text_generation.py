@@ -70,6 +70,17 @@ def test_gguf_ends() -> None:
     assert load_generation_defaults("m.gguf", metadata).eos_token_ids == (2, 5, 6)
 
 
+def test_calls_of_gemma_4_end_the_answer_though_its_file_names_one_token() -> None:
+    metadata = gguf_byte_metadata()
+    tokens = [*metadata["tokenizer.ggml.tokens"], "<turn|>", "<|tool_response>"]
+    template = "{% for m in messages %}{{ m.content }}<turn|>{% endfor %}{% if tools %}<|tool_call>{% endif %}"
+    metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.chat_template": template}
+    turn, called = len(tokens) - 2, len(tokens) - 1
+    assert load_generation_defaults("m.gguf", metadata).eos_token_ids == (2, turn, called)
+    metadata["tokenizer.chat_template"] = template.replace("<|tool_call>", "")
+    assert load_generation_defaults("m.gguf", metadata).eos_token_ids == (2, turn)
+
+
 def test_smollm2(smollm2_path: str) -> None:
     defaults = load_generation_defaults(smollm2_path, open_source(smollm2_path).metadata)
     assert (defaults.params, defaults.eos_token_ids) == ({}, (2,))

@@ -149,7 +149,8 @@ def test_gemma_4_merges_lines_without_their_ends() -> None:
     tokens = plain["tokenizer.ggml.tokens"]
     merges = gguf_vocab._merges_of_scores(tokens, plain["tokenizer.ggml.token_type"], plain["tokenizer.ggml.scores"])
     words = {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.merges": [f"{a} {b}" for a, b in merges]}
-    tokenizer = load_tokenizer("m.gguf", plain | words)
+    tokenizer = load_tokenizer("m.gguf", plain | words | {"tokenizer.ggml.add_bos_token": False})
+    assert tokenizer.prefix_ids == [1]  # whatever the file says
     vocab = {token: i for i, token in enumerate(tokens)}
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True))
     theirs.normalizer = tokenizers.normalizers.Replace(" ", "▁")

@@ -39,10 +39,11 @@ class Enclosed:
 
     def _before(self) -> str:
         text = self._buffer.lstrip()
-        if text.startswith(self._first):
+        near = len(self._buffer) - len(text) <= _MAX_BLANK_CHARS
+        if near and text.startswith(self._first):
             self._buffer = text[len(self._first) :]
             self._step = self._inside
-        elif self._first.startswith(text) and len(self._buffer) <= _MAX_BLANK_CHARS:
+        elif near and self._first.startswith(text):
             return ""
         else:
             self._step = self._as_it_is

@@ -35,6 +35,7 @@ _GGUF_NAMES = {
 _INTEGERS = ("top_k", "max_tokens")
 _GGUF_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<turn|>")
+_GEMMA4_CALL, _GEMMA4_CALLED = "<|tool_call>", "<|tool_response>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,10 @@ def _turn_ends(model_path: str, metadata: Mapping[str, Any]) -> Sequence[str | N
         if template is None:
             return ()
         # a GGUF file names one token alone, and a call would not end
-        return harmony.ENDS if find_reasoning(template.source) is HARMONY else (find_turn_end(template),)
+        if find_reasoning(template.source) is HARMONY:
+            return harmony.ENDS
+        called = _GEMMA4_CALLED if _GEMMA4_CALL in template.all_source else None
+        return (find_turn_end(template), called)
     except PagodaError as e:  # whoever needs the template reports what is wrong with it
         log.info("no end of turn was read from the chat template: %s", e)
         return ()

@@ -163,9 +163,14 @@ def build_gguf_vocab(metadata: Mapping[str, Any]) -> GgufVocab:
         _token_id(metadata, "bos_token_id", len(tokens)),
         eos,
         tuple(dict.fromkeys(i for i in ends if i is not None)),
-        None if framed else bool(metadata.get("tokenizer.ggml.add_bos_token", built.add_bos)),
+        None if framed else _adds_bos(model, metadata, built.add_bos),
         None if framed else bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
     )
+
+
+def _adds_bos(model: Any, metadata: Mapping[str, Any], usual: bool) -> bool:
+    # Gemma 4 needs it, and files say that it does not.
+    return model == "gemma4" or bool(metadata.get("tokenizer.ggml.add_bos_token", usual))
 
 
 class _Built(NamedTuple):

@@ -20,6 +20,7 @@ class ReasoningFormat:
     """The marks of a family. `opened`: the reasoning begins without its first mark, whatever the prompt says.
 
     `then` is what has to follow the last mark before the answer can begin. `answer` are the marks around that, if any.
+    `token` is the special token that the first mark begins with, where the mark is longer.
     """
 
     start: str
@@ -27,6 +28,12 @@ class ReasoningFormat:
     opened: bool = False
     then: str = "\n\n"
     answer: tuple[str, str] | None = None
+    token: str = ""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Texts of tokens that the reader must see."""
+        return (self.token or self.start, self.end)
 
     def is_open(self, prompt: str) -> bool:
         """Whether an answer to a prompt with this end begins as reasoning."""
@@ -71,7 +78,7 @@ _FORMATS: Mapping[str, ReasoningFormat] = MappingProxyType(
         "qwen3": _THINK,
         "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
         "seed_oss": ReasoningFormat("<seed:think>", "</seed:think>"),
-        "gemma4": ReasoningFormat("<|channel>thought", "<channel|>", then=""),
+        "gemma4": ReasoningFormat("<|channel>thought", "<channel|>", then="", token="<|channel>"),
         "granite": ReasoningFormat("Here is my thought process:", "Here is my response:"),
         "deepseek_r1": ReasoningFormat("<think>", "</think>", opened=True),
         "step3": ReasoningFormat("<think>", "</think>", opened=True),
@@ -136,12 +143,13 @@ class ThinkSplitter:
 
     def _before(self) -> list[Part]:
         text = self._buffer.lstrip()
-        if text.startswith(self._form.start):
+        near = len(self._buffer) - len(text) <= _MAX_BLANK_CHARS
+        if near and text.startswith(self._form.start):
             self._buffer = text[len(self._form.start) :]
             self.thinking = True
             self._step = self._inside
             return self._inside()
-        if self._form.start.startswith(text) and len(self._buffer) <= _MAX_BLANK_CHARS:
+        if near and self._form.start.startswith(text):
             return []
         return self._begin()
 

@@ -33,7 +33,7 @@ class ReplyFormat:
         """Texts of tokens that the reader must see, even if they are special."""
         if self.is_harmony:
             return MARKS
-        reasoning = () if self.reasoning is None else (self.reasoning.start, self.reasoning.end)
+        reasoning = () if self.reasoning is None else self.reasoning.marks
         return (*reasoning, *(self.tools.marks if tools and self.tools is not None else ()))
 
 
