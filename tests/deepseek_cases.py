@@ -216,6 +216,8 @@ def stored_tensors(model: Any, arch: str, old: bool = False) -> Iterator[tuple[s
         values = values.squeeze(1) if name.endswith("conv.conv.weight") else values
         if name.startswith("blk."):
             yield name, values
+        elif name.endswith("experts.gate_up_proj") and arch == "mistral4":  # left as they are
+            yield f"blk.{layer}.ffn_gate_up_exps.weight", values
         elif name.endswith(("experts.gate_up_proj", "shared_mlp.input_linear.weight")):
             kind = "exps" if "experts" in name else "shexp"
             for part, half in zip(("gate", "up"), np.split(values, 2, axis=-2), strict=True):
@@ -233,7 +235,8 @@ def stored_tensors(model: Any, arch: str, old: bool = False) -> Iterator[tuple[s
             whole = np.concatenate([part for i in range(3) for part in own[i::3]])
             yield f"blk.{layer}.attn_qkv.{name.rpartition('.')[2]}", whole
         elif name.endswith(("e_score_correction_bias", "expert_bias")):
-            yield f"blk.{layer}.exp_probs_b.bias", values.reshape(-1)
+            bare = model.config.model_type == "hy_v3"
+            yield f"blk.{layer}.exp_probs_b{'' if bare else '.bias'}", values.reshape(-1)
         else:
             name = name.replace(".router.weight", ".router.layer.weight")
             stored = names.get_name(name, try_suffixes=(".weight", ".bias"))

@@ -16,6 +16,7 @@ MULTIPLIERS = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 EXPERTS = {"expert_count": 8, "expert_used_count": 3, "expert_feed_forward_length": 32}
+_COUNTED = {"expert_count": 8, "expert_used_count": 3}
 SCALES = {"embedding_scale": 3.0, "attention.scale": 0.2, "residual_scale": 0.4, "logit_scale": 3.0}
 FAR = {
     "attention.temperature_scale": 0.3,
@@ -121,7 +122,7 @@ LATER_GGUF: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
                 "rope.dimension_count": 16,
             },
         ),
-        "mistral4": ("mistral4", {**FAR, "rope.scaling.yarn_log_multiplier": 0.1, **_KEPT, **EXPERTS}),
+        "mistral4": ("mistral4", {**FAR, "rope.scaling.yarn_log_multiplier": 0.1, **_KEPT, **_COUNTED}),
         **dict.fromkeys(("granitemoe", "granitemoeshared"), ("granitemoe", {**EXPERTS, **SCALES})),
         "hy_v3": (
             "hy_v3",

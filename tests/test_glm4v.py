@@ -30,6 +30,7 @@ from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize
 from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
 from transformers.models.glm46v.processing_glm46v import Glm46VProcessor
 
+from pagoda.arch import visual
 from pagoda.backend.vision import patches
 from pagoda.engine.images import check_images
 from pagoda.media.place import place
@@ -116,3 +117,12 @@ def test_the_variant_with_experts_is_transformers(tmp_path: Path) -> None:
     with torch.no_grad():
         theirs = model(**inputs("glm4v_moe", vision, tokens, images)).logits[0].numpy()
     assert worst(logits(executor, step(spec, tokens, images)), theirs) < BOUNDS["reference"]
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_the_processor_says_how_times_are_written(file: str, tmp_path: Path) -> None:
+    """Configs of GLM-4.6V call it as GLM-4.5V is called."""
+    write(tmp_path, "glm4v")
+    assert vision_in(tmp_path).time_format == visual.TIMES
+    (tmp_path / file).write_text('{"processor_class": "Glm46VProcessor"}')
+    assert vision_in(tmp_path).time_format == visual.LATER_TIMES

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import EXPERT_CASES, VOCAB, write_checkpoint, write_gguf_experts
+from family_cases import write_family
 from reference_plans import Feed, make_plan
 from safetensors.torch import load_file, save_file
 from test_torch_formats import fp8_blocks, taken
@@ -83,6 +84,38 @@ def test_fp8_experts(tmp_path: Path) -> None:
     mixture = executor.decoder.layers[0].mlp
     assert isinstance(mixture, Mixture) and isinstance(mixture.down, F8) and mixture.down.codes.shape == (8, 64, 32)
     assert relative(reference(tmp_path).logits(PLAN), expected(model)) < 0.02  # values of 16 bits there
+    assert relative(logits(executor, PLAN), expected(model)) < 0.3  # inputs of 8 bits
+
+
+def write_fp8_stacks(folder: Path) -> Any:
+    """Mistral Small 4 as it is published: a scale for each matrix, or for gate and for up, and those of inputs."""
+    model = write_family(folder, "mistral4")
+    stored = dict(load_file(folder / "model.safetensors"))
+    own = model.state_dict()
+    for name in [n for n in stored if n.endswith(("_proj.weight", "_proj"))]:
+        rows = stored[name].shape[-2]
+        size = rows // 2 if "layers.1" in name and "gate_up" in name else rows
+        parts = [fp8_blocks(part, (size, 10**6)) for part in stored[name].reshape(-1, *stored[name].shape[-2:])]
+        codes, scales, values = (torch.stack(each) for each in zip(*parts, strict=True))
+        one, join = (len(parts) == 1, "." if len(parts) == 1 else "_")
+        stem = name.removesuffix(".weight")
+        stored[name] = codes[0] if one else codes
+        stored[name + "_scale_inv"] = scales.reshape(()) if one else scales
+        stored[f"{stem}{join}activation_scale"] = torch.tensor(0.02) if one else torch.full((len(parts),), 0.02)
+        own[name].copy_(values.reshape(own[name].shape))
+    save_file(stored, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def test_fp8_experts_of_a_layer_in_one_tensor(tmp_path: Path) -> None:
+    model = write_fp8_stacks(tmp_path)
+    assert relative(reference(tmp_path).logits(PLAN), expected(model)) < 0.02  # values of 16 bits there
+    executor = load(tmp_path)
+    mixture = executor.decoder.layers[1].mlp
+    assert isinstance(mixture, Mixture) and isinstance(mixture.down, F8) and mixture.down.input_scale is not None
     assert relative(logits(executor, PLAN), expected(model)) < 0.3  # inputs of 8 bits
 
 

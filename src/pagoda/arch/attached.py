@@ -10,7 +10,7 @@ from typing import Any
 
 from pagoda.arch import visual, visual_gguf
 from pagoda.arch.fields import Fields
-from pagoda.arch.models.glm4v import GLM, LATER_TIMES, TIMES
+from pagoda.arch.models.glm4v import GLM
 from pagoda.arch.models.idefics3 import IDEFICS, TILES_OF_AN_EDGE
 from pagoda.arch.models.internvl import INTERNVL
 from pagoda.arch.spec import ModelSpec
@@ -51,7 +51,7 @@ def _glm(spec: ModelSpec, metadata: Mapping[str, Any], tensors: Tensors, clip: F
         grid_side=math.isqrt(wide.shape[0]),
         image_token_id=visual_gguf.token(metadata, "<|image|>"),
         video_token_id=visual_gguf.token(metadata, "<|video|>"),
-        time_format=LATER_TIMES if newer else TIMES,
+        time_format=visual.LATER_TIMES if newer else visual.TIMES,
     )
     seeing = replace(spec, rope=replace(spec.rope, sections=visual_gguf.sections(spec, metadata)))
     return visual.with_encoder(seeing, vision, spec.hidden_size)

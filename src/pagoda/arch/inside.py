@@ -13,6 +13,19 @@ from pagoda.errors import ModelError
 _OF_BOTH = ("eos_token_id", "bos_token_id")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _TIED = "tie_word_embeddings"
+LLAMA: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+)
+"""What transformers leaves out of a Llama inside, as it is the usual."""
 
 
 def language_model(

@@ -98,9 +98,10 @@ def grouped_from_gguf(spec: ModelSpec, fields: Fields, tensors: Mapping[str, Ten
     if not any(sparse):
         return spec
     prefix = f"blk.{sparse.index(True)}."
-    gate, shared = (tensors.get(f"{prefix}ffn_gate_{kind}.weight") for kind in ("exps", "shexp"))
-    size = fields.integer("expert_feed_forward_length", gate.shape[1] if gate and len(gate.shape) == 3 else None)
-    choice_bias = f"{prefix}exp_probs_b.bias" in tensors
+    gate, both, shared = (tensors.get(f"{prefix}ffn_gate_{kind}.weight") for kind in ("exps", "up_exps", "shexp"))
+    sizes = [t.shape[1] // parts for t, parts in ((gate, 1), (both, 2)) if t and len(t.shape) == 3]
+    size = fields.integer("expert_feed_forward_length", sizes[0] if sizes else None)
+    choice_bias = any(f"{prefix}exp_probs_b{end}" in tensors for end in (".bias", ""))
     kind = fields.integer("expert_gating_func", 0, least=0) or (_SIGMOID if choice_bias else _SOFTMAX)
     if kind not in (_SOFTMAX, _SIGMOID):
         raise fields.error("expert_gating_func", f"is {kind}; supported: 1 (softmax), 2 (sigmoid)")

@@ -16,6 +16,8 @@ from pagoda.errors import ModelError
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _OF_BOTH = ("eos_token_id", "bos_token_id", "rope_theta")
+TIMES, LATER_TIMES = "{:.0f}", "{:.1f} seconds"
+"""Of the frames of GLM's videos, up to 4.5V and since."""
 _RECIPES = ("rope_parameters", "rope_scaling")
 
 
@@ -129,9 +131,17 @@ def with_pixels(spec: ModelSpec, path: str) -> ModelSpec:
     inner = _json(folder / PROCESSOR).get("image_processor")  # newer folders have it in place of the other
     table = {**(inner if isinstance(inner, Mapping) else {}), **_json(folder / PREPROCESSOR)}
     mean = _three(table, "image_mean", spec.vision.mean, folder)
-    return replace(
-        spec, vision=replace(spec.vision, mean=mean, std=_three(table, "image_std", spec.vision.std, folder))
-    )
+    vision = replace(spec.vision, mean=mean, std=_three(table, "image_std", spec.vision.std, folder))
+    if vision.names == "glm" and _of_glm_4_6(folder):
+        vision = replace(vision, time_format=LATER_TIMES)
+    return replace(spec, vision=vision)
+
+
+def _of_glm_4_6(folder: Path) -> bool:
+    """Whether times are written as GLM-4.6V's processor does: its config.json is called as that of GLM-4.5V."""
+    tables = (_json(folder / PROCESSOR), _json(folder / PREPROCESSOR))
+    said = [table.get(name) for table in tables for name in ("processor_class", "image_processor_type")]
+    return any(isinstance(name, str) and name.startswith("Glm46V") for name in said)
 
 
 def _json(file: Path) -> Mapping[str, Any]:

@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from pagoda.errors import ModelError
 from pagoda.weights.ggml import dequantize
-from pagoda.weights.grouped import Bytes, MadeTensor
+from pagoda.weights.grouped import Bytes, MadeTensor, Stacked, part_of_stack
 from pagoda.weights.source import Tensor
 
 # names of a matrix's scales, by who wrote the checkpoint; the first two are factors, the third is one too
 _SCALES = ("weight_scale_inv", "weight_scale", "scale_weight")
-_INPUT_SCALES = ("input_scale", "scale_input")
+_INPUT_SCALES = ("input_scale", "scale_input", "activation_scale")
+_EXPERTS_SCALES = ("scale_inv",)
 _CURE = "Take a version in FP8 e4m3 (per tensor, per channel or in blocks), in floats, or a GGUF file of the model"
 
 
@@ -39,16 +40,23 @@ class Scaled:
 
 
 def fp8_tensors(path: str, table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a model, each FP8 `X.weight` and its scales replaced by one `X.weight` of values."""
+    """The tensors of a model, each FP8 `X.weight` and its scales replaced by one `X.weight` of values.
+
+    The experts of a layer may be one tensor `X`, whose scales are `X_scale_inv` and `X_activation_scale`.
+    """
     block = _block(path, table)
     out = dict(tensors)
     for name in [n for n, t in tensors.items() if t.type == "F8_E4M3"]:
-        stem = name.removesuffix(".weight")
-        scales = _taken(out, stem, _SCALES)
+        codes, experts = tensors[name], len(tensors[name].shape) == 3
+        stem = f"{name}_" if experts else f"{name.removesuffix('.weight')}."
+        scales = _taken(out, stem, _EXPERTS_SCALES if experts else _SCALES)
         if scales is None:
             raise ModelError(f"the checkpoint lacks the scales of the FP8 tensor {name}", remedy="Download it again")
         input_scale = _taken(out, stem, _INPUT_SCALES)
-        out[name] = Scaled(tensors[name], _shaped(tensors[name], scales, block), block, input_scale).tensor()
+        if experts:
+            out[name] = _experts(codes, scales, block, input_scale)
+        else:
+            out[name] = Scaled(codes, _shaped(codes, scales, block), block, input_scale).tensor()
     # scales of the cache: keys and values are kept as they are
     return {n: t for n, t in out.items() if not n.endswith((".k_scale", ".v_scale"))}
 
@@ -77,8 +85,23 @@ def _table(value: object) -> Mapping[str, Any]:
 
 
 def _taken(tensors: dict[str, Tensor], stem: str, names: tuple[str, ...]) -> Tensor | None:
-    found = [tensors.pop(f"{stem}.{name}") for name in names if f"{stem}.{name}" in tensors]
+    found = [tensors.pop(stem + name) for name in names if stem + name in tensors]
     return found[0] if found else None
+
+
+def _experts(codes: Tensor, scales: Tensor, block: tuple[int, int] | None, input_scale: Tensor | None) -> Tensor:
+    """The matrices of a layer's experts, stored as one tensor."""
+    count = codes.shape[0]
+    parts = []
+    for i in range(count):
+        one, of_inputs = part_of_stack(codes, i), None if input_scale is None else _of_one(input_scale, i, count)
+        parts.append(Scaled(one, _shaped(one, _of_one(scales, i, count), block), block, of_inputs).tensor())
+    return Stacked(tuple(parts)).tensor(codes.name)
+
+
+def _of_one(scales: Tensor, index: int, count: int) -> Tensor:
+    """What is one expert's, where each has its own."""
+    return part_of_stack(scales, index) if scales.shape[:1] == (count,) else scales
 
 
 def _shaped(codes: Tensor, scales: Tensor, block: tuple[int, int] | None) -> Tensor:
@@ -91,6 +114,9 @@ def _shaped(codes: Tensor, scales: Tensor, block: tuple[int, int] | None) -> Ten
         shape = (-(-rows // block[0]), -(-columns // block[1]))
     else:
         shape = (1, 1) if count == 1 else (rows, 1)
+    if block is None and count == 2 < rows and rows % 2 == 0:  # gate and up are one matrix
+        halves = scales.data.reshape(2, -1).repeat(rows // 2, axis=0).reshape(-1)
+        return Tensor(scales.name, shape, scales.type, halves)
     if count != shape[0] * shape[1]:
         raise ModelError(f"the scales {scales.name} are {list(scales.shape)}, and {list(shape)} was expected")
     return Tensor(scales.name, shape, scales.type, scales.data)

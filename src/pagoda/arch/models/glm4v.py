@@ -14,7 +14,6 @@ from pagoda.arch.vision_spec import Vision
 from pagoda.weights.source import Tensor
 
 _SECTIONS, _THETA = (8, 12, 12), 10000.0
-TIMES, LATER_TIMES = "{:.0f}", "{:.1f} seconds"
 GLM: Mapping[str, Any] = MappingProxyType(
     {
         "activation": "silu",
@@ -69,5 +68,5 @@ def encoder(config: Mapping[str, Any]) -> Vision:
         video_token_id=table.integer("video_token_id", 151344, least=0),
         grid_side=positions,
         merge_width=fields.integer("intermediate_size", 13696),
-        time_format=LATER_TIMES if newer else TIMES,
+        time_format=visual.LATER_TIMES if newer else visual.TIMES,
     )

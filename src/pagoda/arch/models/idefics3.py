@@ -38,7 +38,7 @@ TILES_OF_AN_EDGE = 4
 
 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
-    spec = inside.language_model(config, _TEXT, "llama", {"rms_norm_eps": 1e-5})
+    spec = inside.language_model(config, _TEXT, "llama", {**inside.LLAMA, "rms_norm_eps": 1e-5})
     return visual.with_encoder(spec, encoder(config), spec.hidden_size) if visual.sees(config) else spec
 
 

@@ -14,19 +14,6 @@ from pagoda.arch.vision_spec import Vision
 from pagoda.weights.source import Tensor
 
 _TEXT = MappingProxyType({"llama": llama.from_config, "mistral": mistral.from_config, "qwen2": qwen2.from_config})
-_VICUNA = MappingProxyType(
-    {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-)
-"""What config.json leaves out."""
 CLIP: Mapping[str, Any] = MappingProxyType(
     {
         "temporal_patch_size": 1,
@@ -50,7 +37,7 @@ _ACTIVATIONS: Mapping[Any, Any] = MappingProxyType({"quick_gelu": "quick_gelu", 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
     text = config.get("text_config")
     bare = isinstance(text, Mapping) and text.get("model_type", "llama") == "llama"
-    spec = inside.language_model(config, _TEXT, "llama", _VICUNA if bare else {})
+    spec = inside.language_model(config, _TEXT, "llama", inside.LLAMA if bare else {})
     return visual.with_encoder(spec, encoder(config), spec.hidden_size) if visual.sees(config) else spec
 
 

@@ -28,6 +28,7 @@ _LAYER = re.compile(r"(model\.layers\.|blk\.)(\d+)\.(.+)")
 _AHEAD = re.compile(r"(model\.)?mtp[._].+")
 """What predicts several tokens at once, where it is no layer."""
 _CHOICE_BIAS = re.compile(r"(.+\.e_score_correction)_(bias)")
+_BARE_CHOICE = "exp_probs_b"  # as Hunyuan 3's files have it
 _BOTH = MappingProxyType(
     {
         "self_attn.kv_b_proj.weight": ("self_attn.k_b_proj.weight", "self_attn.v_b_proj.weight"),
@@ -56,7 +57,7 @@ def _each(spec: ModelSpec, name: str, tensor: Tensor) -> Iterator[tuple[str, Ten
     if rest in _BOTH and a.latent is not None:
         yield from _apart(f"{prefix}{index}.", _BOTH[rest], a.heads, a.latent, tensor)
     else:
-        yield _CHOICE_BIAS.sub(r"\1.\2", name), tensor
+        yield f"{name}.bias" if rest == _BARE_CHOICE else _CHOICE_BIAS.sub(r"\1.\2", name), tensor
 
 
 def _apart(

@@ -23,6 +23,7 @@ _PIECES = MappingProxyType(
         "mlp.experts.*.gate_up_proj": ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
         "ffn_up": ("ffn_gate", "ffn_up"),
+        "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
     }
 )
 _NAME = re.compile(r"(model\.layers\.|blk\.)(\d+)\.(.+)\.(weight|bias)")

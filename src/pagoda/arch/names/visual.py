@@ -92,7 +92,10 @@ _PLAIN_MLP = MappingProxyType({"up": "mlp.fc1", "down": "mlp.fc2"})
 _GATED_MLP = MappingProxyType({"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"})
 
 # on the hub the language model is `model.*`; transformers since 4.52 has both inside `model.*`
-_PICTURES = ("vision_tower.", "multi_modal_projector.", "visual.", "embed_vision.", "audio_tower.", "embed_audio.")
+_PICTURES = (
+    *("vision_tower.", "multi_modal_projector.", "visual.", "embed_vision.", "audio_tower.", "embed_audio."),
+    "vision_embedder.",  # of Gemma 4 12B
+)
 _WRAPPED = re.compile(r"^model\.(?=visual\.)|(?<=^model\.)(language|text)_model\.|^language_model\.")
 
 
