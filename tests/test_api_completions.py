@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from api_fake import TEXT, Client, FakeEngine, events, make_server
+
+from pagoda.api.pooling import label_scores
 
 
 @pytest.fixture
@@ -179,6 +182,25 @@ def test_scores_of_the_token_that_comes_next(client: Client) -> None:
         ({"items": []}, "items"),
     ):
         assert client.post("/generative_scoring", {**body, **wrong}).json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(("items", "param"), [(10**4, "prompt"), (200, None)])
+def test_scores_of_far_too_much_are_refused_before_it_is_joined(client: Client, items: int, param: str | None) -> None:
+    body = {"query": [1] * 20_000, "items": [[2]] * items, "label_token_ids": [65]}
+    tracemalloc.start()
+    try:
+        refused = client.post("/generative_scoring", body)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert refused.status_code == 400 and peak < 16 << 20  # copies of the query alone would be 32 MB
+    assert param is None or refused.json()["error"]["param"] == param
+
+
+def test_a_label_that_cannot_come_scores_nothing() -> None:
+    impossible = [(65, -math.inf), (66, -math.inf)]
+    assert label_scores._score(impossible, 65, True) == label_scores._score(impossible, 65, False) == 0.0
+    assert label_scores._score([(65, -1.0), (66, -math.inf)], 65, True) == 1.0
 
 
 def test_prompt_logprobs_stand_in_each_choice(client: Client) -> None:

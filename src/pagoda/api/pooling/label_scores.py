@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain, repeat
 
 import msgspec
 from starlette.requests import Request
@@ -13,7 +14,7 @@ from pagoda.api.http.stream import Reply, answer
 from pagoda.api.pooling.prompts import unhurried
 from pagoda.api.pooling.protocol import PoolingUsage, Score, ScoreReply
 from pagoda.api.serving.generation import Generation
-from pagoda.api.serving.server import Server
+from pagoda.api.serving.server import Server, too_long
 from pagoda.errors import BadRequest
 from pagoda.types import SamplingParams
 
@@ -57,6 +58,7 @@ async def label_scores(server: Server, request: Request) -> Reply:
 
 def _check(body: LabelScoresBody, server: Server) -> None:
     labels, most = body.label_token_ids, server.options.max_logprobs
+    server.check_count(len(body.items))
     if not 1 <= len(labels) <= most:
         raise BadRequest(f"label_token_ids must hold 1 to {most} token ids", param="label_token_ids")
     for name, ids in (
@@ -83,9 +85,13 @@ async def _prompts(server: Server, body: LabelScoresBody) -> list[list[int]]:
     def prompts() -> list[list[int]]:
         query = encode(body.query, not body.item_first)
         items = [encode(item, body.item_first) for item in body.items]
+        # Before they are joined: the query is copied for each item.
+        longest = len(query) + max(map(len, items))
+        if longest >= server.max_model_len:
+            raise too_long(server.max_model_len, longest)
         return [[*item, *query] if body.item_first else [*query, *item] for item in items]
 
-    return await unhurried(texts, prompts)
+    return await unhurried(chain(repeat(body.query, len(body.items)), body.items), prompts)
 
 
 async def _scores(call: Generation, label: int, among_labels: bool) -> ScoreReply:
@@ -107,6 +113,8 @@ async def _scores(call: Generation, label: int, among_labels: bool) -> ScoreRepl
 
 def _score(logprobs: Sequence[tuple[int, float]], label: int, among_labels: bool) -> float:
     told = dict(logprobs)
+    if told[label] == -math.inf:
+        return 0.0
     if not among_labels:
         return math.exp(told[label])
     return 1 / sum(math.exp(min(each - told[label], 700)) for each in told.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any, TypeVar
 
 from pagoda.api.pooling.protocol import PoolingFields, PoolingUsage
@@ -66,8 +66,8 @@ def _kept(ids: list[int], cut: Cut | None) -> list[int]:
     return ids if cut is None else cut.kept(ids)
 
 
-async def unhurried(texts: Iterable[str], work: Callable[[], T]) -> T:
-    """The result of work on texts, done in a thread where there is much of it."""
+async def unhurried(texts: Iterable[Sized], work: Callable[[], T]) -> T:
+    """The result of work on texts or token ids, done in a thread where there is much of it."""
     return work() if sum(map(len, texts)) < INLINE_CHARS else await asyncio.to_thread(work)
 
 
@@ -94,6 +94,7 @@ async def pair_prompts(
     server: Server, pairs: Sequence[tuple[str, str]], cut: Cut | None, instruction: str | None = None
 ) -> list[Prompt]:
     """One prompt for each pair of texts, the second of which may be cut."""
+    server.check_count(len(pairs))
     longest = server.max_model_len * MAX_CHARS_PER_TOKEN
     if any(len(text) > longest for pair in pairs for text in pair) and cut is None:
         raise BadRequest("a text is far longer than the context of this model", param="documents")
