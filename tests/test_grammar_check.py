@@ -153,6 +153,19 @@ def test_known_grammars_pass_those_that_are_slow_and_new_ones_wait_so_long_only(
     asyncio.run(go())
 
 
+def test_closed_while_the_vocabulary_is_read() -> None:
+    async def go() -> None:
+        def closing() -> Words:
+            loop.call_soon_threadsafe(check.close)
+            return words()
+
+        loop, check = asyncio.get_running_loop(), GrammarCheck(closing)
+        with pytest.raises(BadRequest):
+            await check.check(grammar.document(START, grammar.regex_part("a+")))
+
+    asyncio.run(go())
+
+
 def test_streams_go_on_while_the_vocabulary_is_read() -> None:
     async def go() -> float:
         def slow() -> Words:

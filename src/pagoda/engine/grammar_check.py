@@ -70,11 +70,14 @@ class GrammarCheck:
     async def _ask(self, grammar: str) -> Verdict:
         try:
             async with asyncio.timeout(self._wall_s):
-                if self._worker is None:
-                    self._worker = Worker(self._command)
+                worker = self._worker
+                if worker is None:
+                    worker = self._worker = Worker(self._command)
                     words = await asyncio.to_thread(self._words)  # of 50,000 tokens and more: streams go on meanwhile
-                    await self._worker.tell(words)
-                return msgspec.msgpack.decode(await self._worker.ask(grammar), type=Verdict)
+                    if self._worker is not worker:
+                        raise EOFError("closed meanwhile")
+                    await worker.tell(words)
+                return msgspec.msgpack.decode(await worker.ask(grammar), type=Verdict)
         except (TimeoutError, EOFError, ConnectionError):
             self.close()
             return Verdict(error=_TOO_MUCH)
