@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import seeing_models
 import vl_tiny
 from PIL import Image as pil
 from server_process import running, serve
@@ -117,6 +118,15 @@ def test_in_python_pictures_are_objects(llm: LLM) -> None:
         assert answer.outputs[0].text.strip() == "blue"
     (answer,) = llm.generate([prompt], greedy)
     assert answer.outputs[0].finish_reason == "error" and "placeholders" in (answer.outputs[0].error or "")
+
+
+def test_in_python_videos_stand_where_their_text_is(tmp_path: Path) -> None:
+    seeing_models.write(tmp_path, "internvl")
+    seeing_models.write_texts(tmp_path, "internvl")
+    prompt = {"prompt": "user\n<video>\nWhat?", "multi_modal_data": {"video": [picture("blue")] * 2}}
+    with LLM(str(tmp_path), device="reference", num_gpu_blocks_override=32) as made:
+        (answer,) = made.generate([prompt], SamplingParams(temperature=0, max_tokens=1))
+    assert answer.outputs[0].error is None and len(answer.prompt_token_ids or ()) > len("Frame1: Frame2: ") * 2
 
 
 def requests() -> list[Request]:

@@ -64,6 +64,7 @@ def _internvl(metadata: Mapping[str, Any], tensors: Tensors, clip: Fields, sizes
             remedy="Take it out of the model's folder to serve the model for text alone",
         )
     about = {**INTERNVL, **visual_gguf.shape(clip), **sizes}
+    about["video_text"] = ""  # these vocabularies have no token for a video
     about["most_tiles"] = clip.integer("preproc_max_tiles", INTERNVL["most_tiles"])
     return Vision(**about, image_token_id=visual_gguf.token(metadata, "<IMG_CONTEXT>"))
 

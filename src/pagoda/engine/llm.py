@@ -6,7 +6,6 @@ import importlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -284,9 +283,11 @@ class LLM:
     def _placed(self, text: str | None, ids: list[int], images: list[Image]) -> Encoded:
         if self._pictures is None or not images:
             return Encoded(text, ids)
-        encode = partial(self.tokenizer.encode, add_special_tokens=False)
-        ids, images = self._pictures.place(ids, images, self.info.max_model_len, encode)
+        ids, images = self._pictures.place(ids, images, self.info.max_model_len, self._encode_plain)
         return Encoded(text, ids, images)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _encode(self, prompt: Prompt) -> Encoded:
         if isinstance(prompt, Encoded):
@@ -307,7 +308,8 @@ class LLM:
             return Encoded(text, list(ids))
         if self._pictures is None:
             raise BadRequest("multi_modal_data: this model does not see pictures", param="prompts")
-        images = self._pictures.of_data(data, prompt.get("mm_processor_kwargs") or {}, ids)  # type: ignore[union-attr]
+        asked = prompt.get("mm_processor_kwargs") or {}  # type: ignore[union-attr]
+        images = self._pictures.of_data(data, asked, ids, self._encode_plain)
         return self._placed(text, list(ids), images)
 
     def _run(self, prompts: Sequence[Encoded], params: Sequence[SamplingParams], show: bool) -> list[RequestOutput]:

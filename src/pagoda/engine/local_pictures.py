@@ -32,7 +32,13 @@ class LocalPictures:
         bare, sources = take_sources([_with_bytes(message) for message in messages])
         return bare, self._read(sources, asked)
 
-    def of_data(self, data: Mapping[str, Any], asked: Mapping[str, Any], ids: Sequence[int]) -> list[Image]:
+    def of_data(
+        self,
+        data: Mapping[str, Any],
+        asked: Mapping[str, Any],
+        ids: Sequence[int],
+        encode: Callable[[str], list[int]],
+    ) -> list[Image]:
         """What vLLM calls `multi_modal_data`: pictures and videos by kind, in the order of their placeholders."""
         left = {}
         for kind, given in data.items():
@@ -40,7 +46,7 @@ class LocalPictures:
                 raise BadRequest(f"multi_modal_data: {str(kind)[:40]} is not known; it holds image and video")
             left[kind] = _several(given, video=_KINDS[kind])
         sources = []
-        kinds = {self._seeing.vision.placeholder_id: "image", self._seeing.vision.video_token_id: "video"}
+        kinds = {self._seeing.vision.placeholder_id: "image", self._seeing.video_id(encode): "video"}
         for token in ids:
             kind = kinds.get(token, "")
             if left.get(kind):

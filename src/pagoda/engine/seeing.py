@@ -58,7 +58,7 @@ class Seeing:
         self, ids: list[int], images: Sequence[Image], encode: Callable[[str], list[int]]
     ) -> tuple[list[int], list[Image]]:
         v = self.vision
-        show, ends, video = None, None, v.video_token_id
+        show, ends = None, None
         if v.frame_tokens is not None:
             show = shown.timed(v.temporal_patch_size, *v.frame_tokens, encode)
         elif v.frames_as_pictures:
@@ -67,11 +67,15 @@ class Seeing:
             show = _SHOWN[v.names](encode)
         if v.ends is not None:
             ends = Ends(*v.ends, encode)
-        if v.video_text:
-            found = encode(v.video_text)
-            video = found[0] if len(found) == 1 else None
         tokens = partial(_tokens, v)
-        return place(ids, images, v.placeholder_id, video, tokens, show, ends)
+        return place(ids, images, v.placeholder_id, self.video_id(encode), tokens, show, ends)
+
+    def video_id(self, encode: Callable[[str], list[int]]) -> int | None:
+        """What stands for a video in a rendered template."""
+        if not self.vision.video_text:
+            return self.vision.video_token_id
+        found = encode(self.vision.video_text)
+        return found[0] if len(found) == 1 else None
 
     def check_taken(self, images: Sequence[Image], count: int, limit: int) -> None:
         """ContextLengthExceeded where the first of `count` pictures alone are too many: the others need no decoding."""
