@@ -10,14 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import transformers
 import vl_tiny
 
 from pagoda.arch import registry, rope
 from pagoda.arch.fields import Fields
-from pagoda.arch.models import idefics3, llama
 from pagoda.arch.names.bind import checkpoint_name, slot_name
-from pagoda.arch.names.visual import language_tensors
 from pagoda.arch.registry import bind, load_spec
 from pagoda.arch.spec import ModelSpec
 from pagoda.errors import ModelError
@@ -98,22 +95,6 @@ def test_every_file_of_an_architecture_has_both_builders() -> None:
     for name in registry.supported():
         module = importlib.import_module(f"pagoda.arch.models.{name}")
         assert callable(module.from_config) and callable(module.from_gguf)
-
-
-def test_what_gemma_4_12b_has_for_pictures_is_left_out() -> None:
-    names = ("model.vision_embedder.patch_ln1.weight", "model.embed_vision.embedding_projection.weight")
-    given = {name: tensor(name, (4,)) for name in (*names, "model.language_model.norm.weight")}
-    assert set(language_tensors(given)) == {"model.norm.weight"}
-
-
-def test_smolvlm2_leaves_out_what_is_usual_for_a_llama() -> None:
-    """SmolVLM2-2.2B's text_config says no more."""
-    said = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "vocab_size": 49280}
-    text = {"model_type": "llama", **said, "max_position_embeddings": 8192, "rope_theta": 273768.0}
-    theirs = transformers.SmolVLMConfig(text_config=text).text_config.to_dict()
-    ours = idefics3.from_config({"model_type": "smolvlm", "text_config": text})
-    wanted = llama.from_config(theirs)
-    assert (ours.layers, ours.max_position, ours.vocab_size) == (wanted.layers, wanted.max_position, wanted.vocab_size)
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,8 @@ def _remedy(directory: Path) -> str:
     if any((directory / name).exists() for name in ("tokenizer.model", "vocab.json", "spiece.model")):
         return (
             "The tokenizer is there in an older form: write the new one with transformers: "
-            f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
+            f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r}); "
+            "one that is code in the model's folder is read with trust_remote_code=True only"
         )
     return "Download the model's tokenizer.json into it"
 

@@ -39,7 +39,7 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
         raise Fields(table, "config.json").error(
             "model_type", f"is {kind!r} in text_config; known: {_DENSE + _EXPERTS}"
         )
-    table = {"head_dim": None, "attention_bias": True, **table}
+    table = {"head_dim": None, "attention_bias": True, "rms_norm_eps": 1e-5, **table}
     if kind in _EXPERTS:
         spec = glm4_moe.from_config(table)
     else:

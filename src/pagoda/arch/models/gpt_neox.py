@@ -13,6 +13,7 @@ from pagoda.weights.source import Tensor
 
 _PARTS = decoder.Parts(gated=False, activation="gelu", norm="layer")
 DEFAULT_SHARE = 0.25
+_WIDTH_OF_20B = 6144
 
 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
@@ -30,8 +31,10 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSpec:
-    parallel = Fields(metadata, "GGUF metadata", "gptneox.").flag("use_parallel_residual", True)
-    parts = replace(_PARTS, norms=_norms(parallel))
+    fields = Fields(metadata, "GGUF metadata", "gptneox.")
+    # no file says it: the 20B has the tanh form of gelu, Pythia, which is never so wide, the exact one
+    activation = "gelu_tanh" if fields.integer("embedding_length") == _WIDTH_OF_20B else _PARTS.activation
+    parts = replace(_PARTS, norms=_norms(fields.flag("use_parallel_residual", True)), activation=activation)
     return decoder.from_gguf("gpt_neox", metadata, tensors, parts=parts, prefix="gptneox")
 
 

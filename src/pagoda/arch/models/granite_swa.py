@@ -17,13 +17,14 @@ DEFAULT_WINDOW, DEFAULT_PATTERN = 128, 4
 
 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
-    fields = Fields({"tie_word_embeddings": True, **config}, "config.json")
+    fields = Fields({"tie_word_embeddings": True, "rms_norm_eps": 1e-5, **config}, "config.json")
     bases = fields.get("layer_rope_theta") or []
     turning = {float(base) for base in bases if base}
     if len(turning) > 1:
         raise fields.error("layer_rope_theta", f"has {len(turning)} bases of RoPE; one is supported")
     if turning:
-        recipe = {**(fields.get("rope_parameters") or {}), "rope_theta": turning.pop()}
+        given = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        recipe = {**given, "rope_theta": turning.pop()}
         fields = Fields({**fields.values, "rope_parameters": recipe}, fields.where)
     spec = granite.of_config("granite_swa", fields.values)
     count, window = len(spec.layers), fields.integer("sliding_window", DEFAULT_WINDOW)

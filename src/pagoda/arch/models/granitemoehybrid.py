@@ -14,7 +14,7 @@ from pagoda.errors import ModelError
 from pagoda.weights.source import Tensor
 
 _MAMBA, _ATTENTION = ("mamba", "linear_attention"), ("attention", "full_attention")
-DEFAULT_SHARED = 1024
+DEFAULT_SHARED, DEFAULT_EXPERTS = 1024, 8
 
 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
@@ -31,7 +31,7 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _experts(fields: Fields) -> int:
-    return fields.integer("num_local_experts", 0, least=0)
+    return fields.integer("num_local_experts", DEFAULT_EXPERTS, least=0)
 
 
 def _state_spaces(fields: Fields, count: int) -> list[bool]:

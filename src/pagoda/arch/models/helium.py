@@ -15,7 +15,7 @@ DEFAULT_HEAD_DIM = 128
 
 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
-    fields = Fields(config, "config.json")
+    fields = Fields({"rope_theta": 1e5, "rms_norm_eps": 1e-8, **config}, "config.json")
     parts = decoder.Parts(
         qkv_bias=fields.flag("attention_bias", False), mlp_bias=fields.flag("mlp_bias", False), interleaved=True
     )

@@ -13,6 +13,17 @@ from pagoda.weights.source import Tensor
 
 DEFAULT_HEAD_DIM = 128
 _GGUF = "hy_v3"
+_USUAL = MappingProxyType(
+    {
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 2.826,
+        "rope_theta": 11158840.0,
+        "rms_norm_eps": 1e-5,
+    }
+)
+"""What a config may leave out."""
 # what configs call the fields of experts, and what DeepSeek's do
 _OWN = MappingProxyType(
     {
@@ -24,9 +35,8 @@ _OWN = MappingProxyType(
 
 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
-    own = {usual: config.get(name) for usual, name in _OWN.items()}
-    usual = {"first_k_dense_replace": 1, "norm_topk_prob": True}
-    fields = Fields({**usual, **config, **own}, "config.json")
+    own = {usual: config[name] for usual, name in _OWN.items() if config.get(name) is not None}
+    fields = Fields({**_USUAL, **config, **own}, "config.json")
     bias = fields.flag("attention_bias", False)
     parts = decoder.Parts(qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag("mlp_bias", False), qk_norm=True)
     spec = decoder.from_config("hy_v3", fields, parts, head_dim=DEFAULT_HEAD_DIM)

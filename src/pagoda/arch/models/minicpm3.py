@@ -20,7 +20,7 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config, "config.json")
     hidden = fields.integer("hidden_size")
     own = {"v_head_dim": fields.integer("v_head_dim", hidden // fields.integer("num_attention_heads"))}
-    table = Fields({"tie_word_embeddings": True, **config, **own}, fields.where)
+    table = Fields({"tie_word_embeddings": True, "rms_norm_eps": 1e-5, **config, **own}, fields.where)
     return _scaled(
         mla.from_config("minicpm3", table, interleaved=False),
         fields.number("scale_emb", _SCALE_EMB),

@@ -16,7 +16,10 @@ _USUAL = MappingProxyType({"norm_topk_prob": True, "n_shared_experts": 1, "first
 
 def from_config(config: Mapping[str, Any]) -> ModelSpec:
     # the share of a whole head that is turned: `qk_rope_head_dim` says it already
-    recipe = {**(config.get("rope_parameters") or {}), "partial_rotary_factor": 1.0}
+    given = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(given, Mapping):
+        raise Fields(config, "config.json").error("rope_parameters", f"is {given!r}, must be a table")
+    recipe = {**given, "partial_rotary_factor": 1.0}
     fields = Fields({**_USUAL, **config, "rope_parameters": recipe}, "config.json")
     if fields.integer("n_group", 1) != 1:
         raise fields.error("n_group", f"is {fields.get('n_group')!r}: groups of experts are not supported here")
