@@ -114,6 +114,18 @@ def test_an_order_that_a_product_does_not_share_costs_room_only(tmp_path: Path) 
     assert np.sqrt(((native - expected) ** 2).mean() / (expected**2).mean()) < 0.04
 
 
+def test_the_input_of_a_shared_expert_keeps_its_order_since_the_router_reads_it_too(tmp_path: Path) -> None:
+    write(tmp_path, "llama", TABLES["gptq-order"])
+    source = open_source(str(tmp_path))
+    bound, p = bind(load_spec(source), source), "layers.0."
+    slots = {p + name: bound[p + name] for name in ("attn_norm", "gate", "up")}
+    assert list(in_their_order(slots)[1]) == [p + "gate_up"]
+    slots = {p + "attn_norm": slots[p + "attn_norm"], p + "router": bound["embed"]}
+    slots |= {p + "gate_shared": bound[p + "gate"], p + "up_shared": bound[p + "up"]}
+    stored, orders = in_their_order(slots)
+    assert not orders and stored[p + "gate_shared"].type == "F32"
+
+
 def test_a_matrix_is_converted_when_it_is_read_and_not_kept(tmp_path: Path) -> None:
     write(tmp_path, "llama", TABLES["awq-128"])
     tensor = open_source(str(tmp_path)).tensors["model.layers.0.mlp.down_proj.weight"]

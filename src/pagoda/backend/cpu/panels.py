@@ -68,8 +68,8 @@ def in_their_order(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
             found = {slot: tensors[slot] for slot in (f"{prefix}.{part}" for part in parts) if slot in tensors}
             ordered = {slot: t for slot, t in found.items() if isinstance(t, OrderedTensor)}
             first = next(iter(ordered.values()), None)
-            # without a norm in front the input is x itself, which keeps its order
-            free = name in ("o", "down") or f"{prefix}.attn_norm" in tensors
+            # an input that others read keeps its order: x, where no norm is in front, and that of a mixture
+            free = name in ("o", "down") or (f"{prefix}.attn_norm" in tensors and name != "gate_up_shared")
             if first and len(ordered) == len(found) and free:
                 if all(np.array_equal(t.order, first.order) for t in ordered.values()):
                     out |= {slot: t.packed for slot, t in ordered.items()}
