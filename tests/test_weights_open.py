@@ -39,7 +39,7 @@ def test_content_decides_not_the_name(tmp_path: Path) -> None:
 
 def test_a_directory_with_one_model(tmp_path: Path) -> None:
     gguf(tmp_path / "m.gguf")
-    gguf(tmp_path / "mmproj-m.gguf")
+    gguf(tmp_path / "mmproj-m.gguf", **{"general.architecture": "clip"})
     (tmp_path / "README.md").write_text("words")
     assert set(open_source(str(tmp_path)).tensors) == {"b"}
     model(tmp_path)
