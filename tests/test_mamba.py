@@ -5,15 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import test_hybrid
 import test_hybrid_prefix
-from checkpoints import VOCAB
 from family_cases import tokens_of, write_family
-from reference_plans import make_plan
-from test_gpt2 import logits
-from test_hybrid import DEVICES, SHORT, TOKENS, alone, answers, core, last, load
+from test_hybrid import DEVICES, TOKENS, answers, core, load
 from test_reference_models import generate
 
 from pagoda.arch import memory
@@ -91,13 +87,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_company_and_what_a_slot_held_before_change_no_bit(device: str, tiny: Tiny) -> None:
-    executor = load(tiny[0], device)
-    first, second = TOKENS[:30], TOKENS[10:37]
-    logits(executor, make_plan([last(first[::-1], 0, (8, 9)), last(second[:-1], 0, (4, 5))], VOCAB, slots=[3, 1]))
-    feeds = [last(first, 0, (2, 7)), last(second[-1:], len(second) - 1, (4, 5)), last(SHORT, 0, (6,))]
-    together = logits(executor, make_plan(feeds, VOCAB, slots=[3, 1, 0]))
-    for found, tokens in zip(together, (first, second, SHORT), strict=True):
-        assert np.array_equal(found, alone(tiny[0], device, tokens))
+    test_hybrid.check_company(tiny[0], device)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import msgspec
 from msgspec.structs import replace
 
-FLOAT32_BYTES = 4
+from pagoda.arch.matrix_state import MatrixState
 
 
-class DeltaNet(msgspec.Struct, frozen=True, tag="delta_net"):
+class DeltaNet(MatrixState, frozen=True, tag="delta_net"):
     """A layer's linear attention (Gated DeltaNet, arXiv 2412.06464).
 
     q, k and v go through a causal convolution over `kernel` tokens, each channel by itself, and silu; then q and k of
@@ -27,35 +26,7 @@ class DeltaNet(msgspec.Struct, frozen=True, tag="delta_net"):
     PRODUCTS: ClassVar[tuple[str, ...]] = ("q", "k", "v", "z", "beta", "decay")
     """The slots whose products with a token stand side by side."""
 
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    kernel: int
     tiled: bool = False
-
-    @property
-    def key_width(self) -> int:
-        return self.key_heads * self.key_dim
-
-    @property
-    def value_width(self) -> int:
-        return self.value_heads * self.value_dim
-
-    @property
-    def width(self) -> int:
-        """Channels of the convolution: q, k and v side by side."""
-        return 2 * self.key_width + self.value_width
-
-    @property
-    def state_shape(self) -> tuple[int, int, int]:
-        return self.value_heads, self.key_dim, self.value_dim
-
-    @property
-    def state_bytes(self) -> int:
-        """What a request keeps from token to token: inputs of the convolution, and S of each value head; float32."""
-        state = self.value_heads * self.key_dim * self.value_dim
-        return FLOAT32_BYTES * ((self.kernel - 1) * self.width + state)
 
     def slots(self, hidden: int) -> dict[str, tuple[int, ...]]:
         """The tensors of such a layer in place of those of an attention."""

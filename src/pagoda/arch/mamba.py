@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import msgspec
 from msgspec.structs import replace
 
-FLOAT32_BYTES = 4
+from pagoda.arch.matrix_state import MatrixState
 
 
-class Mamba(msgspec.Struct, frozen=True, tag="mamba"):
+class Mamba(MatrixState, frozen=True, tag="mamba"):
     """A layer's state space (Mamba-2, arXiv 2405.21060), in the words of linear attention: C is q, B is k, x is v.
 
     q, k and v go through a causal convolution over `kernel` tokens, each channel by itself, and silu. A head holds a
@@ -26,35 +25,13 @@ class Mamba(msgspec.Struct, frozen=True, tag="mamba"):
     PRODUCTS: ClassVar[tuple[str, ...]] = ("q", "k", "v", "z", "decay")
     """The slots whose products with a token stand side by side."""
 
-    groups: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    kernel: int
     eps: float
     conv_bias: bool = True
 
     @property
-    def key_width(self) -> int:
-        return self.groups * self.key_dim
-
-    @property
-    def value_width(self) -> int:
-        return self.value_heads * self.value_dim
-
-    @property
-    def width(self) -> int:
-        """Channels of the convolution: q, k and v side by side."""
-        return 2 * self.key_width + self.value_width
-
-    @property
-    def state_shape(self) -> tuple[int, int, int]:
-        return self.value_heads, self.key_dim, self.value_dim
-
-    @property
-    def state_bytes(self) -> int:
-        """What a request keeps from token to token: inputs of the convolution, and S of each head; float32."""
-        return FLOAT32_BYTES * ((self.kernel - 1) * self.width + self.value_heads * self.key_dim * self.value_dim)
+    def groups(self) -> int:
+        """Of heads that share q and k, each with a norm of its own."""
+        return self.key_heads
 
     def slots(self, hidden: int) -> dict[str, tuple[int, ...]]:
         """The tensors of such a layer in place of those of an attention."""
@@ -81,4 +58,4 @@ class Mamba(msgspec.Struct, frozen=True, tag="mamba"):
 
     def share(self, size: int) -> Mamba:
         """What one of several GPUs has."""
-        return replace(self, groups=self.groups // size, value_heads=self.value_heads // size)
+        return replace(self, key_heads=self.key_heads // size, value_heads=self.value_heads // size)

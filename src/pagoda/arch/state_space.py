@@ -45,7 +45,7 @@ def from_gguf(fields: Fields, tensors: Mapping[str, Tensor], eps: float) -> Mamb
     heads = fields.integer("ssm.time_step_rank")
     return checked(
         Mamba(
-            groups=fields.integer("ssm.group_count", 1),
+            key_heads=fields.integer("ssm.group_count", 1),
             value_heads=heads,
             key_dim=fields.integer("ssm.state_size"),
             value_dim=fields.integer("ssm.inner_size") // heads,

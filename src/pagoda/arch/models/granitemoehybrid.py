@@ -55,7 +55,7 @@ def _mamba(fields: Fields) -> Mamba:
     if inner % heads or fields.get("mamba_d_head") not in (None, "auto", inner // heads):
         raise fields.error("mamba_d_head", f"is {fields.get('mamba_d_head')!r}; {heads} heads make {inner} of no such")
     d = Mamba(
-        groups=fields.integer("mamba_n_groups", 1),
+        key_heads=fields.integer("mamba_n_groups", 1),
         value_heads=heads,
         key_dim=fields.integer("mamba_d_state", 256),
         value_dim=inner // heads,

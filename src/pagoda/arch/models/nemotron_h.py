@@ -69,7 +69,7 @@ def _layers(blocks: str, fields: Fields, name: str) -> list[str]:
 
 def _mamba(fields: Fields, eps: float) -> Mamba:
     d = Mamba(
-        groups=fields.integer("n_groups", 8),
+        key_heads=fields.integer("n_groups", 8),
         value_heads=fields.integer("mamba_num_heads", 128),
         key_dim=fields.integer("ssm_state_size", 128),
         value_dim=fields.integer("mamba_head_dim", 64),
