@@ -68,9 +68,10 @@ class Converter:
 
     def floats(self, tensor: Stored, dtype: torch.dtype) -> Tensor:
         """The values of any tensor. Quantized ones come row by row: a large table has no room in float32."""
-        kind, width = tensor.type, tensor.shape[-1]
+        kind = tensor.type
         if kind in FLOATS:
             return self.send(tensor.data).view(FLOATS[kind]).reshape(tensor.shape).to(dtype)
+        width = tensor.shape[-1]
         out = torch.empty(tensor.shape, dtype=dtype, device=self.target.device)
         rows, data = out.view(-1, width), tensor.data.reshape(math.prod(tensor.shape[:-1]), -1)
         step = max(1, _CHUNK_BYTES // (4 * width))
