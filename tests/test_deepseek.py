@@ -15,7 +15,19 @@ from deepseek_cases import CASES, PUBLIC, make_case, write_case, write_case_gguf
 from family_cases import tokens_of
 from reference_plans import Feed, make_plan
 from safetensors.torch import load_file, save_file
-from test_gpt2 import KINDS, LAST, LIMITS, TOKENS, check_chunks, expected, load, logits, relative
+from test_gpt2 import (
+    KINDS,
+    KV_ERROR,
+    LAST,
+    LIMITS,
+    TOKENS,
+    check_chunks,
+    check_long_context,
+    expected,
+    load,
+    logits,
+    relative,
+)
 from test_reference_models import generate
 
 from pagoda.arch import memory
@@ -36,7 +48,6 @@ from pagoda.weights.open import open_source
 from pagoda.weights.source import Tensor
 
 Folders = dict[str, tuple[Path, Any]]
-KV_ERROR = 5e-3
 """The native executor keeps keys and values in float16."""
 
 
@@ -102,20 +113,7 @@ def test_a_long_context_of_many_heads_in_their_real_sizes(kv_cache_dtype: str, t
     model = write_case(
         tmp_path, "deepseek_v3", num_attention_heads=40, num_key_value_heads=40, num_hidden_layers=1, **sizes
     )
-    tokens = np.random.default_rng(3).integers(3, VOCAB, 549).tolist()
-    with torch.no_grad():
-        wanted = model(torch.tensor([[*tokens, 7]])).logits[0, -1:].numpy()
-    found = []
-    for threads, chunk in ((1, 549), (4, 200)):
-        limits = {"max_model_len": 600, "num_blocks": 40, "max_num_batched_tokens": 600, "threads": threads}
-        executor = load(tmp_path, "cpu", kv_cache_dtype=kv_cache_dtype, **limits)
-        for start in range(0, len(tokens), chunk):
-            part = tokens[start : start + chunk]
-            logits(executor, make_plan([Feed(part, start, range(39), rows=[(len(part) - 1, -1, -1)])], VOCAB))
-        found.append(logits(executor, make_plan([Feed([7], len(tokens), range(39), rows=[(0, -1, -1)])], VOCAB)))
-        executor.close()
-    assert np.array_equal(*found)
-    assert relative(found[0], wanted) < (KV_ERROR if kv_cache_dtype == "auto" else 0.05)
+    check_long_context(tmp_path, model, kv_cache_dtype)
 
 
 def test_the_cache_keeps_what_is_latent_alone(folders: Folders) -> None:

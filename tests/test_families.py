@@ -13,7 +13,7 @@ import transformers
 from checkpoints import VOCAB, with_random_weights
 from family_cases import CASES, IN_GGUF, SMALL, tokens_of, write_family, write_family_gguf
 from reference_plans import Feed, make_plan
-from test_gpt2 import KINDS, LAST, LIMITS, TOKENS, check_chunks, expected, load, logits, relative
+from test_gpt2 import KINDS, KV_ERROR, LAST, LIMITS, TOKENS, check_chunks, expected, load, logits, relative
 from test_reference_models import generate
 
 from pagoda.arch.dummy import open_dummy
@@ -27,7 +27,6 @@ from pagoda.errors import ModelError
 from pagoda.options.engine_config import EngineConfig
 
 Folders = dict[str, tuple[Path, Any]]
-KV_ERROR = 5e-3
 """The native executor keeps keys and values in float16."""
 
 

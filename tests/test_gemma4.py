@@ -8,13 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from checkpoints import VOCAB
 from family_cases import SMALL
 from gemma4_cases import CASES, write_gemma4, write_gemma4_gguf
 from reference_plans import Feed, make_plan
-from test_families import KV_ERROR
-from test_gpt2 import KINDS, LAST, LIMITS, TOKENS, check_chunks, expected, load, logits, relative
+from test_gpt2 import (
+    KINDS,
+    KV_ERROR,
+    LAST,
+    LIMITS,
+    TOKENS,
+    check_chunks,
+    check_long_context,
+    expected,
+    load,
+    logits,
+    relative,
+)
 from test_hybrid import answers, core
 from test_reference_models import generate
 
@@ -89,21 +99,7 @@ def test_a_prompt_in_chunks_and_in_company_has_the_bits_of_the_whole(case: str, 
 @pytest.mark.parametrize("case", CASES)
 def test_a_long_context_on_many_threads_has_the_bits_of_one(case: str, kv_cache_dtype: str, folders: Folders) -> None:
     """Keys in segments, that two kinds of heads have in the same block; rows that go through the layers apart."""
-    folder, model = folders[case]
-    tokens = np.random.default_rng(3).integers(3, VOCAB, 549).tolist()
-    with torch.no_grad():
-        wanted = model(torch.tensor([[*tokens, 7]])).logits[0, -1:].numpy()
-    found = []
-    for threads, chunk in ((1, 549), (4, 200)):
-        limits = {"max_model_len": 600, "num_blocks": 40, "max_num_batched_tokens": 600, "threads": threads}
-        executor = load(folder, "cpu", kv_cache_dtype=kv_cache_dtype, **limits)
-        for start in range(0, len(tokens), chunk):
-            part = tokens[start : start + chunk]
-            logits(executor, make_plan([Feed(part, start, range(39), rows=[(len(part) - 1, -1, -1)])], VOCAB))
-        found.append(logits(executor, make_plan([Feed([7], len(tokens), range(39), rows=[(0, -1, -1)])], VOCAB)))
-        executor.close()
-    assert np.array_equal(*found)
-    assert relative(found[0], wanted) < (KV_ERROR if kv_cache_dtype == "auto" else 0.05)
+    check_long_context(*folders[case], kv_cache_dtype)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -39,6 +39,7 @@ from pagoda.weights.ggml import dequantize
 from pagoda.weights.open import open_source
 
 LIMITS = Limits(max_model_len=256, max_num_seqs=4, max_num_batched_tokens=128, num_blocks=32)
+KV_ERROR = 5e-3
 TOKENS: list[int] = np.random.default_rng(0).integers(3, VOCAB, 60).tolist()
 LAST = make_plan([Feed(TOKENS, 0, [0, 1, 2, 3], rows=[(len(TOKENS) - 1, -1, -1)])], VOCAB)
 KINDS = {"cpu": CpuExecutor, "reference": ReferenceExecutor, "torch": TorchCpuExecutor}
@@ -71,6 +72,24 @@ def check_chunks(executor: Any, size: int) -> None:
         other = Feed(TOKENS[start : start + 1] * 9, 0, [8], rows=[(8, -1, -1)])
         both = logits(executor, make_plan([other, here], VOCAB, slots=[2, 0]))
     assert np.array_equal(both[1], whole)
+
+
+def check_long_context(folder: Path, model: Any, kv_cache_dtype: str) -> None:
+    """Behind 549 tokens, by one thread in one go or by four in chunks: the same bits, near those of transformers."""
+    tokens = np.random.default_rng(3).integers(3, VOCAB, 549).tolist()
+    with torch.no_grad():
+        wanted = model(torch.tensor([[*tokens, 7]])).logits[0, -1:].numpy()
+    found = []
+    for threads, chunk in ((1, 549), (4, 200)):
+        limits = {"max_model_len": 600, "num_blocks": 40, "max_num_batched_tokens": 600, "threads": threads}
+        executor = load(folder, "cpu", kv_cache_dtype=kv_cache_dtype, **limits)
+        for start in range(0, len(tokens), chunk):
+            part = tokens[start : start + chunk]
+            logits(executor, make_plan([Feed(part, start, range(39), rows=[(len(part) - 1, -1, -1)])], VOCAB))
+        found.append(logits(executor, make_plan([Feed([7], len(tokens), range(39), rows=[(0, -1, -1)])], VOCAB)))
+        executor.close()
+    assert np.array_equal(*found)
+    assert relative(found[0], wanted) < (KV_ERROR if kv_cache_dtype == "auto" else 0.05)
 
 
 def expected(model: Any) -> Float32:

@@ -224,11 +224,16 @@ def test_quantized_on_load(quantization: str, case: tuple[Path, Any]) -> None:
 def test_two_ranks(tmp_path: Path) -> None:
     """Answers of two processes that share the heads of the delta nets too."""
     write_checkpoint(tmp_path, "qwen3-next")
-    alone = answers(core(tmp_path, "torch-cpu", dtype="float32"), [TOKENS[:20], TOKENS[5:30]])
-    engine = core(tmp_path, "torch-cpu", dtype="float32", tensor_parallel_size=2)
-    together = answers(engine, [TOKENS[:20], TOKENS[5:30]])
+    check_two_ranks(tmp_path)
+
+
+def check_two_ranks(path: Path) -> None:
+    prompts = [TOKENS[:20], TOKENS[5:30]]
+    expected = answers(core(path, "torch-cpu", dtype="float32"), prompts)
+    engine = core(path, "torch-cpu", dtype="float32", tensor_parallel_size=2)
+    together = answers(engine, prompts)
     engine.close()
-    assert together == alone
+    assert together == expected
 
 
 def test_the_kernels_and_the_fixed_buffers_of_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

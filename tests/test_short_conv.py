@@ -9,7 +9,7 @@ import pytest
 import test_hybrid
 import test_hybrid_prefix
 from family_cases import tokens_of, write_family
-from test_hybrid import DEVICES, TOKENS, answers, core, load
+from test_hybrid import DEVICES, TOKENS, core, load
 from test_reference_models import generate
 
 from pagoda.arch import memory
@@ -76,12 +76,7 @@ def test_greedy_text_equals_transformers(device: str, tiny: Tiny) -> None:
 
 
 def test_two_ranks_share_the_channels(tiny: Tiny) -> None:
-    prompts = [TOKENS[:20], TOKENS[5:30]]
-    expected = answers(core(tiny[0], "torch-cpu", dtype="float32"), prompts)
-    engine = core(tiny[0], "torch-cpu", dtype="float32", tensor_parallel_size=2)
-    together = answers(engine, prompts)
-    engine.close()
-    assert together == expected
+    test_hybrid.check_two_ranks(tiny[0])
 
 
 def test_the_state_is_a_part_of_the_memory(tiny: Tiny) -> None:

@@ -1,8 +1,6 @@
 // Attention without a cache, over all tokens of a request: that of encoders. Keys are taken in segments of kKeys cut at
 // absolute positions and joined in order, so that a query's result has the same bits whatever else is in the step.
 #pragma once
-#include <cfloat>
-
 #include "kernels.h"
 #include "wide.h"
 
